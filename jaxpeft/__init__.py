@@ -1,0 +1,17 @@
+"""Parameter-efficient fine-tuning as functional transforms on parameter trees."""
+
+from jaxpeft.adapters import full as full
+from jaxpeft.adapters import kasa as kasa
+from jaxpeft.adapters import lora as lora
+from jaxpeft.core import attach as attach
+from jaxpeft.core import combine as combine
+from jaxpeft.core import count as count
+from jaxpeft.core import describe as describe
+from jaxpeft.core import detach as detach
+from jaxpeft.core import merge as merge
+from jaxpeft.core import mergeable as mergeable
+from jaxpeft.core import partition as partition
+from jaxpeft.core import penalty as penalty
+from jaxpeft.core import with_dropout as with_dropout
+
+__version__ = "0.1.0"

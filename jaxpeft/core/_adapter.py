@@ -1,0 +1,138 @@
+"""What a method is: a tuple of pure functions on one two-dimensional kernel."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Factors(NamedTuple):
+    r"""What an adapter makes of one kernel, in the one formula of the library.
+
+    .. math:: y = \big((x c) W + \phi((x c) a)\, b\big) o
+
+    Every field is optional. ``W`` is the base kernel ``[d_in, d_out]``; all
+    scale factors (``alpha / rank``) are already inside ``a`` or ``b``.
+
+    Attributes:
+        a: ``[d_in, r]``, the down-projection.
+        b: ``[r, d_out]``, the up-projection.
+        c: ``[d_in]``, scale of the input.
+        o: ``[d_out]``, scale of the output.
+        phi: a function in rank space, as a ``jax.tree_util.Partial`` whose bound
+            arrays belong to this kernel: ``phi(x [..., d_in], h [..., r])`` returns
+            ``[..., r]``. A method with ``phi`` cannot be merged.
+        fixed: a second pair ``([d_in, m], [m, d_out])`` that neither dropout nor
+            ``phi`` touches.
+        kernel: ``[d_in, d_out]``, takes the place of the base kernel.
+    """
+
+    a: Float[Array, "d_in r"] | None = None
+    b: Float[Array, "r d_out"] | None = None
+    c: Float[Array, " d_in"] | None = None
+    o: Float[Array, " d_out"] | None = None
+    phi: jax.tree_util.Partial | None = None
+    fixed: tuple[Float[Array, "d_in m"], Float[Array, "m d_out"]] | None = None
+    kernel: Float[Array, "d_in d_out"] | None = None
+
+
+def _no_penalty(frozen: Mapping[str, Array], trainable: Mapping[str, Array]):
+    del frozen, trainable
+    return jnp.zeros((), jnp.float32)
+
+
+class Adapter(NamedTuple):
+    """A method: how one kernel's leaves begin, and which factors they make.
+
+    All functions are pure, see one two-dimensional kernel, and know nothing of
+    trees, stacks or models. Core maps them over the layers of a stack (one key a
+    layer), reshapes kernels with more axes to two and their leaves back, pads
+    layers of unequal rank and never shows the padding to ``penalty`` or ``report``.
+
+    Attributes:
+        init: ``(key, kernel, rank, alpha) -> (frozen, trainable)``, two dicts of
+            arrays. ``kernel [d_in, d_out]`` is float32 (float64 if the base is).
+            Shapes follow from ``d_in``, ``d_out`` and ``rank`` alone. A rank that
+            the method forbids raises ``ValueError``; core adds the site's name.
+        factors: ``(kernel, frozen, trainable) -> Factors``; once a step, outside
+            the model.
+        penalty: ``(frozen, trainable) -> scalar``, for one site.
+        rank: the rank where no pattern says another; ``None`` for methods
+            without one.
+        alpha: the numerator of the scale where no pattern says another.
+        dropout: probability of dropping an entry of the low-rank path's input.
+        reduction: how the penalties of all sites of this method are joined.
+        leaves: ``"kernel"`` for methods on the matrix of a contraction, ``"any"``
+            for methods on leaves of any shape, biases included.
+        fold: ``(kernel, frozen) -> kernel`` for options that store a changed base.
+        unfold: its inverse, for ``detach``.
+        report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
+            ``describe`` shows.
+        peft: the method's form in HF PEFT's files; ``None``: it has none.
+        name: the constructor's name, filled in by ``method``.
+        options: the constructor's arguments, filled in by ``method``.
+    """
+
+    init: Callable[..., tuple[dict[str, Array], dict[str, Array]]]
+    factors: Callable[..., Factors]
+    penalty: Callable[..., Array] = _no_penalty
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    reduction: Literal["sum", "mean"] = "sum"
+    leaves: Literal["kernel", "any"] = "kernel"
+    fold: Callable[..., Array] | None = None
+    unfold: Callable[..., Array] | None = None
+    report: Callable[..., dict[str, Array]] | None = None
+    peft: Any = None
+    name: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.options)
+        return f"{self.name or 'Adapter'}({inside})"
+
+
+def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    """Makes a constructor return the same object for the same arguments.
+
+    Adapters are static parts of adapted trees, and functions compare by identity:
+    without this, two trees made by two equal calls would not be the same pytree.
+
+    Args:
+        constructor: a function with plain, hashable arguments that returns an
+            ``Adapter``.
+
+    Returns:
+        The constructor; its results carry ``name`` and ``options``.
+
+    Raises:
+        TypeError: an argument is unknown, or not a plain hashable value (when
+            called).
+    """
+    signature = inspect.signature(constructor)
+
+    @functools.cache
+    def build(arguments: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]):
+        del kinds  # 1, 1.0 and True are equal keys, but not equal options
+        adapter = constructor(**dict(arguments))
+        return adapter._replace(name=constructor.__name__, options=arguments)
+
+    @functools.wraps(constructor)
+    def wrapper(*args, **kwargs) -> Adapter:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if not isinstance(value, int | float | str | bool | tuple | None):
+                raise TypeError(
+                    f"`{name}` of {constructor.__name__} must be a plain Python value "
+                    f"(a number, a string, a tuple or None), got {type(value).__name__}"
+                )
+        kinds = tuple(type(v) for v in bound.arguments.values())
+        return build(tuple(bound.arguments.items()), kinds)
+
+    return wrapper

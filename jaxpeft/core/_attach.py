@@ -1,0 +1,408 @@
+"""``attach``: a parameter tree in, an adapted tree out."""
+
+import hashlib
+import re
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from jaxpeft.core._adapter import Adapter
+from jaxpeft.core._lift import (
+    from_matrices,
+    init_shapes,
+    initialise,
+    layer_leaves,
+    leaf_entries,
+    matrix_shape,
+    to_matrices,
+)
+from jaxpeft.core._node import (
+    BATCH,
+    IN,
+    OUT,
+    AdaptedKernel,
+    Site,
+    is_node,
+    leaves_with_path,
+    working_dtype,
+)
+from jaxpeft.core._paths import (
+    Targets,
+    compiled,
+    in_module,
+    module_path,
+    names_leaf,
+    nearest,
+    resolve_pattern,
+)
+
+PerSite = Mapping[str, Any] | Sequence[float]
+
+# A linear layer's weight among the standard names; heads that predict tokens are
+# left out of "all-linear", as in HF PEFT.
+_NOT_LINEAR = ("embedding", "bias", "scale", "b")
+_OUTPUT_HEADS = ("lm_head",)
+
+
+def attach(
+    params: PyTree,
+    adapter: Adapter,
+    targets: Targets,
+    *,
+    key: Key[Array, ""],
+    rank_pattern: PerSite | None = None,
+    alpha_pattern: PerSite | None = None,
+    exclude: Targets | None = None,
+    axes: Mapping[str, str] | None = None,
+) -> PyTree:
+    """Puts an adapter beside the kernels that ``targets`` names.
+
+    Pure and traceable: under ``jax.eval_shape`` the sites of a model of any size
+    cost no memory. Attaching again to the result adds adapters at other sites.
+
+    Args:
+        params: any pytree of arrays: a Linen variable dict, an NNX state, plain
+            containers. Already adapted kernels stay as they are.
+        adapter: what to attach, such as ``jaxpeft.kasa(rank=8)``.
+        targets: a list of module names, each matched as a suffix of the path at a
+            "/" (``"query"`` finds ``encoder/layer_3/attention/query/kernel``); a
+            string, a regular expression that must match the whole module path;
+            ``"all-linear"``, every weight but embeddings, output heads and what is
+            already trained in full; or a callable ``(path, leaf) -> bool``.
+        key: a typed key (``jax.random.key``). Each site and each layer draws from
+            its own part of it.
+        rank_pattern: ``{pattern: rank}`` where ranks differ from the adapter's, or
+            a list with one rank per layer of a stack (as the mapping's value too).
+        alpha_pattern: the same for alpha.
+        exclude: what to leave out of the targets, in the same forms; a list entry
+            also leaves out everything inside the modules that it names.
+        axes: roles of the axes of kernels, ``{pattern: "layer in out"}``. Words:
+            ``in``, ``out``, and any other word for a batch axis (a stacked layer,
+            an expert). Two axes are ``"in out"`` unless said otherwise; kernels
+            with more need an entry.
+
+    Returns:
+        The tree with ``AdaptedKernel`` nodes in place of the chosen kernels.
+
+    Raises:
+        ValueError: an entry matches nothing, a site is adapted already, a kernel is
+            not floating or its axes have no roles, or a rank is not possible.
+        TypeError: the adapter or the key is of the wrong kind.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params, key = {"query": {"kernel": jnp.zeros((4, 6))}}, jax.random.key(0)
+        >>> adapted = jp.attach(params, jp.lora(rank=2), ["query"], key=key)
+        >>> jp.count(adapted)
+        (20, 44)
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be an Adapter such as jaxpeft.kasa(rank=8), got "
+            f"{type(adapter).__name__}; a constructor must be called"
+        )
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError("`key` must be a typed key: write jax.random.key(seed)")
+    leaves = leaves_with_path(params)
+    chosen = _choose(leaves, adapter, targets, exclude)
+    by_path = dict(leaves)
+    paths = list(chosen)
+    roles = {p: ("out",) * by_path[p].ndim for p in paths}
+    if adapter.leaves == "kernel":
+        roles = _roles(by_path, paths, axes)
+    ranks = _per_layer("rank", rank_pattern, adapter.rank, by_path, roles)
+    alphas = _per_layer("alpha", alpha_pattern, adapter.alpha, by_path, roles)
+    for path in paths:
+        _check(by_path[path], adapter, roles[path], ranks[path], path)
+    made, show = {}, _Progress(adapter.name or "adapter", len(paths))
+    for i, path in enumerate(paths):
+        site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
+        made[path] = _make(by_path[path], adapter, site, _site_key(key, path))
+        show(i + 1)
+    show.close()
+    _, treedef = jax.tree.flatten(params, is_leaf=is_node)
+    return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
+
+
+def _site_key(key, path: str):
+    """A key of this path's own, whatever else is attached."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for part in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, np.uint32(int.from_bytes(part, "little")))
+    return key
+
+
+def _is_weight(path: str, leaf: Any, adapter: Adapter) -> bool:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
+        return False
+    return adapter.leaves == "any" or leaf.ndim >= 2
+
+
+def _floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _choose(leaves, adapter, targets, exclude) -> dict[str, str]:
+    """``{path: the entry that found it}``, or an error that shows the way."""
+    if isinstance(targets, str) and targets == "all-linear":
+        found = {
+            p: targets
+            for p, leaf in leaves
+            if not (is_node(leaf) and leaf.adapter.leaves == "any")
+            and _is_weight(p, leaf, adapter)
+            and leaf.ndim >= 2
+            and _floating(leaf)
+            and p.rpartition("/")[2] not in _NOT_LINEAR
+            and module_path(p).rpartition("/")[2] not in _OUTPUT_HEADS
+        }
+    else:
+        found = _match("targets", targets, leaves, adapter)
+    if exclude is not None:
+        out = _match("exclude", exclude, leaves, adapter, inside=True)
+        found = {p: entry for p, entry in found.items() if p not in out}
+        if not found:
+            raise ValueError(f"`exclude` {exclude!r} leaves nothing of `targets`")
+    if not found:
+        raise ValueError(
+            f"`targets` {targets!r} matched none of the {len(leaves)} leaves; they are "
+            f"named like {nearest('', [p for p, _ in leaves])}"
+        )
+    for path, leaf in leaves:
+        if path not in found:
+            continue
+        if is_node(leaf):
+            raise ValueError(
+                f"site {path!r} already carries {leaf.adapter.name!r} (attached as "
+                f"{leaf.site.pattern!r}) and is matched again by {found[path]!r}. Name "
+                "other `targets`, leave it out with `exclude`, or detach first; two "
+                "plain adapters on one kernel are one of the sum of their ranks."
+            )
+        if not _floating(leaf):
+            raise ValueError(
+                f"site {path!r} has dtype {leaf.dtype}; an adapter needs a floating "
+                f"kernel. Leave it out with exclude=[{module_path(path)!r}]."
+            )
+    return found
+
+
+def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
+    eligible = [(p, leaf) for p, leaf in leaves if _is_weight(p, leaf, adapter)]
+    paths = [p for p, _ in eligible]
+    if callable(patterns):
+        name = getattr(patterns, "__name__", "callable")
+        return {p: name for p, leaf in eligible if patterns(p, leaf)}
+    if isinstance(patterns, str):
+        expression = compiled(patterns, argument)
+        found = {
+            p: patterns
+            for p in paths
+            if expression.fullmatch(module_path(p)) or expression.fullmatch(p)
+        }
+        if not found:
+            hint = nearest(patterns, paths, 2)
+            raise ValueError(
+                f"`{argument}` {patterns!r} is a string, so a regular expression that "
+                f"must match a whole module path; it matched none of the {len(paths)} "
+                f"kernels. Nearest: {hint}. To match by name write "
+                f"{argument}={hint or [patterns]!r}; for part of a path, "
+                f"{argument}={'.*' + patterns + '.*'!r}."
+            )
+        return found
+    found: dict[str, str] = {}
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise ValueError(
+            f"`{argument}` must be a list of module names, a regular expression, "
+            f'"all-linear" or a callable, got {patterns!r}'
+        )
+    matches = in_module if inside or adapter.leaves == "any" else names_leaf
+    for entry in patterns:
+        if not isinstance(entry, str):
+            raise ValueError(f"`{argument}` entry {entry!r} is not a string")
+        hits = [p for p in paths if matches(entry.strip("/"), p)]
+        if not hits:
+            near = nearest(entry, paths)
+            raise ValueError(
+                f"`{argument}` entry {entry!r} matched none of the {len(paths)} "
+                f"kernels; nearest: {near}. List entries are names, matched at the "
+                f"end of a path: write {argument}={near[:1]!r}, or a string such as "
+                f"{argument}={'.*' + re.escape(near[0]) if near else '.*'!r} for a "
+                "regular expression."
+            )
+        for path in hits:
+            found.setdefault(path, entry)
+    return found
+
+
+def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
+    given = {}
+    if axes:
+        weights = [p for p, x in by_path.items() if getattr(x, "ndim", 0) >= 2]
+        given = resolve_pattern("axes", axes, weights)
+    roles = {}
+    for path in paths:
+        shape = by_path[path].shape
+        words = given.get(path, "in out" if len(shape) == 2 else None)
+        if words is None:
+            raise ValueError(
+                f"site {path!r} has shape {tuple(shape)}, and a parameter tree does "
+                "not say what its axes are (a stack of layers? heads?). Three ways "
+                f"to tell: axes={{{module_path(path)!r}: 'layer in out'}}; the model's "
+                "own, axes=model.axes; or read them off the model, "
+                "axes=jaxpeft.infer_axes(fn, params, *example_args)."
+            )
+        roles[path] = parse_roles(words, path, shape)
+    return roles
+
+
+def parse_roles(words: str, path: str, shape) -> tuple[str, ...]:
+    """Reads ``"layer in out"``; checks it against a kernel's shape."""
+    names = words.split()
+    roles = tuple(w if w in (IN, OUT) else BATCH for w in names)
+    if len(roles) != len(shape) or IN not in roles or OUT not in roles:
+        raise ValueError(
+            f"`axes` gives {words!r} for {path!r} of shape {tuple(shape)}: it needs "
+            f"one word per axis ({len(shape)}), with at least one 'in' and one 'out'"
+        )
+    return roles
+
+
+def _per_layer(what, pattern, default, by_path, roles) -> dict[str, Any]:
+    """Each site's ranks or alphas, one value per layer."""
+    argument = f"{what}_pattern"
+    paths = list(roles)
+    if default is None:
+        if pattern is not None:
+            raise ValueError(f"`{argument}` was given, but this adapter has no {what}")
+        return dict.fromkeys(paths)
+    if pattern is None:
+        values = {}
+    elif isinstance(pattern, Mapping):
+        values = resolve_pattern(argument, pattern, paths)
+    else:
+        stacked = [p for p in paths if matrix_shape(by_path[p].shape, roles[p])[0] > 1]
+        if len(stacked) < len(paths):
+            lone = next(p for p in paths if p not in stacked)
+            raise ValueError(
+                f"`{argument}` is a list with one {what} per stacked layer, but site "
+                f"{lone!r} is not stacked; write {argument}={{pattern: value}}"
+            )
+        values = dict.fromkeys(paths, pattern)
+    result = {}
+    for path in paths:
+        layers = matrix_shape(by_path[path].shape, roles[path])[0]
+        value = values.get(path, default)
+        each = tuple(value) if isinstance(value, Sequence) else (value,) * layers
+        if len(each) != layers:
+            raise ValueError(
+                f"`{argument}` gives {len(each)} values for site {path!r}, which has "
+                f"{layers} layer{'s' * (layers > 1)}"
+            )
+        for v in each:
+            whole = what == "alpha" or (isinstance(v, int | np.integer) and v >= 1)
+            if isinstance(v, bool) or not whole:
+                raise ValueError(
+                    f"{what} of site {path!r} must be an integer of at least 1, got "
+                    f"{v!r}; leave the site out with `exclude` for none"
+                )
+        result[path] = tuple(int(v) if what == "rank" else float(v) for v in each)
+    return result
+
+
+def _check(kernel, adapter: Adapter, roles, ranks, path: str) -> None:
+    """Raises the method's own objections to a rank, before anything is computed."""
+    _, d_in, d_out = matrix_shape(kernel.shape, roles)
+    for rank in sorted(set(ranks)) if ranks else (None,):
+        try:
+            init_shapes(adapter, d_in, d_out, rank, working_dtype(kernel.dtype))
+        except ValueError as e:
+            raise ValueError(f"site {path!r}, shape {tuple(kernel.shape)}: {e}") from e
+
+
+def _make(kernel, adapter: Adapter, site: Site, key) -> AdaptedKernel:
+    frozen, trainable = initialise(
+        key,
+        kernel,
+        adapter=adapter,
+        roles=site.roles,
+        ranks=site.ranks,
+        alphas=site.alphas,
+    )
+    node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
+    if adapter.fold is not None:
+        node = node.replace(base=_fold(node))
+    return _place_like(node, kernel)
+
+
+def _fold(node: AdaptedKernel):
+    """Stores the changed base; says how much of the change rounding undoes."""
+    kernel, roles = node.base, node.site.roles
+    wide = to_matrices(kernel, roles).astype(working_dtype(kernel.dtype))
+    changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
+    folded = changed.astype(kernel.dtype)
+    if kernel.dtype != wide.dtype and not isinstance(folded, jax.core.Tracer):
+        moved = jnp.linalg.norm(changed - wide)
+        lost = jnp.linalg.norm(folded.astype(wide.dtype) - changed)
+        warnings.warn(
+            f"site {node.site.path!r}: folding into a {kernel.dtype} kernel rounds; "
+            f"the rounding error is {float(lost / moved):.2f} of the norm of what was "
+            "folded. Keep base='separate', or fold a float32 kernel.",
+            stacklevel=5,
+        )
+    return from_matrices(folded, kernel.shape, roles)
+
+
+def _place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:
+    """Puts each leaf where its kernel lies, sharded along the same axes."""
+    sharding = getattr(kernel, "sharding", None)
+    if isinstance(kernel, jax.core.Tracer) or not isinstance(
+        sharding, jax.sharding.NamedSharding
+    ):
+        return node
+    entries = leaf_entries(node)
+    spec = tuple(sharding.spec) + (None,) * (kernel.ndim - len(sharding.spec))
+
+    def place(name, leaf):
+        along = tuple(None if i is None else spec[i] for i in entries[name])
+        return jax.device_put(
+            leaf, sharding.update(spec=jax.sharding.PartitionSpec(*along))
+        )
+
+    return node.replace(
+        frozen={n: place(n, x) for n, x in node.frozen.items()},
+        trainable={n: place(n, x) for n, x in node.trainable.items()},
+    )
+
+
+class _Progress:
+    """A line on stderr for trees whose attachment takes more than two seconds."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total = name, total
+        self.start = self.last = time.monotonic()
+        self.shown = False
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.start < 2 or now - self.last < 1:
+            return
+        self.last, self.shown = now, True
+        end = "\r" if sys.stderr.isatty() else "\n"
+        line = (
+            f"attach {self.name}: {done}/{self.total} sites, {now - self.start:.0f} s"
+        )
+        print(line, end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            seconds = time.monotonic() - self.start
+            print(
+                f"attach {self.name}: {self.total} sites in {seconds:.0f} s ",
+                file=sys.stderr,
+            )

@@ -1,0 +1,257 @@
+"""From one two-dimensional kernel to kernels with more axes, and to stacks.
+
+A method's functions see ``kernel [d_in, d_out]``. Here its leaves get the kernel's
+own in and out axes in place of ``d_in`` and ``d_out`` and its batch axes in front,
+and layers of unequal rank are padded with zeros to a common shape.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, working_dtype
+
+# Two sizes that no real kernel has: an abstract trace of `init` on a kernel of this
+# shape shows which axes of a leaf are d_in and which are d_out.
+_D_IN, _D_OUT = 100_003, 100_019
+
+
+def axes_of(roles: tuple[str, ...], role: str) -> tuple[int, ...]:
+    """Positions of the axes with a role."""
+    return tuple(i for i, r in enumerate(roles) if r == role)
+
+
+def dims_of(shape: tuple[int, ...], roles: tuple[str, ...], role: str):
+    """Sizes of the axes with a role."""
+    return tuple(shape[i] for i in axes_of(roles, role))
+
+
+def matrix_shape(shape: tuple[int, ...], roles: tuple[str, ...]):
+    """``(number of layers, d_in, d_out)`` of a kernel."""
+    return tuple(math.prod(dims_of(shape, roles, role)) for role in (BATCH, IN, OUT))
+
+
+def to_matrices(kernel, roles: tuple[str, ...]):
+    """A kernel as ``[layers, d_in, d_out]``."""
+    order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
+    if order != tuple(range(kernel.ndim)):
+        kernel = kernel.transpose(order)
+    return kernel.reshape(matrix_shape_of_ordered(kernel, roles))
+
+
+def matrix_shape_of_ordered(kernel, roles):
+    """As ``matrix_shape``, for a kernel whose axes are in canonical order."""
+    counts = [len(axes_of(roles, role)) for role in (BATCH, IN, OUT)]
+    shape, sizes = kernel.shape, []
+    for count in counts:
+        sizes.append(math.prod(shape[:count]))
+        shape = shape[count:]
+    return tuple(sizes)
+
+
+def from_matrices(matrices, shape: tuple[int, ...], roles: tuple[str, ...]):
+    """The inverse of ``to_matrices``."""
+    order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
+    ordered = matrices.reshape(tuple(shape[i] for i in order))
+    if order == tuple(range(len(order))):
+        return ordered
+    inverse = tuple(order.index(i) for i in range(len(order)))
+    return ordered.transpose(inverse)
+
+
+@functools.cache
+def leaf_axes(adapter: Adapter, rank: int | None):
+    """Which axes of the adapter's two-dimensional leaves are in or out axes.
+
+    Returns:
+        ``(frozen, trainable)``: two dicts from a leaf's name to a tuple with
+        ``"in"``, ``"out"`` or ``None`` for each axis.
+    """
+    shapes = init_shapes(adapter, _D_IN, _D_OUT, rank, jnp.dtype(jnp.float32))
+    label = {_D_IN: IN, _D_OUT: OUT}
+    return tuple(
+        {name: tuple(label.get(d) for d in leaf.shape) for name, leaf in part.items()}
+        for part in shapes
+    )
+
+
+@functools.cache
+def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
+    """Shapes of one layer's ``(frozen, trainable)``, by an abstract trace."""
+    kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    init = functools.partial(adapter.init, rank=rank, alpha=adapter.alpha)
+    return jax.eval_shape(lambda k, w: init(k, w), key, kernel)
+
+
+def _expand(leaf, axes, batch, in_dims, out_dims):
+    """A leaf ``[layers, ...]`` with its batch, in and out axes put in place."""
+    shape = list(batch)
+    for size, role in zip(leaf.shape[1:], axes, strict=True):
+        shape += {IN: in_dims, OUT: out_dims}.get(role, (size,))
+    return leaf.reshape(tuple(shape))
+
+
+def _flatten(leaf, axes, roles):
+    """The inverse of ``_expand``: ``[layers, ...]`` with d_in and d_out."""
+    counts = {r: len(axes_of(roles, r)) for r in (BATCH, IN, OUT)}
+    shape, at = [math.prod(leaf.shape[: counts[BATCH]])], counts[BATCH]
+    for role in axes:
+        width = counts.get(role, 1)
+        shape.append(math.prod(leaf.shape[at : at + width]))
+        at += width
+    return leaf.reshape(tuple(shape))
+
+
+def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
+    """For each leaf, the axis of the kernel that each of its axes follows.
+
+    Returns:
+        ``{leaf name: (kernel axis or None, ...)}``; ``None`` for rank axes.
+    """
+    roles = node.site.roles
+    where = {r: axes_of(roles, r) for r in (BATCH, IN, OUT)}
+    entries = {"base": tuple(range(len(roles))), "key": where[BATCH]}
+    for names in leaf_axes(node.adapter, _top_rank(node)):
+        for name, axes in names.items():
+            entry = where[BATCH]
+            for role in axes:
+                entry += where.get(role, (None,))
+            entries[name] = entry
+    return entries
+
+
+def _top_rank(node: AdaptedKernel) -> int | None:
+    return None if node.site.ranks is None else max(node.site.ranks)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("adapter", "roles", "ranks", "alphas"), inline=True
+)
+def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
+    """Calls ``adapter.init`` for each layer of a kernel.
+
+    Args:
+        key: one key for the whole site; each layer gets its own split of it.
+        kernel: the base, any number of axes.
+        adapter: the method.
+        roles: the roles of the kernel's axes.
+        ranks: rank of each layer, or ``None``.
+        alphas: alpha of each layer, or ``None``.
+
+    Returns:
+        ``(frozen, trainable)`` with leaves in the layout of ``AdaptedKernel``.
+    """
+    batch = dims_of(kernel.shape, roles, BATCH)
+    matrices = to_matrices(kernel, roles)
+    layers = matrices.shape[0]
+    dtype = working_dtype(kernel.dtype)
+    none = (None,) * layers
+    settings = list(zip(ranks or none, alphas or none, strict=True))
+
+    def init(key, matrix, rank, alpha):
+        return adapter.init(key, matrix.astype(dtype), rank, alpha)
+
+    if not batch:
+        parts = jax.tree.map(lambda x: x[None], init(key, matrices[0], *settings[0]))
+    else:
+        keys = jax.random.split(key, layers)
+        if len(set(settings)) == 1:  # one layer at a time: one SVD's workspace
+            parts = jax.lax.map(lambda kw: init(*kw, *settings[0]), (keys, matrices))
+        else:
+            each = [init(keys[i], matrices[i], *settings[i]) for i in range(layers)]
+            parts = jax.tree.map(_stack_padded, *each)
+    axes = leaf_axes(adapter, None if ranks is None else max(ranks))
+    in_dims = dims_of(kernel.shape, roles, IN)
+    out_dims = dims_of(kernel.shape, roles, OUT)
+    return tuple(
+        {
+            name: _expand(x, names[name], batch, in_dims, out_dims)
+            for name, x in p.items()
+        }
+        for p, names in zip(parts, axes, strict=True)
+    )
+
+
+def _stack_padded(*leaves):
+    shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True))
+    padded = [
+        jnp.pad(x, [(0, n - s) for s, n in zip(x.shape, shape, strict=True)])
+        for x in leaves
+    ]
+    return jnp.stack(padded)
+
+
+def layer_leaves(node: AdaptedKernel):
+    """The node's leaves as ``(frozen, trainable)`` with one leading layer axis."""
+    axes = leaf_axes(node.adapter, _top_rank(node))
+    return tuple(
+        {name: _flatten(x, names[name], node.site.roles) for name, x in part.items()}
+        for part, names in zip((node.frozen, node.trainable), axes, strict=True)
+    )
+
+
+def padded(node: AdaptedKernel) -> bool:
+    """Whether the layers of a stack have unequal ranks."""
+    return node.site.ranks is not None and len(set(node.site.ranks)) > 1
+
+
+def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
+    """Each layer's own ``(frozen, trainable)``, two-dimensional, without padding."""
+    parts = layer_leaves(node)
+    _, d_in, d_out = matrix_shape(_shape(node), node.site.roles)
+    result = []
+    for i, rank in enumerate(node.site.ranks):
+        shapes = init_shapes(node.adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
+        result.append(
+            tuple(
+                {n: x[i][tuple(slice(s) for s in like[n].shape)] for n, x in p.items()}
+                for p, like in zip(parts, shapes, strict=True)
+            )
+        )
+    return result
+
+
+def _shape(node: AdaptedKernel) -> tuple[int, ...]:
+    return tuple(node.base.shape)
+
+
+def per_layer(node: AdaptedKernel, f):
+    """Calls ``f(frozen, trainable)`` for each layer; results stacked on axis 0."""
+    if padded(node):
+        each = [f(*leaves) for leaves in unpadded_layers(node)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+    return jax.vmap(f)(*layer_leaves(node))
+
+
+def lifted_factors(node: AdaptedKernel) -> Factors:
+    """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
+    roles, shape = node.site.roles, _shape(node)
+    batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
+    matrices = to_matrices(node.base, roles)
+    flat = jax.vmap(node.adapter.factors)(matrices, *layer_leaves(node))
+
+    def expand(x, axes):
+        return None if x is None else _expand(x, axes, batch, in_dims, out_dims)
+
+    phi = flat.phi
+    if phi is not None:
+        phi = jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), phi)
+    fixed = flat.fixed
+    if fixed is not None:
+        fixed = (expand(fixed[0], (IN, None)), expand(fixed[1], (None, OUT)))
+    kernel = flat.kernel
+    if kernel is not None:
+        kernel = from_matrices(kernel, shape, roles).astype(node.base.dtype)
+    return Factors(
+        a=expand(flat.a, (IN, None)),
+        b=expand(flat.b, (None, OUT)),
+        c=expand(flat.c, (IN,)),
+        o=expand(flat.o, (OUT,)),
+        phi=phi,
+        fixed=fixed,
+        kernel=kernel,
+    )

@@ -1,0 +1,138 @@
+"""The node that takes a kernel's place in an adapted tree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core._adapter import Adapter
+from jaxpeft.core._paths import path_string
+
+BATCH, IN, OUT = "batch", "in", "out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where an adapter sits: the static half of an ``AdaptedKernel``.
+
+    Attributes:
+        path: the kernel's path in the parameter tree.
+        roles: ``"batch"``, ``"in"`` or ``"out"`` for each axis of the kernel.
+        ranks: the rank of each layer (one entry for a kernel without batch axes),
+            or ``None`` for methods without a rank.
+        alphas: the alpha of each layer, or ``None``.
+        pattern: the entry of ``targets`` that found this site.
+    """
+
+    path: str
+    roles: tuple[str, ...]
+    ranks: tuple[int, ...] | None
+    alphas: tuple[float, ...] | None
+    pattern: str
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedKernel:
+    """A kernel with an adapter beside it; a pytree node.
+
+    Attributes:
+        base: the kernel, as it was (an option that folds changes it, see
+            ``Adapter.fold``).
+        frozen: the adapter's fixed leaves, batch axes first, then the kernel's own
+            in or out axes in place of ``d_in`` or ``d_out``.
+        trainable: the adapter's trained leaves, in the same layout.
+        key: a dropout key for each layer, or ``None`` for evaluation.
+        adapter: the method. Static.
+        site: the place. Static.
+    """
+
+    base: Any
+    frozen: dict[str, Any]
+    trainable: dict[str, Any]
+    key: Any
+    adapter: Adapter
+    site: Site
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.DictKey
+        names = (sorted(self.frozen), sorted(self.trainable))
+        children = (
+            [(key("base"), self.base), (key("key"), self.key)]
+            + [(key(n), self.frozen[n]) for n in names[0]]
+            + [(key(n), self.trainable[n]) for n in names[1]]
+        )
+        return children, (tuple(names[0]), tuple(names[1]), self.adapter, self.site)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        frozen, trainable, adapter, site = static
+        base, key, *rest = children
+        return cls(
+            base=base,
+            frozen=dict(zip(frozen, rest[: len(frozen)], strict=True)),
+            trainable=dict(zip(trainable, rest[len(frozen) :], strict=True)),
+            key=key,
+            adapter=adapter,
+            site=site,
+        )
+
+    def replace(self, **changes) -> "AdaptedKernel":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    def __jax_array__(self):
+        raise TypeError(
+            f"the adapted kernel {self.site.path!r} reached a JAX function outside of "
+            "jaxpeft.adapt. Wrap the function that takes the tree: "
+            "`forward = jaxpeft.adapt(model.apply)`, or fold the tree first with "
+            "`jaxpeft.merge(adapted)`."
+        )
+
+    def __repr__(self) -> str:
+        leaves = {
+            n: getattr(v, "shape", v)
+            for n, v in {"base": self.base, **self.frozen, **self.trainable}.items()
+        }
+        return f"AdaptedKernel({self.site.path!r}, {self.adapter!r}, {leaves})"
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is an ``AdaptedKernel``."""
+    return isinstance(x, AdaptedKernel)
+
+
+def map_nodes(f, tree, *rest):
+    """Maps ``f`` over the nodes of a tree; everything else stays as it is."""
+    return jax.tree.map(
+        lambda x, *r: f(x, *r) if is_node(x) else x, tree, *rest, is_leaf=is_node
+    )
+
+
+def nodes(tree: Any) -> list[AdaptedKernel]:
+    """All adapted kernels of a tree, in the order of its leaves."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_node) if is_node(x)]
+
+
+def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` of a tree; an adapted kernel counts as one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
+    return [(path_string(path), leaf) for path, leaf in flat]
+
+
+def working_dtype(dtype) -> jnp.dtype:
+    """The dtype of adapter leaves over a kernel: float32, or float64 over float64."""
+    return jnp.promote_types(dtype, jnp.float32)

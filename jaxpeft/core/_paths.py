@@ -1,0 +1,122 @@
+"""Paths of leaves, and the patterns that name them."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+# A module's own names for its weights: "query" finds "query/kernel".
+PARAMETERS = ("kernel", "embedding", "weight", "w", "bias", "scale", "b")
+
+Targets = str | Sequence[str] | Callable[[str, Any], bool]
+
+
+def path_string(key_path: tuple) -> str:
+    """Joins a pytree key path with "/"; the ``.value`` of a box is left out."""
+    names = []
+    for key in key_path:
+        match key:
+            case jax.tree_util.DictKey(key=name):
+                names.append(str(name))
+            case jax.tree_util.SequenceKey(idx=index):
+                names.append(str(index))
+            case jax.tree_util.GetAttrKey(name=name):
+                if name != "value":
+                    names.append(name)
+            case jax.tree_util.FlattenedIndexKey(key=index):
+                names.append(str(index))
+            case _:
+                names.append(str(key))
+    return "/".join(names)
+
+
+def module_path(path: str) -> str:
+    """The path of the module that owns a leaf: without a last ``kernel``, ..."""
+    head, _, last = path.rpartition("/")
+    return head if head and last in PARAMETERS else path
+
+
+def suffix_match(pattern: str, path: str) -> bool:
+    """Whether ``pattern`` is a suffix of ``path`` that starts at a "/"."""
+    return path == pattern or path.endswith("/" + pattern)
+
+
+def names_leaf(pattern: str, path: str) -> bool:
+    """Whether a list entry names this leaf or the module that owns it."""
+    return suffix_match(pattern, path) or suffix_match(pattern, module_path(path))
+
+
+def in_module(pattern: str, path: str) -> bool:
+    """Whether a list entry names this leaf or any module that it lies in."""
+    parts = path.split("/")
+    return any(
+        suffix_match(pattern, "/".join(parts[: i + 1])) for i in range(len(parts))
+    )
+
+
+def pattern_match(pattern: str, path: str) -> bool:
+    """Whether a pattern of a mapping (``rank_pattern``, ``axes``) fits a leaf.
+
+    A plain name matches as in ``targets``; anything else is a regular expression
+    that must match the whole module path, the whole path, or a suffix of either
+    that starts at a "/".
+    """
+    if names_leaf(pattern, path):
+        return True
+    expression = compiled(pattern, "pattern")
+    wide = re.compile(rf"(.*/)?(?:{expression.pattern})")
+    return any(wide.fullmatch(p) for p in (path, module_path(path)))
+
+
+def compiled(pattern: str, argument: str) -> re.Pattern:
+    """Compiles a user's regular expression; says which argument was wrong."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ValueError(
+            f"`{argument}` {pattern!r} is not a valid regular expression: {e}"
+        ) from None
+
+
+def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like ``pattern`` among the paths and their suffixes."""
+    names: dict[str, None] = {}
+    for path in paths:
+        for p in (module_path(path), path):
+            parts = p.split("/")
+            for i in range(len(parts)):
+                names["/".join(parts[i:])] = None
+                names[parts[i]] = None
+    near = difflib.get_close_matches(pattern, names, n=count, cutoff=0.5)
+    return near or list(dict.fromkeys(module_path(p) for p in paths))[:count]
+
+
+def resolve_pattern(
+    argument: str, patterns: Mapping[str, Any], paths: Sequence[str]
+) -> dict[str, Any]:
+    """Gives each path the value of the first pattern that matches it.
+
+    Args:
+        argument: the name of the mapping, for errors.
+        patterns: values by pattern.
+        paths: leaf paths.
+
+    Returns:
+        ``{path: value}`` for the paths that some pattern matches.
+
+    Raises:
+        ValueError: a pattern matches no path.
+    """
+    found: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        hits = [p for p in paths if pattern_match(pattern, p)]
+        if not hits:
+            raise ValueError(
+                f"`{argument}` entry {pattern!r} matched none of the {len(paths)} "
+                f"sites; nearest: {nearest(pattern, paths)}"
+            )
+        for path in hits:
+            found.setdefault(path, value)
+    return found

@@ -1,0 +1,312 @@
+"""Functions that split, join, fold and measure adapted trees."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Key, PyTree
+
+from jaxpeft.core._lift import (
+    from_matrices,
+    layer_leaves,
+    leaf_entries,
+    lifted_factors,
+    matrix_shape,
+    padded,
+    per_layer,
+    to_matrices,
+    unpadded_layers,
+)
+from jaxpeft.core._node import (
+    AdaptedKernel,
+    is_node,
+    map_nodes,
+    nodes,
+    working_dtype,
+)
+from jaxpeft.core._paths import path_string
+
+
+def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits an adapted tree into what is trained and what is not.
+
+    Args:
+        adapted: a tree made by ``attach``.
+
+    Returns:
+        ``(trainable, frozen)``: two trees with the structure of ``adapted`` and
+        ``None`` (an empty pytree) in the holes, so that ``jax.grad`` and optax work
+        on ``trainable`` alone: no gradient and no moment for the base exists.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params = {"q": {"kernel": jnp.ones((3, 5))}, "scale": jnp.ones(5)}
+        >>> adapted = jp.attach(params, jp.lora(rank=1), ["q"], key=jax.random.key(0))
+        >>> trainable, frozen = jp.partition(adapted)
+        >>> [x.shape for x in jax.tree.leaves(trainable)]
+        [(3, 1), (1, 5)]
+    """
+
+    def trained(x):
+        if not is_node(x):
+            return None
+        return x.replace(base=None, key=None, frozen=dict.fromkeys(x.frozen))
+
+    def fixed(x):
+        return x.replace(trainable=dict.fromkeys(x.trainable)) if is_node(x) else x
+
+    trainable = jax.tree.map(trained, adapted, is_leaf=is_node)
+    return trainable, jax.tree.map(fixed, adapted, is_leaf=is_node)
+
+
+def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
+    """Joins the two halves of ``partition`` again.
+
+    Args:
+        trainable: a tree with ``None`` where ``frozen`` has a leaf.
+        frozen: a tree of the same structure.
+
+    Returns:
+        The adapted tree.
+
+    Raises:
+        ValueError: the structures differ, or a leaf is in both halves.
+    """
+
+    def either(path, x, y):
+        if x is not None and y is not None:
+            raise ValueError(
+                f"leaf {path_string(path)!r} is in both halves given to `combine`; "
+                "write combine(trainable, frozen) with the two results of partition"
+            )
+        return y if x is None else x
+
+    none = lambda x: x is None
+    return jax.tree_util.tree_map_with_path(either, trainable, frozen, is_leaf=none)
+
+
+def mergeable(adapted: PyTree) -> bool:
+    """Whether ``merge`` is possible: no site's method depends on the input."""
+
+    def free(node):
+        return jax.eval_shape(lifted_factors, node).phi is None
+
+    return all(free(node) for node in nodes(adapted))
+
+
+def merge(adapted: PyTree) -> PyTree:
+    r"""Folds every adapter into its kernel: ``D_c (W + a b) D_o``.
+
+    Computed in float32 (float64 over float64), cast once to the kernel's dtype.
+
+    Args:
+        adapted: a tree made by ``attach``.
+
+    Returns:
+        A plain parameter tree.
+
+    Raises:
+        ValueError: a site's method depends on the input, so no kernel does it.
+    """
+    return map_nodes(_merge_node, adapted)
+
+
+@jax.jit
+def _merge_node(node: AdaptedKernel):
+    f = lifted_factors(node)
+    if f.phi is not None:
+        raise ValueError(
+            f"site {node.site.path!r}: {node.adapter.name!r} depends on the input, so "
+            "no kernel has its effect; keep the adapted tree and call it through "
+            "jaxpeft.adapt"
+        )
+    if f.kernel is not None and f.a is None and f.c is None and f.o is None:
+        return f.kernel
+    roles, base = node.site.roles, node.base
+    flat = jax.vmap(node.adapter.factors)(to_matrices(base, roles), *layer_leaves(node))
+    wide = working_dtype(base.dtype)
+    matrix = to_matrices(base if f.kernel is None else f.kernel, roles).astype(wide)
+    pairs = [p for p in ((flat.a, flat.b), flat.fixed) if p and p[0] is not None]
+    for a, b in pairs:
+        matrix = matrix + jnp.matmul(a, b, precision="highest").astype(wide)
+    if flat.c is not None:
+        matrix = matrix * flat.c[:, :, None].astype(wide)
+    if flat.o is not None:
+        matrix = matrix * flat.o[:, None, :].astype(wide)
+    return from_matrices(matrix.astype(base.dtype), base.shape, roles)
+
+
+def detach(adapted: PyTree) -> PyTree:
+    """Drops every adapter.
+
+    Args:
+        adapted: a tree made by ``attach``.
+
+    Returns:
+        The plain parameter tree with the original kernels, bit for bit. Methods
+        that folded something into a kernel give it back to within rounding.
+    """
+
+    def original(node):
+        if node.adapter.unfold is None:
+            return node.base
+        roles, wide = node.site.roles, working_dtype(node.base.dtype)
+        matrices = to_matrices(node.base, roles).astype(wide)
+        whole = jax.vmap(node.adapter.unfold)(matrices, layer_leaves(node)[0])
+        return from_matrices(whole.astype(node.base.dtype), node.base.shape, roles)
+
+    return map_nodes(original, adapted)
+
+
+def penalty(adapted: PyTree) -> Array:
+    """The methods' own penalties, to be added to the task loss.
+
+    Args:
+        adapted: a tree made by ``attach``.
+
+    Returns:
+        A float32 scalar: for each method the sum over its sites, or their mean where
+        its ``reduction`` says so; each layer of a stack is a site, and a key part of
+        a stack of layers of unequal rank is never seen.
+    """
+    sums: dict[str, list] = {}
+    for node in nodes(adapted):
+        per_site = per_layer(node, node.adapter.penalty)
+        entry = sums.setdefault(node.adapter.name, [0.0, 0, node.adapter.reduction])
+        entry[0] = entry[0] + jnp.sum(per_site)
+        entry[1] += per_site.shape[0]
+    total = jnp.zeros((), jnp.float32)
+    for value, count, reduction in sums.values():
+        total = total + (value / count if reduction == "mean" else value)
+    return total
+
+
+def count(adapted: PyTree) -> tuple[int, int]:
+    """Counts parameters; padding of unequal ranks is not counted.
+
+    Args:
+        adapted: a tree made by ``attach``, or its shapes under ``jax.eval_shape``.
+
+    Returns:
+        ``(trainable, total)``: the trained numbers, and the base's numbers plus the
+        trained ones.
+    """
+    base = sum(
+        math.prod(x.base.shape if is_node(x) else x.shape)
+        for x in jax.tree.leaves(adapted, is_leaf=is_node)
+        if is_node(x) or hasattr(x, "shape")
+    )
+    trained = sum(trainable_size(node) for node in nodes(adapted))
+    return trained, base + trained
+
+
+def trainable_size(node: AdaptedKernel) -> int:
+    """Number of trained values at one site, without padding."""
+    if not padded(node):
+        return sum(math.prod(x.shape) for x in node.trainable.values())
+    layers = jax.eval_shape(unpadded_layers, node)
+    return sum(math.prod(x.shape) for _, part in layers for x in part.values())
+
+
+def with_dropout(adapted: PyTree, key: Key[Array, ""]) -> PyTree:
+    """Turns dropout on, for one step.
+
+    Args:
+        adapted: a tree made by ``attach``.
+        key: this step's key; each site and each layer gets a part of its own.
+
+    Returns:
+        The tree with a key leaf in each node whose method has dropout. Without one
+        a tree is in evaluation mode.
+    """
+    from jaxpeft.core._attach import _site_key
+
+    def add(node):
+        if not node.adapter.dropout:
+            return node
+        layers, batch = matrix_shape(node.base.shape, node.site.roles)[0], ()
+        site_key = _site_key(key, node.site.path)
+        entries = leaf_entries(node)["key"]
+        batch = tuple(node.base.shape[i] for i in entries)
+        if not batch:
+            return node.replace(key=site_key)
+        return node.replace(key=jax.random.split(site_key, layers).reshape(batch))
+
+    return map_nodes(add, adapted)
+
+
+def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
+    """Gives every leaf of an adapted tree the sharding of its kernel.
+
+    Args:
+        adapted: a tree made by ``attach``, or its shapes.
+        specs: a tree like the plain parameters with a ``PartitionSpec`` per leaf.
+
+    Returns:
+        A tree like ``adapted`` with a ``PartitionSpec`` for each leaf: entries of
+        batch, in and out axes carry over, rank axes are replicated.
+    """
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+
+    def leaf_specs(node, spec):
+        if not is_node(node):
+            return spec
+        entries = leaf_entries(node)
+        full = tuple(spec) + (None,) * (node.base.ndim - len(spec))
+        along = lambda name: PartitionSpec(
+            *(None if i is None else full[i] for i in entries[name])
+        )
+        return node.replace(
+            base=spec,
+            key=None if node.key is None else along("key"),
+            frozen={n: None if x is None else along(n) for n, x in node.frozen.items()},
+            trainable={
+                n: None if x is None else along(n) for n, x in node.trainable.items()
+            },
+        )
+
+    flat, treedef = jax.tree.flatten(adapted, is_leaf=is_node)
+    flat_specs = jax.tree.leaves(specs, is_leaf=is_spec)
+    if len(flat) != len(flat_specs):
+        raise ValueError(
+            f"`specs` has {len(flat_specs)} leaves, the tree has {len(flat)}; give one "
+            "PartitionSpec per parameter"
+        )
+    return treedef.unflatten(map(leaf_specs, flat, flat_specs))
+
+
+def flat(tree: PyTree) -> dict[str, Any]:
+    """A tree as ``{"path/of/leaf": leaf}``; holes (``None``) are left out.
+
+    An adapted kernel's leaves appear under its path: ``.../kernel/base``,
+    ``.../kernel/a``.
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    result = {path_string(path): leaf for path, leaf in pairs}
+    if len(result) != len(pairs):
+        seen = [path_string(path) for path, _ in pairs]
+        twice = sorted({p for p in seen if seen.count(p) > 1})
+        raise ValueError(f"two leaves of the tree have the same path: {twice}")
+    return result
+
+
+def unflat(like: PyTree, leaves: dict[str, Any]) -> PyTree:
+    """Puts the leaves of ``flat`` back into a tree like ``like``.
+
+    Raises:
+        ValueError: names are missing or left over; all of them are listed.
+    """
+    names = [
+        path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]
+    ]
+    missing, surplus = (
+        sorted(set(names) - set(leaves)),
+        sorted(set(leaves) - set(names)),
+    )
+    if missing or surplus:
+        raise ValueError(
+            f"`leaves` does not fit the tree: missing {missing}, left over {surplus}"
+        )
+    return jax.tree.structure(like).unflatten([leaves[n] for n in names])
