@@ -1,0 +1,255 @@
+"""Configs: one Python file a run, changed from the command line, kept as JSON."""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+    r"""Returns the locked config of a file, with some of its values replaced.
+
+    Args:
+        path: a Python file with a function ``get_config``. What follows a colon is
+            given to that function: ``"configs/glue_kasa.py:task=rte,model=base"``
+            calls ``get_config(task="rte", model="base")``.
+        overrides: strings ``"adapter.rank=16"``. A field must exist, and the text is
+            read as the type of the value it replaces (an int stays an int, a float may
+            be written 8 or 1e-4, a bool is true or false, a tuple is written
+            ``query,key``); where that value is None, as a Python literal or else text.
+
+    Returns:
+        the config, locked: reading or writing a field it does not have raises.
+
+    Raises:
+        ValueError: no such file, no such field (near matches are named), an argument
+            that ``get_config`` does not take, a value of another type.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "tiny.py"
+        >>> _ = file.write_text(
+        ...     "from ml_collections import ConfigDict\n"
+        ...     "get_config = lambda: ConfigDict({'adapter': {'rank': 8}})"
+        ... )
+        >>> load_config(file, ["adapter.rank=16"]).adapter.rank
+        16
+    """
+    name, _, argument = str(path).partition(":")
+    get_config = _read_get_config(Path(name))
+    allowed = list(inspect.signature(get_config).parameters)
+    given = {}
+    for item in filter(None, argument.split(",")):
+        key, separator, value = item.partition("=")
+        if not separator or key not in allowed:
+            raise ValueError(
+                f"`--config` {str(path)!r}: {item!r} is not an argument of its "
+                f"get_config; allowed: {allowed or 'none'}."
+                + (f" Write {name}:{allowed[0]}=VALUE." if allowed else "")
+            )
+        given[key] = value
+    config = get_config(**given)
+    for item in overrides:
+        _override(config, item)
+    return config.lock()
+
+
+def _read_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
+    if not path.is_file():
+        beside = sorted(str(file) for file in path.parent.glob("*.py"))
+        near = _near(str(path), beside) or beside or "no Python file in that folder"
+        raise ValueError(
+            f"`--config`: there is no file {str(path)!r}; nearest: {near}."
+        )
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(
+            f"`--config`: {str(path)!r} has no function get_config(); it should return "
+            f"an ml_collections.ConfigDict, see configs/quickstart.py."
+        )
+    return module.get_config
+
+
+def _override(config: ml_collections.ConfigDict, item: str) -> None:
+    """Sets one ``dotted.name=value`` in place."""
+    name, separator, text = item.partition("=")
+    if not separator:
+        raise ValueError(
+            f"`--config.{name}` has no value; write --config.{name}=VALUE."
+        )
+    known = flat_config(config)
+    *parents, last = name.split(".")
+    holder = config
+    for parent in parents:
+        holder = holder.get(parent) if _is_section(holder) else None
+    if not _is_section(holder) or last not in holder:
+        raise ValueError(
+            f"`--config.{name}`: the config has no such field; "
+            f"nearest: {_near(name, known) or sorted(known)}."
+        )
+    old = holder[last]
+    if _is_section(old):
+        raise ValueError(
+            f"`--config.{name}` is a section, not a value; set one of its fields: "
+            f"{sorted(key for key in known if key.startswith(name + '.'))}."
+        )
+    try:
+        new = _parse(text, holder.get_type(last))
+    except ValueError as error:
+        kind = holder.get_type(last).__name__
+        raise ValueError(
+            f"`--config.{name}` is of type {kind} (now {old!r}) and cannot be {text!r}."
+        ) from error
+    with holder.ignore_type():
+        holder[last] = new
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, ml_collections.ConfigDict)
+
+
+def _parse(text: str, kind: type) -> Any:
+    """Reads ``text`` as ``kind``; raises ValueError where it is something else."""
+    if kind is str:
+        return text
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    if kind in (int, float):
+        return kind(text)
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = tuple(text.split(",")) if kind in (tuple, list) else text
+    if kind in (tuple, list):
+        return kind(value) if isinstance(value, tuple | list) else kind([value])
+    return value
+
+
+def _near(name: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
+    """Up to three known names that look like ``name``, the nearest first."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    same_end = [key for key in known if key.split(".")[-1] == name.split(".")[-1]]
+    return list(dict.fromkeys(same_end + near))[:3]
+
+
+def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns ``{"adapter.rank": 8, ...}``, one entry for each value of the config.
+
+    Example:
+        >>> flat_config(ml_collections.ConfigDict({"seed": 0, "adapter": {"rank": 8}}))
+        {'adapter.rank': 8, 'seed': 0}
+    """
+    flat = {}
+    for key in sorted(config):
+        value = config[key]
+        if _is_section(value):
+            flat |= {f"{key}.{name}": v for name, v in flat_config(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def config_to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the config as JSON, sorted and indented; tuples become lists.
+
+    Raises:
+        TypeError: a value that JSON has no form for.
+    """
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def config_from_json(text: str) -> ml_collections.ConfigDict:
+    """Returns the locked config that :func:`config_to_json` wrote, lists as tuples.
+
+    Example:
+        >>> config = ml_collections.ConfigDict({"targets": ("query", "key")}).lock()
+        >>> config_from_json(config_to_json(config)) == config
+        True
+    """
+    return ml_collections.ConfigDict(_with_tuples(json.loads(text))).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(v) for key, v in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def config_differences(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> list[str]:
+    """Returns one line for each field that differs, ``"adapter.rank: 8, now 16"``.
+
+    Values are compared in their JSON form, so a list equals a tuple.
+
+    Example:
+        >>> old, new = ({"rank": r, "seed": 0} for r in (8, 16))
+        >>> config_differences(*map(ml_collections.ConfigDict, (old, new)))
+        ['rank: 8, now 16']
+    """
+    before, after = (
+        flat_config(config_from_json(config_to_json(c))) for c in (old, new)
+    )
+    absent = object()
+    show = lambda value: "absent" if value is absent else repr(value)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, absent), after.get(key, absent)
+        if was is absent or now is absent or was != now:
+            lines.append(f"{key}: {show(was)}, now {show(now)}")
+    return lines
+
+
+def call_named(namespace: Any, fields: ml_collections.ConfigDict, section: str) -> Any:
+    """Calls the function that ``fields.name`` names, with the other fields.
+
+    Args:
+        namespace: a package whose public names may be asked for, such as
+            ``jaxpeft.adapters``.
+        fields: a section of a config: ``name`` and that function's arguments.
+        section: where ``fields`` stands in the config, for messages: ``"adapter"``.
+
+    Returns:
+        what the function returns.
+
+    Raises:
+        ValueError: no such name, or an argument the function does not take; both say
+            what there is.
+
+    Example:
+        >>> import textwrap
+        >>> fields = {"name": "indent", "text": "quoted", "prefix": "> "}
+        >>> call_named(textwrap, ml_collections.ConfigDict(fields), "quote")
+        '> quoted'
+    """
+    arguments = fields.to_dict()
+    name = arguments.pop("name")
+    names = [n for n in dir(namespace) if not n.startswith("_")]
+    if name not in names:
+        raise ValueError(
+            f"`config.{section}.name` {name!r}: {namespace.__name__} has "
+            f"{', '.join(names)}; nearest: {_near(name, names) or 'none'}."
+        )
+    function = getattr(namespace, name)
+    allowed = inspect.signature(function).parameters
+    for key in arguments:
+        if key not in allowed:
+            raise ValueError(
+                f"`config.{section}.{key}`: {name} takes no such argument; nearest: "
+                f"{_near(key, list(allowed)) or 'none'}, all: {', '.join(allowed)}."
+            )
+    return function(**arguments)

@@ -1,0 +1,187 @@
+"""What a run leaves behind: its curves as a picture, its results as JSON and table."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import rich.console
+import rich.table
+
+from jaxpeft.training._metrics import read_metrics
+
+REPORT_FILE = "report.json"
+CURVES_FILE = "curves.png"
+PACKAGES = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def plot_curves(folder: Path, *, score: str, title: str) -> Path:
+    """Draws the curves of a run from its metrics file.
+
+    Four panels over the steps: the task loss in training and in evaluation, the
+    penalty of the adapters, the learning rates, the score with its best value marked.
+
+    Args:
+        folder: the run's folder; it must hold a metrics file.
+        score: the name of the score in the ``eval`` events, ``"accuracy"``.
+        title: stands above the panels.
+
+    Returns:
+        the path of the picture, ``curves.png`` in ``folder``.
+
+    Raises:
+        ValueError: there is no ``train`` event to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train, evals = read_metrics(folder, "train"), read_metrics(folder, "eval")
+    if not train:
+        raise ValueError(f"`folder` {str(folder)!r} has no training step to draw yet.")
+    # A Figure of its own: pyplot's global state belongs to whoever calls us.
+    figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=140)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    panels = iter(figure.subplots(2, 2, sharex=True).flat)
+    for ax in figure.axes:
+        ax.margins(x=0.02, y=0.08)
+    colours = ("#0b6e99", "#d9730d", "#5c7f2b", "#8b46a8")
+
+    ax = next(panels)
+    steps, values = _series(train, "loss")
+    ax.plot(steps, values, color=colours[0], alpha=0.3, lw=1)
+    ax.plot(steps, _smooth(values), color=colours[0], lw=2, label="training, smoothed")
+    ax.plot(*_series(evals, "loss"), "o-", color=colours[1], ms=4, label="evaluation")
+    ax.set(title="Task loss", ylim=(0, None))
+    ax.legend(frameon=False)
+
+    ax = next(panels)
+    steps, values = _series(evals, score)
+    ax.plot(steps, values, "o-", color=colours[2], ms=4)
+    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+    if finite:
+        best = max(finite, key=values.__getitem__)
+        ax.axhline(values[best], color=colours[2], lw=0.8, ls=":")
+        ax.annotate(
+            f"best {values[best]:.4g} at step {steps[best]}",
+            (1, values[best]),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(-4, -14),
+            ha="right",
+        )
+    ax.set(title=f"Held-out {score}")
+
+    ax = next(panels)
+    ax.plot(*_series(train, "penalty"), color=colours[3], lw=1.8)
+    ax.set(title="Penalty of the adapters", xlabel="step")
+
+    ax = next(panels)
+    names = [key for key in train[0] if key.startswith("learning_rate/")]
+    for name, colour in zip(names, colours * len(names), strict=False):
+        label = name.partition("/")[2]
+        ax.plot(*_series(train, name), color=colour, lw=1.8, label=label)
+    ax.set(title="Learning rates", xlabel="step", ylim=(0, None))
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.legend(frameon=False)
+
+    for ax in figure.axes:
+        ax.title.set(fontsize=11, ha="left", x=0)
+        ax.grid(axis="y", color="#e6e6e6", lw=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure.savefig(folder / CURVES_FILE)
+    return folder / CURVES_FILE
+
+
+def _series(events: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one number; values that are not finite become gaps."""
+    pairs = [(e["step"], float(e[name])) for e in events if name in e]
+    return [s for s, _ in pairs], [
+        v if math.isfinite(v) else math.nan for _, v in pairs
+    ]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A running mean over about a thirtieth of the values, unbiased from the start."""
+    keep = 1 - 1 / max(len(values) / 30, 1)
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions and devices that a number depends on.
+
+    Example:
+        >>> sorted(versions())[:3]
+        ['devices', 'flax', 'jax']
+    """
+    device = jax.devices()[0]
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "processes": str(jax.process_count()),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def write_report(
+    folder: Path, results: dict[str, Any], config: ml_collections.ConfigDict
+) -> Path:
+    """Writes ``report.json``: the results, with config, versions and command inside.
+
+    Args:
+        folder: the run's folder.
+        results: what was found; JSON-able.
+        config: the run's config.
+
+    Returns:
+        the path of the file.
+    """
+    report = {
+        "results": results,
+        "config": config.to_dict(),
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    path = folder / REPORT_FILE
+    path.with_suffix(".new").write_text(json.dumps(report, indent=2) + "\n")
+    return path.with_suffix(".new").replace(path)
+
+
+def print_results(
+    rows: dict[str, Any], *, title: str, console: rich.console.Console | None = None
+) -> None:
+    """Prints the last table of a run, one row an entry, on the first process.
+
+    Args:
+        rows: {what: value}; values are shown with ``str``.
+        title: stands above the table.
+        console: where to write; None: standard output.
+    """
+    if jax.process_index() != 0:
+        return
+    console = rich.console.Console() if console is None else console
+    table = rich.table.Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, rich.text.Text(str(value)))
+    console.print(table)

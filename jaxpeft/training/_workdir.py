@@ -1,0 +1,130 @@
+"""The folder of a run: one process at a time, one config for good."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from jaxpeft.training._config import (
+    config_differences,
+    config_from_json,
+    config_to_json,
+)
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Iterator[Path]:
+    """Makes or reopens the folder of a run and holds it for as long as the context.
+
+    A folder that holds a run of the same config is reopened, so that the same command
+    resumes it. The lock is the operating system's (flock on ``.lock`` inside the
+    folder): it goes with the process that holds it, even when that is killed, so
+    nothing has to be cleaned up after a crash. With several processes, the first one
+    decides for all; they must see the same folder.
+
+    Args:
+        path: a local (or mounted) folder; made with its parents if it does not exist.
+        config: the run's config; written to ``config.json`` on the first call.
+
+    Yields:
+        the folder as an absolute path.
+
+    Raises:
+        ValueError: a URL instead of a folder; a folder with other things in it; a run
+            of another config (the differing fields are listed).
+        RuntimeError: another living process holds the folder.
+    """
+    if "://" in str(path):
+        raise ValueError(
+            f"`workdir` {str(path)!r} is a URL; give a folder. A bucket can be mounted "
+            f"as one (gcsfuse, mountpoint-s3)."
+        )
+    folder = Path(path).absolute()
+    with contextlib.ExitStack() as stack:
+        error = None
+        if jax.process_index() == 0:
+            try:
+                _check_content(folder, config)
+                stack.enter_context(_locked(folder))
+                _write_config(folder, config)
+            except (ValueError, RuntimeError) as raised:
+                error = raised
+        _agree(error, folder)
+        yield folder
+
+
+def _agree(error: Exception | None, folder: Path) -> None:
+    """Raises ``error`` on the first process, and says so on all others."""
+    failed = error is not None
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(
+            f"`workdir` {str(folder)!r} was refused by process 0; its message says why."
+        )
+
+
+def _check_content(folder: Path, config: ml_collections.ConfigDict) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`workdir` {str(folder)!r} is a file; give a folder.")
+    held = folder / CONFIG_FILE
+    if not held.exists():
+        others = {file.name for file in folder.glob("*")} - {LOCK_FILE}
+        if others:
+            raise ValueError(
+                f"`workdir` {str(folder)!r} is not empty and holds no run "
+                f"({', '.join(sorted(others)[:5])}); give a new folder: --workdir=PATH."
+            )
+        return
+    differences = config_differences(config_from_json(held.read_text()), config)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"`workdir` {str(folder)!r} holds a run of another config:\n  {listed}\n"
+            f"To start this one, give another folder (--workdir=PATH) or delete that "
+            f"one; to resume that one, put its values back."
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # The holder may not have written who it is yet.
+            holder = os.read(file, 4096).decode() or "unknown"
+            raise RuntimeError(
+                f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
+                f"Wait for it, stop it, or give another folder: --workdir=PATH."
+            ) from None
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "argv": sys.argv}
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(holder).encode())
+        yield
+    finally:
+        os.close(file)  # drops the lock
+
+
+def _write_config(folder: Path, config: ml_collections.ConfigDict) -> None:
+    if not (folder / CONFIG_FILE).exists():
+        fresh = folder / f"{CONFIG_FILE}.new"
+        fresh.write_text(config_to_json(config))
+        fresh.replace(folder / CONFIG_FILE)  # whole or not at all

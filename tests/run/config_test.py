@@ -1,0 +1,104 @@
+import ml_collections
+import pytest
+
+from jaxpeft import training
+
+FILE = """
+import ml_collections
+def get_config(task="cola", size="base"):
+    config = ml_collections.ConfigDict()
+    config.task, config.size = task, size
+    config.adapter = dict(name="indent", rank=8, alpha=16.0, flag=True)
+    config.targets = ("query", "key")
+    config.limit = None
+    return config
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.py"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("adapter.rank=16", 16),
+        ("adapter.alpha=8", 8.0),
+        ("adapter.alpha=1e-4", 1e-4),
+        ("adapter.flag=false", False),
+        ("adapter.name=kasa", "kasa"),
+        ("targets=value", ("value",)),
+        ("targets=query,value", ("query", "value")),
+        ("targets=('a', 'b')", ("a", "b")),
+        ("limit=3", 3),
+        ("limit=None", None),
+        ("limit=train[:9%]", "train[:9%]"),
+        ("task=a=b", "a=b"),
+    ],
+)
+def test_overrides_take_the_type_of_what_they_replace(file, text, value):
+    config = training.load_config(file, [text])
+    got = training.flat_config(config)[text.partition("=")[0]]
+    assert got == value and type(got) is type(value)
+    with pytest.raises((AttributeError, KeyError)):
+        config.new_field = 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapter.rnak=16", "no such field; nearest: .'adapter.rank'"),
+        ("rank=16", "no such field; nearest: .'adapter.rank'"),
+        ("adapter.rank.x=16", "no such field"),
+        ("adapter.rank=1.5", "adapter.rank` is of type int .now 8. and cannot be"),
+        ("adapter.flag=maybe", "is of type bool"),
+        ("adapter=3", "is a section, not a value; set one of its fields: .'adapter.al"),
+        ("adapter.rank", "has no value"),
+    ],
+)
+def test_a_wrong_override_names_the_field(file, text, message):
+    with pytest.raises(ValueError, match=message):
+        training.load_config(file, [text])
+
+
+def test_the_file_takes_arguments(file):
+    config = training.load_config(f"{file}:task=rte,size=large")
+    assert (config.task, config.size) == ("rte", "large")
+    with pytest.raises(ValueError, match="'tsk=rte' is not an arg.*'task', 'size'"):
+        training.load_config(f"{file}:tsk=rte")
+
+
+def test_a_missing_file_names_its_neighbours(file):
+    with pytest.raises(ValueError, match="no file .*rum.py.*nearest.*run.py"):
+        training.load_config(file.with_name("rum.py"))
+    empty = file.with_name("empty.py")
+    empty.write_text("")
+    with pytest.raises(ValueError, match="has no function get_config"):
+        training.load_config(empty)
+
+
+def test_json_and_back(file):
+    config = training.load_config(file)
+    again = training.config_from_json(training.config_to_json(config))
+    assert again == config and again.is_locked
+    changed = training.load_config(file, ["adapter.rank=4", "targets=value"])
+    assert training.config_differences(config, again) == []
+    assert training.config_differences(config, changed) == [
+        "adapter.rank: 8, now 4",
+        "targets: ('query', 'key'), now ('value',)",
+    ]
+    fewer = ml_collections.ConfigDict({"seed": 0})
+    assert "seed: absent, now 0" in training.config_differences(config, fewer)
+
+
+def test_call_named_says_what_there_is():
+    import textwrap
+
+    section = lambda **fields: ml_collections.ConfigDict(fields)
+    with pytest.raises(ValueError, match=r"config.q.name` 'indnet'.*nearest.*indent"):
+        training.call_named(textwrap, section(name="indnet"), "q")
+    with pytest.raises(ValueError, match="config.q.prefx`.*nearest: .'prefix'"):
+        training.call_named(textwrap, section(name="indent", text="a", prefx=""), "q")

@@ -1,0 +1,33 @@
+import io
+import re
+
+import rich.console
+
+from jaxpeft import training
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=40)
+    with training.progress(10, done=2, console=console) as bar:
+        bar.advance()
+        bar.show(4, loss=0.51234, tokens_per_second=12345.6)
+        bar.show(10, accuracy=0.9)
+        with bar.phase("evaluation", 100) as advance:
+            advance(60)
+        bar.note("[red] stays as it is")
+    first, second, third = text.getvalue().splitlines()
+    assert re.fullmatch(r"step 4/10  loss 0.512  .* 12,346  left \d+:\d\d", first)
+    assert second.startswith("step 10/10  loss 0.512") and "accuracy 0.9" in second
+    assert second.endswith("left 0:00") and third == "[red] stays as it is"
+
+
+def test_a_bar_in_a_terminal():
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=120, force_terminal=True)
+    with training.progress(10, console=console) as bar:
+        with bar.phase("evaluation", 100) as advance:
+            advance(100)
+        bar.show(10, loss=0.25)
+    assert "10/10" in text.getvalue() and "loss 0.25" in text.getvalue()
+    assert "step 10/10" not in text.getvalue()

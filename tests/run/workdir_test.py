@@ -1,0 +1,77 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from jaxpeft import training
+
+
+def config(**fields):
+    return ml_collections.ConfigDict({"seed": 0, "adapter": {"rank": 8}} | fields)
+
+
+def test_a_new_folder_keeps_its_config_and_reopens(tmp_path):
+    for _ in range(2):
+        with training.open_workdir(tmp_path / "a/run", config()) as folder:
+            assert json.loads((folder / "config.json").read_text())["seed"] == 0
+
+
+def test_another_config_is_refused_field_by_field(tmp_path):
+    with training.open_workdir(tmp_path / "run", config()):
+        pass
+    other = config(adapter={"rank": 16}, extra=1)
+    with pytest.raises(ValueError, match="rank: 8, now 16\n  extra: absent, now"):
+        with training.open_workdir(tmp_path / "run", other):
+            pass
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="holds no run .thesis.tex.; give a new"):
+        with training.open_workdir(tmp_path, config()):
+            pass
+    with pytest.raises(ValueError, match="is a file"):
+        with training.open_workdir(tmp_path / "thesis.tex", config()):
+            pass
+    with pytest.raises(ValueError, match="is a URL"):
+        with training.open_workdir("gs://bucket/run", config()):
+            pass
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_one_run_at_a_time(tmp_path):
+    with training.open_workdir(tmp_path / "run", config()):
+        with pytest.raises(RuntimeError, match=f"in use .*{os.getpid()}.*--workdir"):
+            with training.open_workdir(tmp_path / "run", config()):
+                pass
+    with training.open_workdir(tmp_path / "run", config()):
+        pass
+
+
+HOLD = """
+import sys, time, ml_collections
+from jaxpeft import training
+config = ml_collections.ConfigDict({"seed": 0, "adapter": {"rank": 8}})
+with training.open_workdir(sys.argv[1], config):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(RuntimeError, match=f"in use .*{process.pid}"):
+                with training.open_workdir(tmp_path / "run", config()):
+                    pass
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    with training.open_workdir(tmp_path / "run", config()):
+        pass
