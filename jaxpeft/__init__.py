@@ -3,6 +3,7 @@
 from jaxpeft.adapters import full as full
 from jaxpeft.adapters import kasa as kasa
 from jaxpeft.adapters import lora as lora
+from jaxpeft.core import adapt as adapt
 from jaxpeft.core import attach as attach
 from jaxpeft.core import combine as combine
 from jaxpeft.core import count as count

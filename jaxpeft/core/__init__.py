@@ -1,11 +1,13 @@
 """The idea: adapted trees, and the transform that runs them."""
 
+from jaxpeft.core._adapt import adapt as adapt
 from jaxpeft.core._adapter import Adapter as Adapter
 from jaxpeft.core._adapter import Factors as Factors
 from jaxpeft.core._adapter import method as method
 from jaxpeft.core._attach import attach as attach
 from jaxpeft.core._describe import Description as Description
 from jaxpeft.core._describe import describe as describe
+from jaxpeft.core._evaluate import UnsupportedError as UnsupportedError
 from jaxpeft.core._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.core._node import Site as Site
 from jaxpeft.core._tree import combine as combine

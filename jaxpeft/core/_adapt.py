@@ -1,0 +1,149 @@
+"""``adapt``: a JAX transformation that runs a function on adapted trees."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxpeft.core import _compat
+from jaxpeft.core._bound import Bound, bind
+from jaxpeft.core._contract import Uses
+from jaxpeft.core._control import joined
+from jaxpeft.core._evaluate import Evaluator
+from jaxpeft.core._node import is_node
+
+Tap = Callable[[Any, dict, dict], Any]
+
+
+def adapt(
+    fn: Callable[..., Any],
+    *,
+    unsupported: Literal["error", "materialise"] = "error",
+    taps: Tap | None = None,
+) -> Callable[..., Any]:
+    r"""Makes a function understand adapted trees; its code stays as it is.
+
+    The function is traced once with plain arrays in place of the adapted kernels.
+    Each kernel is then followed through the trace to where it meets its input, and
+
+    .. math:: y = \big((x c) W + \phi((x c) a)\, b\big) o
+
+    is computed there. No merged kernel is formed, and none has a gradient. Loops,
+    rematerialisation, shardings and nested transformations of the function stay.
+
+    Args:
+        fn: any JAX function, such as ``model.apply``. Its outputs must be arrays.
+        unsupported: what happens where the function uses a kernel in a way that has
+            no rule (concatenates weights, takes their norm, ...): ``"error"``
+            raises and names the place, ``"materialise"`` forms the merged kernel
+            there and warns.
+        taps: ``(x [..., d_in], frozen, trainable) -> pytree``, a pure function of the
+            input and of the adapter's two-dimensional leaves, evaluated at every
+            contraction of an adapted kernel (not at look-ups); ``None`` for none.
+
+    Returns:
+        A function of the same signature. Adapted kernels may be anywhere among its
+        arguments; without any it does what ``fn`` does. Arguments that are no arrays
+        are static. With ``taps`` it returns ``(out, {site: statistics})``: a scan
+        over layers puts a layer axis in front, several uses of one site a use axis.
+
+    Raises:
+        UnsupportedError: as above (a ``NotImplementedError``), when called.
+        ValueError: ``unsupported`` is neither word.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
+        >>> adapted = jp.attach(params, jp.lora(rank=1), ["w"], key=jax.random.key(0))
+        >>> jp.adapt(lambda params, x: x @ params["w"])(adapted, x)
+        Array([[3., 3.]], dtype=float32)
+    """
+    if unsupported not in ("error", "materialise"):
+        raise ValueError(
+            f'`unsupported` must be "error" or "materialise", got {unsupported!r}'
+        )
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function, got {type(fn).__name__}")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(static: "_Static", arrays: list):
+        return _run(fn, static, arrays, unsupported, taps)
+
+    @functools.wraps(fn)
+    def wrapped(*args, **kwargs):
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+        arrays = [x for x in leaves if _is_array(x)]
+        rest = tuple(None if _is_array(x) else _Box(x) for x in leaves)
+        return call(_Static(treedef, rest), arrays)
+
+    return wrapped
+
+
+def _is_array(x: Any) -> bool:
+    return is_node(x) or isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+class _Box:
+    """A static argument; compares by value, or by identity where it has no hash."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self.code = hash(value)
+        except TypeError:
+            self.code = None
+
+    def __hash__(self) -> int:
+        return id(self.value) if self.code is None else self.code
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Box) or type(self.value) is not type(other.value):
+            return False
+        if self.code is None or other.code is None:
+            return self.value is other.value
+        return self.value is other.value or bool(self.value == other.value)
+
+
+class _Static:
+    """All of a call's arguments that are not arrays."""
+
+    def __init__(self, treedef, rest: tuple):
+        self.treedef, self.rest = treedef, rest
+
+    def __hash__(self) -> int:
+        return hash((self.treedef, self.rest))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Static)
+            and self.treedef == other.treedef
+            and self.rest == other.rest
+        )
+
+
+def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
+    """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels."""
+
+    def flat_fn(plain: list):
+        values = iter(plain)
+        leaves = [next(values) if box is None else box.value for box in static.rest]
+        args, kwargs = static.treedef.unflatten(leaves)
+        return fn(*args, **kwargs)
+
+    plain = [x.base if is_node(x) else x for x in arrays]
+    closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
+    jaxpr, consts = _compat.opened(closed)
+    values = [bind(x, taps is not None) if is_node(x) else x for x in arrays]
+    evaluate = Evaluator(unsupported)
+    uses = Uses(taps, {})
+    outs = evaluate(jaxpr, consts, values, uses)
+    outs = [
+        evaluate.arrays(x, "return", "its end", "the function returns the kernel")
+        if isinstance(x, Bound)
+        else x
+        for x in outs
+    ]
+    out = jax.tree.structure(shape).unflatten(outs)
+    return out if taps is None else (out, joined(uses.tapped))

@@ -1,0 +1,363 @@
+"""A kernel on its way to its contraction: base, factors, and the roles of its axes.
+
+``adapt`` binds every adapted kernel once, on entry. What the model then does to the
+kernel before it uses it (transpose, reshape, slice, ...) is done here to the base and
+to the factors alike.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core._lift import dims_of, layer_leaves, lifted_factors
+from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel
+
+
+class NoRule(Exception):
+    """An equation that the library cannot follow a kernel through; says why."""
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """A kernel and its factors at one place of a program.
+
+    Attributes:
+        base: the kernel, ``roles`` in order.
+        a, b: ``[*batch, *in, r]`` and ``[*batch, r, *out]``, or ``None``.
+        fixed: a pair like ``(a, b)`` that neither dropout nor phi touches, or ``None``.
+        c, o: ``[*batch, *in]`` and ``[*batch, *out]``, or ``None``.
+        phi: a ``Partial`` whose arrays have the batch axes first, or ``None``.
+        key: dropout keys ``[*batch]``, or ``None``.
+        leaves: ``(frozen, trainable)`` for taps, batch axes first, or ``None``.
+        names: the roles of the base's axes when it was bound; slicing a leading axis
+            leaves the last ``base.ndim`` of them valid.
+        path: the site.
+        dropout: the probability of dropping an entry of the input.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    fixed: Any
+    c: Any
+    o: Any
+    phi: Any
+    key: Any
+    leaves: Any
+    names: tuple[str, ...]
+    path: str
+    dropout: float
+
+    def tree_flatten(self):
+        arrays = (self.base, self.a, self.b, self.fixed, self.c, self.o)
+        arrays += (self.phi, self.key, self.leaves)
+        return arrays, (self.names, self.path, self.dropout)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        return cls(*arrays, *static)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.names[len(self.names) - self.base.ndim :]
+
+    def replace(self, **changes) -> "Bound":
+        return dataclasses.replace(self, **changes)
+
+    def dims(self, role: str) -> tuple[int, ...]:
+        return dims_of(self.base.shape, self.roles, role)
+
+
+def bind(node: AdaptedKernel, taps: bool):
+    """Computes a node's factors; returns a ``Bound`` or, where it suffices, an array.
+
+    Without dropout and phi the fixed pair joins the trained one: two thin matmuls
+    at the site instead of four.
+    """
+    f = lifted_factors(node)
+    base = node.base if f.kernel is None else f.kernel
+    a, b, fixed = f.a, f.b, f.fixed
+    if all(x is None for x in (a, b, f.c, f.o, fixed)):
+        return base
+    if fixed is not None and node.key is None and f.phi is None:
+        a, b = _join((a, b), fixed, rank_axis=len(dims_of(base.shape, _r(node), BATCH)))
+        fixed = None
+    leaves = None
+    if taps:
+        batch = dims_of(base.shape, _r(node), BATCH)
+        leaves = jax.tree.map(
+            lambda x: x.reshape(batch + x.shape[1:]), layer_leaves(node)
+        )
+    return Bound(
+        base=base,
+        a=a,
+        b=b,
+        fixed=fixed,
+        c=f.c,
+        o=f.o,
+        phi=f.phi,
+        key=node.key,
+        leaves=leaves,
+        names=node.site.roles,
+        path=node.site.path,
+        dropout=node.adapter.dropout,
+    )
+
+
+def _r(node: AdaptedKernel) -> tuple[str, ...]:
+    return node.site.roles
+
+
+def _join(pair, fixed, rank_axis: int):
+    if pair[0] is None:
+        return fixed
+    (a, b), (a0, b0) = pair, fixed
+    wide = jnp.promote_types(a.dtype, a0.dtype)
+    a, b, a0, b0 = (x.astype(wide) for x in (a, b, a0, b0))
+    return jnp.concatenate([a, a0], -1), jnp.concatenate([b, b0], rank_axis)
+
+
+def materialise(w: Bound):
+    """The merged kernel, in place: what ``adapt`` exists to avoid."""
+    if w.phi is not None:
+        raise NoRule("its method depends on the input, so it cannot be materialised")
+    roles = w.roles
+    wide = [x.dtype for x in (w.base, w.b, w.c, w.o) if x is not None]
+    dtype = jnp.result_type(*(jnp.promote_types(wide[0], d) for d in wide))
+    batch, d_in, d_out = w.dims(BATCH), w.dims(IN), w.dims(OUT)
+    matrix = _ordered(w).astype(dtype)
+    flat = (*batch, math.prod(d_in), math.prod(d_out))
+    matrix = matrix.reshape(flat)
+    for a, b in ((w.a, w.b), w.fixed or (None, None)):
+        if a is not None:
+            a = a.reshape(*batch, flat[-2], -1).astype(dtype)
+            matrix = matrix + a @ b.reshape(*batch, a.shape[-1], flat[-1]).astype(dtype)
+    if w.c is not None:
+        matrix = matrix * w.c.reshape(*batch, -1, 1).astype(dtype)
+    if w.o is not None:
+        matrix = matrix * w.o.reshape(*batch, 1, -1).astype(dtype)
+    matrix = matrix.reshape(batch + d_in + d_out).astype(w.base.dtype)
+    order = _order(roles)
+    return matrix.transpose(tuple(order.index(i) for i in range(len(order))))
+
+
+def _order(roles) -> tuple[int, ...]:
+    """The base's axes, batch first, then in, then out."""
+    return sum(
+        (tuple(i for i, r in enumerate(roles) if r == x) for x in (BATCH, IN, OUT)), ()
+    )
+
+
+def _ordered(w: Bound):
+    return w.base.transpose(_order(w.roles))
+
+
+# --- the axes of each factor --------------------------------------------------------
+
+_RANK = "rank"
+_LAYOUT = {
+    "a": (BATCH, IN, _RANK),
+    "b": (BATCH, _RANK, OUT),
+    "c": (BATCH, IN),
+    "o": (BATCH, OUT),
+    "rest": (BATCH,),
+}
+
+
+def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
+    """Applies ``f(array, layout)`` to every factor."""
+
+    def each(kind, x):
+        return jax.tree.map(lambda leaf: f(leaf, _LAYOUT[kind]), x)
+
+    fixed = None
+    if w.fixed is not None:
+        fixed = (each("a", w.fixed[0]), each("b", w.fixed[1]))
+    return w.replace(
+        a=each("a", w.a),
+        b=each("b", w.b),
+        fixed=fixed,
+        c=each("c", w.c),
+        o=each("o", w.o),
+        phi=each("rest", w.phi),
+        key=each("rest", w.key),
+        leaves=each("rest", w.leaves),
+        **base,
+    )
+
+
+def _positions(w: Bound, layout) -> list[int | None]:
+    """The base's axis behind each axis of a factor; ``None`` for the rank."""
+    where: list[int | None] = []
+    for role in layout:
+        if role == _RANK:
+            where.append(None)
+        else:
+            where += [i for i, r in enumerate(w.roles) if r == role]
+    return where
+
+
+def transpose(w: Bound, permutation: tuple[int, ...]) -> Bound:
+    """Permutes the kernel's axes; factors keep batch first, then in or out."""
+    names = tuple(w.roles[p] for p in permutation)
+    after = {old: new for new, old in enumerate(permutation)}
+
+    def permute(x, layout):
+        old = _positions(w, layout)
+        spots, at = [], 0
+        for role in layout:  # each role's axes, in their new order
+            count = 1 if role == _RANK else w.roles.count(role)
+            spots += sorted(range(at, at + count), key=lambda i: after.get(old[i], 0))
+            at += count
+        spots += range(at, x.ndim)  # a leaf's own axes, behind the batch axes
+        return x if spots == list(range(x.ndim)) else x.transpose(spots)
+
+    return _map_factors(w, permute, base=w.base.transpose(permutation), names=names)
+
+
+def _reroled(w: Bound, base, names: tuple[str, ...]) -> Bound:
+    """Reshapes every factor to the sizes that a reshaped base gives its roles."""
+    dims = {role: dims_of(base.shape, names, role) for role in (BATCH, IN, OUT)}
+
+    def reshape(x, layout):
+        shape, at = (), 0
+        for role in layout:
+            if role == _RANK:
+                shape, at = (*shape, x.shape[at]), at + 1
+            else:
+                shape, at = shape + dims[role], at + w.roles.count(role)
+        return x.reshape(shape + x.shape[at:])
+
+    return _map_factors(w, reshape, base=base, names=names)
+
+
+def reshape(w: Bound, shape: tuple[int, ...]) -> Bound:
+    """Splits or joins axes of one role; never mixes two."""
+    old, new = w.base.shape, tuple(shape)
+    names: list[str] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        # The smallest group of old axes that makes a group of new ones.
+        i0, j0 = i, j
+        left = old[i] if i < len(old) else 1
+        right = new[j] if j < len(new) else 1
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        roles = {w.roles[k] for k in range(i0, i) if old[k] > 1}
+        if len(roles) > 1:
+            raise NoRule(f"the reshape {old} -> {new} joins {' and '.join(roles)} axes")
+        names += [roles.pop() if roles else BATCH] * (j - j0)
+    return _reroled(w, w.base.reshape(new), tuple(names))
+
+
+def assign(w: Bound, names: tuple[str, ...]) -> Bound:
+    """Gives axes of size one another role; refuses for any other axis."""
+    for size, mine, theirs in zip(w.base.shape, w.roles, names, strict=True):
+        if size > 1 and mine != theirs:
+            raise NoRule(
+                f"an axis of size {size} is {mine!r}, but is used as {theirs!r}"
+            )
+    return w if names == w.roles else _reroled(w, w.base, names)
+
+
+def broadcast(w: Bound, shape: tuple[int, ...], where: tuple[int, ...]) -> Bound:
+    """``lax.broadcast_in_dim``: new axes, and axes that grow, become batch axes."""
+    kept = tuple(
+        w.base.shape[where.index(i)] if i in where else 1 for i in range(len(shape))
+    )
+    names = tuple(
+        w.roles[where.index(i)] if i in where and kept[i] == n else BATCH
+        for i, n in enumerate(shape)
+    )
+    grown = _reroled(_dropped_ones(w), w.base.reshape(kept), names)
+    sizes = dict(enumerate(shape))
+
+    def widen(x, layout):
+        now = _positions(grown, layout)
+        full = tuple(x.shape[k] if i is None else sizes[i] for k, i in enumerate(now))
+        return jnp.broadcast_to(x, full + x.shape[len(now) :])
+
+    return _map_factors(grown, widen, base=jnp.broadcast_to(grown.base, shape))
+
+
+def _dropped_ones(w: Bound) -> Bound:
+    """The kernel without its axes of size one."""
+    shape = tuple(n for n in w.base.shape if n > 1)
+    names = tuple(r for n, r in zip(w.base.shape, w.roles, strict=True) if n > 1)
+    return _reroled(w, w.base.reshape(shape), names)
+
+
+def along(w: Bound, axis: int, f: Callable[[Any, int], Any]) -> Bound:
+    """Applies ``f(array, position)`` to the base and all that follow one axis."""
+    role = w.roles[axis]
+    if w.phi is not None and role == IN:
+        raise NoRule("its method reads the whole input, but the kernel's input is cut")
+
+    def cut(x, layout):
+        where = _positions(w, layout)
+        return f(x, where.index(axis)) if axis in where else x
+
+    return _map_factors(w, cut, base=f(w.base, axis))
+
+
+def scaled(w: Bound, f: Callable[[Any], Any]) -> Bound:
+    """Applies a linear ``f`` (times a number, negation) to the kernel."""
+    fixed = None if w.fixed is None else (w.fixed[0], f(w.fixed[1]))
+    b = None if w.b is None else f(w.b)
+    return w.replace(base=f(w.base), b=b, fixed=fixed)
+
+
+def swapped(w: Bound) -> Bound:
+    """The same kernel for its transposed use: in and out change places."""
+    if w.phi is not None:
+        raise NoRule("its method depends on the input and is used transposed")
+    n = len(w.dims(BATCH))
+
+    def turn(pair):
+        a, b = pair
+        if a is None:
+            return pair
+        return jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n)
+
+    a, b = turn((w.a, w.b))
+    other = {IN: OUT, OUT: IN, BATCH: BATCH}
+    return w.replace(
+        a=a,
+        b=b,
+        fixed=None if w.fixed is None else turn(w.fixed),
+        c=w.o,
+        o=w.c,
+        names=tuple(other[r] for r in w.roles),
+    )
+
+
+def same(x: Any, y: Bound) -> bool:
+    """Whether a loop gave back the kernel that it was given."""
+    return isinstance(x, Bound) and x.base is y.base and x.a is y.a and x.b is y.b
+
+
+def with_base(w: Bound, f: Callable[[Any], Any]) -> Bound:
+    """Applies ``f`` to the base alone; the adapter keeps its own dtype."""
+    base = f(w.base)
+    if not jnp.issubdtype(base.dtype, jnp.floating):
+        raise NoRule(f"the kernel becomes {base.dtype}")
+    return w.replace(base=base)
+
+
+def map_layout(w: Bound, f: Callable[[list], Any], base: Any) -> Bound:
+    """A tree like ``w`` with ``f(base axis behind each axis)`` for each factor."""
+
+    def each(x, layout):
+        where = _positions(w, layout)
+        return f(where + [None] * (x.ndim - len(where)))
+
+    return _map_factors(w, each, base=base)

@@ -1,0 +1,56 @@
+"""All that depends on the version of jax: names inside equations, and their places."""
+
+import os
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_JAX = os.path.dirname(os.path.abspath(jax.__file__))
+
+
+def opened(jaxpr: Any) -> tuple[Any, list]:
+    """``(jaxpr, consts)`` of a closed or an open jaxpr (one class from jax 0.11)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def closed(invars, outvars, eqns) -> Any:
+    """A closed jaxpr of some equations of another one."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    return jex.ClosedJaxpr(jex.Jaxpr([], invars, outvars, eqns, effects), [])
+
+
+def scan_counts(params: dict) -> tuple[int, int]:
+    """``(number of constants, number of carries)`` of a scan's operands."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.11 and later
+    return len(tuple(consts)), len(tuple(carry))
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """Whether a jit left a sharding open."""
+    return not isinstance(sharding, jax.sharding.Sharding)
+
+
+def manual_axes(params: dict) -> frozenset:
+    """The mesh axes that a ``shard_map`` makes manual."""
+    return frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
+
+
+def place(eqn: Any) -> str:
+    """``file:line (function)`` of the user's code behind an equation.
+
+    The innermost frame outside of jax, flax and this library; where there is none,
+    the innermost outside of jax.
+    """
+    traceback = eqn.source_info.traceback
+    frames = list(traceback.frames) if traceback is not None else []
+    frames = [
+        f for f in frames if not f.file_name.startswith((_JAX, _HERE)) and f.line_num
+    ]
+    own = [f for f in frames if f"{os.sep}flax{os.sep}" not in f.file_name]
+    for frame in own or frames:
+        return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return "an unknown line"

@@ -1,0 +1,382 @@
+"""Where a kernel meets its input: ``y = ((x c) W + phi((x c) a) b) o``.
+
+Every rule here computes the model's own contraction with the base, as the model
+wrote it, and adds two thin ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft.core._bound import Bound, NoRule, along, assign, swapped
+from jaxpeft.core._node import BATCH, IN, OUT
+
+# A remat policy that keeps this name spares recomputing outputs that are scaled.
+UNSCALED = "jaxpeft_unscaled"
+
+
+@dataclasses.dataclass
+class Uses:
+    """What one call of an adapted function gathers at its sites.
+
+    Attributes:
+        tap: the user's function of ``(x, frozen, trainable)``, or ``None``.
+        numbers: the uses of each site, by the equations that lead to them; shared by
+            all bodies of one trace, so that tracing a body twice changes nothing.
+        tapped: ``(path, statistics)`` in order.
+        frames: the equations that this body lies in.
+    """
+
+    tap: Callable[..., Any] | None
+    numbers: dict[str, dict[tuple[int, ...], int]]
+    tapped: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+    frames: tuple[int, ...] = ()
+
+    def at(self, eqn) -> "Uses":
+        """The same gathering, one equation further in."""
+        return dataclasses.replace(self, frames=(*self.frames, id(eqn)))
+
+    def child(self) -> "Uses":
+        """For the body of a loop or branch, whose statistics come out on their own."""
+        return dataclasses.replace(self, tapped=[])
+
+    def number(self, path: str) -> int:
+        """Which use of the site this is, in the order of the program."""
+        seen = self.numbers.setdefault(path, {})
+        return seen.setdefault(self.frames, len(seen))
+
+
+def _dot(x, x_labels, w, w_labels, out_labels, precision=None):
+    """Contracts labelled arrays: labels in both and not in ``out`` are summed."""
+    both = [l for l in x_labels if l in w_labels]
+    batch = [l for l in both if l in out_labels]
+    summed = [l for l in both if l not in out_labels]
+    y = lax.dot_general(
+        x,
+        w,
+        (
+            ([x_labels.index(l) for l in summed], [w_labels.index(l) for l in summed]),
+            ([x_labels.index(l) for l in batch], [w_labels.index(l) for l in batch]),
+        ),
+        precision=precision,
+        preferred_element_type=jnp.promote_types(x.dtype, w.dtype),
+    )
+    labels = batch + [l for l in x_labels if l not in both]
+    labels += [l for l in w_labels if l not in both]
+    order = [labels.index(l) for l in out_labels]
+    return y if order == list(range(len(order))) else y.transpose(order)
+
+
+def _spread(x, labels, out_labels):
+    """Transposes and reshapes ``x`` so that it broadcasts along ``out_labels``."""
+    order = sorted(range(len(labels)), key=lambda i: out_labels.index(labels[i]))
+    x = x.transpose(order)
+    sizes = {labels[i]: x.shape[k] for k, i in enumerate(order)}
+    return x.reshape(tuple(sizes.get(l, 1) for l in out_labels))
+
+
+def _times(x, scale):
+    """Multiplies in the wider dtype, returns ``x``'s own."""
+    wide = jnp.promote_types(x.dtype, scale.dtype)
+    shape = jnp.broadcast_shapes(x.shape, scale.shape)
+    scale = jnp.broadcast_to(scale.astype(wide), shape)
+    return (jnp.broadcast_to(x, shape).astype(wide) * scale).astype(x.dtype)
+
+
+def dropped(x, w: Bound, uses: Uses):
+    """Inverted dropout on the low-rank path's input; the identity without a key."""
+    if w.key is None or not w.dropout:
+        return x
+    key = jax.random.fold_in(w.key.reshape(-1)[0], uses.number(w.path))
+    for name in sorted(getattr(jax.typeof(x), "vma", ())):  # each shard draws its own
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    keep = jax.random.bernoulli(key, 1 - w.dropout, x.shape)
+    scaled = x * jnp.asarray(1 / (1 - w.dropout), x.dtype)
+    return jnp.where(keep, scaled, jnp.zeros_like(x))
+
+
+def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, h=None):
+    """A ``dot_general`` of a kernel with an input.
+
+    Args:
+        w: the kernel.
+        x: the other operand.
+        params: the equation's parameters.
+        kernel_first: whether the kernel is the left operand.
+        uses: what the call gathers.
+        run: ``run(x, base)`` issues the model's own contraction.
+        h: the input's down-projection where it is known already.
+    """
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    sides = (left, left_batch), (right, right_batch)
+    (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
+    w = oriented(w, w_sum, w_batch)
+    n = w.base.ndim
+    w_labels = [("w", i) for i in range(n)]
+    x_labels: list[tuple[str, int]] = [("x", i) for i in range(x.ndim)]
+    for i, j in zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True):
+        x_labels[i] = w_labels[j]
+    shared = [w_labels[i] for i in w_batch]
+    x_free = [l for l in x_labels if l[0] == "x"]
+    w_free = [w_labels[i] for i in range(n) if i not in (*w_sum, *w_batch)]
+    out = shared + (w_free + x_free if kernel_first else x_free + w_free)
+
+    ins, outs, batch = (
+        [w_labels[i] for i, r in enumerate(w.roles) if r == role]
+        for role in (IN, OUT, BATCH)
+    )
+    if w.leaves is not None and uses.tap is not None:
+        uses.tapped.append((w.path, _tapped(w, x, x_labels, batch, ins, uses.tap)))
+    if w.c is not None:
+        # An expert axis that the input lacks must be spelled out to scale the input.
+        wider = [l for l in batch if l not in x_labels] + x_labels
+        x = x.reshape((1,) * (len(wider) - x.ndim) + x.shape)
+        x = _times(x, _spread(w.c, batch + ins, wider))
+        if wider == x_labels:
+            y = run(x, w.base)
+        else:
+            y = _dot(x, wider, w.base, w_labels, out, _precision(params))
+            y = y.astype(params["preferred_element_type"] or y.dtype)
+        x_labels = wider
+    else:
+        y = run(x, w.base)
+
+    precision = _precision(params)
+    h_labels = batch + x_free + [("r", 0)]
+    delta = None
+    if w.a is not None:
+        if h is None:
+            z = dropped(x, w, uses)
+            h = _dot(z, x_labels, w.a, batch + ins + [("r", 0)], h_labels, precision)
+        if w.phi is not None:
+            h = _gated(w.phi, x, x_labels, h, batch, x_free, ins)
+        delta = _dot(h, h_labels, w.b, batch + [("r", 0)] + outs, out, precision)
+    if w.fixed is not None:
+        a, b = w.fixed
+        h = _dot(x, x_labels, a, batch + ins + [("r", 0)], h_labels, precision)
+        more = _dot(h, h_labels, b, batch + [("r", 0)] + outs, out, precision)
+        delta = more if delta is None else delta + more
+    return finish(y, delta, w.o, lambda o: _spread(o, batch + outs, out))
+
+
+def oriented(w: Bound, summed, batch) -> Bound:
+    """The kernel with in axes summed; swaps in and out for a transposed use."""
+    big = lambda axes: {i for i in axes if w.base.shape[i] > 1}
+    have = {
+        role: big(i for i, r in enumerate(w.roles) if r == role)
+        for role in (IN, OUT, BATCH)
+    }
+    if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
+        w = swapped(w)
+    elif big(summed) != have[IN]:
+        raise NoRule(
+            f"axes {tuple(summed)} of shape {w.base.shape} are summed, but its roles "
+            f"are {' '.join(w.roles)!r}: all of its in axes must be, and no other"
+        )
+    if big(batch) - {i for i, r in enumerate(w.roles) if r == BATCH}:
+        raise NoRule(
+            f"axes {tuple(batch)} of shape {w.base.shape} are batch axes of the "
+            f"contraction, but its roles are {' '.join(w.roles)!r}"
+        )
+    names = tuple(
+        IN if i in summed else BATCH if i in batch else BATCH if r == BATCH else OUT
+        for i, r in enumerate(w.roles)
+    )
+    return assign(w, names)
+
+
+def finish(y, delta, o, spread):
+    """Adds the low-rank part and scales, wide; rounds once to ``y``'s dtype."""
+    if delta is None and o is None:
+        return y
+    dtype = y.dtype
+    if delta is not None:
+        wide = jnp.promote_types(dtype, delta.dtype)
+        y = y.astype(wide) + delta.astype(wide)
+    if o is not None:
+        y = checkpoint_name(y, UNSCALED)
+        y = _times(y, spread(o))
+    return y.astype(dtype)
+
+
+def _precision(params):
+    """The model's precision, unless it is an algorithm for other dtypes."""
+    precision = params.get("precision")
+    plain = precision is None or isinstance(precision, lax.Precision | tuple)
+    return precision if plain else None
+
+
+def _rows(x, labels, batch, ins):
+    """``x`` as ``[*shared batch, rest..., d_in]``, and which batch axes it has."""
+    shared = [l for l in batch if l in labels]
+    rest = [l for l in labels if l not in batch and l not in ins]
+    x = x.transpose([labels.index(l) for l in shared + rest + ins])
+    flat = x.shape[: len(shared) + len(rest)]
+    return x.reshape(*flat, -1), [l in labels for l in batch]
+
+
+def _gated(phi, x, x_labels, h, batch, x_free, ins):
+    """Applies phi to ``(x, h)`` for each batch entry."""
+    rows, present = _rows(x, x_labels, batch, ins)
+    order = [l for l in x_labels if l in x_free]
+    if order != x_free:
+        raise NoRule("its method depends on the input, whose axes are reordered")
+    apply = lambda p, x, h: p(x, h)
+    for here in reversed(present):
+        apply = jax.vmap(apply, in_axes=(0, 0 if here else None, 0))
+    return apply(phi, rows, h)
+
+
+def _tapped(w: Bound, x, x_labels, batch, ins, tap):
+    rows, present = _rows(x, x_labels, batch, ins)
+    apply = lambda x, leaves: tap(x, *leaves)
+    for here in reversed(present):
+        apply = jax.vmap(apply, in_axes=(0 if here else None, 0))
+    return apply(rows, w.leaves)
+
+
+def down_projections(kernels: list[Bound], x, params, kernel_first) -> list | None:
+    """One thin matmul for kernels that read the same input.
+
+    Returns:
+        Each kernel's ``h``, or ``None`` where they cannot share it.
+    """
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    w_sum, x_sum = (left, right) if kernel_first else (right, left)
+    if left_batch or right_batch:
+        return None
+    try:
+        kernels = [oriented(w, w_sum, ()) for w in kernels]
+    except NoRule:
+        return None
+    first = kernels[0]
+    for w in kernels:
+        plain = w.a is not None and w.c is None and w.key is None
+        ins = [i for i, r in enumerate(w.roles) if r == IN]
+        ordered = [w_sum.index(i) for i in ins if i in w_sum]
+        if not plain or w.dims(BATCH) or w.dims(IN) != first.dims(IN):
+            return None
+        if len(ordered) != len(ins) or w.a.dtype != first.a.dtype:
+            return None
+    ins = [i for i, r in enumerate(first.roles) if r == IN]
+    x_labels: list[Any] = [("x", i) for i in range(x.ndim)]
+    for i, j in zip(x_sum, w_sum, strict=True):
+        x_labels[i] = ("w", j)
+    wide = jnp.concatenate([w.a for w in kernels], -1)
+    out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
+    labels = [("w", i) for i in ins] + [("r", 0)]
+    h = _dot(x, x_labels, wide, labels, out, _precision(params))
+    parts, at = [], 0
+    for w in kernels:
+        parts.append(lax.slice_in_dim(h, at, at + w.a.shape[-1], axis=-1))
+        at += w.a.shape[-1]
+    return parts
+
+
+def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: int):
+    """Rows of an embedding table: rows of the base and of ``a``.
+
+    Args:
+        w: the table.
+        axis: the axis that is indexed.
+        take: ``take(array, position)`` gathers along one axis of an array and puts
+            the index axes first.
+        index_ndim: the number of index axes.
+
+    Returns:
+        ``[*index, *rest]``.
+    """
+    if w.roles[axis] == OUT:
+        w = swapped(w)
+    if w.roles[axis] != IN or w.roles.count(IN) != 1 or w.dims(BATCH):
+        raise NoRule(
+            f"rows are looked up along axis {axis}, but its roles are "
+            f"{' '.join(w.roles)!r}: a table is 'in out'"
+        )
+    if w.phi is not None:
+        raise NoRule("its method depends on the input, and a look-up has none")
+    rows = along(w, axis, lambda x, position: take(x, position))
+    y, delta = rows.base, None
+    out = y.ndim - index_ndim
+    if rows.c is not None:
+        c = rows.c.reshape(rows.c.shape + (1,) * out)
+        y = _times(y, c)
+    for pair in ((rows.a, rows.b), rows.fixed or (None, None)):
+        if pair[0] is None:
+            continue
+        a, b = pair
+        if rows.c is not None:
+            a = _times(a, rows.c[..., None])
+        more = jnp.tensordot(a, b, 1)
+        delta = more if delta is None else delta + more
+    return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
+
+
+def ragged_dot(w: Bound, x, group_sizes, params, run):
+    """``lax.ragged_dot`` over experts: ``x [m, k]``, kernel ``[g, k, n]``."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    contract = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
+    if (
+        contract != ((1,), (1,))
+        or any(numbers.dot_dimension_numbers[1])
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+        or w.roles != (BATCH, IN, OUT)
+    ):
+        raise NoRule(
+            f"ragged_dot needs a kernel 'expert in out' and its plain form; roles are "
+            f"{' '.join(w.roles)!r}"
+        )
+    if w.phi is not None or w.key is not None or w.leaves is not None:
+        raise NoRule("phi, dropout and taps have no form in a ragged_dot")
+    rows = x.shape[0]
+    expert = jnp.repeat(
+        jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows
+    )
+    if w.c is not None:
+        x = _times(x, w.c[expert])
+    y, delta = run(x, w.base, group_sizes), None
+    for a, b in ((w.a, w.b), w.fixed or (None, None)):
+        if a is not None:
+            z = x.astype(jnp.promote_types(x.dtype, a.dtype))
+            h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes)
+            more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes)
+            delta = more if delta is None else delta + more
+    return finish(y, delta, w.o, lambda o: o[expert])
+
+
+def convolution(w: Bound, x, params, uses: Uses, run, run_with):
+    """A convolution: with ``a`` in the kernel's place, then one by one with ``b``."""
+    spec = params["dimension_numbers"]
+    out_axis = spec.rhs_spec[0]
+    names = tuple(OUT if i == out_axis else IN for i in range(w.base.ndim))
+    if w.roles != names:
+        raise NoRule(
+            f"a convolution's kernel needs roles {' '.join(names)!r}, got "
+            f"{' '.join(w.roles)!r}"
+        )
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        raise NoRule("a grouped convolution has no low-rank form")
+    if w.c is not None or w.phi is not None or w.leaves is not None:
+        raise NoRule("its method has no convolution form")
+    y, delta = run(x, w.base), None
+    z = dropped(x, w, uses)
+    channel = spec.out_spec[1]
+    for source, (a, b) in ((z, (w.a, w.b)), (x, w.fixed or (None, None))):
+        if a is None:
+            continue
+        wide = jnp.promote_types(source.dtype, a.dtype)
+        a = jnp.moveaxis(a, -1, out_axis).astype(wide)
+        h = run_with(source.astype(wide), a)
+        more = jnp.moveaxis(
+            jnp.tensordot(h, b.astype(wide), ((channel,), (0,))), -1, channel
+        )
+        delta = more if delta is None else delta + more
+    shape = [1] * y.ndim
+    shape[channel] = math.prod(w.dims(OUT))
+    return finish(y, delta, w.o, lambda o: o.reshape(shape))

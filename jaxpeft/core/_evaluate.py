@@ -1,0 +1,278 @@
+"""The interpreter: follows kernels through a jaxpr to their contractions.
+
+Equations that touch no kernel are replayed as they stand, in runs.
+"""
+
+import dataclasses
+import warnings
+from typing import Any, Literal
+
+import jax
+from jax import lax
+from jax.extend import core as jex
+
+from jaxpeft.core import _bound, _compat, _contract, _control, _relabel
+from jaxpeft.core._bound import Bound, NoRule
+from jaxpeft.core._contract import Uses
+from jaxpeft.core._node import BATCH
+
+CONTROL = {
+    "jit": _control.inline,
+    "pjit": _control.inline,
+    "closed_call": _control.inline,
+    "core_call": _control.inline,
+    "scan": _control.scan,
+    "while": _control.while_,
+    "cond": _control.cond,
+    "remat2": _control.checkpoint,
+    "checkpoint": _control.checkpoint,
+    "shard_map": _control.shard_map,
+}
+
+_WAYS_OUT = (
+    "Two ways out: leave the site out of `targets` (or name it in `exclude`), or write "
+    'jaxpeft.adapt(fn, unsupported="materialise") to form the merged kernel there.'
+)
+
+
+class UnsupportedError(NotImplementedError):
+    """The model does something to an adapted kernel that ``adapt`` has no rule for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates jaxprs in one mode.
+
+    Attributes:
+        unsupported: ``"error"`` or ``"materialise"``.
+        warned: places that were warned about in this call.
+    """
+
+    unsupported: Literal["error", "materialise"]
+    warned: set = dataclasses.field(default_factory=set)
+
+    def __call__(self, jaxpr: Any, consts: list, args: list, uses: Uses) -> list:
+        """Evaluates an open jaxpr on arrays and kernels.
+
+        Args:
+            jaxpr: the open jaxpr.
+            consts: values of its constants.
+            args: arrays or ``Bound`` kernels.
+            uses: gathers what happens at the sites.
+
+        Returns:
+            The outputs; a kernel that came through untouched is still a kernel.
+        """
+        env: dict[Any, Any] = {}
+        env.update(
+            zip((*_constvars(jaxpr), *jaxpr.invars), (*consts, *args), strict=True)
+        )
+        last = _last_uses(jaxpr)
+        hints = _Shared(jaxpr, env)
+        run: list = []
+
+        def read(v):
+            return v.val if isinstance(v, jex.Literal) else env[v]
+
+        def flush(at: int) -> None:
+            if run:
+                env.update(_replay(run, env, lambda v: last.get(v, -1) >= at))
+                run.clear()
+
+        for at, eqn in enumerate(jaxpr.eqns):
+            touched = any(
+                isinstance(env.get(v), Bound)
+                for v in eqn.invars
+                if not isinstance(v, jex.Literal)
+            )
+            if not touched:
+                run.append(eqn)
+                continue
+            flush(at)
+            vals = [read(v) for v in eqn.invars]
+            with eqn.ctx.manager, _scope(eqn):
+                outs = self._touched(eqn, vals, uses.at(eqn), hints, env)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        flush(len(jaxpr.eqns))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _touched(self, eqn, vals, uses: Uses, hints: "_Shared", env) -> list:
+        try:
+            return self._apply(eqn, vals, uses, hints, env)
+        except NoRule as e:
+            reason = str(e)
+        name, place = eqn.primitive.name, _compat.place(eqn)
+        vals = [self.arrays(x, name, place, reason) for x in vals]
+        outs = _issue(eqn, *vals)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+
+    def arrays(self, x: Any, primitive: str, place: str, reason: str) -> Any:
+        """The merged kernel where that was asked for; else the error."""
+        if not isinstance(x, Bound):
+            return x
+        what = f"site {x.path!r} reaches `{primitive}` at {place}: {reason}."
+        if self.unsupported == "error":
+            raise UnsupportedError(
+                f"{what} jaxpeft.adapt has no rule for that. {_WAYS_OUT}"
+            )
+        if (what, place) not in self.warned:
+            self.warned.add((what, place))
+            warnings.warn(f"{what} Its merged kernel is formed there.", stacklevel=2)
+        try:
+            return _bound.materialise(x)
+        except NoRule as e:
+            raise UnsupportedError(f"{what} And {e}.") from None
+
+    def _apply(self, eqn, vals, uses: Uses, hints: "_Shared", env) -> list:
+        name, params = eqn.primitive.name, eqn.params
+        if name in CONTROL:
+            return CONTROL[name](eqn, vals, uses, self)
+        if name == "optimization_barrier":
+            return _barrier(vals)
+        first = vals[0]
+        others = [x for x in vals[1:] if isinstance(x, Bound)]
+        if isinstance(first, Bound) and not others:
+            if name in _relabel.ON_BASE:
+                issue = lambda base: _issue(eqn, base, *vals[1:])
+                return [_bound.with_base(first, issue)]
+            if name in _relabel.RELABEL:
+                return [_relabel.RELABEL[name](first, params)]
+            match name:
+                case "split":
+                    return _relabel.split(first, params)
+                case "dynamic_slice":
+                    return [_relabel.dynamic_slice(first, vals[1:], params)]
+                case "gather":
+                    return [self._gather(eqn, first, vals[1], params)]
+                case "mul" | "div":
+                    return [_relabel.times(first, vals[1], name == "div")]
+                case "neg":
+                    return [_relabel.negate(first)]
+        if name == "mul" and len(others) == 1 and not isinstance(first, Bound):
+            return [_relabel.times(others[0], first, False)]
+        if isinstance(first, Bound) and others:
+            raise NoRule("two adapted kernels meet")
+        match name:
+            case "dot_general":
+                return [self._dot(eqn, vals, uses, hints, env)]
+            case "ragged_dot_general" if len(others) == 1:
+                issue = lambda *xs: _issue(eqn, *xs)
+                return [_contract.ragged_dot(others[0], first, vals[2], params, issue)]
+            case "conv_general_dilated" if others:
+                return [self._convolution(eqn, others[0], first, params, uses)]
+        raise NoRule("the kernel is used by something that is not a contraction")
+
+    def _dot(self, eqn, vals, uses, hints, env):
+        kernel_first = isinstance(vals[0], Bound)
+        w, x = vals if kernel_first else vals[::-1]
+
+        def issue(x, base):
+            return _issue(eqn, *((base, x) if kernel_first else (x, base)))
+
+        h = None if uses.tap is not None else hints.down(eqn, x, env)
+        return _contract.dot_general(w, x, eqn.params, kernel_first, uses, issue, h)
+
+    def _gather(self, eqn, w: Bound, indices, params):
+        def issue(x, indices, **changes):
+            return eqn.primitive.bind(x, indices, **(params | changes))
+
+        axis, take, n = _relabel.gathered(w, indices, params, issue)
+        order = _relabel.gather_order(params, n + w.base.ndim - 1)
+        if w.roles[axis] == BATCH:
+            rows = _relabel.gather_batch(w, axis, take, n)
+            return _bound.transpose(rows, order)
+        return _contract.look_up(w, axis, take, n).transpose(order)
+
+    def _convolution(self, eqn, w: Bound, x, params, uses):
+        changes = {"preferred_element_type": None}
+
+        def run_with(x, a):
+            return eqn.primitive.bind(x, a, **(params | changes))
+
+        issue = lambda x, base: _issue(eqn, x, base)
+        return _contract.convolution(w, x, params, uses, issue, run_with)
+
+
+def _issue(eqn, *vals):
+    """Binds one equation on arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # (functions, parameters) in some versions
+        functions, params = params
+        return eqn.primitive.bind(*functions, *vals, **params)
+    return eqn.primitive.bind(*vals, **params)
+
+
+def _barrier(vals: list) -> list:
+    bases = [x.base if isinstance(x, Bound) else x for x in vals]
+    outs = lax.optimization_barrier(bases)
+    return [
+        x.replace(base=y) if isinstance(x, Bound) else y
+        for x, y in zip(vals, outs, strict=True)
+    ]
+
+
+def _scope(eqn):
+    stack = str(eqn.source_info.name_stack)
+    return jax.named_scope(stack) if stack else _NO_SCOPE
+
+
+class _NoScope:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return None
+
+
+_NO_SCOPE = _NoScope()
+
+
+def _constvars(jaxpr):
+    return jaxpr.constvars
+
+
+def _last_uses(jaxpr) -> dict[Any, int]:
+    """For each variable the index of the last equation that reads it."""
+    last = {}
+    for at, eqn in enumerate(jaxpr.eqns):
+        for v in eqn.invars:
+            if not isinstance(v, jex.Literal):
+                last[v] = at
+    for v in jaxpr.outvars:
+        if not isinstance(v, jex.Literal):
+            last[v] = len(jaxpr.eqns)
+    return last
+
+
+def _replay(eqns: list, env: dict, wanted) -> dict:
+    """Runs equations that touch no kernel; returns the variables still needed."""
+    made, read = {}, {}
+    for eqn in eqns:
+        for v in eqn.invars:
+            if not isinstance(v, jex.Literal) and v not in made:
+                read[v] = None
+        for v in eqn.outvars:
+            if not isinstance(v, jex.DropVar):
+                made[v] = None
+    outvars = [v for v in made if wanted(v)]
+    jaxpr = _compat.closed(list(read), outvars, list(eqns))
+    return dict(
+        zip(outvars, jex.jaxpr_as_fun(jaxpr)(*(env[v] for v in read)), strict=True)
+    )
+
+
+class _Shared:
+    """Kernels of one jaxpr that read the same input, so that they share a matmul.
+
+    Two thin matmuls at each of q, k and v cost more time than their FLOPs; one
+    ``x @ [a_q | a_k | a_v]`` does. What is known here is which contractions read the
+    same variable; the kernels are known when the first of them is reached.
+    """
+
+    def __init__(self, jaxpr, env: dict):
+        self.groups: dict[int, tuple[list, Any]] = {}
+        self.parts: dict[int, Any] = {}
+        del jaxpr, env
+
+    def down(self, eqn, x, env):
+        return self.parts.pop(id(eqn), None)
