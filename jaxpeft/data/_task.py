@@ -1,0 +1,208 @@
+"""What a task is: rows in splits, which columns mean what, and how it is scored."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxpeft.data import metrics as _metrics
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A source: a random-access sequence of rows, each a mapping from column to value.
+
+    A list of dicts is one, and so is what `tfds.data_source` or a Grain source gives.
+    Text may be str or UTF-8 bytes.
+    """
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Returns row `index`, counted from 0."""
+
+
+class Task(NamedTuple):
+    """A task: what to read, what to predict, and how the prediction is scored.
+
+    Make one with `jaxpeft.data.task`, or from rows of your own with
+    `jaxpeft.data.make_task`, which checks it.
+
+    Attributes:
+      name: short name, for reports and messages.
+      text: the one or two columns the model reads.
+      label: the column it predicts.
+      labels: class names in the order of their ids; None if the label is a number to
+        regress on.
+      metrics: names out of `jaxpeft.data.metrics`; the first is the one that decides
+        which checkpoint is best.
+      splits: rows by split, at least "train" and "validation".
+      facts: where the rows come from and what was dropped, JSON-able, for reports.
+    """
+
+    name: str
+    text: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    splits: Mapping[str, Rows]
+    facts: Mapping[str, Any]
+
+    @property
+    def regression(self) -> bool:
+        """Whether the label is a number, not a class."""
+        return self.labels is None
+
+    @property
+    def num_labels(self) -> int:
+        """The width of the model's head: the number of classes, 1 for a number."""
+        return 1 if self.labels is None else len(self.labels)
+
+
+CLASSIFICATION_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
+REGRESSION_METRICS = ("pearson", "spearman")
+
+
+def make_task(
+    name: str,
+    splits: Mapping[str, Rows],
+    *,
+    text: str | Sequence[str],
+    label: str,
+    labels: Sequence[str] | None,
+    metrics: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Task:
+    """Returns the `Task` with these rows, columns and labels, checked.
+
+    Args:
+      name: short name, for reports and messages.
+      splits: rows by split; "train" and "validation" must be there.
+      text: the column the model reads, or a pair of columns.
+      label: the column it predicts.
+      labels: class names in the order of their ids; None for regression.
+      metrics: names out of `jaxpeft.data.metrics`, the deciding one first; None means
+        accuracy for classes, Pearson and Spearman for regression.
+      facts: where the rows come from, JSON-able.
+
+    Returns:
+      The task. Its columns are looked for in the first row of each split here, and in
+      every row, with its label, by `jaxpeft.data.tokenize`.
+
+    Raises:
+      ValueError: on an empty or absent split, a column that is not there, fewer than
+        two or repeated class names, a metric that is unknown or of the other kind.
+
+    Example:
+      >>> rows = [{"text": "what fun", "mood": "good"}, {"text": "oh", "mood": "bad"}]
+      >>> task = make_task(
+      ...     "moods",
+      ...     {"train": rows, "validation": rows},
+      ...     text="text",
+      ...     label="mood",
+      ...     labels=["bad", "good"],
+      ... )
+      >>> task.num_labels, task.metrics
+      (2, ('accuracy',))
+    """
+    columns = (text,) if isinstance(text, str) else tuple(text)
+    if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
+        raise ValueError(
+            f"`text` is one column or a pair of different ones; got {columns}."
+        )
+    if labels is not None:
+        if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ValueError(
+                f"`labels` of task {name!r} must be two or more different class names; "
+                f"got {labels!r}. For a number to regress on, write labels=None."
+            )
+        labels = tuple(labels)
+    allowed = REGRESSION_METRICS if labels is None else CLASSIFICATION_METRICS
+    if metrics is None:
+        metrics = REGRESSION_METRICS if labels is None else ("accuracy",)
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    for metric in metrics or ("",):
+        if metric not in allowed:
+            kind = "regression" if labels is None else "classification"
+            raise ValueError(
+                f"`metrics` of the {kind} task {name!r} has {metric!r}; it must name "
+                f"one or more of {', '.join(allowed)}."
+            )
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise ValueError(
+                f"`splits` of task {name!r} must have {split!r}; got {list(splits)}."
+            )
+    for split, rows in splits.items():
+        if not len(rows):
+            raise ValueError(f"Split {split!r} of task {name!r} is empty: no rows.")
+        for column in (*columns, label):
+            value_of(rows[0], column, f"task {name!r}, split {split!r}, row 0")
+    return Task(name, columns, label, labels, metrics, splits, dict(facts or {}))
+
+
+def score(
+    task: Task, outputs: Shaped[Any, " n *width"], labels: Shaped[Any, " n"]
+) -> dict[str, float]:
+    """Returns the task's metrics of predictions against labels.
+
+    Args:
+      task: the task; its `metrics` says which.
+      outputs: what the model's head gives, [n, num_labels]; or predictions, [n]: class
+        ids, for regression scores.
+      labels: the true ones, [n]. Leave padding rows out.
+
+    Returns:
+      One float a metric, by name, in the order of `task.metrics`.
+
+    Raises:
+      ValueError: if the two differ in length, are empty, hold a NaN or infinity, or the
+        head has another width than the task.
+
+    Example:
+      >>> rows = [{"text": "a", "label": 0}]
+      >>> task = make_task(
+      ...     "toy",
+      ...     {"train": rows, "validation": rows},
+      ...     text="text",
+      ...     label="label",
+      ...     labels=["no", "yes"],
+      ... )
+      >>> score(task, np.array([0, 1]), np.array([0, 0]))
+      {'accuracy': 0.5}
+      >>> score(task, np.array([[2.0, -1.0], [0.0, 3.0]]), np.array([0, 0]))
+      {'accuracy': 0.5}
+    """
+    outputs, labels = np.asarray(outputs), np.asarray(labels)
+    if outputs.ndim == 2:
+        if outputs.shape[1] != task.num_labels:
+            raise ValueError(
+                f"`outputs` has shape {outputs.shape}; for task {task.name!r} its "
+                f"width is {task.num_labels}."
+            )
+        if not np.all(np.isfinite(outputs)):
+            row = int(np.flatnonzero(~np.isfinite(outputs).all(1))[0])
+            raise ValueError(f"`outputs` must be finite; row {row} is {outputs[row]}.")
+        outputs = outputs[:, 0] if task.regression else np.argmax(outputs, axis=1)
+    return {name: getattr(_metrics, name)(outputs, labels) for name in task.metrics}
+
+
+def value_of(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """Returns the row's value in a column; `where` names the row in the error."""
+    if column not in row:
+        near = near_misses(column, row)
+        raise ValueError(f"{where} has no column {column!r}.{near}")
+    if row[column] is None:
+        raise ValueError(f"{where} has no value in column {column!r}.")
+    return row[column]
+
+
+def near_misses(name: Any, names: Any) -> str:
+    """Returns the end of an error message: what there is, and the nearest of it."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(name), names, n=3)
+    nearest = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"{nearest} There is: {', '.join(names)}."

@@ -1,0 +1,194 @@
+"""From rows of text to rows of token ids: once, up front, with every row checked."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+from numpy import ndarray
+
+from jaxpeft.data._labels import label_of, text_of
+from jaxpeft.data._task import Rows, Task, near_misses
+
+_CHUNK = 1000  # rows handed to the tokenizer at once
+_LARGE = 5000  # rows from which a progress bar is worth its line
+
+
+class Encoded(NamedTuple):
+    """One split as token ids, rows end to end, nothing padded yet.
+
+    Attributes:
+      name: task and split, "trec/train", for messages.
+      ids: token ids of all rows, [tokens].
+      types: 0 for tokens of the first text, 1 for the second, [tokens]; None if the
+        tokenizer gives no such thing.
+      offsets: row i is `ids[offsets[i] : offsets[i + 1]]`, [rows + 1].
+      labels: class ids (int32) or scores (float32), [rows].
+      pad: the id that fills up short rows.
+      max_length: the most tokens a row may have.
+    """
+
+    name: str
+    ids: Int32[ndarray, " tokens"]
+    types: Int32[ndarray, " tokens"] | None
+    offsets: Int64[ndarray, " rows_and_one"]
+    labels: Int32[ndarray, " rows"] | Float32[ndarray, " rows"]
+    pad: int
+    max_length: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Int64[ndarray, " rows"]:
+        """The number of tokens of each row."""
+        return np.diff(self.offsets)
+
+
+def tokenize(
+    task: Task,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    max_length: int = 128,
+    splits: Sequence[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Encoded]:
+    """Returns the task's splits as token ids, with every row and label checked.
+
+    Args:
+      task: the task.
+      tokenizer: a Hugging Face tokenizer (of transformers; no torch needed).
+      vocab_size: rows of the model's embedding; each id must be below it.
+      max_length: longer rows are cut to this many tokens, special ones included; of a
+        pair the longer text first.
+      splits: which to read; None: all.
+      progress: whether to show a progress bar over large splits.
+
+    Returns:
+      `Encoded` by split.
+
+    Raises:
+      ValueError: if the tokenizer does not fit the vocabulary, has no padding token or
+        no room within `max_length`, or a row has no such column, no text, or a label
+        outside the classes or not finite (naming split, row and value).
+
+    Example:
+      >>> encoded = tokenize(task, tokenizer, vocab_size=30522)  # doctest: +SKIP
+      >>> encoded["train"].rows  # doctest: +SKIP
+    """
+    check_tokenizer(
+        tokenizer,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        pair=len(task.text) == 2,
+    )
+    chosen = list(task.splits) if splits is None else list(splits)
+    for split in chosen:
+        if split not in task.splits:
+            near = near_misses(split, task.splits)
+            raise ValueError(
+                f"`splits` has {split!r}, not in task {task.name!r}.{near}"
+            )
+    return {
+        split: _encode(task, split, tokenizer, max_length, progress) for split in chosen
+    }
+
+
+def check_tokenizer(
+    tokenizer: Any, *, vocab_size: int, max_length: int, pair: bool = False
+) -> None:
+    """Raises unless the tokenizer fits a model's vocabulary and length.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      vocab_size: rows of the model's embedding.
+      max_length: the most tokens a row may have.
+      pair: whether rows are pairs of texts.
+
+    Raises:
+      ValueError: naming the token or the length that does not fit.
+
+    Example:
+      >>> check_tokenizer(tokenizer, vocab_size=30522, max_length=128)  # doctest: +SKIP
+    """
+    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(
+            f"`tokenizer` must be a tokenizer of transformers; got "
+            f"{type(tokenizer).__name__}. Write jaxpeft.models.tokenizer(folder)."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "`tokenizer` has no padding token. Where the model has no embedding to "
+            "spare for one, write tokenizer.pad_token = tokenizer.eos_token."
+        )
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise ValueError(
+            f"`tokenizer` does not fit the model: its token {token!r} has id "
+            f"{largest}, the model's vocabulary has {vocab_size} rows, 0 to "
+            f"{vocab_size - 1}. Take the tokenizer that came with the model's weights."
+        )
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    least = special + (2 if pair else 1)
+    if not least <= max_length <= tokenizer.model_max_length:
+        raise ValueError(
+            f"`max_length` {max_length} must lie between {least} ({special} special "
+            f"tokens and some text) and the tokenizer's model_max_length, "
+            f"{tokenizer.model_max_length}."
+        )
+
+
+def _encode(
+    task: Task, split: str, tokenizer: Any, max_length: int, progress: bool
+) -> Encoded:
+    rows = task.splits[split]
+    name = f"{task.name}/{split}"
+    ids, types, lengths, labels = [], [], [], []
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    for start in _chunks(rows, f"Tokenising {name}", progress):
+        texts: tuple[list[str], ...] = tuple([] for _ in task.text)
+        for number in range(start, min(start + _CHUNK, len(rows))):
+            row = rows[number]
+            where = f"Task {task.name!r}, split {split!r}, row {number}"
+            for column, column_texts in zip(task.text, texts, strict=True):
+                column_texts.append(text_of(row, column, where))
+            labels.append(label_of(task, row, where))
+        found = tokenizer(
+            *texts,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=has_types,
+            return_overflowing_tokens=False,
+        )
+        lengths += map(len, found["input_ids"])
+        ids.append(_joined(found["input_ids"]))
+        if has_types:
+            types.append(_joined(found["token_type_ids"]))
+    return Encoded(
+        name=name,
+        ids=np.concatenate(ids),
+        types=np.concatenate(types) if has_types else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=np.asarray(labels, np.float32 if task.regression else np.int32),
+        pad=tokenizer.pad_token_id,
+        max_length=max_length,
+    )
+
+
+def _joined(rows: Sequence[Sequence[int]]) -> Int32[ndarray, " tokens"]:
+    return np.fromiter((i for row in rows for i in row), np.int32)
+
+
+def _chunks(rows: Rows, title: str, progress: bool) -> Iterator[int]:
+    """Yields the first row of each chunk, moving a progress bar if there are many."""
+    starts: Iterable[int] = range(0, len(rows), _CHUNK)
+    if progress and len(rows) >= _LARGE:
+        from rich.progress import track
+
+        starts = track(starts, title, transient=True)
+    yield from starts

@@ -1,0 +1,16 @@
+"""Tasks by name. This namespace is the registry that `jaxpeft.data.task` looks in."""
+
+from jaxpeft.data.tasks._files import files as files
+from jaxpeft.data.tasks._packaged import movies as movies
+from jaxpeft.data.tasks._packaged import sms as sms
+from jaxpeft.data.tasks._packaged import trec as trec
+from jaxpeft.data.tasks._tfds import cola as cola
+from jaxpeft.data.tasks._tfds import mnli as mnli
+from jaxpeft.data.tasks._tfds import mrpc as mrpc
+from jaxpeft.data.tasks._tfds import qnli as qnli
+from jaxpeft.data.tasks._tfds import qqp as qqp
+from jaxpeft.data.tasks._tfds import rte as rte
+from jaxpeft.data.tasks._tfds import sst2 as sst2
+from jaxpeft.data.tasks._tfds import stsb as stsb
+from jaxpeft.data.tasks._tfds import tfds as tfds
+from jaxpeft.data.tasks._tfds import wnli as wnli
