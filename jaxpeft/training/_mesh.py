@@ -1,0 +1,317 @@
+"""Where arrays live: the mesh, and the rules that lay a model out on it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft.core import inherit_specs
+from jaxpeft.core._node import leaves_with_path
+from jaxpeft.core._paths import module_path, names_leaf, resolve_pattern
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH_AXES = (DATA, FSDP)
+
+# Which axis of a kernel the tensor axis of the mesh cuts, by the end of its module's
+# path; the first match wins. "out" then "in" is the pairing of Megatron-LM (arXiv
+# 1909.08053): heads and hidden units stay whole on a device, one sum per block.
+TENSOR_RULES: tuple[tuple[str, str], ...] = (
+    ("query", "out"),
+    ("key", "out"),
+    ("value", "out"),
+    ("intermediate/dense", "out"),
+    ("output/dense", "in"),
+    ("q_proj", "out"),
+    ("k_proj", "out"),
+    ("v_proj", "out"),
+    ("o_proj", "in"),
+    ("gate_proj", "out"),
+    ("up_proj", "out"),
+    ("down_proj", "in"),
+    ("lm_head", "out"),
+)
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Returns a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+
+    Batches are cut over ``data`` and ``fsdp``; frozen kernels are cut over ``fsdp``
+    and ``tensor``; ``tensor`` is innermost, on the nearest neighbours.
+
+    Args:
+        data: devices along the data axis; -1 takes all that the other axes leave.
+        fsdp: devices along the axis that cuts both the batch and the parameters.
+        tensor: devices along the axis that cuts the matrices of one layer.
+        devices: the devices; ``None`` for all of this run (``jax.devices()``). A
+            compile-only topology's devices do as well.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: a size is not positive, more than one is -1, or the sizes do not
+            use every device exactly once.
+
+    Example:
+        >>> make_mesh(data=1, devices=jax.devices()[:1]).shape
+        OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(
+                f"`{name}` must be a positive number of devices, or -1 for all that "
+                f"are left; got {size}"
+            )
+    if len(free) > 1:
+        raise ValueError(
+            f"only one mesh axis may be -1, got {' and '.join(free)}; give the size "
+            "of the others"
+        )
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"a mesh of {asked} does not fit {len(devices)} devices: the product of "
+            f"the sizes must be {len(devices)}. Divisors are "
+            f"{[d for d in range(1, len(devices) + 1) if len(devices) % d == 0]}; "
+            "one axis may be -1 (all that is left)"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
+    )
+
+
+def param_specs(
+    params: Any,
+    mesh: Mesh,
+    *,
+    axes: Mapping[str, str] | None = None,
+    tensor_rules: Sequence[tuple[str, str]] = TENSOR_RULES,
+) -> Any:
+    """Returns a ``PartitionSpec`` for every leaf of a plain parameter tree.
+
+    The rules, in this order:
+
+    1. Leaves with fewer than two axes (biases, norms) are replicated.
+    2. The matrix axes are those that ``axes`` calls ``in`` or ``out``; without an
+       entry, the last two. All others are batch axes and are never cut.
+    3. ``tensor`` cuts the axis that the first matching rule names (of several, the
+       largest that divides). A kernel no rule names is not cut by ``tensor``.
+    4. ``fsdp`` cuts the largest matrix axis that is left and divides.
+    5. What divides nothing is replicated.
+
+    Placement never changes what is computed, only where.
+
+    Args:
+        params: plain parameters: arrays or ``jax.ShapeDtypeStruct`` (an 8B tree
+            costs nothing).
+        mesh: the mesh (``make_mesh``).
+        axes: roles of the axes of kernels with more than two, as for
+            ``jaxpeft.attach``: ``{"encoder/layer/.*": "layer in out"}``. Entries that
+            match nothing here are an error.
+        tensor_rules: pairs of a module name and ``"in"`` or ``"out"``.
+
+    Returns:
+        A tree of ``PartitionSpec`` like ``params``.
+
+    Raises:
+        ValueError: the mesh has a tensor axis that cuts no kernel; an ``axes`` entry
+            matches nothing, or has the wrong number of words.
+
+    Example:
+        >>> mesh = make_mesh(devices=jax.devices()[:1])
+        >>> param_specs({"query": {"kernel": np.zeros((4, 4))}}, mesh)
+        {'query': {'kernel': PartitionSpec('fsdp', 'tensor')}}
+    """
+    flat = leaves_with_path(params)
+    roles = resolve_pattern("axes", axes or {}, [path for path, _ in flat])
+    cut = []
+    specs = []
+    for path, leaf in flat:
+        matrix = _matrix_axes(path, leaf.shape, roles.get(path))
+        spec = [None] * len(leaf.shape)
+        rule = next((r for m, r in tensor_rules if names_leaf(m, path)), None)
+        for name, allowed in ((TENSOR, (rule,)), (FSDP, ("in", "out"))):
+            size = mesh.shape[name]
+            candidates = [
+                axis
+                for axis, role in matrix.items()
+                if role in allowed
+                and spec[axis] is None
+                and leaf.shape[axis] % size == 0
+            ]
+            if candidates:
+                # The first of equals: the in axis, so that equal leaves agree.
+                axis = max(candidates, key=lambda i: (leaf.shape[i], -i))
+                spec[axis] = name
+                cut.append(name)
+        specs.append(PartitionSpec(*spec))
+    if mesh.shape[TENSOR] > 1 and TENSOR not in cut:
+        raise ValueError(
+            f"the mesh has tensor={mesh.shape[TENSOR]}, but no kernel is cut by it: no "
+            "module matches `tensor_rules` with an axis that divides. Modules are "
+            f"{sorted({module_path(p) for p, _ in flat})[:8]} ...; write "
+            'tensor_rules=[("module", "out"), ...] or tensor=1'
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), specs)
+
+
+def _matrix_axes(path: str, shape: tuple[int, ...], words: str | None):
+    """``{axis: "in" | "out"}`` of the axes that make up the matrix of a leaf."""
+    if len(shape) < 2:
+        return {}
+    if words is None:
+        return {len(shape) - 2: "in", len(shape) - 1: "out"}
+    roles = words.split()
+    if len(roles) != len(shape):
+        raise ValueError(
+            f"`axes` says {words!r} for {path!r}, {len(roles)} words for the "
+            f"{len(shape)} axes of shape {shape}"
+        )
+    return {i: role for i, role in enumerate(roles) if role in ("in", "out")}
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """Returns the tree of ``NamedSharding`` for a tree of ``PartitionSpec``."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: rows over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place(adapted: Any, mesh: Mesh, specs: Any) -> Any:
+    """Puts an adapted tree on the mesh; adapters follow their kernels.
+
+    Args:
+        adapted: the tree. Leaves that are ``jax.ShapeDtypeStruct`` stay abstract and
+            are given their sharding, for compiling without memory.
+        mesh: the mesh.
+        specs: ``PartitionSpec`` for the plain parameters (``param_specs``). A factor
+            that shares an axis with its kernel is cut like it; rank axes are whole.
+
+    Returns:
+        The same tree, every leaf on its ``NamedSharding``.
+
+    Raises:
+        ValueError: ``specs`` is not like the plain parameters.
+    """
+    where = shardings(inherit_specs(adapted, specs), mesh)
+
+    def put(leaf, sharding):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, adapted, where)
+
+
+def put_batch(
+    batch: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    rows: int | None = None,
+    accumulate: int = 1,
+) -> dict[str, jax.Array]:
+    """Makes global arrays of this process's rows of a batch.
+
+    Args:
+        batch: arrays with one entry per row along the first axis. ``"weight"``
+            (float, ``[rows]``) weighs rows in losses; ``"valid"`` (bool) is folded
+            into it and leaves the batch.
+        mesh: the mesh.
+        rows: pad to this many rows of this process, with copies of the last row
+            whose weight is 0.
+        accumulate: the number of micro-batches that the step will make of it.
+
+    Returns:
+        The batch as arrays cut over ``data`` and ``fsdp``, always with ``"weight"``
+        (float32).
+
+    Raises:
+        ValueError: columns of unequal length, a column of text, more than ``rows``
+            rows, or a number of rows that the mesh times ``accumulate`` does not
+            divide.
+    """
+    columns = {name: np.asarray(column) for name, column in batch.items()}
+    counts = {name: c.shape[0] if c.ndim else None for name, c in columns.items()}
+    if len(set(counts.values())) != 1 or None in counts.values():
+        raise ValueError(f"`batch` columns must have equal numbers of rows: {counts}")
+    for name, column in columns.items():
+        if column.dtype.kind not in "biuf" and column.dtype.name != "bfloat16":
+            raise ValueError(
+                f"`batch` column {name!r} has dtype {column.dtype}; only numbers reach "
+                "a device. Tokenise it first, or leave it out"
+            )
+    count = next(iter(counts.values()))
+    weight = columns.pop("weight", np.ones(count)).astype(np.float32)
+    weight = weight * columns.pop("valid", np.ones(count)).astype(np.float32)
+    columns["weight"] = weight
+    if rows is not None:
+        columns = _pad_rows(columns, count, rows)
+        count = rows
+    shards = _shards_per_process(mesh)
+    if count % (shards * accumulate):
+        raise ValueError(
+            f"a batch of {count} rows on this process is not divisible by its "
+            f"{shards} shards (data={mesh.shape[DATA]} x fsdp={mesh.shape[FSDP]} over "
+            f"{mesh.devices.size // len(mesh.local_devices)} process(es)) times "
+            f"accumulate={accumulate}. Take a batch size that is a multiple of "
+            f"{shards * accumulate} a process, or a smaller mesh"
+        )
+    where = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(where, column)
+        for name, column in columns.items()
+    }
+
+
+def _pad_rows(columns: dict[str, np.ndarray], count: int, rows: int):
+    if count > rows:
+        raise ValueError(f"`rows` is {rows}, but the batch has {count} rows")
+    if count == 0:
+        raise ValueError("`batch` has no rows: there is nothing to pad from")
+    # Copies, not zeros: whatever the model needs of a row (a token to attend to, a
+    # label inside the classes) a copy has.
+    padded = {
+        name: np.concatenate([c, np.repeat(c[-1:], rows - count, axis=0)])
+        for name, c in columns.items()
+    }
+    padded["weight"][count:] = 0.0
+    return padded
+
+
+def _shards_per_process(mesh: Mesh) -> int:
+    """How many pieces of the batch this process holds."""
+    total = mesh.shape[DATA] * mesh.shape[FSDP]
+    processes = mesh.devices.size // len(mesh.local_devices)
+    pieces = {tuple(np.argwhere(mesh.devices == d)[0][:2]) for d in mesh.local_devices}
+    if len(pieces) * processes != total:
+        raise ValueError(
+            f"the tensor axis ({mesh.shape[TENSOR]}) reaches over processes, so that "
+            "some of them would share rows of the batch: take a tensor axis that "
+            f"divides the {len(mesh.local_devices)} devices of one process"
+        )
+    return len(pieces)

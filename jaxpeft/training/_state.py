@@ -1,0 +1,125 @@
+"""The state that a training step carries."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int, Key, PyTree
+
+from jaxpeft.core._paths import path_string
+from jaxpeft.training._mesh import replicated
+from jaxpeft.training._optimizer import Optimizer
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient was not finite.
+
+    Attributes:
+        step: the number of the update (from 1) that would have used it.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(
+            f"the loss or its gradient was not finite at step {step}; the update was "
+            f"not applied, and the state is still that of step {step - 1}. Lower the "
+            "learning rate, lengthen the warm-up, or set `clip_norm`; a batch whose "
+            "weights are all 0 does it too"
+        )
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step; the frozen tree stays beside it.
+
+    Attributes:
+        trainable: the first half of ``jaxpeft.partition``.
+        opt_state: the optimiser's state, laid out like its parameters.
+        step: the number of updates done, an int32 scalar.
+        key: the typed key of the run; each step folds its own number in.
+        bad_step: the number (from 1) of the first update that was not finite, -1
+            while there was none. From then on nothing changes any more.
+    """
+
+    trainable: PyTree
+    opt_state: PyTree
+    step: Int[Array, ""] | jax.ShapeDtypeStruct
+    key: Key[Array, ""] | jax.ShapeDtypeStruct
+    bad_step: Int[Array, ""] | jax.ShapeDtypeStruct
+
+
+def init_state(
+    trainable: Any, optimizer: Optimizer, *, key: Any, mesh: Mesh
+) -> TrainState:
+    """Makes the state of step 0.
+
+    Args:
+        trainable: the first half of ``jaxpeft.partition`` of a tree on the mesh
+            (``training.place``); arrays, or ``jax.ShapeDtypeStruct`` with shardings.
+            Arrays are copied: the step may then give their memory away.
+        optimizer: from ``training.adamw``.
+        key: a typed key.
+        mesh: the mesh.
+
+    Returns:
+        The state; moments lie where their parameters lie. Abstract if ``trainable``
+        is.
+
+    Raises:
+        ValueError: a leaf is not on the mesh.
+        TypeError: the key is not a typed key.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError("`key` must be a typed key: write jax.random.key(seed)")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]:
+        where = getattr(leaf, "sharding", None)
+        if not isinstance(where, NamedSharding) or where.mesh != mesh:
+            raise ValueError(
+                f"leaf {path_string(path)!r} of `trainable` is not on the mesh; write "
+                "adapted = training.place(adapted, mesh, specs) before "
+                "jaxpeft.partition"
+            )
+    where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    whole = replicated(mesh)
+
+    def init(trainable, key):
+        # A copy: a leaf trained whole may share its buffer with the frozen base.
+        copied = jax.tree.map(jnp.copy, trainable)
+        zero = jnp.zeros((), jnp.int32)
+        with jax.numpy_dtype_promotion("standard"):
+            opt_state = optimizer.transform.init(trainable)
+        return TrainState(copied, opt_state, zero, key, zero - 1)
+
+    shapes = jax.eval_shape(init, trainable, key)
+    state_where = TrainState(
+        where,
+        optax.tree_utils.tree_map_params(
+            optimizer.transform.init,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            where,
+            transform_non_params=lambda _: whole,
+        ),
+        *(whole,) * 3,
+    )
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trainable)):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            state_where,
+        )
+    return jax.jit(init, out_shardings=state_where)(trainable, key)
+
+
+def check_finite(state: TrainState) -> None:
+    """Raises if some update so far was not finite; waits for one scalar.
+
+    Args:
+        state: the state.
+
+    Raises:
+        NonFiniteError: naming the step. The state is that of the step before it.
+    """
+    if (step := int(state.bad_step)) >= 0:
+        raise NonFiniteError(step)

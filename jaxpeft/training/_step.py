@@ -1,0 +1,254 @@
+"""One update: loss, gradient, clipping, optimiser, in one compiled function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft import core
+from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
+from jaxpeft.training._optimizer import Optimizer
+from jaxpeft.training._state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Forward = Callable[[Any, Batch, Any], Any]
+Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def model_forward(model: Any, *, dropout: bool = False) -> Forward:
+    """Returns the function that runs an adapted tree of a classifier's parameters.
+
+    Args:
+        model: a Linen module called as ``apply({"params": params}, input_ids,
+            attention_mask, token_type_ids=..., deterministic=...)``.
+        dropout: whether the model's own dropout is on in training steps. Evaluation
+            is always without.
+
+    Returns:
+        ``forward(adapted, batch, key) -> logits``, for ``train_step`` and
+        ``eval_step``; ``key`` is ``None`` in evaluation.
+    """
+
+    def forward(adapted, batch, key):
+        deterministic = key is None or not dropout
+
+        def apply(params, inputs, rngs):
+            return model.apply(
+                {"params": params}, **inputs, deterministic=deterministic, rngs=rngs
+            )
+
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        rngs = {} if deterministic else {"dropout": key}
+        return core.adapt(apply)(adapted, inputs, rngs)
+
+    return forward
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The loss of classification, for ``train_step``.
+
+    Args:
+        logits: ``[rows, classes]``.
+        batch: with ``"label"`` (int, ``[rows]``) and ``"weight"`` (float, ``[rows]``).
+
+    Returns:
+        ``(values, weights)``, both float32 ``[rows]``: minus the log-probability of
+        each label, and the rows' weights.
+
+    Raises:
+        ValueError: labels that are not integers, or logits of another form.
+    """
+    label = batch["label"]
+    if not jnp.issubdtype(label.dtype, jnp.integer) or logits.ndim != label.ndim + 1:
+        raise ValueError(
+            "cross_entropy needs logits [rows, classes] and integer labels [rows], got "
+            f"{logits.shape} and {label.dtype} {label.shape}; for numbers as labels "
+            "take training.squared_error"
+        )
+    values = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), label
+    )
+    return values, batch["weight"]
+
+
+def squared_error(predictions: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The loss of regression, for ``train_step``.
+
+    Args:
+        predictions: ``[rows]`` or ``[rows, 1]``.
+        batch: with ``"label"`` (float, ``[rows]``) and ``"weight"``.
+
+    Returns:
+        ``(values, weights)``, both float32 ``[rows]``: squared differences, weights.
+
+    Raises:
+        ValueError: predictions of another form.
+    """
+    label = batch["label"].astype(jnp.float32)
+    if predictions.size != label.size:
+        raise ValueError(
+            f"squared_error needs one prediction a row, got {predictions.shape} for "
+            f"{label.shape} labels; load the model with head='regression'"
+        )
+    difference = predictions.astype(jnp.float32).reshape(label.shape) - label
+    return jnp.square(difference), batch["weight"]
+
+
+def train_step(
+    forward: Forward,
+    loss: Loss,
+    optimizer: Optimizer,
+    state: TrainState,
+    frozen: Any,
+    *,
+    mesh: Mesh,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    r"""Compiles (at its first call) one update of the trainable leaves.
+
+    .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i} + \text{penalty}
+
+    Sums run over the whole batch, whatever ``accumulate`` and the mesh are, so rows
+    of weight 0 are as if they were not there. The penalty is taken once a step.
+
+    If the loss or the gradient's norm is not finite, nothing is changed but
+    ``bad_step``, and nothing ever after: the state is good whenever it is saved, and
+    no step waits for the host. ``check_finite`` raises when the host next looks.
+
+    Args:
+        forward: ``(adapted, batch, key) -> outputs`` (``model_forward``).
+        loss: ``(outputs, batch) -> (values, weights)``, float32 of equal shapes: one
+            entry a row, or a token (``cross_entropy``, ``squared_error``).
+        optimizer: from ``training.adamw``.
+        state: the state, or its shapes (``init_state``); its shardings are kept.
+        frozen: the second half of ``jaxpeft.partition`` of a tree on the mesh, or
+            its shapes.
+        mesh: the mesh.
+        accumulate: cut the batch into so many micro-batches, run one after another.
+        clip_norm: the largest global norm of the gradient; ``None``: no clipping.
+
+    Returns:
+        ``step(state, frozen, batch) -> (state, metrics)``, a ``jax.jit`` object.
+        ``state`` is donated: its arrays are gone after the call. ``batch`` comes from
+        ``put_batch``. Metrics are float32 scalars on the device: ``loss`` (the
+        task's), ``penalty``, ``total``, ``grad_norm`` (before clipping), ``weight``
+        (the sum of weights) and ``learning_rate/<group>``.
+
+    Raises:
+        ValueError: ``accumulate`` or ``clip_norm`` is out of range; when called, a
+            batch that ``accumulate`` times the mesh does not divide.
+    """
+    if accumulate < 1:
+        raise ValueError(f"`accumulate` must be at least 1, got {accumulate}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(
+            f"`clip_norm` must be positive, or None for no clipping; got {clip_norm}"
+        )
+
+    def task(trainable, frozen, batch, key):
+        adapter_key, model_key = jax.random.split(key)
+        adapted = core.with_dropout(core.combine(trainable, frozen), adapter_key)
+        values, weights = loss(forward(adapted, batch, model_key), batch)
+        return jnp.sum(values * weights), jnp.sum(weights)
+
+    task_grad = jax.value_and_grad(task, has_aux=True)
+
+    def accumulated(trainable, frozen, batch, key):
+        """The sums over all micro-batches: loss, weight, gradient."""
+
+        def body(sums, part):
+            number, micro = part
+            (value, weight), grads = task_grad(
+                trainable, frozen, micro, jax.random.fold_in(key, number)
+            )
+            return jax.tree.map(jnp.add, sums, (value, weight, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.tree.map(jnp.zeros_like, trainable)
+        parts = jax.tree.map(lambda x: _micro_batches(x, accumulate, mesh), batch)
+        numbers = jnp.arange(accumulate, dtype=jnp.uint32)
+        sums, _ = jax.lax.scan(body, (zero, zero, zeros), (numbers, parts))
+        return sums
+
+    def step(state, frozen, batch):
+        trainable = state.trainable
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate == 1:
+            (value, weight), grads = task_grad(trainable, frozen, batch, key)
+        else:
+            value, weight, grads = accumulated(trainable, frozen, batch, key)
+        penalty, penalty_grads = jax.value_and_grad(
+            lambda t: core.penalty(core.combine(t, frozen))
+        )(trainable)
+        grads = jax.tree.map(
+            lambda g, p: g / weight.astype(g.dtype) + p, grads, penalty_grads
+        )
+        value = value / weight
+        norm = optax.tree.norm(grads)
+        if clip_norm is not None:
+            scale = clip_norm / jnp.maximum(norm, clip_norm)
+            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        # optax's bias correction mixes integers and floats.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.transform.update(
+                grads, state.opt_state, trainable
+            )
+            updated = optax.apply_updates(trainable, updates)
+        total = value + penalty
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        good = finite & (state.bad_step < 0)
+        keep = lambda new, old: jnp.where(good, new, old)
+        next_state = TrainState(
+            trainable=jax.tree.map(keep, updated, trainable),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            step=state.step + good.astype(jnp.int32),
+            key=state.key,
+            bad_step=jnp.where(
+                good | (state.bad_step >= 0), state.bad_step, state.step + 1
+            ),
+        )
+        metrics = {
+            "loss": value,
+            "penalty": penalty,
+            "total": total,
+            "grad_norm": norm,
+            "weight": weight,
+            **{
+                f"learning_rate/{group}": rate(state.step)
+                for group, rate in optimizer.schedules.items()
+            },
+        }
+        return next_state, metrics
+
+    where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
+    whole = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(where(state), where(frozen), batch_sharding(mesh)),
+        out_shardings=(where(state), whole),
+        donate_argnums=0,
+    )
+
+
+def _micro_batches(column, accumulate: int, mesh: Mesh):
+    """``[rows, ...]`` as ``[accumulate, rows / accumulate, ...]``."""
+    rows = column.shape[0]
+    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    if rows % (accumulate * shards):
+        raise ValueError(
+            f"a batch of {rows} rows cannot be cut into accumulate={accumulate} "
+            f"micro-batches over {shards} shards; take a multiple of "
+            f"{accumulate * shards}"
+        )
+    # Every accumulate-th row makes a micro-batch, so that each device already holds
+    # its share of every one and nothing moves between devices.
+    parts = column.reshape(rows // accumulate, accumulate, *column.shape[1:])
+    spec = PartitionSpec(None, BATCH_AXES)
+    return jax.lax.with_sharding_constraint(
+        jnp.moveaxis(parts, 1, 0), NamedSharding(mesh, spec)
+    )
