@@ -1,0 +1,127 @@
+"""LoRA: low-rank adaptation (arXiv 2106.09685), with rsLoRA's scale (2312.03732)."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import Adapter, Factors, method
+
+INITS = ("uniform", "gaussian", "embedding")
+SCALINGS = {"alpha/r": lambda r: r, "alpha/sqrt_r": math.sqrt}
+
+
+@method
+def lora(
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    init: Literal["uniform", "gaussian", "embedding"] = "uniform",
+    scaling: Literal["alpha/r", "alpha/sqrt_r"] = "alpha/r",
+) -> Adapter:
+    r"""Returns LoRA: a trained product of two thin matrices beside the kernel.
+
+    .. math:: y = x W + s\, (z a)\, b, \qquad z = \mathrm{dropout}(x), \qquad
+              s = \alpha / r \ \text{ or } \ \alpha / \sqrt{r}
+
+    Initial values, with ``d_in`` the product of the input axes:
+
+    ============  ==========================================  ====================
+    ``init``      ``a [d_in, r]``                             ``b [r, d_out]``
+    ============  ==========================================  ====================
+    "uniform"     Uniform(-1/sqrt(d_in), 1/sqrt(d_in))        0
+    "gaussian"    Normal(0, (1/r)^2)                          0
+    "embedding"   0                                           Normal(0, 1)
+    ============  ==========================================  ====================
+
+    One of the two is always 0: at the start the adapted model is the base, and only
+    the other factor's complement gets a gradient (``b``; for an embedding ``a``).
+
+    Notation:
+        paper    PyTorch, HF PEFT        here
+        W_0      weight [out, in]        kernel [d_in, d_out] = weight.T
+        A        lora_A.weight [r, in]   a [d_in, r] = lora_A.T
+        B        lora_B.weight [out, r]  b [r, d_out] = lora_B.T
+        alpha/r  scaling                 scale, a frozen scalar
+
+    Args:
+        rank: r, at least 1; ``rank_pattern`` of ``attach`` overrides it per site.
+        alpha: numerator of the scale; ``None`` means ``rank``, a scale of 1 where no
+            pattern changes the rank. The scale uses each site's own rank and alpha.
+        dropout: probability in [0, 1) of dropping an entry of the low-rank path's
+            input; on only under ``with_dropout``.
+        init: see the table. "uniform" is HF PEFT's default, "embedding" its choice
+            for embedding tables.
+        scaling: "alpha/sqrt_r" is rsLoRA.
+
+    Returns:
+        An ``Adapter`` with trainable ``a`` and ``b`` and frozen ``scale``.
+
+    Raises:
+        ValueError: a value outside of what is allowed.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+        >>> adapted = jp.attach(
+        ...     params, lora(rank=2, alpha=4), targets=["query"], key=jax.random.key(0)
+        ... )
+        >>> jp.count(adapted)[0] == 2 * (6 + 4)
+        True
+
+    References:
+        Hu et al., LoRA, arXiv 2106.09685, eq. 3 and section 4.1. Kalajdzievski,
+        rsLoRA, arXiv 2312.03732, for ``alpha/sqrt_r``.
+
+    Note:
+        The paper draws ``a`` from a normal distribution whose width it does not give;
+        its code, and HF PEFT after it, draw it uniformly as above. Several JAX
+        libraries use ``he_uniform``, which is sqrt(6) times wider.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(
+            f"`rank` must be a whole number from 1 up, got {rank!r}; "
+            "write lora(rank=8)."
+        )
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(
+            f"`alpha` must be positive, got {alpha}; write lora(alpha={2 * rank})."
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"`dropout` must be in [0, 1), got {dropout}; write lora(dropout=0.1)."
+        )
+    if init not in INITS:
+        raise ValueError(f"`init` must be one of {', '.join(INITS)}, got {init!r}.")
+    if scaling not in SCALINGS:
+        raise ValueError(
+            f"`scaling` must be one of {', '.join(SCALINGS)}, got {scaling!r}."
+        )
+
+    def init_leaves(key, kernel, rank, alpha):
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}")
+        (d_in, d_out), dtype = kernel.shape, kernel.dtype
+        a, b = jnp.zeros((d_in, rank), dtype), jnp.zeros((rank, d_out), dtype)
+        if init == "uniform":
+            bound = 1 / math.sqrt(d_in)
+            a = jax.random.uniform(key, a.shape, dtype, -bound, bound)
+        elif init == "gaussian":
+            a = jax.random.normal(key, a.shape, dtype) / rank
+        else:
+            b = jax.random.normal(key, b.shape, dtype)
+        scale = jnp.asarray(alpha / SCALINGS[scaling](rank), dtype)
+        return {"scale": scale}, {"a": a, "b": b}
+
+    def factors(kernel, frozen, trainable):
+        del kernel
+        return Factors(a=trainable["a"], b=frozen["scale"] * trainable["b"])
+
+    return Adapter(
+        init=init_leaves,
+        factors=factors,
+        rank=rank,
+        alpha=float(rank if alpha is None else alpha),
+        dropout=dropout,
+    )
