@@ -1,1 +1,12 @@
+"""Flax models that load Hugging Face checkpoints."""
+
+from jaxpeft.models._bert import Bert as Bert
+from jaxpeft.models._bert import mean_pool as mean_pool
+from jaxpeft.models._config import BertConfig as BertConfig
+from jaxpeft.models._load import abstract as abstract
+from jaxpeft.models._load import from_config as from_config
+from jaxpeft.models._load import init as init
+from jaxpeft.models._load import load as load
+from jaxpeft.models._load import tokenizer as tokenizer
+from jaxpeft.models._packaged import packaged as packaged
 from jaxpeft.models._wheels import fetch_wheel as fetch_wheel

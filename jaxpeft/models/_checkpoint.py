@@ -1,0 +1,146 @@
+"""Safetensors folders: which tensors lie where, and blocks of them."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.models._families import Source
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# The floating dtypes of safetensors that numpy (with ml_dtypes) reads.
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor on disk: its file, name there, shape and safetensors dtype."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """The dtype in numpy, or None if it is no floating type read here."""
+        found = _DTYPES.get(self.dtype)
+        return None if found is None else np.dtype(found)
+
+
+def list_tensors(folder: Path) -> dict[str, Tensor]:
+    """Returns every tensor of a checkpoint folder by name; reads headers only.
+
+    Raises:
+      ValueError: if there is no safetensors checkpoint, a file is missing or cut
+        short, or the index does not fit the files.
+    """
+    if (folder / SINGLE).exists():
+        files, index = [SINGLE], {}
+    elif (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(index.values()))
+    else:
+        raise ValueError(_no_weights(folder))
+    if absent := [name for name in files if not (folder / name).exists()]:
+        raise ValueError(f"{folder / INDEX} names files that are not there: {absent}.")
+    found = {}
+    with opened(folder / name for name in files) as handles:
+        for file, handle in handles.items():
+            for name in handle.keys():
+                block = handle.get_slice(name)
+                found[name] = Tensor(
+                    file, name, tuple(block.get_shape()), block.get_dtype()
+                )
+    wrong = [
+        f"{name} in {file}"
+        for name, file in index.items()
+        if name not in found or found[name].file.name != file
+    ]
+    if wrong:
+        raise ValueError(f"{folder / INDEX} names tensors that are not there: {wrong}.")
+    return found
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            f"{folder} holds pytorch_model.bin only, a pickle that may run code when "
+            "read. Convert it where PyTorch is installed: transformers.AutoModel"
+            f".from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER), or "
+            "AutoModelForSequenceClassification to keep a head."
+        )
+    have = sorted(path.name for path in folder.iterdir())
+    return f"{folder} has neither {SINGLE} nor {INDEX}; it has {have}."
+
+
+@contextlib.contextmanager
+def opened(files: Any) -> Iterator[dict[Path, Any]]:
+    """Opens safetensors files for partial reads.
+
+    Args:
+      files: paths.
+
+    Yields:
+      A handle for each path.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with contextlib.ExitStack() as stack:
+        handles = {}
+        for file in files:
+            try:
+                handles[file] = stack.enter_context(safe_open(file, framework="np"))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} ({file.stat().st_size} bytes) is no whole safetensors "
+                    f"file: {error}. It was cut short while copied; fetch it again."
+                ) from error
+        yield handles
+
+
+def read_block(
+    handles: Mapping[Path, Any], tensor: Tensor, index: tuple[slice, ...]
+) -> np.ndarray:
+    """Reads one block of one tensor; nothing else of the file is touched."""
+    return handles[tensor.file].get_slice(tensor.name)[index]
+
+
+def read_leaf(
+    handles: Mapping[Path, Any],
+    tensors: tuple[Tensor, ...],
+    source: Source,
+    index: tuple[slice, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """Returns a block of one of our leaves, contiguous and in ``dtype``.
+
+    Args:
+      handles: open files.
+      tensors: the tensors of ``source``, in its order.
+      source: where the leaf lies.
+      index: the block of our leaf, a slice (step 1) for every axis.
+      dtype: dtype of the result.
+    """
+    if source.stacked:
+        layers, index = range(index[0].start, index[0].stop), index[1:]
+    else:
+        layers = range(1)
+    theirs = index[::-1] if source.transposed else index
+    shape = tuple(part.stop - part.start for part in index)
+    # Filled layer by layer: transposing and casting are one copy, into its place.
+    block = np.empty((len(layers), *shape), dtype)
+    for row, layer in zip(block, layers, strict=True):
+        part = read_block(handles, tensors[layer], theirs)
+        row[...] = (part.T if source.transposed else part).astype(dtype, copy=False)
+    return block if source.stacked else block[0]

@@ -1,0 +1,380 @@
+"""From a Hugging Face folder to a Linen module and its parameters."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxpeft.models._bert import Bert
+from jaxpeft.models._checkpoint import Tensor, list_tensors, opened, read_leaf
+from jaxpeft.models._config import read_config
+from jaxpeft.models._families import Source, sources
+from jaxpeft.models._match import match
+from jaxpeft.models._packaged import fetch_packaged, packaged
+
+_LOG = logging.getLogger("jaxpeft.models")
+
+# What is taken of a repository on the hub: no other framework's weights, no code.
+_HUB_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+def from_config(
+    config: Any,
+    *,
+    head: str | None = None,
+    num_labels: int | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    scan_layers: bool = False,
+    remat: str | None = None,
+) -> Bert:
+    """Returns the model of a Hugging Face config, without weights.
+
+    Args:
+      config: the content of a ``config.json`` (a mapping), or a transformers config.
+      head: None for hidden states, ``"classification"`` or ``"regression"``.
+      num_labels: classes of the head; by default the config's.
+      dtype: dtype of activations and matmuls; by default ``param_dtype``.
+      param_dtype: dtype of parameters that are drawn; by default float32.
+      scan_layers: whether the layers are one scanned stack.
+      remat: what a layer keeps for its backward pass; see ``Bert``.
+
+    Returns:
+      A Linen module. ``models.init(model, key)`` draws its parameters,
+      ``models.abstract(model)`` gives their shapes.
+
+    Raises:
+      ValueError: if the config is of another family or needs what is not
+        implemented, or an argument is not one of its names.
+
+    Example:
+        >>> model = from_config({"model_type": "bert", "num_hidden_layers": 2})
+        >>> shapes = abstract(model)
+        >>> shapes["encoder"]["layer_1"]["attention"]["query"]["kernel"].shape
+        (768, 768)
+    """
+    known = read_config(config)
+    if head is None and num_labels is not None:
+        raise ValueError(
+            f"`num_labels` is {num_labels} but `head` is None; "
+            "write head='classification'."
+        )
+    if head == "regression":
+        if num_labels not in (None, 1):
+            raise ValueError(f"`num_labels` is {num_labels}; regression has 1.")
+        num_labels = 1
+    num_labels = known.num_labels if num_labels is None else num_labels
+    if num_labels < 1:
+        raise ValueError(f"`num_labels` is {num_labels}; write at least 1.")
+    param_dtype = _floating("param_dtype", param_dtype, jnp.float32)
+    return Bert(
+        known,
+        head=head,
+        num_labels=num_labels,
+        dtype=_floating("dtype", dtype, param_dtype),
+        param_dtype=param_dtype,
+        scan_layers=scan_layers,
+        remat=remat,
+    )
+
+
+def abstract(model: Bert) -> dict[str, Any]:
+    """Returns the parameters of a model as shapes and dtypes, without memory.
+
+    Args:
+      model: what ``from_config`` or ``load`` returned.
+
+    Returns:
+      A nested dict of ``jax.ShapeDtypeStruct``.
+    """
+    return jax.eval_shape(lambda: _draw(model, jax.random.key(0)))
+
+
+def init(model: Bert, key: jax.Array, *, sharding: Any = None) -> dict[str, Any]:
+    """Returns new parameters of a model, as transformers would draw them.
+
+    Kernels and embeddings are normal with the config's ``initializer_range``,
+    biases 0, norm scales 1, in the model's ``param_dtype``.
+
+    Args:
+      model: what ``from_config`` or ``load`` returned.
+      key: a typed key, ``jax.random.key(seed)``.
+      sharding: as for ``load``; every leaf is made where it belongs.
+
+    Returns:
+      A nested dict of arrays.
+    """
+    shapes = flatten_dict(abstract(model), sep="/")
+    places = _places(sharding, {path: leaf.shape for path, leaf in shapes.items()})
+    return unflatten_dict(_draw_leaves(model, key, tuple(shapes), places), sep="/")
+
+
+def load(
+    folder_or_name: str | Path,
+    *,
+    head: str | None = None,
+    num_labels: int | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    sharding: Any = None,
+    scan_layers: bool = False,
+    remat: str | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Bert, dict[str, Any]]:
+    """Returns the model of a Hugging Face checkpoint and its parameters.
+
+    Every leaf is read straight into its dtype and sharding: a process reads only
+    the blocks its own devices hold, and each of them once. Every tensor of the
+    checkpoint is used, or belongs to a head the model does not have; every leaf is
+    filled. Head tensors that are not in the checkpoint are drawn with ``key``, and
+    a log line of ``jaxpeft.models`` names them.
+
+    Args:
+      folder_or_name: a folder with ``config.json`` and safetensors; the name of a
+        packaged model (``models.packaged``), such as ``"minilm"``; or the name of a
+        repository on the Hugging Face hub.
+      head: None for hidden states, ``"classification"`` or ``"regression"``.
+      num_labels: classes of the head; by default the config's.
+      dtype: dtype of activations and matmuls; by default that of the parameters.
+      param_dtype: dtype of the parameters; by default the file's, leaf by leaf.
+      sharding: None for the default device, a ``jax.sharding.Sharding`` for all
+        leaves, a function (path, shape) -> sharding or None, or a tree of them.
+      scan_layers: whether the layers are one scanned stack.
+      remat: what a layer keeps for its backward pass; see ``Bert``.
+      key: a typed key, needed only if the checkpoint lacks the head.
+
+    Returns:
+      The Linen module and its parameters, a nested dict:
+      ``model.apply({"params": params}, input_ids, attention_mask)``.
+
+    Raises:
+      ValueError: if there is no such model, its config is not implemented, its
+        tensors do not fit (all are listed), a file is cut short, or ``key`` is
+        needed and absent.
+    """
+    folder = _find(folder_or_name)
+    config = _read_json(folder / "config.json")
+    tensors = list_tensors(folder)
+    sketch = from_config(config, head=head, num_labels=num_labels)
+    wanted = sources(
+        sketch.config.model_type,
+        head=head is not None,
+        layers=sketch.config.num_hidden_layers,
+        scanned=scan_layers,
+    )
+    stored = _stored_dtype(tensors)
+    model = sketch.clone(
+        param_dtype=_floating("param_dtype", param_dtype, stored),
+        dtype=_floating("dtype", dtype, _floating("param_dtype", param_dtype, stored)),
+        scan_layers=scan_layers,
+        remat=remat,
+    )
+    shapes = {
+        path: leaf.shape
+        for path, leaf in flatten_dict(abstract(model), sep="/").items()
+    }
+    matched = match(
+        sketch.config.model_type,
+        tensors,
+        wanted,
+        shapes,
+        skip_head=head is None or _other_task(config),
+    )
+    if matched.new and key is None:
+        raise ValueError(
+            f"`key` is needed: {folder} has no {_modules(matched.new)}, which will "
+            "be drawn at random. Write key=jax.random.key(0)."
+        )
+    places = _places(sharding, shapes)
+    leaves = {}
+    with opened({t.file for ts in matched.found.values() for t in ts}) as handles:
+        for path, parts in matched.found.items():
+            to = _leaf_dtype(parts) if param_dtype is None else model.param_dtype
+            leaves[path] = _make(
+                handles, parts, wanted[path], shapes[path], to, places[path]
+            )
+    if matched.new:
+        leaves |= _draw_leaves(model, key, matched.new, places)
+    _report(str(folder_or_name), len(leaves), matched.new, matched.ignored)
+    ordered = {path: leaves[path] for path in shapes}
+    return model, unflatten_dict(ordered, sep="/")
+
+
+def tokenizer(folder_or_name: str | Path) -> Any:
+    """Returns the tokenizer that belongs to a model, a transformers object.
+
+    Args:
+      folder_or_name: as for ``load``.
+
+    Raises:
+      ValueError: if there is no such model.
+    """
+    folder = _find(folder_or_name)
+    from transformers import AutoTokenizer  # slow to import
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _find(folder_or_name: str | Path) -> Path:
+    folder = Path(folder_or_name).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(folder_or_name)
+    if name in packaged:
+        return fetch_packaged(name)
+    parts = name.split("/")
+    if isinstance(folder_or_name, Path) or len(parts) > 2 or name[:1] in "./~":
+        raise ValueError(f"`folder_or_name` {name!r} is no folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise ValueError(
+            f"`folder_or_name` {name!r} is no folder, no packaged model "
+            f"({sorted(packaged)}), and the Hugging Face hub did not give it: {error}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file: {error}.") from error
+
+
+def _floating(name: str, given: Any, default: Any) -> np.dtype:
+    dtype = jnp.dtype(default if given is None else given)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`{name}` is {dtype.name}; write a floating dtype.")
+    return jax.dtypes.canonicalize_dtype(dtype)  # float64 only where JAX has it
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor]) -> Any:
+    """The dtype of the word embeddings, which speaks for the file."""
+    for name, tensor in tensors.items():
+        if name.endswith("word_embeddings.weight") and tensor.numpy_dtype is not None:
+            return tensor.numpy_dtype
+    return jnp.float32  # a misfit that `match` reports in full
+
+
+def _leaf_dtype(tensors: tuple[Tensor, ...]) -> np.dtype:
+    widest = jnp.dtype(tensors[0].numpy_dtype)
+    for tensor in tensors[1:]:
+        widest = jnp.promote_types(widest, tensor.numpy_dtype)
+    return jax.dtypes.canonicalize_dtype(widest)
+
+
+def _other_task(config: Mapping[str, Any]) -> bool:
+    """Whether ``classifier`` in the file scores tokens or choices, not texts."""
+    others = ("ForTokenClassification", "ForMultipleChoice")
+    return any(name.endswith(others) for name in config.get("architectures") or ())
+
+
+def _places(
+    sharding: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, jax.sharding.Sharding | None]:
+    """The sharding of every leaf, checked against its shape."""
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        places = dict.fromkeys(shapes, sharding)
+    elif callable(sharding):
+        places = {path: sharding(path, shape) for path, shape in shapes.items()}
+    else:
+        places = flatten_dict(dict(sharding), sep="/")
+        if odd := sorted(set(places) ^ set(shapes)):
+            raise ValueError(
+                f"`sharding` is a tree that differs from the parameters in {odd}."
+            )
+    for path, place in places.items():
+        if place is None:
+            continue
+        if not isinstance(place, jax.sharding.Sharding):
+            raise ValueError(
+                f"`sharding` of {path} is {place!r}; write "
+                "jax.sharding.NamedSharding(mesh, spec)."
+            )
+        try:
+            place.shard_shape(shapes[path])
+        except ValueError as error:
+            raise ValueError(f"`sharding` of {path}: {error}") from error
+    return places
+
+
+def _make(
+    handles: Mapping[Path, Any],
+    tensors: tuple[Tensor, ...],
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    place: jax.sharding.Sharding | None,
+) -> jax.Array:
+    blocks: dict[tuple[slice, ...], np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        exact = tuple(
+            slice(*part.indices(size)[:2])
+            for part, size in zip(index, shape, strict=True)
+        )
+        bounds = tuple((part.start, part.stop) for part in exact)
+        if bounds not in blocks:  # JAX asks once a device, also for replicas
+            blocks[bounds] = read_leaf(handles, tensors, source, exact, dtype)
+        return blocks[bounds]
+
+    if place is None:
+        return jnp.asarray(block((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, place, block)
+
+
+def _draw(model: Bert, key: jax.Array) -> dict[str, Any]:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _draw_leaves(
+    model: Bert,
+    key: jax.Array | None,
+    paths: tuple[str, ...],
+    places: Mapping[str, jax.sharding.Sharding | None],
+) -> dict[str, jax.Array]:
+    """Draws some leaves of a model; XLA drops the work for the others."""
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        raise ValueError(f"`key` is {key!r}; write jax.random.key(seed).")
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        drawn = flatten_dict(_draw(model, key), sep="/")
+        return {path: drawn[path] for path in paths}
+
+    where = {path: places[path] for path in paths}
+    return jax.jit(draw, out_shardings=where)(key)
+
+
+def _modules(paths: tuple[str, ...]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition("/")[0] for path in paths))
+
+
+def _report(
+    name: str, leaves: int, new: tuple[str, ...], ignored: tuple[str, ...]
+) -> None:
+    text = f"{name}: {leaves - len(new)} leaves read"
+    if ignored:
+        text += f"; not used by this model: {', '.join(sorted(ignored))}"
+    if new:
+        text += f"; NOT in the checkpoint, drawn at random: {', '.join(new)}"
+    _LOG.log(logging.WARNING if new else logging.INFO, "%s", text)

@@ -1,0 +1,160 @@
+"""A checkpoint against a model: each leaf finds its tensors, or all that is wrong."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jaxpeft.models._checkpoint import Tensor
+from jaxpeft.models._families import FAMILIES, OLD_NAMES, Source
+
+_BODY = ("embeddings", "encoder")
+
+
+class Match(NamedTuple):
+    """What a checkpoint gives to a model.
+
+    Attributes:
+      found: our path -> its tensors, in the order of its source.
+      new: paths of the head that the checkpoint does not have.
+      ignored: names on disk that the model has no use for.
+    """
+
+    found: dict[str, tuple[Tensor, ...]]
+    new: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def match(
+    model_type: str,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    skip_head: bool,
+) -> Match:
+    """Pairs the leaves of a model with the tensors of a checkpoint.
+
+    Args:
+      model_type: a key of ``FAMILIES``.
+      tensors: every tensor on disk, by its name there.
+      wanted: the source of every leaf of the model, by path.
+      shapes: the shape of every leaf of the model, by path.
+      skip_head: whether ``classifier`` on disk is none of ours: the model has no
+        head, or the checkpoint's is for another task.
+
+    Raises:
+      ValueError: listing all missing, unused and misfitting tensors at once.
+    """
+    family = FAMILIES[model_type]
+    by_name, doubles = _canonical(tensors, family.prefix)
+    heads = {path.split("/")[0] for path in wanted} - set(_BODY)
+    patterns = [*family.ignored]
+    patterns += ["classifier.*"] if skip_head else []
+    patterns += [] if "pooler" in heads else ["pooler.*"]
+    ignored = [n for n in by_name if _any_match(n, patterns)]
+    present = {name: by_name[name] for name in by_name if name not in set(ignored)}
+
+    new = [path for path in wanted if _is_new(path, wanted, present)]
+    needed = {name for path in wanted if path not in new for name in wanted[path][0]}
+    missing = sorted(needed - set(present))
+    unused = sorted(set(present) - needed)
+    wrong = []
+    for path, source in wanted.items():
+        if path in new:
+            continue
+        shape = shapes[path][1:] if source.stacked else shapes[path]
+        shape = shape[::-1] if source.transposed else shape
+        for name in source.tensors:
+            if name in present and present[name].shape != shape:
+                wrong.append(_misfit(present[name], shape))
+            elif name in present and present[name].numpy_dtype is None:
+                wrong.append(f"{present[name].name}: dtype {present[name].dtype}")
+    _complain(missing, unused, wrong, doubles, present, needed)
+    return Match(
+        {
+            path: tuple(present[name] for name in source.tensors)
+            for path, source in wanted.items()
+            if path not in new
+        },
+        tuple(new),
+        tuple(by_name[name].name for name in ignored),
+    )
+
+
+def _canonical(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by name without prefix and in today's words; names met twice."""
+    found: dict[str, Tensor] = {}
+    doubles = []
+    for name, tensor in sorted(tensors.items()):
+        short = name.removeprefix(prefix)
+        for old, today in OLD_NAMES.items():
+            if short.endswith(old):
+                short = short.removesuffix(old) + today
+        if short in found:
+            doubles.append(f"{found[short].name} and {name}")
+        found[short] = tensor
+    return found, doubles
+
+
+def _any_match(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        fnmatch.fnmatchcase(name, pattern)
+        or fnmatch.fnmatchcase(f".{name}", pattern)  # "*.x" also means a bare "x"
+        for pattern in patterns
+    )
+
+
+def _is_new(
+    path: str, wanted: Mapping[str, Source], present: Mapping[str, Any]
+) -> bool:
+    """Whether the whole module of a head, not only a tensor of it, is absent."""
+    part = path.split("/")[0]
+    if part in _BODY:
+        return False
+    siblings = [p for p in wanted if p.split("/")[0] == part]
+    return not any(name in present for p in siblings for name in wanted[p].tensors)
+
+
+def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str:
+    text = (
+        f"{tensor.name}: {list(tensor.shape)} in the file, {list(shape)} in the model"
+    )
+    if "classifier" in tensor.name:
+        text += (
+            f" (pass num_labels={tensor.shape[0]}; or, for a new head, load with "
+            "head=None and add the head's leaves from models.init)"
+        )
+    return text
+
+
+def _complain(
+    missing: list[str],
+    unused: list[str],
+    wrong: list[str],
+    doubles: list[str],
+    present: Iterable[str],
+    needed: Iterable[str],
+) -> None:
+    def near(name: str, among: Iterable[str]) -> str:
+        found = difflib.get_close_matches(name, list(among), n=1)
+        return f" (nearest: {found[0]})" if found else ""
+
+    sections = {
+        "missing": [name + near(name, unused or present) for name in missing],
+        "unused": [name + near(name, missing or needed) for name in unused],
+        "of another shape or dtype": wrong,
+        "there twice": doubles,
+    }
+    if any(sections.values()):
+        lines = [
+            f"{len(names)} {title}:\n    " + "\n    ".join(names)
+            for title, names in sections.items()
+            if names
+        ]
+        raise ValueError(
+            "the checkpoint's tensors do not fit the model of its config:\n  "
+            + "\n  ".join(lines)
+        )
