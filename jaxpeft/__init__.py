@@ -9,6 +9,7 @@ from jaxpeft.core import combine as combine
 from jaxpeft.core import count as count
 from jaxpeft.core import describe as describe
 from jaxpeft.core import detach as detach
+from jaxpeft.core import infer_axes as infer_axes
 from jaxpeft.core import merge as merge
 from jaxpeft.core import mergeable as mergeable
 from jaxpeft.core import partition as partition

@@ -142,7 +142,10 @@ def _site_key(key, path: str):
 def _is_weight(path: str, leaf: Any, adapter: Adapter) -> bool:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
         return False
-    return adapter.leaves == "any" or leaf.ndim >= 2
+    if adapter.leaves == "any":
+        return True
+    # A stacked bias or norm scale has two axes and is no matrix all the same.
+    return leaf.ndim >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
 
 
 def _floating(leaf: Any) -> bool:
@@ -390,7 +393,7 @@ class _Progress:
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
-        if now - self.start < 2 or now - self.last < 1:
+        if done == self.total or now - self.start < 2 or now - self.last < 1:
             return
         self.last, self.shown = now, True
         end = "\r" if sys.stderr.isatty() else "\n"

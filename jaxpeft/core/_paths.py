@@ -109,9 +109,16 @@ def resolve_pattern(
     Raises:
         ValueError: a pattern matches no path.
     """
+    # A full path speaks for itself alone, also where it was read off a whole
+    # variable dict, {"params": ...}.
+    exact = {p: k for p in paths for k in (p, f"params/{p}") if k in patterns}
     found: dict[str, Any] = {}
     for pattern, value in patterns.items():
-        hits = [p for p in paths if pattern_match(pattern, p)]
+        hits = [
+            p
+            for p in paths
+            if exact.get(p) == pattern or (p not in exact and pattern_match(pattern, p))
+        ]
         if not hits:
             raise ValueError(
                 f"`{argument}` entry {pattern!r} matched none of the {len(paths)} "
