@@ -22,7 +22,7 @@ from numpy import ndarray
 from jaxpeft.data._tokenize import Encoded
 
 # One batch of a plan: the rows in it and the length they are padded to.
-_Planned = tuple[Integer[ndarray, " rows"], int]
+_Planned = tuple[Integer[ndarray, " _"], int]
 
 
 def batches(

@@ -25,6 +25,13 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
             f"{where}: column {column!r} must be text; got {type(value).__name__} "
             f"{value!r}."
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: column {column!r} has a lone surrogate, half of a character: "
+            f"{value[:60]!r} ..."
+        ) from None
     return value
 
 
@@ -79,7 +86,7 @@ def _number(value: Any, column: str, where: str) -> float:
             f"{value!r}. For classes, give their names: labels=[...]."
         ) from None
     # Asked of the float32 the model trains on: 1e39 is finite only before it is cast.
-    if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+    if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
         raise ValueError(
             f"{where}: column {column!r} must be finite in float32; got {value!r}."
         )

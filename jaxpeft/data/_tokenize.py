@@ -188,7 +188,8 @@ def _chunks(rows: Rows, title: str, progress: bool) -> Iterator[int]:
     """Yields the first row of each chunk, moving a progress bar if there are many."""
     starts: Iterable[int] = range(0, len(rows), _CHUNK)
     if progress and len(rows) >= _LARGE:
+        from rich.console import Console
         from rich.progress import track
 
-        starts = track(starts, title, transient=True)
+        starts = track(starts, title, console=Console(stderr=True))
     yield from starts
