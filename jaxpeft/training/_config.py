@@ -5,6 +5,8 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,11 +192,22 @@ def _with_tuples(value: Any) -> Any:
 
 
 def config_differences(
-    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+    old: ml_collections.ConfigDict,
+    new: ml_collections.ConfigDict,
+    *,
+    free: Sequence[str] = (),
 ) -> list[str]:
     """Returns one line for each field that differs, ``"adapter.rank: 8, now 16"``.
 
     Values are compared in their JSON form, so a list equals a tuple.
+
+    Args:
+        old: what there was.
+        new: what is now.
+        free: fields and sections that may differ, ``"mesh"`` or ``"log.every"``.
+
+    Returns:
+        the lines, sorted by field.
 
     Example:
         >>> old, new = ({"rank": r, "seed": 0} for r in (8, 16))
@@ -208,10 +221,46 @@ def config_differences(
     show = lambda value: "absent" if value is absent else repr(value)
     lines = []
     for key in sorted(before.keys() | after.keys()):
+        if any(f"{key}.".startswith(f"{name}.") for name in free):
+            continue
         was, now = before.get(key, absent), after.get(key, absent)
         if was is absent or now is absent or was != now:
             lines.append(f"{key}: {show(was)}, now {show(now)}")
     return lines
+
+
+def count_steps(text: str, steps_per_epoch: int, *, field: str) -> int:
+    """Returns the number of steps in a length such as "200 steps" or "1.5 epochs".
+
+    Args:
+        text: a number and its unit; fractions of an epoch are rounded up.
+        steps_per_epoch: steps in one pass over the training rows.
+        field: where ``text`` stands in the config, for messages: ``"train_for"``.
+
+    Returns:
+        the number of steps, at least 1.
+
+    Raises:
+        ValueError: something else, or not above zero.
+
+    Example:
+        >>> count_steps("200 steps", 30, field="train_for")
+        200
+        >>> count_steps("1.5 epochs", 30, field="train_for")
+        45
+    """
+    found = re.fullmatch(r"([0-9.]+) (step|epoch)s?", text.strip())
+    units = {"step": 1, "epoch": steps_per_epoch}
+    try:
+        steps = math.ceil(float(found[1]) * units[found[2]]) if found else 0
+    except ValueError:
+        steps = 0
+    if steps < 1:
+        raise ValueError(
+            f"`config.{field}` is {text!r}; write a length above zero with its unit: "
+            f"'200 steps' or '3 epochs'."
+        )
+    return steps
 
 
 def call_named(namespace: Any, fields: ml_collections.ConfigDict, section: str) -> Any:

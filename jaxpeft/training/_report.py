@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,13 @@ import ml_collections
 import rich.console
 import rich.table
 
-from jaxpeft.training._metrics import read_metrics
+from jaxpeft.training._metrics import (
+    METRICS_FILE,
+    compile_seconds,
+    memory,
+    read_metrics,
+)
+from jaxpeft.training._progress import clock
 
 REPORT_FILE = "report.json"
 CURVES_FILE = "curves.png"
@@ -142,34 +149,86 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_report(
-    folder: Path, results: dict[str, Any], config: ml_collections.ConfigDict
-) -> Path:
-    """Writes ``report.json``: the results, with config, versions and command inside.
+def report(
+    folder: Path,
+    results: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    *,
+    title: str,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Ends a run: draws the curves, writes ``report.json``, prints the last table.
 
     Args:
         folder: the run's folder.
-        results: what was found; JSON-able.
-        config: the run's config.
+        results: JSON-able, with at least ``split``, ``metric``, ``before``, ``after``
+            and ``after_last_step`` (dicts of scores), ``best_step``, ``trainable``,
+            ``total``, ``seconds``.
+        config: the run's config, kept in the report beside versions and command.
+        title: stands above picture and table.
+        console: where the table goes; None: standard output.
 
     Returns:
-        the path of the file.
+        the results with speed (medians over the run) and memory added. On every
+        process but the first nothing else happens, and nothing is added.
     """
-    report = {
+    if jax.process_index() != 0:
+        return results
+    laps = read_metrics(folder, "speed")
+    for name in ("step_seconds", "tokens_per_second"):
+        results = results | {name: statistics.median(lap[name] for lap in laps)}
+    results = results | {"compile_seconds": compile_seconds(), **memory()}
+    curves = plot_curves(folder, score=results["metric"], title=title)
+    path = folder / REPORT_FILE
+    text = {
         "results": results,
         "config": config.to_dict(),
         "versions": versions(),
         "command": sys.argv,
     }
-    path = folder / REPORT_FILE
-    path.with_suffix(".new").write_text(json.dumps(report, indent=2) + "\n")
-    return path.with_suffix(".new").replace(path)
+    path.with_suffix(".new").write_text(json.dumps(text, indent=2) + "\n")
+    path.with_suffix(".new").replace(path)
+    rows = _rows(results) | {
+        "adapter": folder / "adapter",
+        "curves": curves,
+        "report": path,
+        "metrics": folder / METRICS_FILE,
+        "checkpoints": folder / "checkpoints",
+    }
+    print_table(rows, title=title, console=console)
+    return results
 
 
-def print_results(
+def _rows(results: dict[str, Any]) -> dict[str, str]:
+    """The part of the last table that is numbers."""
+    metric = results["metric"]
+    score = f"{results['split']} {metric}"
+    before, after, last = (
+        f"{results[when][metric]:.4f}"
+        for when in ("before", "after", "after_last_step")
+    )
+    share = results["trainable"] / results["total"]
+    memory = f"{results['host_peak_bytes'] / 2**30:.2f} GiB on the host"
+    if "device_peak_bytes" in results:
+        memory += f", {results['device_peak_bytes'] / 2**30:.2f} GiB on a device"
+    return {
+        f"{score} before": before,
+        f"{score} after": f"{after} at the best step, {results['best_step']}; "
+        f"{last} at the last",
+        "trainable": f"{results['trainable']:,} of {results['total']:,} parameters "
+        f"({share:.2%})",
+        "time": f"{clock(results['seconds'])}, of which compiling "
+        f"{clock(results['compile_seconds'])}",
+        "speed": f"{results['step_seconds']:.3f} s a step, "
+        f"{results['tokens_per_second']:,.0f} tokens/s",
+        "memory, peak": memory,
+    }
+
+
+def print_table(
     rows: dict[str, Any], *, title: str, console: rich.console.Console | None = None
 ) -> None:
-    """Prints the last table of a run, one row an entry, on the first process.
+    """Prints a table of two columns, one row an entry, on the first process.
 
     Args:
         rows: {what: value}; values are shown with ``str``.

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,11 +20,18 @@ from jaxpeft.training._config import (
 )
 
 CONFIG_FILE = "config.json"
+FRESH_FILE = "config.json.new"
 LOCK_FILE = ".lock"
 
 
+class WorkdirError(RuntimeError):
+    """The folder cannot be used for this run; the message says what to do."""
+
+
 @contextlib.contextmanager
-def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Iterator[Path]:
+def open_workdir(
+    path: str | Path, config: ml_collections.ConfigDict, *, free: Sequence[str] = ()
+) -> Iterator[Path]:
     """Makes or reopens the folder of a run and holds it for as long as the context.
 
     A folder that holds a run of the same config is reopened, so that the same command
@@ -35,18 +42,20 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Iterato
 
     Args:
         path: a local (or mounted) folder; made with its parents if it does not exist.
-        config: the run's config; written to ``config.json`` on the first call.
+        config: the run's config; written to ``config.json``.
+        free: fields and sections of the config that may differ from those of the run
+            in the folder, such as ``"mesh"``.
 
     Yields:
         the folder as an absolute path.
 
     Raises:
-        ValueError: a URL instead of a folder; a folder with other things in it; a run
-            of another config (the differing fields are listed).
-        RuntimeError: another living process holds the folder.
+        WorkdirError: a URL instead of a folder; a folder with other things in it; a
+            run of another config (the differing fields are listed); another living
+            process holds the folder.
     """
     if "://" in str(path):
-        raise ValueError(
+        raise WorkdirError(
             f"`workdir` {str(path)!r} is a URL; give a folder. A bucket can be mounted "
             f"as one (gcsfuse, mountpoint-s3)."
         )
@@ -55,10 +64,11 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Iterato
         error = None
         if jax.process_index() == 0:
             try:
-                _check_content(folder, config)
+                _check_content(folder, config, free)
                 stack.enter_context(_locked(folder))
+                _check_content(folder, config, free)  # another may just have written
                 _write_config(folder, config)
-            except (ValueError, RuntimeError) as raised:
+            except WorkdirError as raised:
                 error = raised
         _agree(error, folder)
         yield folder
@@ -74,27 +84,30 @@ def _agree(error: Exception | None, folder: Path) -> None:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(
+        raise WorkdirError(
             f"`workdir` {str(folder)!r} was refused by process 0; its message says why."
         )
 
 
-def _check_content(folder: Path, config: ml_collections.ConfigDict) -> None:
+def _check_content(
+    folder: Path, config: ml_collections.ConfigDict, free: Sequence[str]
+) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`workdir` {str(folder)!r} is a file; give a folder.")
+        raise WorkdirError(f"`workdir` {str(folder)!r} is a file; give a folder.")
     held = folder / CONFIG_FILE
     if not held.exists():
-        others = {file.name for file in folder.glob("*")} - {LOCK_FILE}
+        others = {file.name for file in folder.glob("*")} - {LOCK_FILE, FRESH_FILE}
         if others:
-            raise ValueError(
+            raise WorkdirError(
                 f"`workdir` {str(folder)!r} is not empty and holds no run "
                 f"({', '.join(sorted(others)[:5])}); give a new folder: --workdir=PATH."
             )
         return
-    differences = config_differences(config_from_json(held.read_text()), config)
+    before = config_from_json(held.read_text())
+    differences = config_differences(before, config, free=free)
     if differences:
         listed = "\n  ".join(differences)
-        raise ValueError(
+        raise WorkdirError(
             f"`workdir` {str(folder)!r} holds a run of another config:\n  {listed}\n"
             f"To start this one, give another folder (--workdir=PATH) or delete that "
             f"one; to resume that one, put its values back."
@@ -111,7 +124,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             # The holder may not have written who it is yet.
             holder = os.read(file, 4096).decode() or "unknown"
-            raise RuntimeError(
+            raise WorkdirError(
                 f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
                 f"Wait for it, stop it, or give another folder: --workdir=PATH."
             ) from None
@@ -124,7 +137,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write_config(folder: Path, config: ml_collections.ConfigDict) -> None:
-    if not (folder / CONFIG_FILE).exists():
-        fresh = folder / f"{CONFIG_FILE}.new"
-        fresh.write_text(config_to_json(config))
-        fresh.replace(folder / CONFIG_FILE)  # whole or not at all
+    fresh = folder / FRESH_FILE
+    fresh.write_text(config_to_json(config))
+    fresh.replace(folder / CONFIG_FILE)  # whole or not at all

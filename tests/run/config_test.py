@@ -102,3 +102,22 @@ def test_call_named_says_what_there_is():
         training.call_named(textwrap, section(name="indnet"), "q")
     with pytest.raises(ValueError, match="config.q.prefx`.*nearest: .'prefix'"):
         training.call_named(textwrap, section(name="indent", text="a", prefx=""), "q")
+
+
+@pytest.mark.parametrize(
+    "text", ["200", "0 steps", "-1 epochs", "3 days", "1.2.3 steps"]
+)
+def test_a_length_needs_a_unit(text):
+    with pytest.raises(ValueError, match="config.train_for` is .*'200 steps' or"):
+        training.count_steps(text, 10, field="train_for")
+
+
+def test_fields_that_may_differ():
+    old, new = (
+        ml_collections.ConfigDict(
+            {"mesh": {"data": d}, "meshes": d, "log": {"every": d}}
+        )
+        for d in (1, 2)
+    )
+    found = training.config_differences(old, new, free=("mesh", "log.every"))
+    assert found == ["meshes: 1, now 2"]

@@ -31,19 +31,44 @@ def test_curves_are_a_picture_of_what_was_measured(tmp_path):
     assert (matplotlib.image.imread(after) != image).any()
 
 
+RESULTS = {
+    "split": "test",
+    "metric": "accuracy",
+    "before": {"accuracy": 0.1},
+    "after": {"accuracy": 0.9},
+    "after_last_step": {"accuracy": 0.875},
+    "best_step": 8,
+    "trainable": 123_456,
+    "total": 12_345_678,
+    "seconds": 95.0,
+}
+
+
 def test_the_report_has_config_and_versions_inside(tmp_path):
+    with training.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
+        for step, seconds in enumerate((9.0, 0.5, 0.4), start=1):
+            writer.write("train", step, loss=1.0, penalty=0.0)
+            writer.write("speed", step, step_seconds=seconds, tokens_per_second=100.0)
     config = ml_collections.ConfigDict({"adapter": {"rank": 8}, "targets": ("query",)})
-    path = training.write_report(tmp_path, {"accuracy": 0.9}, config)
-    report = json.loads(path.read_text())
-    assert report["results"] == {"accuracy": 0.9}
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=100)
+    results = training.report(tmp_path, RESULTS, config, title="a run", console=console)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["results"] == results
+    assert results["step_seconds"] == 0.5  # the median: not the lap that warmed up
+    assert results["host_peak_bytes"] > 0 and results["after"] == {"accuracy": 0.9}
     assert report["config"] == {"adapter": {"rank": 8}, "targets": ["query"]}
     assert {"jax", "flax", "optax", "python", "devices"} <= report["versions"].keys()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    for shown in ("0.1000", "0.9000 at the best step, 8; 0.8750 at the last", "1:35"):
+        assert shown in text.getvalue()
+    assert "123,456 of 12,345,678 parameters (1.00%)" in text.getvalue()
 
 
 def test_the_last_table(tmp_path):
     text = io.StringIO()
     console = rich.console.Console(file=text, width=60)
     rows = {"accuracy before": "0.2000", "adapter": "/a/very/long/" + "path/" * 12}
-    training.print_results(rows, title="[quickstart]", console=console)
+    training.print_table(rows, title="[quickstart]", console=console)
     assert "accuracy before" in text.getvalue() and "0.2000" in text.getvalue()
     assert text.getvalue().count("path/") > 5  # folded, not cut off

@@ -24,20 +24,33 @@ def test_another_config_is_refused_field_by_field(tmp_path):
     with training.open_workdir(tmp_path / "run", config()):
         pass
     other = config(adapter={"rank": 16}, extra=1)
-    with pytest.raises(ValueError, match="rank: 8, now 16\n  extra: absent, now"):
+    with pytest.raises(
+        training.WorkdirError, match="rank: 8, now 16\n  extra: absent, now"
+    ):
         with training.open_workdir(tmp_path / "run", other):
             pass
 
 
+def test_what_may_differ_is_written_anew(tmp_path):
+    with training.open_workdir(tmp_path / "run", config()):
+        pass
+    with training.open_workdir(
+        tmp_path / "run", config(seed=1), free=["seed"]
+    ) as folder:
+        assert json.loads((folder / "config.json").read_text())["seed"] == 1
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="holds no run .thesis.tex.; give a new"):
+    with pytest.raises(
+        training.WorkdirError, match="holds no run .thesis.tex.; give a new"
+    ):
         with training.open_workdir(tmp_path, config()):
             pass
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(training.WorkdirError, match="is a file"):
         with training.open_workdir(tmp_path / "thesis.tex", config()):
             pass
-    with pytest.raises(ValueError, match="is a URL"):
+    with pytest.raises(training.WorkdirError, match="is a URL"):
         with training.open_workdir("gs://bucket/run", config()):
             pass
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
@@ -45,7 +58,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_one_run_at_a_time(tmp_path):
     with training.open_workdir(tmp_path / "run", config()):
-        with pytest.raises(RuntimeError, match=f"in use .*{os.getpid()}.*--workdir"):
+        with pytest.raises(
+            training.WorkdirError, match=f"in use .*{os.getpid()}.*--workdir"
+        ):
             with training.open_workdir(tmp_path / "run", config()):
                 pass
     with training.open_workdir(tmp_path / "run", config()):
@@ -67,7 +82,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "held\n"
-            with pytest.raises(RuntimeError, match=f"in use .*{process.pid}"):
+            with pytest.raises(training.WorkdirError, match=f"in use .*{process.pid}"):
                 with training.open_workdir(tmp_path / "run", config()):
                     pass
         finally:

@@ -1,0 +1,75 @@
+"""The command line of a run."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+
+from jaxpeft.training._config import load_config
+
+
+class Command(NamedTuple):
+    """What a command line asked for.
+
+    Attributes:
+        config: the locked config, overrides applied.
+        workdir: the run's folder.
+        distributed: whether this is one of several processes.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    distributed: bool
+
+
+def parse_command(
+    argv: Sequence[str] | None, *, default_config: str | Path, description: str = ""
+) -> Command:
+    """Reads ``--config``, ``--workdir``, ``--config.FIELD=VALUE``, ``--distributed``.
+
+    A mistake ends the program with status 2 and one line that says what was meant.
+
+    Args:
+        argv: the arguments; None: those of the program.
+        default_config: the config where none is given.
+        description: shown by ``--help``.
+
+    Returns:
+        a :class:`Command`. Without ``--workdir`` the folder is ``runs/`` and the name
+        of the config: ``runs/glue_kasa-task-rte`` for ``glue_kasa.py:task=rte``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.FIELD=VALUE replaces one value of the config.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        default=str(default_config),
+        help="a Python file with get_config(), as FILE or FILE:argument=value",
+    )
+    parser.add_argument(
+        "--workdir", help="the run's folder (default: runs/NAME-OF-THE-CONFIG)"
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, which jax.distributed.initialize() finds",
+    )
+    given, others = parser.parse_known_args(argv)
+    prefix = "--config."
+    for item in others:
+        if not item.startswith(prefix):
+            parser.error(f"unknown argument {item!r}; write {prefix}FIELD=VALUE")
+    try:
+        overrides = [item.removeprefix(prefix) for item in others]
+        config = load_config(given.config, overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    name = Path(given.config).name.replace(".py", "", 1)
+    folder = given.workdir or Path("runs") / re.sub(r"[^\w.-]+", "-", name)
+    return Command(config, Path(folder), given.distributed)

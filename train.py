@@ -1,0 +1,291 @@
+"""Fine-tunes a model with an adapter: one run, told from top to bottom.
+
+    python train.py                                       # configs/quickstart.py
+    python train.py --config configs/lora_trec.py --workdir runs/lora
+    python train.py --config.adapter.rank=16 --workdir runs/rank16
+
+The same command again resumes a run that was stopped, bit for bit. Everything that
+this file calls can be imported; ``run(config, workdir)`` is the whole of it.
+"""
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+import jaxpeft as jp
+from jaxpeft import adapters, data, interop, models, training
+
+# What a resumed run may do differently: where it runs, and what it shows.
+FREE = ("mesh", "log")
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains, evaluates, saves and reports; returns the results.
+
+    Args:
+        config: what to do; ``configs/quickstart.py`` lists every field.
+        workdir: the run's folder. If it holds a run of this config, it goes on.
+
+    Returns:
+        the ``results`` of ``report.json``.
+
+    Raises:
+        ValueError: a field of the config that does not fit.
+        training.WorkdirError: the folder is in use, or of another run.
+        training.NonFiniteError: the loss was not finite; the last checkpoint is kept.
+    """
+    with contextlib.ExitStack() as stack:
+        return _run(config, workdir, stack)
+
+
+def _run(config, workdir, stack):
+    started = time.perf_counter()
+
+    # ------------------------------------- Set up -------------------------------------
+
+    folder = stack.enter_context(training.open_workdir(workdir, config, free=FREE))
+    main_process = jax.process_index() == 0
+    if config.log.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    mesh = training.make_mesh(**config.mesh)
+    keys = iter(jax.random.split(jax.random.key(config.seed), 4))
+
+    # --------------------------------- Model and task ---------------------------------
+
+    task = data.task(config.data)
+
+    def where(path, shape):  # every leaf is read straight to its place on the mesh
+        leaf = {path: jax.ShapeDtypeStruct(shape, "float32")}
+        return training.shardings(training.param_specs(leaf, mesh), mesh)[path]
+
+    head_key = next(keys)
+    load_base = lambda: models.load(
+        config.model.name,
+        head="regression" if task.regression else "classification",
+        num_labels=task.num_labels,
+        dtype=config.model.dtype,
+        param_dtype=config.model.param_dtype,
+        scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
+        sharding=where,
+        key=head_key,
+    )
+    model, params = load_base()
+    splits = data.tokenize(
+        task,
+        models.tokenizer(config.model.name),
+        vocab_size=model.config.vocab_size,
+        max_length=config.max_length,
+    )
+    batches = data.batches(
+        splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
+    )
+    # A batch that the mesh does not divide is found here, before anything compiles.
+    training.put_batch(batches[0], mesh, accumulate=config.accumulate)
+    batches = iter(batches)
+    per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
+    count = lambda field: training.count_steps(config[field], per_epoch, field=field)
+    total_steps = count("train_for")
+    evaluate_every, save_every = count("evaluate_every"), count("save_every")
+
+    # ---------------------------------- The adapter -----------------------------------
+
+    adapter = training.call_named(adapters, config.adapter, "adapter")
+    adapted = jp.attach(
+        params,
+        adapter,
+        targets=config.targets,
+        exclude=config.exclude or None,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        axes=model.axes,
+        key=next(keys),
+    )
+    if config.head:  # trained whole: nothing a pre-trained model has fits the new task
+        adapted = jp.attach(adapted, jp.full(), targets=config.head, key=next(keys))
+    specs = training.param_specs(params, mesh, axes=model.axes)
+    adapted = training.place(adapted, mesh, specs)
+    trainable, frozen = jp.partition(adapted)
+    sizes = jp.count(adapted)
+    if main_process:
+        (folder / "sites.txt").write_text(f"{jp.describe(adapted)}\n")
+    del params, adapted  # the base lives on in `frozen`; nothing is held twice
+
+    # ---------------------------------- Update step -----------------------------------
+
+    optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
+    state = training.init_state(trainable, optimizer, key=next(keys), mesh=mesh)
+    forward = training.model_forward(model, dropout=config.model.dropout)
+    loss = training.squared_error if task.regression else training.cross_entropy
+    step_fn = training.train_step(
+        forward,
+        loss,
+        optimizer,
+        state,
+        frozen,
+        mesh=mesh,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_norm,
+    )
+
+    # ----------------------------------- Evaluation -----------------------------------
+
+    eval_fn = training.eval_step(forward, loss, state, frozen, mesh=mesh)
+    metric = task.metrics[0]  # decides which checkpoint is the best
+    # GLUE keeps the labels of its test splits; there, validation is all there is.
+    held_out = "test" if "test" in splits else "validation"
+
+    def evaluate(trainable, frozen, split, bar):
+        rows, lengths = config.eval_batch_size, config.lengths
+        with bar.phase(f"evaluation, {split}", splits[split].rows) as advance:
+            return training.evaluate(
+                eval_fn,
+                trainable,
+                frozen,
+                data.evaluation_batches(splits[split], rows, lengths=lengths),
+                mesh=mesh,
+                rows=rows // jax.process_count(),
+                score=functools.partial(data.score, task),
+                advance=advance,
+            )
+
+    # ----------------------------- Resume, or start anew ------------------------------
+
+    checkpoints = stack.enter_context(
+        training.Checkpointer(
+            folder / "checkpoints", config=config.to_dict(), metric=metric, free=FREE
+        )
+    )
+    first_step, carried = 0, {"seconds": 0.0}
+    if checkpoints.latest is not None:
+        restored = checkpoints.restore(state, frozen)
+        state, frozen, first_step = restored.state, restored.frozen, restored.step
+        batches.set_state(restored.data_state)
+        carried = restored.extra
+    seconds = lambda: carried["seconds"] + time.perf_counter() - started
+    after = first_step or -1  # no checkpoint yet: what was written is written anew
+    writer = stack.enter_context(
+        training.MetricsWriter(folder, after=after, tensorboard=config.log.tensorboard)
+    )
+    writer.write("start", first_step, versions=training.versions(), command=sys.argv)
+    bar = stack.enter_context(training.progress(total_steps, done=first_step))
+    title = f"{config.adapter.name} on {config.model.name}, {task.name}"
+    bar.note(
+        f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
+        f"of {config.batch_size} rows on {mesh.size} device(s); {folder}"
+    )
+    if first_step == total_steps:
+        bar.note("This run is complete. Another one: --workdir=PATH.")
+    elif first_step:
+        bar.note(f"Resuming after step {first_step}.")
+    else:
+        scores = evaluate(state.trainable, frozen, "validation", bar)
+        writer.write("eval", 0, **scores)
+        if held_out != "validation":
+            scores = evaluate(state.trainable, frozen, held_out, bar)
+        carried["before"] = scores
+        bar.note(f"before training: {held_out} {metric} {scores[metric]:.4f}")
+
+    # ----------------------------------- Train loop -----------------------------------
+
+    watch, waiting = training.Stopwatch(), []
+    for step in range(first_step + 1, total_steps + 1):
+        batch = next(batches)
+        tokens = int(batch["attention_mask"].sum()) * jax.process_count()
+        batch = training.put_batch(batch, mesh, accumulate=config.accumulate)
+        state, metrics = step_fn(state, frozen, batch)
+        watch.count(tokens=tokens)
+        waiting.append((step, metrics))  # still on the device: fetched all at once
+        bar.advance()
+
+        evaluates = step % evaluate_every == 0 or step == total_steps
+        saves = evaluates or step % save_every == 0
+        if not saves and step % config.log.every:
+            continue
+        for number, values in jax.device_get(waiting):
+            writer.write("train", number, **values)
+        waiting.clear()
+        lap = watch.lap()
+        writer.write("speed", step, **lap, **training.memory(), seconds=seconds())
+        try:
+            training.check_finite(state)
+        except training.NonFiniteError as error:
+            writer.write("stopped", error.step, reason=str(error))
+            bar.note(f"The last good checkpoint is kept; its step: {checkpoints.latest}")
+            raise
+        rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
+        shown = {"loss": float(values["loss"]), "learning rate": float(rate)}
+        shown["tokens/s"] = lap["tokens_per_second"]
+        scores = None
+        if evaluates:
+            scores = evaluate(state.trainable, frozen, "validation", bar)
+            writer.write("eval", step, **scores)
+            shown[metric] = scores[metric]
+        if saves:
+            checkpoints.save(
+                state,
+                frozen,
+                data_state=batches.get_state(),
+                extra=carried | {"seconds": seconds()},
+                scores=scores,
+            )
+        bar.show(step, **shown)
+        watch.restart()
+
+    # ------------------- Save the adapter, read it again, score it --------------------
+
+    last = evaluate(state.trainable, frozen, held_out, bar)
+    best = checkpoints.restore(state, frozen, step="best")
+    after = evaluate(best.state.trainable, best.frozen, held_out, bar)
+    saved = folder / "adapter"
+    interop.save_adapter(jp.combine(best.state.trainable, best.frozen), saved)
+    _, fresh = load_base()
+    reloaded = training.place(interop.load_adapter(saved, fresh), mesh, specs)
+    again = evaluate(*jp.partition(reloaded), held_out, bar)
+    if again != after:
+        raise RuntimeError(f"the saved adapter scores {again} when read, not {after}.")
+    writer.write("after", total_steps, best_step=best.step, **after)
+    bar.note(f"the adapter, saved and read onto a fresh base, scores the same: {after}")
+
+    # ------------------------------------- Report -------------------------------------
+
+    results = {
+        "task": task.name,
+        "split": held_out,
+        "metric": metric,
+        "before": carried["before"],
+        "after": after,
+        "after_last_step": last,
+        "best_step": best.step,
+        "steps": total_steps,
+        **dict(zip(("trainable", "total"), sizes, strict=True)),
+        "seconds": seconds(),
+        "data": dict(task.facts),
+    }
+    return training.report(folder, results, config, title=title)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs."""
+    quickstart = Path(__file__).parent / "configs/quickstart.py"
+    command = training.parse_command(
+        argv, default_config=quickstart, description=__doc__
+    )
+    if command.distributed:
+        jax.distributed.initialize()
+    try:
+        run(command.config, command.workdir)
+    except (training.WorkdirError, training.NonFiniteError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
