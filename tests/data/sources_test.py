@@ -189,3 +189,68 @@ def test_glue_pairs_have_both_of_their_metrics(tmp_path):
         "qqp": ("accuracy", "f1"),
         "stsb": ("pearson", "spearman"),
     }
+
+
+GLUE_FILES = {  # the published layout: folder, then lines of each file
+    "cola": (
+        "CoLA",
+        {
+            "train.tsv": ["x\t1\t\tw1 w2 .", "x\t0\t*\tw2 w1 .", "x\t1\t\tw3 ."],
+            "dev.tsv": ["x\t0\t*\tw4 .", "x\t1\t\tw5 ."],
+            "test.tsv": ["index\tsentence", "0\tw6 ."],
+        },
+    ),
+    "stsb": (
+        "STS-B",
+        {
+            "train.tsv": ["sentence1\tsentence2\tscore", "w1\tw2\t3.75", "w1\tw1\t5.0"],
+            "dev.tsv": ["sentence1\tsentence2\tscore", "w3\tw4\t0.5"],
+            "test.tsv": ["sentence1\tsentence2", "w3\tw4"],
+        },
+    ),
+    "mnli": (
+        "MNLI",
+        {
+            "train.tsv": ["sentence1\tsentence2\tgold_label", "w1\tw2\tneutral"],
+            "dev_matched.tsv": [
+                "sentence1\tsentence2\tgold_label",
+                "w1\tw2\tentailment",
+            ],
+            "dev_mismatched.tsv": [
+                "sentence1\tsentence2\tgold_label",
+                "w3\tw4\tcontradiction",
+                "w3\tw4\tneutral",
+            ],
+            "test_matched.tsv": ["sentence1\tsentence2", "w1\tw2"],
+            "test_mismatched.tsv": ["sentence1\tsentence2", "w1\tw2"],
+        },
+    ),
+}
+GLUE_LABELS = {
+    "cola": {"train": [0, 1, 1], "validation": [0, 1]},
+    "stsb": {"train": [3.75, 5.0], "validation": [0.5]},
+    "mnli": {"train": [1], "validation": [0], "validation_mismatched": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("name", GLUE_FILES)
+def test_glue_is_prepared_without_tensorflow(name, tokenizer, tmp_path, monkeypatch):
+    """TFDS's own GLUE code over files of the published layout; only the net is not."""
+    import tensorflow_datasets as tfds
+
+    folder, files = GLUE_FILES[name]
+    (tmp_path / folder).mkdir()
+    for file, lines in files.items():
+        (tmp_path / folder / file).write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(
+        tfds.download.DownloadManager,
+        "download_and_extract",
+        lambda self, url: str(tmp_path),
+    )
+    for _ in range(2):  # prepared, then found prepared
+        task = data.task(name, data_dir=tmp_path / "prepared")
+        encoded = data.tokenize(task, tokenizer, vocab_size=104, max_length=64)
+        labels = {split: sorted(e.labels.tolist()) for split, e in encoded.items()}
+        assert labels == GLUE_LABELS[name]
+    assert list((tmp_path / "prepared").rglob("*.array_record*"))
+    assert "tensorflow" not in sys.modules
