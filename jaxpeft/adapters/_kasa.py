@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft.core import Adapter, Factors, method
 from jaxpeft.numerics import (
@@ -38,10 +39,10 @@ CHOICES = {
 @method
 def kasa(
     rank: int = 8,
-    alpha: float | None = None,
-    beta: float = 1e-4,
-    gamma: float = 1e-3,
-    dropout: float = 0.0,
+    alpha: int | float | None = None,
+    beta: int | float = 1e-4,
+    gamma: int | float = 1e-3,
+    dropout: int | float = 0.0,
     truncation: Literal["min", "official", "none"] = "min",
     core: Literal["diag", "full"] = "diag",
     sigma: Literal["trained", "ones"] = "trained",
@@ -249,7 +250,7 @@ def kasa(
     def penalty(frozen, trainable):
         del frozen
         leaves = jax.tree.map(
-            lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trainable
+            lambda x: x.astype(np.promote_types(x.dtype, np.float32)), trainable
         )
         total = jnp.zeros((), leaves["a"].dtype)
         if beta and sigma == "trained":

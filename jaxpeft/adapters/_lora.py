@@ -15,8 +15,8 @@ SCALINGS = {"alpha/r": lambda r: r, "alpha/sqrt_r": math.sqrt}
 @method
 def lora(
     rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    alpha: int | float | None = None,
+    dropout: int | float = 0.0,
     init: Literal["uniform", "gaussian", "embedding"] = "uniform",
     scaling: Literal["alpha/r", "alpha/sqrt_r"] = "alpha/r",
 ) -> Adapter:
