@@ -345,7 +345,7 @@ def _make(kernel, adapter: Adapter, site: Site, key) -> AdaptedKernel:
 
 def _fold(node: AdaptedKernel):
     """Stores the changed base; says how much of the change rounding undoes."""
-    kernel, roles = node.base, node.site.roles
+    kernel, roles = node.base, node.roles
     wide = to_matrices(kernel, roles).astype(working_dtype(kernel.dtype))
     changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
     folded = changed.astype(kernel.dtype)

@@ -84,12 +84,12 @@ def bind(node: AdaptedKernel, taps: bool):
     a, b, fixed = f.a, f.b, f.fixed
     if all(x is None for x in (a, b, f.c, f.o, fixed)):
         return base
+    batch = dims_of(base.shape, node.roles, BATCH)
     if fixed is not None and node.key is None and f.phi is None:
-        a, b = _join((a, b), fixed, rank_axis=len(dims_of(base.shape, _r(node), BATCH)))
+        a, b = _join((a, b), fixed, rank_axis=len(batch))
         fixed = None
     leaves = None
     if taps:
-        batch = dims_of(base.shape, _r(node), BATCH)
         leaves = jax.tree.map(
             lambda x: x.reshape(batch + x.shape[1:]), layer_leaves(node)
         )
@@ -103,14 +103,10 @@ def bind(node: AdaptedKernel, taps: bool):
         phi=f.phi,
         key=node.key,
         leaves=leaves,
-        names=node.site.roles,
+        names=node.roles,
         path=node.site.path,
         dropout=node.adapter.dropout,
     )
-
-
-def _r(node: AdaptedKernel) -> tuple[str, ...]:
-    return node.site.roles
 
 
 def _join(pair, fixed, rank_axis: int):

@@ -18,7 +18,9 @@ def opened(jaxpr: Any) -> tuple[Any, list]:
 def closed(invars, outvars, eqns) -> Any:
     """A closed jaxpr of some equations of another one."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    return jex.ClosedJaxpr(jex.Jaxpr([], invars, outvars, eqns, effects), [])
+    names = ("",) * len(invars), ("",) * len(outvars)
+    info = jex.DebugInfo("adapt", "adapt", *names)
+    return jex.ClosedJaxpr(jex.Jaxpr([], invars, outvars, eqns, effects, info), [])
 
 
 def scan_counts(params: dict) -> tuple[int, int]:

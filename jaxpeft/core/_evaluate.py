@@ -64,11 +64,10 @@ class Evaluator:
             The outputs; a kernel that came through untouched is still a kernel.
         """
         env: dict[Any, Any] = {}
-        env.update(
-            zip((*_constvars(jaxpr), *jaxpr.invars), (*consts, *args), strict=True)
-        )
+        variables = (*jaxpr.constvars, *jaxpr.invars)
+        env.update(zip(variables, (*consts, *args), strict=True))
         last = _last_uses(jaxpr)
-        hints = _Shared(jaxpr, env)
+        shared = _Shared(self, jaxpr, env, uses)
         run: list = []
 
         def read(v):
@@ -88,17 +87,19 @@ class Evaluator:
             if not touched:
                 run.append(eqn)
                 continue
+            if all(v in env for v in eqn.outvars):
+                continue  # moved before its turn, for a shared down-projection
             flush(at)
             vals = [read(v) for v in eqn.invars]
             with eqn.ctx.manager, _scope(eqn):
-                outs = self._touched(eqn, vals, uses.at(eqn), hints, env)
+                outs = self._touched(eqn, vals, uses.at(eqn), shared)
             env.update(zip(eqn.outvars, outs, strict=True))
         flush(len(jaxpr.eqns))
         return [read(v) for v in jaxpr.outvars]
 
-    def _touched(self, eqn, vals, uses: Uses, hints: "_Shared", env) -> list:
+    def _touched(self, eqn, vals, uses: Uses, shared: "_Shared") -> list:
         try:
-            return self._apply(eqn, vals, uses, hints, env)
+            return self.apply(eqn, vals, uses, shared)
         except NoRule as e:
             reason = str(e)
         name, place = eqn.primitive.name, _compat.place(eqn)
@@ -123,7 +124,8 @@ class Evaluator:
         except NoRule as e:
             raise UnsupportedError(f"{what} And {e}.") from None
 
-    def _apply(self, eqn, vals, uses: Uses, hints: "_Shared", env) -> list:
+    def apply(self, eqn, vals, uses: Uses, shared: "_Shared") -> list:
+        """One equation with kernels among its operands; raises ``NoRule``."""
         name, params = eqn.primitive.name, eqn.params
         if name in CONTROL:
             return CONTROL[name](eqn, vals, uses, self)
@@ -154,7 +156,7 @@ class Evaluator:
             raise NoRule("two adapted kernels meet")
         match name:
             case "dot_general":
-                return [self._dot(eqn, vals, uses, hints, env)]
+                return [self._dot(eqn, vals, uses, shared)]
             case "ragged_dot_general" if len(others) == 1:
                 issue = lambda *xs: _issue(eqn, *xs)
                 return [_contract.ragged_dot(others[0], first, vals[2], params, issue)]
@@ -162,14 +164,14 @@ class Evaluator:
                 return [self._convolution(eqn, others[0], first, params, uses)]
         raise NoRule("the kernel is used by something that is not a contraction")
 
-    def _dot(self, eqn, vals, uses, hints, env):
+    def _dot(self, eqn, vals, uses: Uses, shared: "_Shared"):
         kernel_first = isinstance(vals[0], Bound)
         w, x = vals if kernel_first else vals[::-1]
 
         def issue(x, base):
             return _issue(eqn, *((base, x) if kernel_first else (x, base)))
 
-        h = None if uses.tap is not None else hints.down(eqn, x, env)
+        h = shared.down(eqn, x, kernel_first)
         return _contract.dot_general(w, x, eqn.params, kernel_first, uses, issue, h)
 
     def _gather(self, eqn, w: Bound, indices, params):
@@ -227,10 +229,6 @@ class _NoScope:
 _NO_SCOPE = _NoScope()
 
 
-def _constvars(jaxpr):
-    return jaxpr.constvars
-
-
 def _last_uses(jaxpr) -> dict[Any, int]:
     """For each variable the index of the last equation that reads it."""
     last = {}
@@ -261,18 +259,103 @@ def _replay(eqns: list, env: dict, wanted) -> dict:
     )
 
 
+# Equations that may be evaluated before their turn: they move a kernel about and
+# depend on little else.
+_MOVES = frozenset(
+    (
+        *_relabel.ON_BASE,
+        *_relabel.RELABEL,
+        "split",
+        "dynamic_slice",
+        "mul",
+        "div",
+        "neg",
+    )
+)
+_SAME_VALUE = ("convert_element_type", "copy", "reshape", "transpose")
+
+
 class _Shared:
     """Kernels of one jaxpr that read the same input, so that they share a matmul.
 
     Two thin matmuls at each of q, k and v cost more time than their FLOPs; one
-    ``x @ [a_q | a_k | a_v]`` does. What is known here is which contractions read the
-    same variable; the kernels are known when the first of them is reached.
+    ``x @ [a_q | a_k | a_v]`` for the three costs less. Which contractions read the
+    same value is seen beforehand; their kernels are brought up to their contractions
+    when the first of them is reached.
     """
 
-    def __init__(self, jaxpr, env: dict):
-        self.groups: dict[int, tuple[list, Any]] = {}
+    def __init__(self, evaluate: "Evaluator", jaxpr, env: dict, uses: Uses):
+        self.evaluate, self.env, self.uses = evaluate, env, uses
+        self.made_by: dict[Any, Any] = {}
+        self.groups: dict[int, list] = {}
         self.parts: dict[int, Any] = {}
-        del jaxpr, env
+        kernels = {v for v, x in env.items() if isinstance(x, Bound)}
+        values: dict[Any, Any] = {}
+        groups: dict[Any, list] = {}
+        for eqn in jaxpr.eqns if kernels else ():
+            held = [not isinstance(v, jex.Literal) and v in kernels for v in eqn.invars]
+            name = eqn.primitive.name
+            if name in _MOVES and sum(held) == 1:
+                kernels.update(eqn.outvars)
+                self.made_by.update(dict.fromkeys(eqn.outvars, eqn))
+            elif name in _SAME_VALUE and len(eqn.invars) == 1:
+                v = eqn.invars[0]
+                if not isinstance(v, jex.Literal):
+                    same = (name, str(eqn.params), values.get(v, v))
+                    values[eqn.outvars[0]] = same
+            elif name == "dot_general" and sum(held) == 1:
+                x = eqn.invars[1 if held[0] else 0]
+                if not isinstance(x, jex.Literal):
+                    numbers = eqn.params["dimension_numbers"]
+                    like = (values.get(x, x), str(numbers), held[0])
+                    groups.setdefault(like, []).append(eqn)
+        for group in groups.values():
+            if len(group) > 1:
+                self.groups.update({id(eqn): group for eqn in group})
 
-    def down(self, eqn, x, env):
-        return self.parts.pop(id(eqn), None)
+    def down(self, eqn, x, kernel_first: bool):
+        """This contraction's ``h``, if it shares its down-projection."""
+        if id(eqn) in self.parts:
+            return self.parts.pop(id(eqn))
+        group = self.groups.get(id(eqn))
+        if group is None:
+            return None
+        ready = {}
+        for member in group:
+            self.groups.pop(id(member), None)
+            w = self._kernel(member.invars[0 if kernel_first else 1])
+            if w is not None:
+                ready[id(member)] = w
+        if len(ready) < 2 or id(eqn) not in ready:
+            return None
+        kernels = list(ready.values())
+        parts = _contract.down_projections(kernels, x, eqn.params, kernel_first)
+        if parts is None:
+            return None
+        self.parts.update(zip(ready, parts, strict=True))
+        return self.parts.pop(id(eqn))
+
+    def _kernel(self, v) -> Bound | None:
+        """The kernel that a variable will hold, moved there now if it can be."""
+        if v in self.env:
+            return self.env[v] if isinstance(self.env[v], Bound) else None
+        eqn = self.made_by.get(v)
+        if eqn is None:
+            return None
+        vals = []
+        for u in eqn.invars:
+            if isinstance(u, jex.Literal):
+                vals.append(u.val)
+            elif u in self.made_by:
+                vals.append(self._kernel(u))
+            else:
+                vals.append(self.env.get(u))
+        if any(x is None for x in vals):
+            return None
+        try:
+            with eqn.ctx.manager, _scope(eqn):
+                outs = self.evaluate.apply(eqn, vals, self.uses.at(eqn), self)
+        except NoRule:
+            return None
+        self.env.update(zip(eqn.outvars, outs, strict=True))
+        return self.env[v]

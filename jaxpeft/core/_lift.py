@@ -112,7 +112,7 @@ def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
     Returns:
         ``{leaf name: (kernel axis or None, ...)}``; ``None`` for rank axes.
     """
-    roles = node.site.roles
+    roles = node.roles
     where = {r: axes_of(roles, r) for r in (BATCH, IN, OUT)}
     entries = {"base": tuple(range(len(roles))), "key": where[BATCH]}
     for names in leaf_axes(node.adapter, _top_rank(node)):
@@ -189,7 +189,7 @@ def layer_leaves(node: AdaptedKernel):
     """The node's leaves as ``(frozen, trainable)`` with one leading layer axis."""
     axes = leaf_axes(node.adapter, _top_rank(node))
     return tuple(
-        {name: _flatten(x, names[name], node.site.roles) for name, x in part.items()}
+        {name: _flatten(x, names[name], node.roles) for name, x in part.items()}
         for part, names in zip((node.frozen, node.trainable), axes, strict=True)
     )
 
@@ -202,7 +202,13 @@ def padded(node: AdaptedKernel) -> bool:
 def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
     """Each layer's own ``(frozen, trainable)``, two-dimensional, without padding."""
     parts = layer_leaves(node)
-    _, d_in, d_out = matrix_shape(_shape(node), node.site.roles)
+    layers, d_in, d_out = matrix_shape(_shape(node), node.roles)
+    if layers != len(node.site.ranks):
+        raise ValueError(
+            f"site {node.site.path!r} was attached to {len(node.site.ranks)} layers of "
+            f"unequal rank and now has {layers}: which ranks they have is not known. "
+            "Take penalties and counts of the whole stack."
+        )
     result = []
     for i, rank in enumerate(node.site.ranks):
         shapes = init_shapes(node.adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
@@ -229,7 +235,7 @@ def per_layer(node: AdaptedKernel, f):
 
 def lifted_factors(node: AdaptedKernel) -> Factors:
     """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
-    roles, shape = node.site.roles, _shape(node)
+    roles, shape = node.roles, _shape(node)
     batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
     matrices = to_matrices(node.base, roles)
     flat = jax.vmap(node.adapter.factors)(matrices, *layer_leaves(node))

@@ -83,6 +83,11 @@ class AdaptedKernel:
         return dataclasses.replace(self, **changes)
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the base's axes; valid also where leading ones were sliced off."""
+        return self.site.roles[len(self.site.roles) - self.base.ndim :]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 

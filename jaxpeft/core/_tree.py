@@ -124,7 +124,7 @@ def _merge_node(node: AdaptedKernel):
         )
     if f.kernel is not None and f.a is None and f.c is None and f.o is None:
         return f.kernel
-    roles, base = node.site.roles, node.base
+    roles, base = node.roles, node.base
     flat = jax.vmap(node.adapter.factors)(to_matrices(base, roles), *layer_leaves(node))
     wide = working_dtype(base.dtype)
     matrix = to_matrices(base if f.kernel is None else f.kernel, roles).astype(wide)
@@ -152,7 +152,7 @@ def detach(adapted: PyTree) -> PyTree:
     def original(node):
         if node.adapter.unfold is None:
             return node.base
-        roles, wide = node.site.roles, working_dtype(node.base.dtype)
+        roles, wide = node.roles, working_dtype(node.base.dtype)
         matrices = to_matrices(node.base, roles).astype(wide)
         whole = jax.vmap(node.adapter.unfold)(matrices, layer_leaves(node)[0])
         return from_matrices(whole.astype(node.base.dtype), node.base.shape, roles)
@@ -226,7 +226,7 @@ def with_dropout(adapted: PyTree, key: Key[Array, ""]) -> PyTree:
     def add(node):
         if not node.adapter.dropout:
             return node
-        layers, batch = matrix_shape(node.base.shape, node.site.roles)[0], ()
+        layers, batch = matrix_shape(node.base.shape, node.roles)[0], ()
         site_key = _site_key(key, node.site.path)
         entries = leaf_entries(node)["key"]
         batch = tuple(node.base.shape[i] for i in entries)
