@@ -1,0 +1,69 @@
+"""The two files of a saved adapter, and the way from a name to a method."""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jaxpeft import adapters
+from jaxpeft.core import Adapter
+
+CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
+FORMAT, VERSION = "jaxpeft adapter", 1
+KEYS = ("id", "jaxpeft", "methods", "sites", "metadata")
+
+
+def version() -> str:
+    """The version of this library."""
+    try:
+        return metadata.version("jaxpeft")
+    except metadata.PackageNotFoundError:
+        return "of a source tree that is not installed"
+
+
+def method_names() -> list[str]:
+    """The names of all methods."""
+    return [name for name in dir(adapters) if not name.startswith("_")]
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Adapter | None:
+    """Calls the constructor of a name; ``None`` if there is no such method."""
+    constructor = getattr(adapters, name, None) if name in method_names() else None
+    return None if constructor is None else constructor(**options)
+
+
+def adapter_info(folder: str | Path) -> dict[str, Any]:
+    """Reads what an adapter folder says about itself, without its arrays.
+
+    Args:
+        folder: where ``save_adapter`` wrote.
+
+    Returns:
+        The content of ``adapter.json``: ``"methods"``, ``"sites"``, ``"metadata"``,
+        ``"jaxpeft"`` (the version that wrote it) and more.
+
+    Raises:
+        FileNotFoundError: there is no adapter in the folder.
+        ValueError: the file is damaged, or of another format or version.
+    """
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`folder` {str(folder)!r} holds no {CONFIG}; give a folder written by "
+            "save_adapter."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, number = config["format"], config["version"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{file} is damaged or not an adapter's: {e!r}") from e
+    if kind != FORMAT or number != VERSION:
+        raise ValueError(
+            f"{file} is of format {kind!r}, version {number!r}; jaxpeft "
+            f"{version()} reads {FORMAT!r}, version {VERSION}. It was "
+            f"written by jaxpeft {config.get('jaxpeft', '(unknown)')}: install that."
+        )
+    if missing := [key for key in KEYS if key not in config]:
+        raise ValueError(f"{file} is damaged: it lacks {', '.join(missing)}")
+    return config

@@ -1,0 +1,246 @@
+"""Reading adapters from a folder: everything fits, or nothing is loaded."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import Array, PyTree
+
+from jaxpeft.core import AdaptedKernel, Adapter, Site
+from jaxpeft.core._lift import (
+    from_matrices,
+    initialise,
+    layer_leaves,
+    leaf_entries,
+    to_matrices,
+)
+from jaxpeft.core._node import leaves_with_path, working_dtype
+from jaxpeft.core._paths import nearest
+from jaxpeft.interop._fingerprint import PROJECTION_TOLERANCE, checksum, projection
+from jaxpeft.interop._format import (
+    CONFIG,
+    TENSORS,
+    adapter_info,
+    build_method,
+    method_names,
+)
+from jaxpeft.interop._tensors import TensorFile
+
+
+def load_adapter(
+    folder: str | Path, params: PyTree, *, check_base: bool = True
+) -> PyTree:
+    """Puts saved adapters back beside the kernels they were trained with.
+
+    Nothing is computed again: leaves come from the file as they were, on the devices
+    and in the sharding of their kernels (methods that store a changed kernel fold it
+    from the saved leaves). Either everything fits and is loaded, or one error lists
+    all that does not fit.
+
+    Args:
+        folder: where ``save_adapter`` wrote.
+        params: the plain parameter tree; it may carry adapters at other sites.
+        check_base: compare each kernel's dtype and fingerprint with the kernel that
+            the adapter was trained with. ``False`` allows another base of the same
+            shapes, such as the same weights in another dtype.
+
+    Returns:
+        The adapted tree, equal in structure and leaves to the saved one.
+
+    Raises:
+        FileNotFoundError: there is no adapter in the folder.
+        ValueError: another version or format, unknown methods, sites that are not in
+            ``params`` or already adapted, kernels of another shape or another base,
+            leaves missing, left over or mis-shaped. All are listed.
+    """
+    folder = Path(folder)
+    config = adapter_info(folder)
+    if not (folder / TENSORS).is_file():
+        raise FileNotFoundError(
+            f"`folder` {str(folder)!r} holds {CONFIG} but no {TENSORS}; copy both."
+        )
+    file = TensorFile(folder / TENSORS)
+    if file.metadata.get("id") != config.get("id"):
+        raise ValueError(
+            f"{CONFIG} and {TENSORS} in {str(folder)!r} come from different saves (one "
+            "was interrupted, or only one file was copied); copy both again."
+        )
+    problems: list[str] = []
+    methods = [_load_method(entry, problems) for entry in config["methods"]]
+    kernels = dict(leaves_with_path(params))
+    wanted: set[str] = set()
+    made: dict[str, AdaptedKernel] = {}
+    for entry in config["sites"]:
+        names = [n for part in entry["leaves"].values() for n in part]
+        wanted.update(f"{entry['path']}/{name}" for name in names)
+        node = _load_site(entry, methods, kernels, file, check_base, problems)
+        if node is not None:
+            made[entry["path"]] = node
+    problems += [
+        f"left over: {name!r} belongs to no site"
+        for name in sorted(set(file.shapes) - wanted)
+    ]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(
+            f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
+            + lines
+        )
+    is_site = lambda x: isinstance(x, AdaptedKernel)
+    treedef = jax.tree.structure(params, is_leaf=is_site)
+    return treedef.unflatten([made.get(path, x) for path, x in kernels.items()])
+
+
+def _load_method(entry: Mapping[str, Any], problems: list[str]) -> Adapter | None:
+    name = entry["name"]
+    options = {k: _hashable(v) for k, v in entry["options"].items()}
+    try:
+        adapter = build_method(name, options)
+    except (TypeError, ValueError) as e:
+        problems.append(f"method {name!r} does not take the saved options: {e}")
+        return None
+    if adapter is None:
+        problems.append(
+            f"unknown method {name!r}; there are {', '.join(method_names())}"
+        )
+    return adapter
+
+
+def _hashable(value: Any) -> Any:
+    """JSON's lists were tuples."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _load_site(entry, methods, kernels, file, check_base, problems):
+    """One site's node, or ``None`` with its problems added to the list."""
+    path, base = entry["path"], entry["base"]
+    kernel = kernels.get(path)
+    count = len(problems)
+    if kernel is None:
+        near = nearest(path, list(kernels))
+        problems.append(f"no leaf {path!r} in `params`; nearest: {near}")
+        return None
+    if isinstance(kernel, AdaptedKernel):
+        problems.append(f"{path!r} already carries {kernel.adapter.name!r}")
+        return None
+    if list(kernel.shape) != base["shape"]:
+        problems.append(f"{path!r} has shape {list(kernel.shape)}, was {base['shape']}")
+    elif check_base and kernel.dtype.name != base["dtype"]:
+        problems.append(
+            f"{path!r} has dtype {kernel.dtype.name}, was {base['dtype']}; "
+            "check_base=False loads it all the same"
+        )
+    adapter = methods[entry["method"]]
+    if adapter is None or len(problems) > count:
+        return None
+    site = Site(
+        path=path,
+        roles=tuple(entry["roles"]),
+        ranks=_hashable(entry["ranks"]),
+        alphas=_hashable(entry["alphas"]),
+        pattern=entry["pattern"],
+    )
+    expected = _expected_shapes(kernel, adapter, site)
+    for part, names in entry["leaves"].items():
+        for name in names:
+            full = f"{path}/{name}"
+            if full not in file.shapes:
+                problems.append(f"missing: {full!r}")
+            elif expected[part].get(name) != file.shapes[full]:
+                problems.append(
+                    f"{full!r} has shape {list(file.shapes[full])}, should have "
+                    f"{_listed(expected[part].get(name))}"
+                )
+        for name in sorted(set(expected[part]) - set(names)):
+            problems.append(f"missing: {path + '/' + name!r}, a {part} leaf")
+    if len(problems) > count:
+        return None
+    frozen, trainable = (
+        {name: file.read(f"{path}/{name}") for name in entry["leaves"][part]}
+        for part in ("frozen", "trainable")
+    )
+    node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
+    problems += _wide_leaves(node)
+    if adapter.fold is not None:
+        node = node.replace(base=_folded(node))
+    if check_base and not _same_base(node.base, base):
+        problems.append(
+            f"{path!r} is not the kernel that the adapter was trained with (its "
+            "fingerprint differs); check_base=False loads it all the same"
+        )
+    return _placed(node) if len(problems) == count else None
+
+
+def _listed(shape) -> str:
+    return "no such leaf" if shape is None else str(list(shape))
+
+
+def _expected_shapes(kernel, adapter: Adapter, site: Site) -> dict[str, dict]:
+    """Shapes of the leaves that attaching here would make; computes nothing."""
+    with warnings.catch_warnings():  # what attach has warned of already
+        warnings.simplefilter("ignore")
+        parts = jax.eval_shape(
+            lambda key, kernel: initialise(
+                key,
+                kernel,
+                adapter=adapter,
+                roles=site.roles,
+                ranks=site.ranks,
+                alphas=site.alphas,
+            ),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),
+        )
+    names = ("frozen", "trainable")
+    shapes = [{name: x.shape for name, x in part.items()} for part in parts]
+    return dict(zip(names, shapes, strict=True))
+
+
+def _wide_leaves(node: AdaptedKernel) -> list[str]:
+    """Leaves that JAX would silently narrow."""
+    leaves = {**node.frozen, **node.trainable}
+    return [
+        f"{node.site.path + '/' + name!r} is {x.dtype.name}; set "
+        'jax.config.update("jax_enable_x64", True) first'
+        for name, x in leaves.items()
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    ]
+
+
+def _folded(node: AdaptedKernel) -> Array:
+    base, roles = node.base, node.site.roles
+    wide = to_matrices(base, roles).astype(working_dtype(base.dtype))
+    changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
+    return from_matrices(changed.astype(base.dtype), base.shape, roles)
+
+
+def _same_base(kernel: Array, saved: Mapping[str, Any]) -> bool:
+    if "checksum" in saved:
+        return checksum(kernel) == saved["checksum"]
+    along, norm = projection(kernel)
+    off = max(abs(along - saved["projection"]), abs(norm - saved["norm"]))
+    return off <= PROJECTION_TOLERANCE * saved["norm"]
+
+
+def _placed(node: AdaptedKernel) -> AdaptedKernel:
+    """Moves the leaves to their kernel's devices, sharded along the same axes."""
+    sharding = getattr(node.base, "sharding", None)
+    entries = leaf_entries(node)
+
+    def place(name, leaf):
+        where = sharding
+        if isinstance(where, jax.sharding.NamedSharding):
+            missing = (None,) * (node.base.ndim - len(where.spec))
+            spec = (*where.spec, *missing)
+            along = (None if i is None else spec[i] for i in entries[name])
+            where = where.update(spec=jax.sharding.PartitionSpec(*along))
+        if where is None:
+            return jax.numpy.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, where, lambda i: leaf[i])
+
+    return node.replace(
+        frozen={n: place(n, x) for n, x in node.frozen.items()},
+        trainable={n: place(n, x) for n, x in node.trainable.items()},
+    )

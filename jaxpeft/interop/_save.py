@@ -1,0 +1,170 @@
+"""Writing adapters to a folder: what sits where, and its arrays. No base weights."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxpeft.core import AdaptedKernel, Adapter
+from jaxpeft.core._node import leaves_with_path
+from jaxpeft.interop._fingerprint import checksum, projection
+from jaxpeft.interop._format import (
+    CONFIG,
+    FORMAT,
+    TENSORS,
+    VERSION,
+    build_method,
+    method_names,
+    version,
+)
+from jaxpeft.interop._tensors import on_host, write_tensors
+
+
+def save_adapter(
+    adapted: PyTree,
+    folder: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the adapters of a tree, without its base, to a folder.
+
+    Two files: ``adapter.json`` (methods with all their options; for each site its
+    path, axis roles, ranks, alphas and a fingerprint of its base kernel) and
+    ``adapter.safetensors`` (every frozen and trained leaf, under
+    ``path/of/kernel/leaf``, bit for bit). Dropout keys are not saved. A new folder
+    appears whole or not at all.
+
+    Args:
+        adapted: a tree made by ``attach``.
+        folder: a new or an empty folder.
+        metadata: anything JSON can hold, kept in the file for people to read; see
+            ``adapter_info``.
+        overwrite: allow a folder with files in it. Only these two files are
+            replaced; others are left as they are.
+
+    Returns:
+        The folder. With several processes all must call this; the first one writes.
+
+    Raises:
+        ValueError: the tree has no adapters, a method is not one of
+            ``jaxpeft.adapters``, or ``metadata`` is not JSON.
+        FileExistsError: the folder has files in it and ``overwrite`` is not set.
+
+    Example:
+        >>> import jax, tempfile, jaxpeft as jp
+        >>> from jaxpeft import interop
+        >>> params = {"query": {"kernel": jax.numpy.ones((4, 6))}}
+        >>> adapted = jp.attach(params, jp.lora(2), ["query"], key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     folder = save_adapter(adapted, folder)
+        ...     again = interop.load_adapter(folder, params)
+        >>> jax.tree.structure(again) == jax.tree.structure(adapted)
+        True
+    """
+    folder = Path(folder)
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not overwrite
+    ):
+        raise FileExistsError(
+            f"`folder` {str(folder)!r} exists and is not empty; choose another, or "
+            "write save_adapter(adapted, folder, overwrite=True) to replace the "
+            "adapter in it."
+        )
+    sites = list(_sites(adapted))
+    if not sites:
+        raise ValueError(
+            "`adapted` has no adapters; save a tree that jaxpeft.attach made, before "
+            "merge or detach."
+        )
+    methods = list(dict.fromkeys(node.adapter for node in sites))
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "id": uuid.uuid4().hex,  # the same in both files
+        "jaxpeft": version(),
+        "methods": [_method_entry(method) for method in methods],
+        "sites": [_site_entry(node, methods) for node in sites],
+        "metadata": dict(metadata or {}),
+    }
+    try:
+        text = json.dumps(config, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"`metadata` must be what JSON can hold: {e}") from e
+    tensors = {
+        f"{node.site.path}/{name}": on_host(leaf)
+        for node in sites
+        for name, leaf in {**node.frozen, **node.trainable}.items()
+    }
+    if jax.process_index() == 0:
+        _write(folder, text, tensors, config["id"])
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("jaxpeft.save_adapter")
+    return folder
+
+
+def _sites(tree: PyTree) -> Iterator[AdaptedKernel]:
+    for _, leaf in leaves_with_path(tree):
+        if isinstance(leaf, AdaptedKernel):
+            yield leaf
+
+
+def _method_entry(adapter: Adapter) -> dict[str, Any]:
+    options = dict(adapter.options)
+    if not adapter.name or build_method(adapter.name, options) is not adapter:
+        raise ValueError(
+            f"the method {adapter!r} is not one of jaxpeft.adapters "
+            f"({', '.join(method_names())}) and could not be loaded again. Keep the "
+            "function in a file of its own there, with one line in __init__.py."
+        )
+    return {"name": adapter.name, "options": options}
+
+
+def _site_entry(node: AdaptedKernel, methods: list[Adapter]) -> dict[str, Any]:
+    site = node.site
+    base = {"shape": list(node.base.shape), "dtype": node.base.dtype.name}
+    if node.adapter.fold is None:
+        base["checksum"] = checksum(node.base)
+    else:
+        base["projection"], base["norm"] = projection(node.base)
+    return {
+        "path": site.path,
+        "method": methods.index(node.adapter),
+        "roles": site.roles,
+        "ranks": site.ranks,
+        "alphas": site.alphas,
+        "pattern": site.pattern,
+        "leaves": {"frozen": sorted(node.frozen), "trainable": sorted(node.trainable)},
+        "base": base,
+    }
+
+
+def _write(folder: Path, text: str, tensors: dict[str, np.ndarray], name: str) -> None:
+    """Writes both files beside their place, then moves them there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{name}")
+    new.mkdir()
+    try:
+        header = {"format": FORMAT, "id": name}
+        write_tensors(new / TENSORS, tensors, header)
+        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+        if folder.is_dir() and any(folder.iterdir()):
+            # A crash between the two leaves files of different ids, which loading
+            # refuses.
+            os.replace(new / TENSORS, folder / TENSORS)
+            os.replace(new / CONFIG, folder / CONFIG)
+        else:
+            if folder.is_dir():
+                folder.rmdir()
+            os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
