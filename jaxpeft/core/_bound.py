@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core._lift import dims_of, layer_leaves, lifted_factors
-from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel
+from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, wider
 
 
 class NoRule(Exception):
@@ -113,7 +113,7 @@ def _join(pair, fixed, rank_axis: int):
     if pair[0] is None:
         return fixed
     (a, b), (a0, b0) = pair, fixed
-    wide = jnp.promote_types(a.dtype, a0.dtype)
+    wide = wider(a.dtype, a0.dtype)
     a, b, a0, b0 = (x.astype(wide) for x in (a, b, a0, b0))
     return jnp.concatenate([a, a0], -1), jnp.concatenate([b, b0], rank_axis)
 
@@ -124,7 +124,7 @@ def materialise(w: Bound):
         raise NoRule("its method depends on the input, so it cannot be materialised")
     roles = w.roles
     wide = [x.dtype for x in (w.base, w.b, w.c, w.o) if x is not None]
-    dtype = jnp.result_type(*(jnp.promote_types(wide[0], d) for d in wide))
+    dtype = wider(*wide)
     batch, d_in, d_out = w.dims(BATCH), w.dims(IN), w.dims(OUT)
     matrix = _ordered(w).astype(dtype)
     flat = (*batch, math.prod(d_in), math.prod(d_out))

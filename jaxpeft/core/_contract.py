@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core._bound import Bound, NoRule, along, assign, swapped
-from jaxpeft.core._node import BATCH, IN, OUT
+from jaxpeft.core._node import BATCH, IN, OUT, wider
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
@@ -65,7 +65,7 @@ def _dot(x, x_labels, w, w_labels, out_labels, precision=None):
             ([x_labels.index(l) for l in batch], [w_labels.index(l) for l in batch]),
         ),
         precision=precision,
-        preferred_element_type=jnp.promote_types(x.dtype, w.dtype),
+        preferred_element_type=wider(x.dtype, w.dtype),
     )
     labels = batch + [l for l in x_labels if l not in both]
     labels += [l for l in w_labels if l not in both]
@@ -83,7 +83,7 @@ def _spread(x, labels, out_labels):
 
 def _times(x, scale):
     """Multiplies in the wider dtype, returns ``x``'s own."""
-    wide = jnp.promote_types(x.dtype, scale.dtype)
+    wide = wider(x.dtype, scale.dtype)
     shape = jnp.broadcast_shapes(x.shape, scale.shape)
     scale = jnp.broadcast_to(scale.astype(wide), shape)
     return (jnp.broadcast_to(x, shape).astype(wide) * scale).astype(x.dtype)
@@ -197,7 +197,7 @@ def finish(y, delta, o, spread):
         return y
     dtype = y.dtype
     if delta is not None:
-        wide = jnp.promote_types(dtype, delta.dtype)
+        wide = wider(dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
     if o is not None:
         y = checkpoint_name(y, UNSCALED)
@@ -343,7 +343,7 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
     y, delta = run(x, w.base, group_sizes), None
     for a, b in ((w.a, w.b), w.fixed or (None, None)):
         if a is not None:
-            z = x.astype(jnp.promote_types(x.dtype, a.dtype))
+            z = x.astype(wider(x.dtype, a.dtype))
             h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes)
             more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes)
             delta = more if delta is None else delta + more
@@ -370,7 +370,7 @@ def convolution(w: Bound, x, params, uses: Uses, run, run_with):
     for source, (a, b) in ((z, (w.a, w.b)), (x, w.fixed or (None, None))):
         if a is None:
             continue
-        wide = jnp.promote_types(source.dtype, a.dtype)
+        wide = wider(source.dtype, a.dtype)
         a = jnp.moveaxis(a, -1, out_axis).astype(wide)
         h = run_with(source.astype(wide), a)
         more = jnp.moveaxis(

@@ -1,6 +1,7 @@
 """The node that takes a kernel's place in an adapted tree."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -138,6 +139,12 @@ def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
     return [(path_string(path), leaf) for path, leaf in flat]
 
 
+def wider(*dtypes) -> jnp.dtype:
+    """The dtype that holds all of these, whatever promotion the user allows."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
 def working_dtype(dtype) -> jnp.dtype:
     """The dtype of adapter leaves over a kernel: float32, or float64 over float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return wider(dtype, jnp.float32)
