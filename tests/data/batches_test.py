@@ -136,8 +136,10 @@ def test_transformed_and_prefetched_it_still_resumes(encoded):
 
 
 TRAVEL = """
-import pickle, cloudpickle, numpy as np
+import pickle, sys, cloudpickle, numpy as np
 from jaxpeft import data
+heavy = {"grain", "tensorflow_datasets", "transformers", "rich", "torch"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 ids = np.arange(40, dtype=np.int32)
 offsets = np.arange(0, 41, 4)
 encoded = data.Encoded("toy/train", ids, None, offsets, ids[:10], 0, 8)
@@ -148,7 +150,7 @@ print("arrived")
 """
 
 
-def test_it_travels_to_another_process():
+def test_it_is_light_to_import_and_travels_to_another_process():
     """As Grain's worker processes need it: cloudpickled.
 
     In a process of its own, since the checks of shapes that tests run under put

@@ -85,7 +85,7 @@ def test_a_constant_prediction_scores_zero(name, labels):
 def test_a_constant_whose_mean_rounds_scores_zero():
     constant = np.full(3, 0.1)
     assert constant.mean() != 0.1  # the trap: a spread of 1e-17, not of 0
-    labels = np.arange(3.0)
+    labels = np.array([0.1, 0.2, 0.4])
     assert metrics.pearson(constant, labels) == 0.0
     assert metrics.spearman(constant, labels) == 0.0
 

@@ -106,7 +106,7 @@ def movies(*, cache: str | Path | None = None, progress: bool = True) -> Task:
       Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis
       of Social Media Text, ICWSM 2014; snippets of Pang and Lee, ACL 2004.
     """
-    # No quoting: a snippet may begin with a quotation mark and never close it.
+    # The format knows no quoting; a quotation mark belongs to the snippet.
     read = read_csv(_fetch("movies", cache, progress), delimiter="\t", quoting=False)
     rows = [{"text": row["text"], "label": float(row["sentiment"])} for row in read]
     return _task("movies", rows, None, ("spearman", "pearson"))
