@@ -138,7 +138,7 @@ def test_transformed_and_prefetched_it_still_resumes(encoded):
 TRAVEL = """
 import pickle, sys, cloudpickle, numpy as np
 from jaxpeft import data
-heavy = {"grain", "tensorflow_datasets", "transformers", "rich", "torch"}
+heavy = {"grain", "tensorflow_datasets", "transformers", "torch"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 ids = np.arange(40, dtype=np.int32)
 offsets = np.arange(0, 41, 4)
