@@ -81,7 +81,10 @@ def scan(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
             if not _bound.same(outs[i], w):
                 raise NoRule("the loop changes a kernel in its carry")
         kept = [out for i, out in enumerate(outs[:m]) if i not in carried]
-        ys = _arrays(outs[m:], "the scan's body")
+        # A kernel that the body returns (NNX returns a module's state) is stacked.
+        ys = [
+            y.replace(names=(BATCH, *y.roles)) if _is_bound(y) else y for y in outs[m:]
+        ]
         return _arrays(kept, "the scan's carry"), (ys, _gathered(inside))
 
     start = [x for i, x in enumerate(init) if i not in carried]
@@ -195,8 +198,7 @@ def checkpoint(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
         if params.get("differentiated") and params["prevent_cse"]:
             vals = lax.optimization_barrier(vals)
         inside = uses.child()
-        outs = evaluate(jaxpr, consts, vals, inside)
-        return _arrays(outs, "the checkpointed function"), _gathered(inside)
+        return evaluate(jaxpr, consts, vals, inside), _gathered(inside)
 
     again = jax.checkpoint(
         f, prevent_cse=params["prevent_cse"], policy=params["policy"]

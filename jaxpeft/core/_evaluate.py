@@ -143,7 +143,7 @@ class Evaluator:
                 case "split":
                     return _relabel.split(first, params)
                 case "dynamic_slice":
-                    return [_relabel.dynamic_slice(first, vals[1:], params)]
+                    return [_relabel.dynamic_slice(first, tuple(vals[1:]), params)]
                 case "gather":
                     return [self._gather(eqn, first, vals[1], params)]
                 case "mul" | "div":

@@ -1,7 +1,7 @@
 """``infer_axes``: what a model does with each axis of its kernels, abstractly."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,11 +31,15 @@ _CALLS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Track:
-    """A kernel on its way: which original axes each present axis comes from."""
+    """A kernel on its way: which original axes each present axis comes from.
+
+    ``gone`` has the roles of the original axes that it has no more.
+    """
 
     path: str
     axes: tuple[tuple[int, ...], ...]
     shape: tuple[int, ...]
+    gone: tuple[tuple[int, str], ...] = ()
 
     def take(self, order) -> "_Track":
         return dataclasses.replace(
@@ -43,6 +47,12 @@ class _Track:
             axes=tuple(self.axes[i] for i in order),
             shape=tuple(self.shape[i] for i in order),
         )
+
+    def without(self, dropped, role: str) -> "_Track":
+        """The kernel with some axes picked from, which gives them a role."""
+        gone = tuple((original, role) for i in dropped for original in self.axes[i])
+        kept = [i for i in range(len(self.shape)) if i not in dropped]
+        return dataclasses.replace(self.take(kept), gone=self.gone + gone)
 
 
 def infer_axes(
@@ -89,7 +99,7 @@ def infer_axes(
         for (path, _), x in zip(named, leaves, strict=True)
     ]
     seen: dict[str, list[dict[int, str]]] = {}
-    _walk(jaxpr, tracks + [None] * len(arrays), {}, seen)
+    _walk(jaxpr, tracks + [None] * len(arrays), seen)
     result = {}
     for (path, _), x in zip(named, leaves, strict=True):
         for roles in seen.get(path, ()):
@@ -104,20 +114,18 @@ def _is_shaped(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _walk(jaxpr, tracks: list, before: Mapping, seen: dict) -> list:
+def _walk(jaxpr, tracks: list, seen: dict) -> list:
     """Follows kernels through a jaxpr.
 
     Args:
         jaxpr: an open jaxpr.
         tracks: a track or ``None`` for each of its inputs.
-        before: ``{(path, original axis): role}`` found on the way here.
         seen: gathers ``{path: [{original axis: role}]}`` of every use.
 
     Returns:
         A track or ``None`` for each output.
     """
     env: dict[Any, _Track] = {}
-    known = dict(before)
 
     def put(variables, values):
         for v, track in zip(variables, values, strict=True):
@@ -130,66 +138,63 @@ def _walk(jaxpr, tracks: list, before: Mapping, seen: dict) -> list:
             None if isinstance(v, jex.Literal) else env.get(v) for v in eqn.invars
         ]
         if any(operands):
-            put(eqn.outvars, _equation(eqn, operands, known, seen))
+            put(eqn.outvars, _equation(eqn, operands, seen))
     return [None if isinstance(v, jex.Literal) else env.get(v) for v in jaxpr.outvars]
 
 
-def _equation(eqn, operands: list, known: dict, seen: dict) -> list:
+def _equation(eqn, operands: list, seen: dict) -> list:
     name, params = eqn.primitive.name, eqn.params
     lost: list = [None] * len(eqn.outvars)
     if name in _CALLS:
         body = params.get("jaxpr", params.get("call_jaxpr"))
-        return _walk(_compat.opened(body)[0], operands, known, seen)
+        return _walk(_compat.opened(body)[0], operands, seen)
     if name == "scan":
-        return _scan(eqn, operands, known, seen)
+        return _scan(eqn, operands, seen)
     if name == "while":
         n, m = params["cond_nconsts"], params["body_nconsts"]
         carry = operands[n + m :]
         test, _ = _compat.opened(params["cond_jaxpr"])
         step, _ = _compat.opened(params["body_jaxpr"])
-        _walk(test, operands[:n] + carry, known, seen)
-        return _walk(step, operands[n : n + m] + carry, known, seen)
+        _walk(test, operands[:n] + carry, seen)
+        return _walk(step, operands[n : n + m] + carry, seen)
     if name == "cond":
         for branch in params["branches"]:
-            _walk(_compat.opened(branch)[0], operands[1:], known, seen)
+            _walk(_compat.opened(branch)[0], operands[1:], seen)
         return lost
     if name == "optimization_barrier":
         return operands
-    track = next(t for t in operands if t)
+    track = max((t for t in operands if t), key=lambda t: len(t.shape))
     if name in ON_BASE or name == "neg":
         return [track]
     if name in ("mul", "div"):
-        other = eqn.invars[1 if operands[0] else 0]
+        other = eqn.invars[1 if operands[0] is track else 0]
         value = other.val if isinstance(other, jex.Literal) else other.aval
         return [track] if is_scalar(value) else lost
     if name == "dot_general":
-        _dot(eqn, operands, known, seen)
+        _dot(eqn, operands, seen)
         return lost
     if name == "ragged_dot_general" and operands[1]:
-        _use(track, (EXPERT, IN, OUT), known, seen)
+        _use(track, (EXPERT, IN, OUT), seen)
         return lost
     if name == "conv_general_dilated" and operands[1]:
         out = params["dimension_numbers"].rhs_spec[0]
         roles = tuple(OUT if i == out else IN for i in range(len(track.shape)))
-        _use(track, roles, known, seen)
+        _use(track, roles, seen)
         return lost
     if name == "gather" and operands[0]:
-        return [_gather(eqn, track, known, seen)]
+        return [_gather(eqn, track, seen)]
     if operands[0] is None:
         return lost
-    return [_moved(name, v.aval.shape, params, track, known) for v in eqn.outvars]
+    return [_moved(name, v.aval.shape, params, track) for v in eqn.outvars]
 
 
-def _moved(name: str, shape, params, track: _Track, known: dict) -> _Track | None:
+def _moved(name: str, shape, params, track: _Track) -> _Track | None:
     """The track behind an equation that moves a kernel about."""
     match name:
         case "transpose":
             return track.take(params["permutation"])
         case "squeeze":
-            for i in params["dimensions"]:
-                _mark(track, i, LAYER, known)
-            kept = set(range(len(track.shape))) - set(params["dimensions"])
-            return track.take(sorted(kept))
+            return track.without(params["dimensions"], LAYER)
         case "slice" | "dynamic_slice" | "split":
             return dataclasses.replace(track, shape=tuple(shape))
         case "broadcast_in_dim":
@@ -198,7 +203,7 @@ def _moved(name: str, shape, params, track: _Track, known: dict) -> _Track | Non
                 track.axes[where.index(i)] if i in where else ()
                 for i in range(len(shape))
             )
-            return _Track(track.path, axes, tuple(shape))
+            return dataclasses.replace(track, axes=axes, shape=tuple(shape))
         case "reshape" if params.get("dimensions") is None:
             return _reshaped(track, tuple(shape))
         case "expand_dims":
@@ -221,17 +226,12 @@ def _reshaped(track: _Track, shape: tuple[int, ...]) -> _Track:
                 right, j = right * shape[j], j + 1
         group = sum((track.axes[k] for k in range(i0, i)), ())
         axes += [group if shape[k] > 1 or j - j0 == 1 else () for k in range(j0, j)]
-    return _Track(track.path, tuple(axes), shape)
+    return dataclasses.replace(track, axes=tuple(axes), shape=shape)
 
 
-def _mark(track: _Track, axis: int, role: str, known: dict) -> None:
-    for original in track.axes[axis]:
-        known.setdefault((track.path, original), role)
-
-
-def _use(track: _Track, roles: tuple[str, ...], known: dict, seen: dict, first=False):
+def _use(track: _Track, roles: tuple[str, ...], seen: dict, first=False):
     """Records one use: the roles of the present axes and of those gone before."""
-    use = {axis: role for (path, axis), role in known.items() if path == track.path}
+    use = dict(track.gone)
     for axes, role in zip(track.axes, roles, strict=True):
         for original in axes:
             use.setdefault(original, role)
@@ -239,7 +239,7 @@ def _use(track: _Track, roles: tuple[str, ...], known: dict, seen: dict, first=F
     uses.insert(0, use) if first else uses.append(use)
 
 
-def _dot(eqn, operands, known, seen) -> None:
+def _dot(eqn, operands, seen) -> None:
     """Summed axes are in, kept ones out, unless mapped over."""
     summed, batch = eqn.params["dimension_numbers"]
     mapped = "vmap" in str(eqn.source_info.name_stack)
@@ -257,10 +257,10 @@ def _dot(eqn, operands, known, seen) -> None:
         words = [roles[i] for i in order]
         if mapped and words[0] == OUT and words[-1] == OUT:
             roles[order[0]] = DOT_BATCH
-        _use(track, tuple(roles), known, seen)
+        _use(track, tuple(roles), seen)
 
 
-def _gather(eqn, track: _Track, known: dict, seen: dict) -> _Track | None:
+def _gather(eqn, track: _Track, seen: dict) -> _Track | None:
     numbers = eqn.params["dimension_numbers"]
     axes = tuple(numbers.start_index_map)
     if len(axes) != 1 or tuple(numbers.collapsed_slice_dims) != axes:
@@ -269,26 +269,22 @@ def _gather(eqn, track: _Track, known: dict, seen: dict) -> _Track | None:
     rest = [i for i in range(len(track.shape)) if i != axis]
     if len(rest) == 1:
         roles = tuple(IN if i == axis else OUT for i in range(2))
-        _use(track, roles, known, seen, first=True)
+        _use(track, roles, seen, first=True)
         return None
-    _mark(track, axis, LAYER, known)
+    track = track.without((axis,), LAYER)
     shape = eqn.outvars[0].aval.shape
     offset = list(numbers.offset_dims)
     kept = tuple(
-        track.axes[rest[offset.index(i)]] if i in offset else ()
-        for i in range(len(shape))
+        track.axes[offset.index(i)] if i in offset else () for i in range(len(shape))
     )
-    return _Track(track.path, kept, tuple(shape))
+    return dataclasses.replace(track, axes=kept, shape=tuple(shape))
 
 
-def _scan(eqn, operands: list, known: dict, seen: dict) -> list:
+def _scan(eqn, operands: list, seen: dict) -> list:
     params = eqn.params
     n, m = _compat.scan_counts(params)
     inside = list(operands[: n + m])
     for track in operands[n + m :]:
-        if track is not None:
-            _mark(track, 0, LAYER, known)
-            track = track.take(range(1, len(track.shape)))
-        inside.append(track)
-    outs = _walk(_compat.opened(params["jaxpr"])[0], inside, known, seen)
+        inside.append(None if track is None else track.without((0,), LAYER))
+    outs = _walk(_compat.opened(params["jaxpr"])[0], inside, seen)
     return outs[:m] + [None] * (len(outs) - m)
