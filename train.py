@@ -246,7 +246,12 @@ def _run(config, workdir, stack):
     best = checkpoints.restore(state, frozen, step="best")
     after = evaluate(best.state.trainable, best.frozen, held_out, bar)
     saved = folder / "adapter"
-    interop.save_adapter(jp.combine(best.state.trainable, best.frozen), saved)
+    interop.save_adapter(
+        jp.combine(best.state.trainable, best.frozen),
+        saved,
+        metadata={"config": config.to_dict(), held_out: after, "step": best.step},
+        overwrite=True,  # by a run that was complete
+    )
     _, fresh = load_base()
     reloaded = training.place(interop.load_adapter(saved, fresh), mesh, specs)
     again = evaluate(*jp.partition(reloaded), held_out, bar)

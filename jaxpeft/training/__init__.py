@@ -1,5 +1,5 @@
-from jaxpeft.training._checkpoint import CheckpointError as CheckpointError
 from jaxpeft.training._checkpoint import Checkpointer as Checkpointer
+from jaxpeft.training._checkpoint import CheckpointError as CheckpointError
 from jaxpeft.training._checkpoint import Restored as Restored
 from jaxpeft.training._command import Command as Command
 from jaxpeft.training._command import parse_command as parse_command
@@ -29,8 +29,8 @@ from jaxpeft.training._metrics import compile_seconds as compile_seconds
 from jaxpeft.training._metrics import memory as memory
 from jaxpeft.training._metrics import read_metrics as read_metrics
 from jaxpeft.training._optimizer import LEAF_KINDS as LEAF_KINDS
-from jaxpeft.training._optimizer import Optimizer as Optimizer
 from jaxpeft.training._optimizer import PARAMETER_KINDS as PARAMETER_KINDS
+from jaxpeft.training._optimizer import Optimizer as Optimizer
 from jaxpeft.training._optimizer import adamw as adamw
 from jaxpeft.training._optimizer import schedule as schedule
 from jaxpeft.training._progress import Progress as Progress

@@ -1,6 +1,7 @@
 """What a run leaves behind: its curves as a picture, its results as JSON and table."""
 
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -82,8 +83,9 @@ def plot_curves(folder: Path, *, score: str, title: str) -> Path:
             textcoords="offset points",
             xytext=(-4, -14),
             ha="right",
+            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.5},
         )
-    ax.set(title=f"Held-out {score}")
+    ax.set(title=f"Validation {score}")
 
     ax = next(panels)
     ax.plot(*_series(train, "penalty"), color=colours[3], lw=1.8)
@@ -91,12 +93,14 @@ def plot_curves(folder: Path, *, score: str, title: str) -> Path:
 
     ax = next(panels)
     names = [key for key in train[0] if key.startswith("learning_rate/")]
-    for name, colour in zip(names, colours * len(names), strict=False):
+    looks = itertools.cycle(zip(colours, ("-", "--", "-.", ":"), strict=True))
+    for name, (colour, line) in zip(names, looks, strict=False):
         label = name.partition("/")[2]
-        ax.plot(*_series(train, name), color=colour, lw=1.8, label=label)
+        ax.plot(*_series(train, name), color=colour, ls=line, lw=1.8, label=label)
     ax.set(title="Learning rates", xlabel="step", ylim=(0, None))
     ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.legend(frameon=False)
+    if names:
+        ax.legend(frameon=False)
 
     for ax in figure.axes:
         ax.title.set(fontsize=11, ha="left", x=0)

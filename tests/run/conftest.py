@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from jaxpeft import models, training
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # train.py is a script, not part of the package
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(60))]
 SHAPE = {
     "model_type": "bert",
@@ -22,7 +24,7 @@ SHAPE = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "vocab_size": len(WORDS),
-    "max_position_embeddings": 32,
+    "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
 CONFIG = """
@@ -37,7 +39,7 @@ def get_config():
     config.data = dict(
         name="files", train={rows!r}, text="text", label="label", labels=("a", "b", "c")
     )
-    config.max_length, config.lengths = 16, (8, 16)
+    config.max_length, config.lengths = 16, (16,)
     config.batch_size, config.eval_batch_size = 8, 16
     config.adapter.rank, config.adapter.dropout = 4, 0.1
     config.optimizer.learning_rate = config.optimizer.head_learning_rate = 1e-2
@@ -69,7 +71,7 @@ def write_model(folder: Path) -> None:
         pad_token="[PAD]",
         unk_token="[UNK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        model_max_length=32,
+        model_max_length=64,
     ).save_pretrained(folder)
     params = models.init(models.from_config(SHAPE), jax.random.key(7))
     tensors = {}
@@ -89,12 +91,13 @@ def _hugging_face_name(path: str) -> str:
 
 
 def write_rows(path: Path) -> None:
-    """The class is that of the first word: w0 to w19, w20 to w39, w40 to w59."""
+    """A class has its own words: w0 to w19, w20 to w39, w40 to w59."""
     random = np.random.default_rng(0)
     with open(path, "w") as file:
         for _ in range(240):
-            words = random.integers(0, 60, random.integers(3, 12))
-            text, label = " ".join(f"w{w}" for w in words), "abc"[words[0] // 20]
+            kind, length = random.integers(0, 3), random.integers(3, 12)
+            words = kind * 20 + random.integers(0, 20, length)
+            text, label = " ".join(f"w{w}" for w in words), "abc"[kind]
             print(json.dumps({"text": text, "label": label}), file=file)
 
 
@@ -124,19 +127,53 @@ def tiny_config(tiny):
 
 
 @pytest.fixture(scope="session")
-def command(tiny):
-    """Runs train.py on the small config in a process of its own, on two devices."""
+def start(tiny):
+    """Starts train.py on the small config in a process of its own, on two devices."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | flags | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 
-    def run(*arguments, script=(str(ROOT / "train.py"),), check=True):
-        done = subprocess.run(
+    def start(*arguments, script=(str(ROOT / "train.py"),)):
+        return subprocess.Popen(
             [sys.executable, *script, f"--config={tiny}", *arguments],
-            env=os.environ | flags | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-            capture_output=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=300,
         )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def command(start):
+    """The same, waited for: (returncode, stdout, stderr)."""
+
+    def command(*arguments, check=True, **options):
+        (done,) = finish([start(*arguments, **options)])
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    return run
+    return command
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def finish(processes, timeout=300) -> list[Done]:
+    """Waits for processes; none is left behind, whatever happens."""
+    try:
+        texts = [process.communicate(timeout=timeout) for process in processes]
+        pairs = zip(processes, texts, strict=True)
+        return [Done(process.returncode, *text) for process, text in pairs]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def all_of():
+    return finish

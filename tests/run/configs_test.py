@@ -1,0 +1,74 @@
+"""Every config loads, and takes one step."""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+from jaxpeft import data, training
+
+ROOT = Path(__file__).parents[2]
+PATHS = sorted((ROOT / "configs").glob("*.py"))
+QUICKSTART = ROOT / "configs/quickstart.py"
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")
+SETTINGS = list(itertools.product(GLUE, ("base", "large")))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_is_locked_and_has_every_field(path):
+    config, quickstart = training.load_config(path), training.load_config(QUICKSTART)
+    assert config.is_locked
+    sections = {"adapter", "data"}  # these hold what the method and the task take
+    fields = lambda c: {
+        name for name in training.flat_config(c) if name.split(".")[0] not in sections
+    }
+    assert fields(config) == fields(quickstart)
+    assert training.config_from_json(training.config_to_json(config)) == config
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_says_how_to_run_it_and_what_came_out(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    command = f"python train.py --config configs/{path.name}"
+    assert ("python train.py" if path == QUICKSTART else command) in text
+    assert "(Not run yet.)" in text or re.search(r"Measured: .*\d", text)
+
+
+@pytest.mark.parametrize(("task", "model"), SETTINGS)
+def test_every_setting_of_glue(task, model):
+    config = training.load_config(
+        f"{ROOT}/configs/glue_kasa.py:task={task},model={model}"
+    )
+    assert hasattr(data.tasks, config.data.name)
+    assert training.call_named(train.adapters, config.adapter, "adapter").rank == 8
+    assert training.count_steps(config.train_for, 100, field="train_for") >= 1000
+    assert max(config.lengths) == config.max_length
+
+
+def test_an_unknown_task_of_glue():
+    with pytest.raises(
+        ValueError, match="tasks are .*'rte'.*Write configs/glue_kasa.py:"
+    ):
+        training.load_config(f"{ROOT}/configs/glue_kasa.py:task=ret")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_takes_one_step(path, tiny_config, tmp_path):
+    """On the small model; GLUE, whose data are not at hand, on the small rows."""
+    config, small = training.load_config(path), tiny_config()
+    with config.unlocked():
+        config.model.name = small.model.name
+        config.batch_size = config.eval_batch_size = 64
+        config.train_for = config.evaluate_every = config.save_every = "1 step"
+        config.log.tensorboard = False
+        if config.data.name not in ("trec", "sms", "movies"):
+            config.data, config.head = small.data, small.head
+        config.max_length = min(config.max_length, 64)
+        config.lengths = (config.max_length,)
+    results = train.run(config, tmp_path / "run")
+    assert results["steps"] == results["best_step"] == 1
+    assert results["after"].keys() == results["before"].keys()
