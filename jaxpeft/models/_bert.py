@@ -192,7 +192,7 @@ def mean_pool(
     References:
         Reimers and Gurevych, Sentence-BERT, arXiv 1908.10084, section 3.
     """
-    wide = at_least_float32(hidden)
-    mask = jnp.asarray(attention_mask).astype(wide.dtype)
-    total = jnp.einsum("btd,bt->bd", wide, mask)
+    states = at_least_float32(hidden)
+    mask = jnp.asarray(attention_mask).astype(states.dtype)
+    total = jnp.einsum("btd,bt->bd", states, mask)
     return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)

@@ -32,6 +32,14 @@ _FAMILY_DEFAULTS = {
     "roberta": {"vocab_size": 50265, "pad_token_id": 1},
 }
 
+_FLOATS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "initializer_range",
+    "layer_norm_eps",
+)
+
 # Fields that change the function and are not implemented: the values that are fine.
 _REFUSED = {
     "position_embedding_type": (None, "absolute"),

@@ -49,8 +49,13 @@ def dense(module: Any, features: int, name: str) -> nn.Dense:
     )
 
 
+def wide(dtype: Any) -> Any:
+    """Float32, or the dtype itself if that is wider."""
+    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
+
+
 def at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
 
 
 class Part(nn.Module):
@@ -68,12 +73,12 @@ class LayerNorm(Part):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        wide = at_least_float32(x)
-        centred = wide - wide.mean(-1, keepdims=True)
+        y = at_least_float32(x)
+        centred = y - y.mean(-1, keepdims=True)
         variance = (centred * centred).mean(-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
         row = (1,) * (x.ndim - 1) + shape
-        scale, bias = (v.reshape(row).astype(wide.dtype) for v in (scale, bias))
+        scale, bias = (v.reshape(row).astype(y.dtype) for v in (scale, bias))
         return (normal * scale + bias).astype(self.dtype)
 
 
@@ -199,11 +204,11 @@ class _Attention(Part):
             _keep(dense(self, config.hidden_size, name)(x)).reshape(split)
             for name in ("query", "key", "value")
         )
-        wide = jnp.promote_types(self.dtype, jnp.float32)  # bfloat16 sums, not rounds
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
+        sums = wide(self.dtype)  # bfloat16 products, added up in float32
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=sums)
         scores = scores * split[-1] ** -0.5
         if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+            scores = jnp.where(mask, scores, jnp.finfo(sums).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = nn.Dropout(
             config.attention_probs_dropout_prob, deterministic=self.deterministic

@@ -170,8 +170,8 @@ def load(
     """
     folder = _find(folder_or_name)
     config = _read_json(folder / "config.json")
-    tensors = list_tensors(folder)
     sketch = from_config(config, head=head, num_labels=num_labels)
+    tensors = list_tensors(folder)
     wanted = sources(
         sketch.config.model_type,
         head=head is not None,
@@ -190,6 +190,7 @@ def load(
         for path, leaf in flatten_dict(abstract(model), sep="/").items()
     }
     matched = match(
+        folder,
         sketch.config.model_type,
         tensors,
         wanted,
@@ -277,10 +278,11 @@ def _stored_dtype(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _leaf_dtype(tensors: tuple[Tensor, ...]) -> np.dtype:
-    widest = jnp.dtype(tensors[0].numpy_dtype)
-    for tensor in tensors[1:]:
-        widest = jnp.promote_types(widest, tensor.numpy_dtype)
-    return jax.dtypes.canonicalize_dtype(widest)
+    """The file's dtype; float32 where the layers of a stack were stored unalike."""
+    dtypes = {jnp.dtype(tensor.numpy_dtype) for tensor in tensors}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    alike = len(dtypes) == 1 or widest.itemsize > 4
+    return jax.dtypes.canonicalize_dtype(widest if alike else jnp.float32)
 
 
 def _other_task(config: Mapping[str, Any]) -> bool:

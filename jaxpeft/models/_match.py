@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.models._checkpoint import Tensor
@@ -26,6 +27,7 @@ class Match(NamedTuple):
 
 
 def match(
+    folder: Path,
     model_type: str,
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Source],
@@ -36,6 +38,7 @@ def match(
     """Pairs the leaves of a model with the tensors of a checkpoint.
 
     Args:
+      folder: the checkpoint, for messages.
       model_type: a key of ``FAMILIES``.
       tensors: every tensor on disk, by its name there.
       wanted: the source of every leaf of the model, by path.
@@ -70,7 +73,15 @@ def match(
                 wrong.append(_misfit(present[name], shape))
             elif name in present and present[name].numpy_dtype is None:
                 wrong.append(f"{present[name].name}: dtype {present[name].dtype}")
-    _complain(missing, unused, wrong, doubles, present, needed)
+    _complain(
+        folder,
+        {
+            "missing": [n + _near(n, unused, present) for n in missing],
+            "unused": [present[n].name + _near(n, missing, needed) for n in unused],
+            "of another shape or dtype": wrong,
+            "there twice": doubles,
+        },
+    )
     return Match(
         {
             path: tuple(present[name] for name in source.tensors)
@@ -130,24 +141,15 @@ def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str:
     return text
 
 
-def _complain(
-    missing: list[str],
-    unused: list[str],
-    wrong: list[str],
-    doubles: list[str],
-    present: Iterable[str],
-    needed: Iterable[str],
-) -> None:
-    def near(name: str, among: Iterable[str]) -> str:
-        found = difflib.get_close_matches(name, list(among), n=1)
-        return f" (nearest: {found[0]})" if found else ""
+def _near(name: str, *among: Iterable[str]) -> str:
+    """The nearest name of the first group that has one near."""
+    for group in among:
+        if found := difflib.get_close_matches(name, list(group), n=1):
+            return f" (nearest: {found[0]})"
+    return ""
 
-    sections = {
-        "missing": [name + near(name, unused or present) for name in missing],
-        "unused": [name + near(name, missing or needed) for name in unused],
-        "of another shape or dtype": wrong,
-        "there twice": doubles,
-    }
+
+def _complain(folder: Path, sections: Mapping[str, list[str]]) -> None:
     if any(sections.values()):
         lines = [
             f"{len(names)} {title}:\n    " + "\n    ".join(names)
@@ -155,6 +157,6 @@ def _complain(
             if names
         ]
         raise ValueError(
-            "the checkpoint's tensors do not fit the model of its config:\n  "
+            f"the tensors of {folder} do not fit the model of its config:\n  "
             + "\n  ".join(lines)
         )

@@ -1,5 +1,6 @@
 """Tiny configs, batches with padding, and MiniLM from its wheel."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,15 @@ TINY = {
     "max_position_embeddings": 20,
     "initializer_range": 0.3,  # at the usual 0.02 a wrong model passes
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Tiny models, each compiled for one call: LLVM's passes are most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
