@@ -11,17 +11,23 @@ from jaxtyping import Array
 PROJECTION_TOLERANCE = 1e-3
 
 
-def _mixed_index(shape: tuple[int, ...], seed: int) -> Array:
+def _mix(x):
+    """Spreads every bit of each word over all of it (the end of MurmurHash3)."""
+    x ^= x >> jnp.uint32(16)
+    x *= jnp.uint32(0x85EBCA6B)
+    x ^= x >> jnp.uint32(13)
+    x *= jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def _mixed_index(shape: tuple[int, ...], seed: int):
     """Hashes each entry's position; fuses into the reduction, so costs no memory."""
     index, stride = jnp.full(shape, seed, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         index += place * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    index *= jnp.uint32(0x9E3779B1)
-    index ^= index >> jnp.uint32(15)
-    index *= jnp.uint32(0x85EBCA77)
-    return index ^ (index >> jnp.uint32(13))
+    return _mix(index)
 
 
 @jax.jit
@@ -32,13 +38,12 @@ def _sums(x):
     words = bits.astype(jnp.uint32)
 
     def total(seed):
-        odd = _mixed_index(words.shape, seed) | jnp.uint32(1)
-        return jnp.sum(words * odd, dtype=jnp.uint32)
+        return jnp.sum(_mix(words ^ _mixed_index(words.shape, seed)), dtype=jnp.uint32)
 
     return total(0x243F6A88), total(0xB7E15162)
 
 
-def checksum(x: Array) -> str:
+def checksum(x: Array | np.ndarray) -> str:
     """Returns 16 hex digits that change with any bit of an array, or its order.
 
     Integer sums modulo 2^32, so the same on every device, sharding and backend. A
@@ -66,7 +71,7 @@ def _projected(x):
     return jnp.sum(jnp.where(minus, -x, x)), jnp.sqrt(jnp.sum(x * x))
 
 
-def projection(x: Array) -> tuple[float, float]:
+def projection(x: Array | np.ndarray) -> tuple[float, float]:
     """Returns a fixed projection of an array and its norm, both stable to rounding.
 
     Args:

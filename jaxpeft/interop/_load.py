@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxpeft.core import AdaptedKernel, Adapter, Site
@@ -216,7 +217,7 @@ def _folded(node: AdaptedKernel) -> Array:
     return from_matrices(changed.astype(base.dtype), base.shape, roles)
 
 
-def _same_base(kernel: Array, saved: Mapping[str, Any]) -> bool:
+def _same_base(kernel: Array | np.ndarray, saved: Mapping[str, Any]) -> bool:
     if "checksum" in saved:
         return checksum(kernel) == saved["checksum"]
     along, norm = projection(kernel)
