@@ -1,7 +1,6 @@
 """``attach``: a parameter tree in, an adapted tree out."""
 
 import hashlib
-import re
 import sys
 import time
 import warnings
@@ -44,11 +43,6 @@ from jaxpeft.core._paths import (
 )
 
 PerSite = Mapping[str, Any] | Sequence[float]
-
-# A linear layer's weight among the standard names; heads that predict tokens are
-# left out of "all-linear", as in HF PEFT.
-_NOT_LINEAR = ("embedding", "bias", "scale", "b")
-_OUTPUT_HEADS = ("lm_head",)
 
 
 def attach(
@@ -111,7 +105,7 @@ def attach(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError("`key` must be a typed key: write jax.random.key(seed)")
     leaves = leaves_with_path(params)
-    chosen = _choose(leaves, adapter, targets, exclude)
+    chosen = choose(leaves, adapter, targets, exclude)
     by_path = dict(leaves)
     paths = list(chosen)
     roles = {p: ("out",) * by_path[p].ndim for p in paths}
@@ -119,8 +113,7 @@ def attach(
         roles = _roles(by_path, paths, axes)
     ranks = _per_layer("rank", rank_pattern, adapter.rank, by_path, roles)
     alphas = _per_layer("alpha", alpha_pattern, adapter.alpha, by_path, roles)
-    for path in paths:
-        _check(by_path[path], adapter, roles[path], ranks[path], path)
+    _check(adapter, by_path, roles, ranks)
     made, show = {}, _Progress(adapter.name or "adapter", len(paths))
     for i, path in enumerate(paths):
         site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
@@ -137,110 +130,6 @@ def _site_key(key, path: str):
     for part in (digest[:4], digest[4:8]):
         key = jax.random.fold_in(key, np.uint32(int.from_bytes(part, "little")))
     return key
-
-
-def _is_weight(path: str, leaf: Any, adapter: Adapter) -> bool:
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
-        return False
-    if adapter.leaves == "any":
-        return True
-    # A stacked bias or norm scale has two axes and is no matrix all the same.
-    return leaf.ndim >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
-
-
-def _floating(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _choose(leaves, adapter, targets, exclude) -> dict[str, str]:
-    """``{path: the entry that found it}``, or an error that shows the way."""
-    if isinstance(targets, str) and targets == "all-linear":
-        found = {
-            p: targets
-            for p, leaf in leaves
-            if not (is_node(leaf) and leaf.adapter.leaves == "any")
-            and _is_weight(p, leaf, adapter)
-            and leaf.ndim >= 2
-            and _floating(leaf)
-            and p.rpartition("/")[2] not in _NOT_LINEAR
-            and module_path(p).rpartition("/")[2] not in _OUTPUT_HEADS
-        }
-    else:
-        found = _match("targets", targets, leaves, adapter)
-    if exclude is not None:
-        out = _match("exclude", exclude, leaves, adapter, inside=True)
-        found = {p: entry for p, entry in found.items() if p not in out}
-        if not found:
-            raise ValueError(f"`exclude` {exclude!r} leaves nothing of `targets`")
-    if not found:
-        raise ValueError(
-            f"`targets` {targets!r} matched none of the {len(leaves)} leaves; they are "
-            f"named like {nearest('', [p for p, _ in leaves])}"
-        )
-    for path, leaf in leaves:
-        if path not in found:
-            continue
-        if is_node(leaf):
-            raise ValueError(
-                f"site {path!r} already carries {leaf.adapter.name!r} (attached as "
-                f"{leaf.site.pattern!r}) and is matched again by {found[path]!r}. Name "
-                "other `targets`, leave it out with `exclude`, or detach first; two "
-                "plain adapters on one kernel are one of the sum of their ranks."
-            )
-        if not _floating(leaf):
-            raise ValueError(
-                f"site {path!r} has dtype {leaf.dtype}; an adapter needs a floating "
-                f"kernel. Leave it out with exclude=[{module_path(path)!r}]."
-            )
-    return found
-
-
-def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
-    eligible = [(p, leaf) for p, leaf in leaves if _is_weight(p, leaf, adapter)]
-    paths = [p for p, _ in eligible]
-    if callable(patterns):
-        name = getattr(patterns, "__name__", "callable")
-        return {p: name for p, leaf in eligible if patterns(p, leaf)}
-    if isinstance(patterns, str):
-        expression = compiled(patterns, argument)
-        found = {
-            p: patterns
-            for p in paths
-            if expression.fullmatch(module_path(p)) or expression.fullmatch(p)
-        }
-        if not found:
-            hint = nearest(patterns, paths, 2)
-            raise ValueError(
-                f"`{argument}` {patterns!r} is a string, so a regular expression that "
-                f"must match a whole module path; it matched none of the {len(paths)} "
-                f"kernels. Nearest: {hint}. To match by name write "
-                f"{argument}={hint or [patterns]!r}; for part of a path, "
-                f"{argument}={'.*' + patterns + '.*'!r}."
-            )
-        return found
-    found: dict[str, str] = {}
-    if not isinstance(patterns, Sequence) or not patterns:
-        raise ValueError(
-            f"`{argument}` must be a list of module names, a regular expression, "
-            f'"all-linear" or a callable, got {patterns!r}'
-        )
-    matches = in_module if inside or adapter.leaves == "any" else names_leaf
-    for entry in patterns:
-        if not isinstance(entry, str):
-            raise ValueError(f"`{argument}` entry {entry!r} is not a string")
-        hits = [p for p in paths if matches(entry.strip("/"), p)]
-        if not hits:
-            near = nearest(entry, paths)
-            raise ValueError(
-                f"`{argument}` entry {entry!r} matched none of the {len(paths)} "
-                f"kernels; nearest: {near}. List entries are names, matched at the "
-                f"end of a path: write {argument}={near[:1]!r}, or a string such as "
-                f"{argument}={'.*' + re.escape(near[0]) if near else '.*'!r} for a "
-                "regular expression."
-            )
-        for path in hits:
-            found.setdefault(path, entry)
-    return found
 
 
 def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
@@ -318,25 +207,46 @@ def _per_layer(what, pattern, default, by_path, roles) -> dict[str, Any]:
     return result
 
 
-def _check(kernel, adapter: Adapter, roles, ranks, path: str) -> None:
-    """Raises the method's own objections to a rank, before anything is computed."""
-    _, d_in, d_out = matrix_shape(kernel.shape, roles)
-    for rank in sorted(set(ranks)) if ranks else (None,):
-        try:
-            init_shapes(adapter, d_in, d_out, rank, working_dtype(kernel.dtype))
-        except ValueError as e:
-            raise ValueError(f"site {path!r}, shape {tuple(kernel.shape)}: {e}") from e
+def _check(adapter: Adapter, by_path, roles, ranks) -> None:
+    """Brings up a method's own objections, by site, before anything is computed."""
+    said: dict[tuple, list] = {}
+    sites: dict[tuple, list[str]] = {}
+    for path, site_roles in roles.items():
+        kernel = by_path[path]
+        _, d_in, d_out = matrix_shape(kernel.shape, site_roles)
+        for rank in sorted(set(ranks[path])) if ranks[path] else (None,):
+            like = (d_in, d_out, rank, working_dtype(kernel.dtype))
+            sites.setdefault(like, []).append(path)
+            if like in said:
+                continue
+            try:
+                with warnings.catch_warnings(record=True) as heard:
+                    warnings.simplefilter("always")
+                    init_shapes.__wrapped__(adapter, *like)
+            except ValueError as e:
+                shape = tuple(kernel.shape)
+                raise ValueError(f"site {path!r}, shape {shape}: {e}") from e
+            said[like] = heard
+    for like, heard in said.items():
+        for warning in heard:
+            warnings.warn(
+                f"sites {sites[like]}: {warning.message}",
+                warning.category,
+                stacklevel=3,
+            )
 
 
 def _make(kernel, adapter: Adapter, site: Site, key) -> AdaptedKernel:
-    frozen, trainable = initialise(
-        key,
-        kernel,
-        adapter=adapter,
-        roles=site.roles,
-        ranks=site.ranks,
-        alphas=site.alphas,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
+        frozen, trainable = initialise(
+            key,
+            kernel,
+            adapter=adapter,
+            roles=site.roles,
+            ranks=site.ranks,
+            alphas=site.alphas,
+        )
     node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
     if adapter.fold is not None:
         node = node.replace(base=_fold(node))

@@ -163,7 +163,7 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
             parts = jax.lax.map(lambda kw: init(*kw, *settings[0]), (keys, matrices))
         else:
             each = [init(keys[i], matrices[i], *settings[i]) for i in range(layers)]
-            parts = jax.tree.map(_stack_padded, *each)
+            parts = tuple(map(_stacked, zip(*each, strict=True)))
     axes = leaf_axes(adapter, None if ranks is None else max(ranks))
     in_dims = dims_of(kernel.shape, roles, IN)
     out_dims = dims_of(kernel.shape, roles, OUT)
@@ -176,13 +176,25 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     )
 
 
-def _stack_padded(*leaves):
-    shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True))
-    padded = [
-        jnp.pad(x, [(0, n - s) for s, n in zip(x.shape, shape, strict=True)])
-        for x in leaves
-    ]
-    return jnp.stack(padded)
+def _stacked(layers: tuple[dict, ...]) -> dict:
+    """Stacks layers' leaves, padded with zeros; a leaf may be missing in a layer."""
+    stacked = {}
+    for name in dict.fromkeys(name for layer in layers for name in layer):
+        like = next(layer[name] for layer in layers if name in layer)
+        empty = jnp.zeros((0,) * like.ndim, like.dtype)
+        each = [layer.get(name, empty) for layer in layers]
+        shape = tuple(
+            max(sizes) for sizes in zip(*(x.shape for x in each), strict=True)
+        )
+        stacked[name] = jnp.stack([_padded_to(x, shape) for x in each])
+    return stacked
+
+
+def _padded_to(x, shape: tuple[int, ...]):
+    if x.shape == shape:
+        return x
+    widths = [(0, n - s) for s, n in zip(x.shape, shape, strict=True)]
+    return jnp.pad(x, widths)
 
 
 def layer_leaves(node: AdaptedKernel):
@@ -214,7 +226,7 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
         shapes = init_shapes(node.adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
         result.append(
             tuple(
-                {n: x[i][tuple(slice(s) for s in like[n].shape)] for n, x in p.items()}
+                {n: p[n][i][tuple(slice(s) for s in x.shape)] for n, x in like.items()}
                 for p, like in zip(parts, shapes, strict=True)
             )
         )

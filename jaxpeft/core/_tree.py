@@ -168,19 +168,22 @@ def penalty(adapted: PyTree) -> Array:
 
     Returns:
         A float32 scalar: for each method the sum over its sites, or their mean where
-        its ``reduction`` says so; each layer of a stack is a site, and a key part of
-        a stack of layers of unequal rank is never seen.
+        its ``reduction`` says so. Each layer of a stack is a site, and the padding of
+        layers of unequal rank is never seen.
     """
-    sums: dict[str, list] = {}
+    sums: dict[str, tuple] = {}
     for node in nodes(adapted):
         per_site = per_layer(node, node.adapter.penalty)
-        entry = sums.setdefault(node.adapter.name, [0.0, 0, node.adapter.reduction])
-        entry[0] = entry[0] + jnp.sum(per_site)
-        entry[1] += per_site.shape[0]
-    total = jnp.zeros((), jnp.float32)
-    for value, count, reduction in sums.values():
-        total = total + (value / count if reduction == "mean" else value)
-    return total
+        method = (node.adapter.name, node.adapter.reduction)
+        total, number = sums.get(method, (0.0, 0))
+        sums[method] = (
+            total + jnp.sum(per_site).astype(jnp.float32),
+            number + per_site.shape[0],
+        )
+    result = jnp.zeros((), jnp.float32)
+    for (_, reduction), (total, number) in sums.items():
+        result = result + (total / number if reduction == "mean" else total)
+    return result
 
 
 def count(adapted: PyTree) -> tuple[int, int]:
