@@ -32,15 +32,8 @@ from jaxpeft.core._node import (
     leaves_with_path,
     working_dtype,
 )
-from jaxpeft.core._paths import (
-    Targets,
-    compiled,
-    in_module,
-    module_path,
-    names_leaf,
-    nearest,
-    resolve_pattern,
-)
+from jaxpeft.core._paths import Targets, module_path, resolve_pattern
+from jaxpeft.core._targets import choose
 
 PerSite = Mapping[str, Any] | Sequence[float]
 
