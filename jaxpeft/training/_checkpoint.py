@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Checkpointer:
         *,
         config: Mapping[str, Any],
         metric: str | None = None,
-        mode: Literal["max", "min"] = "max",
+        mode: str = "max",
         free: Sequence[str] = (),
     ):
         """Opens a folder of checkpoints; makes it if needed.
@@ -69,7 +69,7 @@ class Checkpointer:
             config: what the run was asked for, JSON-able.
             metric: the score that says which checkpoint is best; ``None``: only the
                 last one is kept.
-            mode: whether a larger score is better, or a smaller one.
+            mode: ``"max"`` if a larger score is better, ``"min"`` if a smaller one.
             free: fields of ``config`` (``"mesh"``, ``"log.every"``) that may differ
                 between a checkpoint and the run that resumes from it.
 
@@ -167,9 +167,10 @@ class Checkpointer:
                     "step"
                 )
             return False
+        named = _leaves(state, frozen, jax.random.key_data(state.key))
         # A copy on the device: the next step gives the state's buffers away, and on
         # the CPU backend what is being written would be those very buffers.
-        leaves = {n: jnp.copy(x) for n, x in _leaves(state, frozen).items()}
+        leaves = {n: jnp.copy(x) for n, x in named.items()}
         meta = {
             "config": self._config,
             "leaves": _manifest(leaves),
@@ -193,7 +194,7 @@ class Checkpointer:
         state: TrainState,
         frozen: Any,
         *,
-        step: int | Literal["last", "best"] = "last",
+        step: int | str = "last",
     ) -> Restored:
         """Reads a checkpoint into the run's own shardings.
 
@@ -201,7 +202,7 @@ class Checkpointer:
             state: a state of the run, as ``init_state`` made it: its leaves say what
                 must be there, and where each is put. Any mesh will do.
             frozen: the frozen tree of the run.
-            step: a step, or which.
+            step: ``"last"``, ``"best"``, or the number of one.
 
         Returns:
             Everything needed to go on bit for bit.
@@ -222,7 +223,11 @@ class Checkpointer:
         meta = self._manager.restore(
             number, args=args.Composite(meta=args.JsonRestore())
         ).meta
-        like = _leaves(state, frozen)
+        key_shape = jax.eval_shape(jax.random.key_data, state.key)
+        key_data = jax.ShapeDtypeStruct(
+            key_shape.shape, key_shape.dtype, sharding=state.key.sharding
+        )
+        like = _leaves(state, frozen, key_data)
         self._compare(meta, like, state, frozen, number)
         abstract = {
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -238,7 +243,7 @@ class Checkpointer:
             opt_state=unflat(state.opt_state, parts["opt_state"]),
             step=found["step"],
             key=jax.device_put(key, state.key.sharding),
-            bad_step=state.bad_step,
+            bad_step=jax.device_put(np.int32(-1), state.bad_step.sharding),
         )
         kept = {n: x for n, x in flat(frozen).items() if n not in parts["fixed"]}
         return Restored(
@@ -297,12 +302,12 @@ class Checkpointer:
             )
 
 
-def _leaves(state: TrainState, frozen: Any) -> dict[str, Any]:
+def _leaves(state: TrainState, frozen: Any, key_data: Any) -> dict[str, Any]:
     """Everything a checkpoint holds, by name."""
     named = {f"trainable/{n}": x for n, x in flat(state.trainable).items()}
     named |= {f"opt_state/{n}": x for n, x in flat(state.opt_state).items()}
     named |= {f"fixed/{n}": x for n, x in _fixed(frozen).items()}
-    return {**named, "step": state.step, "key": jax.random.key_data(state.key)}
+    return {**named, "step": state.step, "key": key_data}
 
 
 def _below(prefix: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,12 +352,15 @@ def _checksum(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
         bits = min(jnp.finfo(x.dtype).bits, 32)
         x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
-    x = x.astype(jnp.uint32)
-    place = jnp.ones_like(x)
+    mixed = x.astype(jnp.uint32)
     for axis in range(x.ndim):
         along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        place = place * jnp.uint32(31) + jnp.uint32(2) * along
-    return jnp.sum(x * place, dtype=jnp.uint32)
+        mixed = mixed * jnp.uint32(31) + along
+    # The last step of MurmurHash3: without it the top bits of a sum are all that the
+    # signs change, and an even number of changes cancels.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _from_all_processes(value: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """AdamW for adapted trees: schedules, groups of learning rates, decay by name."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class Optimizer(NamedTuple):
 
 
 def schedule(
-    kind: Literal["constant", "linear", "cosine"],
+    kind: str,
     peak: float,
     *,
     total_steps: int,
@@ -76,7 +76,7 @@ def schedule(
     update is at :math:`\eta / (w + 1)` and the last one still moves.
 
     Args:
-        kind: what follows the warm-up.
+        kind: what follows the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"``.
         peak: the highest rate.
         total_steps: the number of updates, ``T``.
         warmup_steps: the number of updates below the peak, ``w``.
@@ -133,7 +133,7 @@ def adamw(
     total_steps: int,
     learning_rate: float,
     head_learning_rate: float | None = None,
-    schedule: Literal["constant", "linear", "cosine"] = "linear",
+    schedule: str = "linear",
     warmup_steps: int | None = None,
     warmup_ratio: float | None = None,
     final_ratio: float = 0.0,
@@ -159,7 +159,8 @@ def adamw(
         learning_rate: the peak rate.
         head_learning_rate: the peak rate of leaves trained whole (``jaxpeft.full``);
             ``None`` treats them like the rest.
-        schedule: what follows the warm-up (see ``training.schedule``).
+        schedule: what follows the warm-up: ``"constant"``, ``"linear"`` or
+            ``"cosine"`` (see ``training.schedule``).
         warmup_steps: updates below the peak rate; or
         warmup_ratio: the same as a share of ``total_steps``, rounded up. Neither: 0.
         final_ratio: the last rate over the peak.

@@ -1,0 +1,181 @@
+"""AdamW: schedules, groups of rates, and what is decayed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import core, training
+
+
+@pytest.fixture(scope="module")
+def trainable():
+    """KaSA at a kernel and at a stack, LoRA at a table, a head trained whole."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    params = {
+        "query": {"kernel": jax.random.normal(next(keys), (6, 8))},
+        "layers": {"up": {"kernel": jax.random.normal(next(keys), (3, 6, 8))}},
+        "embed": {"embedding": jax.random.normal(next(keys), (12, 6))},
+        "classifier": {
+            "kernel": jax.random.normal(next(keys), (8, 2)),
+            "bias": jnp.zeros(2),
+        },
+    }
+    axes = {"up": "layer in out"}
+    adapted = jp.attach(
+        params, jp.kasa(rank=2), ["query", "up"], key=next(keys), axes=axes
+    )
+    adapted = jp.attach(adapted, jp.lora(rank=2), ["embed"], key=next(keys))
+    adapted = jp.attach(adapted, jp.full(), ["classifier"], key=next(keys))
+    return jp.partition(adapted)[0]
+
+
+def first_update(optimizer, trainable, gradient=1.0):
+    grads = jax.tree.map(lambda x: jnp.full_like(x, gradient), trainable)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.transform.init(trainable)
+        updates, _ = jax.jit(optimizer.transform.update)(grads, state, trainable)
+    return {n: np.asarray(x) for n, x in core.flat(updates).items()}
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedules_follow_their_formulas(kind):
+    rate = training.schedule(kind, 2.0, total_steps=10, warmup_steps=4, final_ratio=0.1)
+    assert [float(rate(t)) for t in range(4)] == pytest.approx([0.4, 0.8, 1.2, 1.6])
+    u = np.arange(7) / 6
+    fall = {
+        "constant": 1 + 0 * u,
+        "linear": 1 - u,
+        "cosine": 0.5 + np.cos(np.pi * u) / 2,
+    }
+    expected = 2 * (0.1 + 0.9 * fall[kind])
+    rates = [float(rate(jnp.int32(t))) for t in range(4, 11)]
+    assert rates == pytest.approx(list(expected), rel=1e-5)
+    assert float(rate(100)) == pytest.approx(expected[-1], rel=1e-5)
+
+
+def test_no_group_and_no_decay_is_optax_adamw(trainable):
+    ours = training.adamw(
+        trainable, total_steps=10, learning_rate=0.1, schedule="constant"
+    )
+    theirs = training.Optimizer(optax.adam(0.1), {})
+    expected = first_update(theirs, trainable, 0.3)
+    for name, update in first_update(ours, trainable, 0.3).items():
+        np.testing.assert_allclose(update, expected[name], rtol=1e-6, err_msg=name)
+    assert list(ours.schedules) == ["adapter"]
+
+
+def test_only_matrices_are_decayed(trainable):
+    optimizer = training.adamw(
+        trainable,
+        total_steps=10,
+        learning_rate=0.1,
+        schedule="constant",
+        weight_decay=0.5,
+    )
+    updates = first_update(optimizer, trainable, gradient=0.0)
+    values = core.flat(trainable)
+    for name in ("query/kernel/a", "layers/up/kernel/a", "classifier/kernel/value"):
+        np.testing.assert_allclose(updates[name], -0.05 * values[name], rtol=1e-6)
+    # b starts at 0, where decay does not show.
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    updates = first_update(optimizer, ones, gradient=0.0)
+    still = sorted(n for n, x in updates.items() if np.all(x == 0))
+    assert still == [
+        "classifier/bias/value",
+        "layers/up/kernel/sigma",
+        "query/kernel/sigma",
+    ]
+
+
+def test_lora_plus_moves_ups_and_vectors_faster(trainable):
+    options = dict(total_steps=10, learning_rate=0.01, schedule="constant")
+    plain = first_update(training.adamw(trainable, **options), trainable)
+    optimizer = training.adamw(trainable, lora_plus_ratio=16.0, **options)
+    fast = first_update(optimizer, trainable)
+    ratio = {n: float(np.mean(fast[n] / plain[n])) for n in plain}
+    assert ratio == pytest.approx(
+        {
+            "query/kernel/a": 1.0,
+            "query/kernel/b": 16.0,
+            "query/kernel/sigma": 16.0,
+            "layers/up/kernel/a": 1.0,
+            "layers/up/kernel/b": 16.0,
+            "layers/up/kernel/sigma": 16.0,  # [3, 2]: two axes, and yet a vector
+            "embed/embedding/a": 1e-4,  # HF PEFT's 1e-6
+            "embed/embedding/b": 1e-4,
+            "classifier/kernel/value": 1.0,
+            "classifier/bias/value": 16.0,
+        },
+        rel=1e-4,
+    )
+    assert sorted(optimizer.schedules) == ["adapter", "adapter_fast", "embedding"]
+
+
+def test_the_head_has_a_rate_of_its_own(trainable):
+    optimizer = training.adamw(
+        trainable,
+        total_steps=10,
+        learning_rate=0.01,
+        head_learning_rate=0.5,
+        embedding_learning_rate=0.2,
+        warmup_ratio=0.35,
+    )
+    rates = {n: float(rate(0)) for n, rate in optimizer.schedules.items()}
+    # 3.5 steps of warm-up are 4.
+    expected = {"adapter": 0.01 / 5, "head": 0.5 / 5, "embedding": 0.2 / 5}
+    assert rates == pytest.approx(expected)
+    updates = first_update(optimizer, trainable)
+    for name, update in updates.items():
+        group = {"cl": "head", "em": "embedding"}.get(name[:2], "adapter")
+        np.testing.assert_allclose(update, -expected[group], rtol=1e-4, err_msg=name)
+
+
+def test_an_unknown_leaf_name_is_an_error_where_it_matters(keys):
+    params = {"position": jax.random.normal(next(keys), (4, 4))}
+    adapted = jp.attach(params, jp.full(), ["position"], key=next(keys))
+    trainable, _ = jp.partition(adapted)
+    options = dict(total_steps=10, learning_rate=0.1, schedule="constant")
+    training.adamw(trainable, **options)  # no decay, one rate: no kind is needed
+    for asked in ({"weight_decay": 0.1}, {"lora_plus_ratio": 4.0}):
+        with pytest.raises(ValueError, match=r"leaf_kinds=\{'position': 'vector'\}"):
+            training.adamw(trainable, **asked, **options)
+    kinds = {"position": "vector"}
+    optimizer = training.adamw(trainable, weight_decay=0.1, leaf_kinds=kinds, **options)
+    assert np.all(first_update(optimizer, trainable, 0.0)["position/value"] == 0)
+    with pytest.raises(ValueError, match="'fast' of 'position'"):
+        training.adamw(
+            trainable, weight_decay=0.1, leaf_kinds={"position": "fast"}, **options
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, r"`schedule` must be one of \['constant', 'cosine'"),
+        ({"learning_rate": -1.0}, "must not be negative, got -1.0"),
+        ({"total_steps": 0}, "`total_steps` must be at least 1"),
+        ({"warmup_steps": 10}, "below the 10 steps"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "not both"),
+        ({"warmup_ratio": 1.0}, r"must be in \[0, 1\)"),
+        ({"lora_plus_ratio": 0.5}, "`lora_plus_ratio` must be at least 1"),
+        ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
+        ({"final_ratio": 2.0}, "`final_ratio` must be between 0 and 1"),
+    ],
+)
+def test_bad_arguments_are_named(trainable, options, message):
+    with pytest.raises(ValueError, match=message):
+        training.adamw(
+            trainable, **{"total_steps": 10, "learning_rate": 0.1, **options}
+        )
+
+
+def test_trees_that_are_not_trainable_are_refused(trainable):
+    with pytest.raises(ValueError, match="has no leaves"):
+        training.adamw({}, total_steps=10, learning_rate=0.1)
+    with pytest.raises(ValueError, match="outside of an adapter"):
+        training.adamw(
+            {"w": jnp.ones(3)}, total_steps=10, learning_rate=0.1, weight_decay=0.1
+        )
