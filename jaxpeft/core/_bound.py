@@ -120,8 +120,6 @@ def _join(pair, fixed, rank_axis: int):
 
 def materialise(w: Bound):
     """The merged kernel, in place: what ``adapt`` exists to avoid."""
-    if w.phi is not None:
-        raise NoRule("its method depends on the input, so it cannot be materialised")
     roles = w.roles
     wide = [x.dtype for x in (w.base, w.b, w.c, w.o) if x is not None]
     dtype = wider(*wide)

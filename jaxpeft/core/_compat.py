@@ -41,18 +41,25 @@ def manual_axes(params: dict) -> frozenset:
     return frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
 
 
-def place(eqn: Any) -> str:
+def place(trail: Any) -> str:
     """``file:line (function)`` of the user's code behind an equation.
 
-    The innermost frame outside of jax, flax and this library; where there is none,
-    the innermost outside of jax.
+    Args:
+        trail: the equations that lead to it, outermost first, itself last. What a
+            nested jit traced earlier knows no line of the user's; its caller does.
+
+    Returns:
+        The innermost frame outside of jax, flax and this library; where there is
+        none, the innermost outside of jax and this library.
     """
-    traceback = eqn.source_info.traceback
-    frames = list(traceback.frames) if traceback is not None else []
-    frames = [
-        f for f in frames if not f.file_name.startswith((_JAX, _HERE)) and f.line_num
-    ]
-    own = [f for f in frames if f"{os.sep}flax{os.sep}" not in f.file_name]
-    for frame in own or frames:
-        return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return "an unknown line"
+    fallback = None
+    for eqn in reversed(trail):
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback is not None else ():
+            if frame.file_name.startswith((_JAX, _HERE)) or not frame.line_num:
+                continue
+            where = f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+            if f"{os.sep}flax{os.sep}" not in frame.file_name:
+                return where
+            fallback = fallback or where
+    return fallback or "an unknown line"

@@ -30,17 +30,17 @@ class Uses:
         numbers: the uses of each site, by the equations that lead to them; shared by
             all bodies of one trace, so that tracing a body twice changes nothing.
         tapped: ``(path, statistics)`` in order.
-        frames: the equations that this body lies in.
+        trail: the equations that lead here, outermost first.
     """
 
     tap: Callable[..., Any] | None
     numbers: dict[str, dict[tuple[int, ...], int]]
     tapped: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
-    frames: tuple[int, ...] = ()
+    trail: tuple[Any, ...] = ()
 
     def at(self, eqn) -> "Uses":
         """The same gathering, one equation further in."""
-        return dataclasses.replace(self, frames=(*self.frames, id(eqn)))
+        return dataclasses.replace(self, trail=(*self.trail, eqn))
 
     def child(self) -> "Uses":
         """For the body of a loop or branch, whose statistics come out on their own."""
@@ -49,7 +49,7 @@ class Uses:
     def number(self, path: str) -> int:
         """Which use of the site this is, in the order of the program."""
         seen = self.numbers.setdefault(path, {})
-        return seen.setdefault(self.frames, len(seen))
+        return seen.setdefault(tuple(map(id, self.trail)), len(seen))
 
 
 def _dot(x, x_labels, w, w_labels, out_labels, precision=None):
@@ -132,7 +132,9 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         for role in (IN, OUT, BATCH)
     )
     if w.leaves is not None and uses.tap is not None:
-        uses.tapped.append((w.path, _tapped(w, x, x_labels, batch, ins, uses.tap)))
+        statistics = _tapped(w, x, x_labels, batch, ins, uses.tap)
+        if jax.tree.leaves(statistics):
+            uses.tapped.append((w.path, statistics))
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         wider = [l for l in batch if l not in x_labels] + x_labels

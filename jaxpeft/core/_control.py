@@ -70,41 +70,68 @@ def scan(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
                 "a scanned axis is a batch axis, such as axes={...: 'layer in out'}"
             )
     carried = {i: x for i, x in enumerate(init) if _is_bound(x)}
+    shared = [*consts, *carried.values()]
 
-    def body(carry, x):
+    def body(state, x):
+        step, carry = state
         inside = uses.child()
-        full = list(carry)
-        for i, w in carried.items():
-            full.insert(i, w)
-        outs = evaluate(jaxpr, jaxpr_consts, [*consts, *full, *x], inside)
-        for i, w in carried.items():
-            if not _bound.same(outs[i], w):
-                raise NoRule("the loop changes a kernel in its carry")
-        kept = [out for i, out in enumerate(outs[:m]) if i not in carried]
+        held = [_at_step(w, step) for w in shared]
+        full = _inserted(carry, dict(zip(carried, held[n:], strict=True)))
+        outs = evaluate(jaxpr, jaxpr_consts, [*held[:n], *full, *x], inside)
+        kept = _kept(outs[:m], full, carried)
         # A kernel that the body returns (NNX returns a module's state) is stacked.
         ys = [
             y.replace(names=(BATCH, *y.roles)) if _is_bound(y) else y for y in outs[m:]
         ]
-        return _arrays(kept, "the scan's carry"), (ys, _gathered(inside))
+        kept = _arrays(kept, "the scan's carry")
+        return (_next(step), kept), (ys, joined(inside.tapped))
 
     start = [x for i, x in enumerate(init) if i not in carried]
-    carry, (ys, tapped) = lax.scan(
+    (_, carry), (ys, tapped) = lax.scan(
         body,
-        start,
+        (_first_step(shared), start),
         xs,
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    carry = list(carry)
-    for i, w in carried.items():
-        carry.insert(i, w)
     uses.tapped.extend(tapped.items())
-    return [*carry, *ys]
+    return [*_inserted(carry, carried), *ys]
 
 
-def _gathered(uses: Uses) -> dict[str, Any]:
-    return joined(uses.tapped)
+def _inserted(carry, kernels: dict[int, Any]) -> list:
+    """A loop's full carry, with the kernels that stay outside of the real one."""
+    carry = list(carry)
+    for i, w in kernels.items():
+        carry.insert(i, w)
+    return carry
+
+
+def _kept(outs: list, full: list, carried) -> list:
+    """What a loop's body carries on, after a look at its kernels."""
+    for i in carried:
+        if not _bound.same(outs[i], full[i]):
+            raise NoRule("the loop changes a kernel in its carry")
+    return [out for i, out in enumerate(outs) if i not in carried]
+
+
+def _first_step(shared: list):
+    """A step counter, where a weight with dropout is used anew in each step."""
+    drops = any(_is_bound(w) and w.key is not None for w in shared)
+    return jnp.zeros((), jnp.int32) if drops else None
+
+
+def _next(step):
+    return None if step is None else step + 1
+
+
+def _at_step(w: Any, step) -> Any:
+    """Gives a weight that all steps share another dropout mask in each."""
+    if step is None or not _is_bound(w) or w.key is None:
+        return w
+    keys = w.key.reshape(-1)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    return w.replace(key=keys.reshape(w.key.shape))
 
 
 def joined(tapped: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,17 +149,11 @@ def joined(tapped: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def while_(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     params = eqn.params
-    test, test_consts = _compat.opened(params["cond_jaxpr"])
-    step, step_consts = _compat.opened(params["body_jaxpr"])
+    test_jaxpr, test_consts = _compat.opened(params["cond_jaxpr"])
+    step_jaxpr, step_consts = _compat.opened(params["body_jaxpr"])
     n, m = params["cond_nconsts"], params["body_nconsts"]
     for_test, for_step, init = vals[:n], vals[n : n + m], vals[n + m :]
     carried = {i: x for i, x in enumerate(init) if _is_bound(x)}
-
-    def full(carry):
-        carry = list(carry)
-        for i, w in carried.items():
-            carry.insert(i, w)
-        return carry
 
     def run(jaxpr, consts, args):
         inside = uses.child()
@@ -143,19 +164,29 @@ def while_(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
             )
         return outs
 
-    def body(carry):
-        outs = run(step, step_consts, [*for_step, *full(carry)])
-        for i, w in carried.items():
-            if not _bound.same(outs[i], w):
-                raise NoRule("the loop changes a kernel in its carry")
-        kept = [out for i, out in enumerate(outs) if i not in carried]
-        return _arrays(kept, "the loop's body")
+    def held(weights, step):
+        return [_at_step(w, step) for w in weights]
 
-    def cond(carry):
-        return run(test, test_consts, [*for_test, *full(carry)])[0]
+    def full(state):
+        step, carry = state
+        kernels = held(carried.values(), step)
+        return _inserted(carry, dict(zip(carried, kernels, strict=True)))
+
+    def body(state):
+        step, _ = state
+        before = full(state)
+        outs = run(step_jaxpr, step_consts, [*held(for_step, step), *before])
+        return _next(step), _arrays(_kept(outs, before, carried), "the loop's body")
+
+    def test(state):
+        return run(test_jaxpr, test_consts, [*held(for_test, state[0]), *full(state)])[
+            0
+        ]
 
     start = [x for i, x in enumerate(init) if i not in carried]
-    return full(lax.while_loop(cond, body, start))
+    first = _first_step([*for_test, *for_step, *carried.values()])
+    _, carry = lax.while_loop(test, body, (first, start))
+    return _inserted(carry, carried)
 
 
 def cond(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
@@ -167,7 +198,7 @@ def cond(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
         def run(operands):
             inside = uses.child()
             outs = evaluate(jaxpr, consts, operands, inside)
-            return _arrays(outs, "a branch"), _gathered(inside)
+            return _arrays(outs, "a branch"), joined(inside.tapped)
 
         return run
 
@@ -198,7 +229,7 @@ def checkpoint(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
         if params.get("differentiated") and params["prevent_cse"]:
             vals = lax.optimization_barrier(vals)
         inside = uses.child()
-        return evaluate(jaxpr, consts, vals, inside), _gathered(inside)
+        return evaluate(jaxpr, consts, vals, inside), joined(inside.tapped)
 
     again = jax.checkpoint(
         f, prevent_cse=params["prevent_cse"], policy=params["policy"]

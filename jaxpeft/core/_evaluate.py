@@ -102,7 +102,7 @@ class Evaluator:
             return self.apply(eqn, vals, uses, shared)
         except NoRule as e:
             reason = str(e)
-        name, place = eqn.primitive.name, _compat.place(eqn)
+        name, place = eqn.primitive.name, _compat.place(uses.trail)
         vals = [self.arrays(x, name, place, reason) for x in vals]
         outs = _issue(eqn, *vals)
         return list(outs) if eqn.primitive.multiple_results else [outs]
@@ -116,13 +116,14 @@ class Evaluator:
             raise UnsupportedError(
                 f"{what} jaxpeft.adapt has no rule for that. {_WAYS_OUT}"
             )
-        if (what, place) not in self.warned:
-            self.warned.add((what, place))
+        if x.phi is not None:
+            raise UnsupportedError(
+                f"{what} Its method depends on the input, so it cannot be materialised."
+            )
+        if what not in self.warned:
+            self.warned.add(what)
             warnings.warn(f"{what} Its merged kernel is formed there.", stacklevel=2)
-        try:
-            return _bound.materialise(x)
-        except NoRule as e:
-            raise UnsupportedError(f"{what} And {e}.") from None
+        return _bound.materialise(x)
 
     def apply(self, eqn, vals, uses: Uses, shared: "_Shared") -> list:
         """One equation with kernels among its operands; raises ``NoRule``."""
