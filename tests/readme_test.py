@@ -1,0 +1,47 @@
+"""The README's code runs, and what it promises is there."""
+
+import pathlib
+import re
+
+import pytest
+
+import jaxpeft as jp
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_in_order(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) >= 2
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert "trainable" in capsys.readouterr().out
+    assert scope["big"]["w"].shape == (32, 4096, 14336)
+
+
+@pytest.mark.parametrize(
+    "path", re.findall(r"`((?:configs|tests|colab)/[\w./]+)`", TEXT)
+)
+def test_files_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_every_adapter_has_a_row():
+    for name in (n for n in dir(jp.adapters) if not n.startswith("_")):
+        if callable(getattr(jp.adapters, name)) and hasattr(jp, name):
+            assert f"`jp.{name}`" in TEXT, name
+
+
+def test_ci_runs_the_test_command():
+    ci = (ROOT / ".ci" / "run").read_text()
+    (command,) = re.findall(r'\[dev\]" && (.*)', TEXT)
+    assert ci.rstrip().endswith("\n" + command)
+
+
+def test_public_names_have_docstrings():
+    for name in (n for n in dir(jp) if not n.startswith("_")):
+        thing = getattr(jp, name)
+        if callable(thing) and thing.__module__.startswith("jaxpeft"):
+            assert thing.__doc__, name
