@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-# hidden_act in config.json -> is it known to the model (_bert.py computes them)
+# Every hidden_act that is implemented.
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
 # What transformers assumes for a field that config.json leaves out.
@@ -123,6 +123,9 @@ def read_config(config: Any) -> BertConfig:
         name: raw.get(name, default)
         for name, default in (_DEFAULTS | _FAMILY_DEFAULTS[model_type]).items()
     }
+    for name in _FLOATS:
+        if values[name] is not None:
+            values[name] = float(values[name])  # some files have 0 for 0.0
     result = BertConfig(model_type=model_type, num_labels=_count_labels(raw), **values)
     _check(result)
     return result

