@@ -282,7 +282,7 @@ def kasa(
             "dropped_norm": norm,
             "largest": largest,
             "largest/top": _ratio(largest, top),
-            "svd_residual": frozen.get("svd_residual", zero),
+            f"{svd}_residual": frozen.get("svd_residual", zero),
         }
 
     return Adapter(

@@ -1,5 +1,6 @@
 """What the tests of the methods share."""
 
+import jax
 import jaxtyping
 import pytest
 
@@ -10,3 +11,12 @@ def as_a_user():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Tiny programs, each run a few times: LLVM's passes would be most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

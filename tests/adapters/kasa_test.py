@@ -146,7 +146,7 @@ def test_report_tells_the_drift(keys):
         "largest": s[-3],
         "largest/top": s[-3] / s[0],
     }
-    assert report.pop("svd_residual") < 1e-5
+    assert report.pop("exact_residual") < 1e-5
     assert report.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(report[name], value, rtol=1e-4, err_msg=name)

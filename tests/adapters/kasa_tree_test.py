@@ -310,6 +310,47 @@ def test_layers_of_unequal_rank(keys):
     np.testing.assert_allclose(jp.penalty(adapted), total, rtol=1e-6)
 
 
+def test_layers_that_drop_unequal_numbers(keys):
+    stack = {"layers": {"kernel": jax.random.normal(next(keys), (3, 8, 6))}}
+    with pytest.warns(UserWarning, match="layers/kernel.*drops nothing.*at rank 2"):
+        adapted = jp.attach(
+            stack,
+            jp.kasa(rank=2, truncation="official"),
+            ["layers"],
+            key=next(keys),
+            axes={"layers": "layer in out"},
+            rank_pattern={"layers": [2, 4, 3]},  # so that m = 0, 2, 1
+        )
+    rows = sorted(jp.describe(adapted).report, key=lambda row: row["layer"])
+    assert [row["dropped"] for row in rows] == [0, 2, 1]
+    values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False)
+    drifts = [row["dropped_norm"] for row in rows]
+    expected = [0, np.linalg.norm(values[1, -2:]), values[2, -1]]
+    np.testing.assert_allclose(drifts, expected, rtol=1e-4)
+    merged = jp.merge(adapted)["layers"]["kernel"]
+    assert np.array_equal(merged[0], stack["layers"]["kernel"][0])
+    assert far(merged[1], stack["layers"]["kernel"][1])
+
+
+def test_a_site_that_drops_nothing_is_named_every_time():
+    tree = {"tall": {"kernel": jnp.ones((9, 4))}}
+    adapter = jp.kasa(rank=2, truncation="official")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="tall/kernel.*'official' drops nothing"):
+            adapted = jp.attach(tree, adapter, ["tall"], key=jax.random.key(0))
+    (row,) = jp.describe(adapted).report
+    assert row["dropped"] == row["drift"] == 0
+
+
+def test_the_drift_report_is_sorted_and_prints(params):
+    report = jp.describe(attach(params, jp.kasa(rank=3))).report
+    drifts = [row["drift"] for row in report]
+    assert len(drifts) == 2
+    assert drifts == sorted(drifts, reverse=True)
+    printed = str(jp.describe(attach(params, jp.kasa(rank=3))))
+    assert all(name in printed for name in ("drift", "largest/top", "exact_residual"))
+
+
 def test_bfloat16_kernels(params, keys):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     adapted = attach(half, jp.kasa(rank=3))
@@ -378,7 +419,9 @@ def test_a_training_step_holds_no_second_kernel():
         return jax.tree.map(lambda p, g: p - g, trainable, jax.grad(loss)(trainable))
 
     x = jax.ShapeDtypeStruct((tokens, d), jnp.float32)
+    jax.config.update("jax_disable_most_optimizations", False)  # see the conftest
     compiled = jax.jit(step).lower(trainable, frozen, x).compile()
+    jax.config.update("jax_disable_most_optimizations", True)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * d * d / 4
 
 

@@ -3,6 +3,7 @@
 import warnings
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from peft_toolbox import LAYERS, VOCABULARY
@@ -61,3 +62,12 @@ def ids():
 def weights():
     """A fixed direction to make a scalar of the outputs with."""
     return np.random.default_rng(1).normal(size=(4, 6, 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Tiny programs, each run a few times: LLVM's passes would be most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
