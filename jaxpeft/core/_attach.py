@@ -35,7 +35,7 @@ from jaxpeft.core._node import (
 from jaxpeft.core._paths import Targets, module_path, resolve_pattern
 from jaxpeft.core._targets import choose
 
-PerSite = Mapping[str, Any] | Sequence[float]
+PerSite = Mapping[str, Any] | Sequence[int | float]
 
 
 def attach(

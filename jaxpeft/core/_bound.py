@@ -119,24 +119,25 @@ def _join(pair, fixed, rank_axis: int):
 
 
 def materialise(w: Bound):
-    """The merged kernel, in place: what ``adapt`` exists to avoid."""
-    roles = w.roles
-    wide = [x.dtype for x in (w.base, w.b, w.c, w.o) if x is not None]
-    dtype = wider(*wide)
+    """The merged kernel ``D_c (W + a b) D_o``: float32, cast once to the base's dtype.
+
+    ``merge`` is this; in a model it is what ``adapt`` exists to avoid.
+    """
+    dtype = wider(*(x.dtype for x in (w.base, w.b, w.c, w.o) if x is not None))
     batch, d_in, d_out = w.dims(BATCH), w.dims(IN), w.dims(OUT)
-    matrix = _ordered(w).astype(dtype)
-    flat = (*batch, math.prod(d_in), math.prod(d_out))
-    matrix = matrix.reshape(flat)
+    rows, columns = math.prod(d_in), math.prod(d_out)
+    order = _order(w.roles)
+    matrix = w.base.transpose(order).reshape(*batch, rows, columns).astype(dtype)
     for a, b in ((w.a, w.b), w.fixed or (None, None)):
         if a is not None:
-            a = a.reshape(*batch, flat[-2], -1).astype(dtype)
-            matrix = matrix + a @ b.reshape(*batch, a.shape[-1], flat[-1]).astype(dtype)
+            a = a.reshape(*batch, rows, a.shape[-1]).astype(dtype)
+            b = b.reshape(*batch, a.shape[-1], columns).astype(dtype)
+            matrix = matrix + jnp.matmul(a, b, precision="highest")
     if w.c is not None:
-        matrix = matrix * w.c.reshape(*batch, -1, 1).astype(dtype)
+        matrix = matrix * w.c.reshape(*batch, rows, 1).astype(dtype)
     if w.o is not None:
-        matrix = matrix * w.o.reshape(*batch, 1, -1).astype(dtype)
+        matrix = matrix * w.o.reshape(*batch, 1, columns).astype(dtype)
     matrix = matrix.reshape(batch + d_in + d_out).astype(w.base.dtype)
-    order = _order(roles)
     return matrix.transpose(tuple(order.index(i) for i in range(len(order))))
 
 
@@ -145,10 +146,6 @@ def _order(roles) -> tuple[int, ...]:
     return sum(
         (tuple(i for i, r in enumerate(roles) if r == x) for x in (BATCH, IN, OUT)), ()
     )
-
-
-def _ordered(w: Bound):
-    return w.base.transpose(_order(w.roles))
 
 
 # --- the axes of each factor --------------------------------------------------------

@@ -90,9 +90,9 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
 def _expand(leaf, axes, batch, in_dims, out_dims):
     """A leaf ``[layers, ...]`` with its batch, in and out axes put in place."""
     shape = list(batch)
-    for size, role in zip(leaf.shape[1:], axes, strict=True):
+    for size, role in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
         shape += {IN: in_dims, OUT: out_dims}.get(role, (size,))
-    return leaf.reshape(tuple(shape))
+    return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
 
 
 def _flatten(leaf, axes, roles):
@@ -245,12 +245,23 @@ def per_layer(node: AdaptedKernel, f):
     return jax.vmap(f)(*layer_leaves(node))
 
 
+def per_layer_factors(node: AdaptedKernel) -> Factors:
+    """``adapter.factors`` of each layer, stacked; of one kernel as it is."""
+    matrices, (frozen, trainable) = (
+        to_matrices(node.base, node.roles),
+        layer_leaves(node),
+    )
+    if BATCH in node.roles:
+        return jax.vmap(node.adapter.factors)(matrices, frozen, trainable)
+    one = lambda tree: jax.tree.map(lambda x: x.reshape(x.shape[1:]), tree)
+    return node.adapter.factors(one(matrices), one(frozen), one(trainable))
+
+
 def lifted_factors(node: AdaptedKernel) -> Factors:
     """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
     roles, shape = node.roles, _shape(node)
     batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
-    matrices = to_matrices(node.base, roles)
-    flat = jax.vmap(node.adapter.factors)(matrices, *layer_leaves(node))
+    flat = per_layer_factors(node)
 
     def expand(x, axes):
         return None if x is None else _expand(x, axes, batch, in_dims, out_dims)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from jaxpeft.core._bound import Bound, bind, materialise
 from jaxpeft.core._lift import (
     from_matrices,
     layer_leaves,
@@ -115,27 +116,16 @@ def merge(adapted: PyTree) -> PyTree:
 
 @jax.jit
 def _merge_node(node: AdaptedKernel):
-    f = lifted_factors(node)
-    if f.phi is not None:
+    bound = bind(node.replace(key=None), taps=False)
+    if not isinstance(bound, Bound):
+        return bound
+    if bound.phi is not None:
         raise ValueError(
             f"site {node.site.path!r}: {node.adapter.name!r} depends on the input, so "
             "no kernel has its effect; keep the adapted tree and call it through "
             "jaxpeft.adapt"
         )
-    if f.kernel is not None and f.a is None and f.c is None and f.o is None:
-        return f.kernel
-    roles, base = node.roles, node.base
-    flat = jax.vmap(node.adapter.factors)(to_matrices(base, roles), *layer_leaves(node))
-    wide = working_dtype(base.dtype)
-    matrix = to_matrices(base if f.kernel is None else f.kernel, roles).astype(wide)
-    pairs = [p for p in ((flat.a, flat.b), flat.fixed) if p and p[0] is not None]
-    for a, b in pairs:
-        matrix = matrix + jnp.matmul(a, b, precision="highest").astype(wide)
-    if flat.c is not None:
-        matrix = matrix * flat.c[:, :, None].astype(wide)
-    if flat.o is not None:
-        matrix = matrix * flat.o[:, None, :].astype(wide)
-    return from_matrices(matrix.astype(base.dtype), base.shape, roles)
+    return materialise(bound)
 
 
 def detach(adapted: PyTree) -> PyTree:
