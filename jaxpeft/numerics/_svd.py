@@ -71,14 +71,17 @@ def _residual(matrix, u, s, vt) -> Array:
 def _svd(matrix):
     with jax.default_matmul_precision("highest"):
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (u, s, vt))
+    first = SVD(u, s, vt, _residual(matrix, u, s, vt))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (u, s, vt)]
 
     def again(_):
-        return jax.pure_callback(_on_host, shapes, matrix, vmap_method="sequential")
+        u, s, vt = jax.pure_callback(
+            _on_host, tuple(shapes), matrix, vmap_method="sequential"
+        )
+        return SVD(u, s, vt, _residual(matrix, u, s, vt))
 
-    good = _residual(matrix, u, s, vt) <= TOLERANCE[matrix.dtype.name]  # NaN is not
-    u, s, vt = jax.lax.cond(good, lambda first: first, again, (u, s, vt))
-    return SVD(u, s, vt, _residual(matrix, u, s, vt))
+    good = first.residual <= TOLERANCE[matrix.dtype.name]  # NaN is not
+    return jax.lax.cond(good, lambda first: first, again, first)
 
 
 def svd(matrix: Float[Array, "d_in d_out"]) -> SVD:
