@@ -10,6 +10,7 @@ this file calls can be imported; ``run(config, workdir)`` is the whole of it.
 
 import contextlib
 import functools
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def _run(config, workdir, stack):
     per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
     count = lambda field: training.count_steps(config[field], per_epoch, field=field)
     total_steps = count("train_for")
-    evaluate_every, save_every = count("evaluate_every"), count("save_every")
+    evaluate_every, save_every = map(count, ("evaluate_every", "save_every"))
 
     # ---------------------------------- The adapter -----------------------------------
 
@@ -145,7 +146,7 @@ def _run(config, workdir, stack):
 
     def evaluate(trainable, frozen, split, bar):
         rows, lengths = config.eval_batch_size, config.lengths
-        with bar.phase(f"evaluation, {split}", splits[split].rows) as advance:
+        with bar.phase(split, splits[split].rows) as advance:
             return training.evaluate(
                 eval_fn,
                 trainable,
@@ -219,12 +220,13 @@ def _run(config, workdir, stack):
             training.check_finite(state)
         except training.NonFiniteError as error:
             writer.write("stopped", error.step, reason=str(error))
-            bar.note(f"The last good checkpoint is kept; its step: {checkpoints.latest}")
+            bar.note(
+                f"The last good checkpoint is kept; its step: {checkpoints.latest}"
+            )
             raise
         rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
-        shown = {"loss": float(values["loss"]), "learning rate": float(rate)}
-        shown["tokens/s"] = lap["tokens_per_second"]
-        scores = None
+        shown = {"loss": float(values["loss"]), "lr": float(rate)}
+        shown["tokens/s"], scores = lap["tokens_per_second"], None
         if evaluates:
             scores = evaluate(state.trainable, frozen, "validation", bar)
             writer.write("eval", step, **scores)
@@ -259,6 +261,7 @@ def _run(config, workdir, stack):
         raise RuntimeError(f"the saved adapter scores {again} when read, not {after}.")
     writer.write("after", total_steps, best_step=best.step, **after)
     bar.note(f"the adapter, saved and read onto a fresh base, scores the same: {after}")
+    bar.close()
 
     # ------------------------------------- Report -------------------------------------
 
@@ -281,9 +284,8 @@ def _run(config, workdir, stack):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs."""
     quickstart = Path(__file__).parent / "configs/quickstart.py"
-    command = training.parse_command(
-        argv, default_config=quickstart, description=__doc__
-    )
+    command = training.parse_command(argv, quickstart, description=__doc__)
+    logging.basicConfig(format="%(message)s")  # before a library chooses another
     if command.distributed:
         jax.distributed.initialize()
     try:

@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The task.
     config.data = dict(name="sms")  # and the arguments of that task, if it has any
     config.max_length = 64  # tokens; longer rows are cut
-    config.lengths = (32, 64)  # batches are padded to one of these, each compiled once
+    config.lengths = (32, 64)  # rows of like length are padded to one of these
     config.batch_size = 32  # rows, of all devices together
     config.eval_batch_size = 64
     config.accumulate = 1  # micro-batches a step
@@ -36,8 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    # Trained whole. The checkpoint was made for sentence vectors: its pooler was never
-    # used, and a classifier it does not have.
+    # Trained whole (jaxpeft.full). The checkpoint was made for sentence vectors, means
+    # over tokens: they did without its pooler, and a classifier it does not have.
     config.head = ("pooler/dense", "classifier")
 
     # AdamW.

@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 
 def parse_command(
-    argv: Sequence[str] | None, *, default_config: str | Path, description: str = ""
+    argv: Sequence[str] | None, default_config: str | Path, *, description: str = ""
 ) -> Command:
     """Reads ``--config``, ``--workdir``, ``--config.FIELD=VALUE``, ``--distributed``.
 

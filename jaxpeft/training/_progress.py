@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
+import rich.table
 
 
 @contextlib.contextmanager
@@ -27,15 +28,20 @@ def progress(
     """
     console = rich.console.Console() if console is None else console
     live = console.is_terminal or console.is_jupyter
+    whole = lambda width: rich.table.Column(no_wrap=True, min_width=width)
+    rest = rich.table.Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    digits = 2 * len(str(total)) + 1
     bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(bar_width=None),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[values]}", style="cyan"),
+        rich.progress.TextColumn("{task.description}", table_column=whole(10)),
+        rich.progress.BarColumn(bar_width=12, table_column=whole(12)),
+        rich.progress.MofNCompleteColumn(table_column=whole(digits)),
+        rich.progress.TextColumn("left", table_column=whole(4)),
+        rich.progress.TimeRemainingColumn(table_column=whole(7)),
+        rich.progress.TextColumn(
+            "{task.fields[values]}", style="cyan", table_column=rest
+        ),
         console=console,
+        expand=True,
         disable=not live or jax.process_index() != 0,
     )
     with bar:
@@ -70,6 +76,10 @@ class Progress:
         """Writes a line that stays, above the bar if there is one."""
         if jax.process_index() == 0:
             self._bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Stops redrawing; what follows is written below the bar."""
+        self._bar.stop()
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Any]:

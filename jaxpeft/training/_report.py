@@ -72,13 +72,11 @@ def plot_curves(folder: Path, *, score: str, title: str) -> Path:
     ax = next(panels)
     steps, values = _series(evals, score)
     ax.plot(steps, values, "o-", color=colours[2], ms=4)
-    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
-    if finite:
-        best = max(finite, key=values.__getitem__)
-        ax.axhline(values[best], color=colours[2], lw=0.8, ls=":")
+    if (best := _best(steps, values)) is not None:
+        ax.axhline(best[1], color=colours[2], lw=0.8, ls=":")
         ax.annotate(
-            f"best {values[best]:.4g} at step {steps[best]}",
-            (1, values[best]),
+            f"best {best[1]:.4g} at step {best[0]}",
+            (1, best[1]),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             xytext=(-4, -14),
@@ -118,6 +116,17 @@ def _series(events: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
     return [s for s, _ in pairs], [
         v if math.isfinite(v) else math.nan for _, v in pairs
     ]
+
+
+def _best(steps: list[int], values: list[float]) -> tuple[int, float] | None:
+    """Step and value of the largest finite value, the first of equals.
+
+    Example:
+        >>> _best([0, 5, 9], [math.nan, 0.75, 0.5])
+        (5, 0.75)
+    """
+    pairs = [pair for pair in zip(steps, values, strict=True) if pair[1] == pair[1]]
+    return max(pairs, key=lambda pair: pair[1], default=None)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ import pytest
 from jaxpeft import training
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.py"
-parse = lambda *argv: training.parse_command(list(argv), default_config=QUICKSTART)
+parse = lambda *argv: training.parse_command(list(argv), QUICKSTART)
 
 
 def test_without_arguments_it_is_the_quickstart():
@@ -28,6 +28,7 @@ def test_arguments():
     [
         ("--config.adapter.rnak=16", "no such field; nearest: ['adapter.rank'"),
         ("--confg=x.py", "unknown argument '--confg=x.py'; write --config.FIELD=VALUE"),
+        ("--work=a", "unknown argument '--work=a'"),
         ("adapter.rank=16", "unknown argument 'adapter.rank=16'"),
         ("--config=configs/quikstart.py", "no file 'configs/quikstart.py'"),
     ],

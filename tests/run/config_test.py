@@ -54,6 +54,7 @@ def test_overrides_take_the_type_of_what_they_replace(file, text, value):
         ("rank=16", "no such field; nearest: .'adapter.rank'"),
         ("adapter.rank.x=16", "no such field"),
         ("adapter.rank=1.5", "adapter.rank` is of type int .now 8. and cannot be"),
+        ("adapter.alpha=fast", "is of type float"),
         ("adapter.flag=maybe", "is of type bool"),
         ("adapter=3", "is a section, not a value; set one of its fields: .'adapter.al"),
         ("adapter.rank", "has no value"),

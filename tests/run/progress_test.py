@@ -31,3 +31,15 @@ def test_a_bar_in_a_terminal():
         bar.show(10, loss=0.25)
     assert "10/10" in text.getvalue() and "loss 0.25" in text.getvalue()
     assert "step 10/10" not in text.getvalue()
+
+
+def test_a_bar_never_shortens_its_counts():
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=80, force_terminal=True)
+    with training.progress(1234, console=console) as bar:
+        bar.show(1000, loss=0.25, learning_rate=1e-5, something_else="long " * 20)
+        with bar.phase("validation", 100):
+            bar.close()
+            print("below", file=text)
+    assert "1000/1234" in text.getvalue() and "validation" in text.getvalue()
+    assert text.getvalue().endswith("below\n")

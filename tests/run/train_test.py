@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert any((folder / "tensorboard").iterdir()) and any(
         (folder / "checkpoints").iterdir()
     )
-    assert re.search(r"step 6/12  loss \S+  learning rate .* accuracy .* left", printed)
+    assert re.search(r"step 6/12  loss \S+  lr .* accuracy .* left", printed)
     assert "saved and read onto a fresh base, scores the same" in printed
     score = f"{results['after']['accuracy']:.4f}"
     assert re.search(rf"accuracy after +│ {score} at the best step", printed)
