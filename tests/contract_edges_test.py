@@ -1,0 +1,148 @@
+"""The contract suite goes on: files, unequal ranks, dropout, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapt_toolbox import (
+    CLOSE,
+    FAR,
+    distance,
+    numbers,
+    perturb,
+)
+from contract_toolbox import (
+    METHODS,
+    RANK,
+    D,
+    F,
+    accepts,
+    attach,
+    make,
+    make_params,
+    moved,
+    net,
+    nodes,
+    same_bits,
+    value_and_grad,
+)
+from jax.sharding import PartitionSpec
+
+import jaxpeft as jp
+from jaxpeft import interop
+
+P = PartitionSpec
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture
+def x():
+    return numbers(8, D, seed=9)
+
+
+@pytest.fixture
+def params():
+    return make_params()
+
+
+# --- in files, in stacks of unequal rank, with dropout ---
+
+
+def test_save_and_load_give_the_same_bits(name, params, x, tmp_path):
+    adapted = moved(name)
+    interop.save_adapter(adapted, tmp_path / "adapter")
+    again = interop.load_adapter(tmp_path / "adapter", params)
+    same_bits(again, adapted)
+    assert np.array_equal(jp.adapt(net)(again, x), jp.adapt(net)(adapted, x))
+    files = sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir())
+    leaves = [(node.frozen, node.trainable) for node in nodes(adapted)]
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
+    assert files < own + 20_000  # no base in it
+
+
+def test_padding_of_unequal_ranks_never_learns(name, params, x):
+    pattern = {"layers/up": [1, RANK]}
+    if make(name).rank is None:
+        with pytest.raises(ValueError, match="has no rank"):
+            attach(params, name, jax.random.key(2), rank_pattern=pattern)
+        return
+    adapted = attach(params, name, jax.random.key(2), rank_pattern=pattern)
+    node = adapted["layers"]["up"]["kernel"]
+    init = lambda rank: jax.eval_shape(
+        functools.partial(node.adapter.init, rank=rank, alpha=1.0),
+        jax.random.key(0),
+        jnp.zeros((D, F)),
+    )[1]
+    masks = {}
+    for leaf, value in node.trainable.items():
+        mask = np.zeros(value.shape, bool)
+        for i, rank in enumerate(node.site.ranks):
+            mask[(i, *(slice(0, n) for n in init(rank)[leaf].shape))] = True
+        masks[leaf] = mask
+    assert not all(m.all() for m in masks.values())
+    stirred = perturb(adapted)["layers"]["up"]["kernel"].trainable
+    kept = {n: jnp.where(masks[n], stirred[n], 0.0) for n in masks}
+    node = node.replace(trainable=kept)
+    stack = adapted["layers"] | {"up": {"kernel": node}}
+    trainable, frozen = jp.partition(adapted | {"layers": stack})
+    _, gradient = value_and_grad(trainable, frozen, x)
+    for leaf, g in gradient["layers"]["up"]["kernel"].trainable.items():
+        g, mask = np.asarray(g), masks[leaf]
+        assert np.all(g[~mask] == 0), f"{leaf}: padding learns"
+        assert np.all(np.any(g != 0, axis=tuple(range(1, g.ndim)))), leaf
+
+
+def test_dropout_is_on_only_under_a_key(name, params, x):
+    key = jax.random.key(4)
+    if not accepts(name, "dropout"):
+        tree = jp.with_dropout(moved(name), key)
+        assert jax.tree.structure(tree) == jax.tree.structure(moved(name))
+        return
+    adapter = make(name, dropout=0.5)
+    adapted = perturb(attach(params, name, jax.random.key(1), adapter=adapter))
+    off = jp.adapt(net)(adapted, x)
+    assert distance(off, net(jp.merge(adapted), x)) < CLOSE
+    on = jp.adapt(net)(jp.with_dropout(adapted, jax.random.clone(key)), x)
+    assert distance(on, off) > FAR
+    same = jp.adapt(net)(jp.with_dropout(adapted, key), x)
+    assert np.array_equal(on, same)
+
+
+# --- bad input ---
+
+
+def test_a_dead_pattern_names_what_is_near(name, params):
+    with pytest.raises(ValueError, match=r"'dnese' matched none.*'dense'"):
+        jp.attach(params, make(name), ["dnese"], key=jax.random.key(0))
+
+
+def test_a_second_adapter_on_a_site_is_refused(name):
+    with pytest.raises(ValueError, match=f"dense/.*' already carries '{name}'"):
+        jp.attach(moved(name), make(name), ["dense"], key=jax.random.key(0))
+
+
+def test_a_rank_that_is_not_possible_names_the_site(name, params):
+    attach_ = lambda rank: jp.attach(
+        params,
+        make(name),
+        ["dense"],
+        key=jax.random.key(0),
+        rank_pattern={"dense": rank},
+    )
+    with pytest.raises(ValueError, match="dense|has no rank"):
+        attach_(0)
+    try:
+        adapted = attach_(D)  # some methods forbid it
+    except ValueError as e:
+        assert "dense/kernel" in str(e) or "has no rank" in str(e)
+    else:
+        assert adapted["dense"]["kernel"].site.ranks == (D,)
+
+
+def test_integer_kernels_are_refused(name, params):
+    params["dense"]["kernel"] = jnp.zeros((D, F), jnp.int8)
+    with pytest.raises(ValueError, match="dense/kernel.*floating"):
+        jp.attach(params, make(name), ["dense/kernel"], key=jax.random.key(0))

@@ -1,0 +1,372 @@
+"""What every adapter must do. Walks ``jaxpeft.adapters``; knows no method's name.
+
+Where methods differ, the fact is read from the adapter itself: from its factors, its
+leaves, its report, its options. Both branches assert; nothing is skipped.
+``contract_edges_test.py`` goes on with files, padding, dropout and bad input.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from adapt_toolbox import (
+    CLOSE,
+    FAR,
+    distance,
+    kernel_shapes,
+    made_of_shape,
+    numbers,
+    perturb,
+    run_with_gradients,
+)
+from contract_toolbox import (
+    AXES,
+    KERNELS,
+    METHODS,
+    RANK,
+    D,
+    L,
+    accepts,
+    at_init,
+    attach,
+    constructor,
+    loss,
+    make,
+    make_params,
+    moved,
+    net,
+    nodes,
+    replaces_kernel,
+    same_bits,
+    unrolled,
+    value_and_grad,
+)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxpeft as jp
+
+P = PartitionSpec
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture
+def x():
+    return numbers(8, D, seed=9)
+
+
+@pytest.fixture
+def params():
+    return make_params()
+
+
+# --- the registry ---
+
+
+def test_the_defaults_alone_make_an_adapter(name):
+    adapter = constructor(name)()
+    assert isinstance(adapter, jp.core.Adapter) and adapter.name == name
+    assert constructor(name)() is adapter  # equal trees have equal structures
+    assert json.loads(json.dumps(dict(adapter.options))) == dict(adapter.options)
+    assert repr(adapter).startswith(f"{name}(")
+    assert "arXiv" in constructor(name).__doc__ or not accepts(name, "rank")
+
+
+def test_unknown_options_are_refused(name):
+    with pytest.raises(TypeError, match="rnak"):
+        constructor(name)(rnak=3)
+
+
+# --- at the start ---
+
+
+def test_the_output_at_init_is_the_bases_or_that_of_a_declared_truncation(
+    name, params, x
+):
+    adapted = at_init(name)
+    merged = jp.merge(adapted)
+    assert distance(jp.adapt(net)(adapted, x), net(merged, x)) < CLOSE
+    row = max(jp.describe(adapted).rows, key=lambda r: r["path"] == "dense/kernel")
+    assert row["path"] == "dense/kernel"
+    base = np.asarray(params["dense"]["kernel"], np.float64)
+    change = base - np.asarray(merged["dense"]["kernel"], np.float64)
+    size = np.linalg.norm(change) / np.linalg.norm(base)
+    facts = [r for r in jp.describe(adapted).report if r["site"] == "dense/kernel"]
+    if size < 1e-6:
+        assert distance(jp.adapt(net)(adapted, x), net(params, x)) < CLOSE
+        return
+    # The change is a fixed low-rank part: exactly the smallest singular components.
+    values = np.linalg.svd(base, compute_uv=False)
+    lost = np.linalg.svd(change, compute_uv=False)
+    m = int(np.sum(lost > 1e-5 * values[0]))
+    assert 0 < m < D
+    np.testing.assert_allclose(lost[:m], values[-m:], rtol=1e-3)
+    left = np.linalg.svd(base - change, compute_uv=False)
+    np.testing.assert_allclose(left[: D - m], values[: D - m], rtol=1e-4)
+    assert np.all(left[D - m :] < 1e-5 * values[0])
+    # And the drift that `describe` shows is what these values say.
+    expected = np.sqrt(np.sum(values[-m:] ** 2) / np.sum(values**2))
+    np.testing.assert_allclose(facts[0]["drift"], expected, rtol=1e-3)
+    np.testing.assert_allclose(size, expected, rtol=1e-3)
+
+
+def test_leaves_are_float32_and_never_nan(name):
+    for part in jp.partition(at_init(name))[0], at_init(name):
+        for leaf in jax.tree.leaves(part):
+            assert leaf.dtype == jnp.float32 and bool(jnp.all(jnp.isfinite(leaf)))
+
+
+def test_shapes_need_no_memory(name, params):
+    attach_ = lambda p, k: jp.attach(p, make(name), KERNELS, key=k, axes=AXES)
+    shapes = jax.eval_shape(attach_, params, jax.random.key(0))
+    real = at_init(name)
+    assert jax.tree.structure(shapes) == jax.tree.structure(real)
+    kind = lambda t: {n: (v.shape, v.dtype) for n, v in jp.core.flat(t).items()}
+    assert kind(shapes) == kind(real)
+    assert jp.count(shapes) == jp.count(real)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(jp.partition(real)[0]))
+    base = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert jp.count(real) == (trained, base + trained)
+
+
+def test_random_leaves_differ_between_sites_layers_and_keys(name, params):
+    one, two = at_init(name), attach(params, name, jax.random.key(12))
+    stack = one["layers"]["up"]["kernel"]
+    again = attach(params, name, jax.random.key(11))
+    same_bits(again, one)
+    for leaf in stack.trainable:
+        first, second = (stack.trainable[leaf][i] for i in range(L))
+        other = two["layers"]["up"]["kernel"].trainable[leaf]
+        drawn = not np.array_equal(stack.trainable[leaf], other)
+        if drawn:
+            assert not np.array_equal(first, second), f"{leaf}: one draw, two layers"
+    random = [
+        n
+        for n in stack.trainable
+        if not np.array_equal(
+            stack.trainable[n], two["layers"]["up"]["kernel"].trainable[n]
+        )
+    ]
+    assert random or replaces_kernel(one["dense"]["kernel"])
+
+
+def test_no_key_is_used_twice(name, params):
+    """The checker is on for every test; here it is seen to work."""
+    adapter, key = make(name), jax.random.key(5)
+    attach(params, name, jax.random.clone(key))
+    jp.attach(params, adapter, ["dense"], key=jax.random.clone(key))
+    kernel = params["dense"]["kernel"]
+    init = functools.partial(adapter.init, kernel=kernel, rank=RANK, alpha=1.0)
+    one = init(key)
+    try:
+        two = init(key)
+    except jax.errors.KeyReuseError:
+        return  # it draws: the key was consumed
+    same_bits(one, two)
+    same_bits(one, init(jax.random.key(6)))  # it does not draw at all
+
+
+# --- in use ---
+
+
+def test_merge_is_the_function(name, params, x):
+    adapted = moved(name)
+    if not jp.mergeable(adapted):
+        with pytest.raises(ValueError, match="depends on the input"):
+            jp.merge(adapted)
+        return
+    got, got_grads, text = run_with_gradients(jp.adapt(net), adapted, [x])
+    through = lambda tree, x: net(jp.merge(tree), x)
+    expected, expected_grads, merged_text = run_with_gradients(through, adapted, [x])
+    assert distance(got, expected) < CLOSE
+    assert distance(got_grads, expected_grads) < CLOSE
+    assert distance(net(params, x), expected) > FAR  # control: something happened
+    shapes = kernel_shapes(adapted)
+    assert made_of_shape(merged_text, shapes)
+    formed = made_of_shape(text, shapes)
+    if not any(map(replaces_kernel, nodes(adapted))):
+        assert not formed, formed
+    else:
+        assert formed  # the gradient of the kernel is what is wanted
+
+
+def test_only_trainable_leaves_learn_and_all_of_them_do(name, params, x):
+    trainable, frozen = jp.partition(moved(name))
+    _, gradient = value_and_grad(trainable, frozen, x)
+    assert jax.tree.structure(gradient) == jax.tree.structure(trainable)
+    for path, leaf in jp.core.flat(gradient).items():
+        assert np.any(np.asarray(leaf) != 0), f"{path} never learns"
+        assert bool(jnp.all(jnp.isfinite(leaf))), path
+    names = {n for node in nodes(moved(name)) for n in node.trainable}
+    assert {p.rpartition("/")[2] for p in jp.core.flat(gradient)} == names
+    bases = {p for p in jp.core.flat(frozen) if p.endswith("/base")}
+    assert len(bases) == len(nodes(moved(name)))
+
+
+def test_training_moves_what_is_trained_and_nothing_else(name, params, x):
+    start = at_init(name)
+    trainable, frozen = jp.partition(start)
+    optimizer = optax.adam(1e-2)
+    state = optimizer.init(trainable)
+    moments = [s for s in jax.tree.leaves(state) if s.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(trainable))
+
+    @jax.jit
+    def step(trainable, state):
+        value, gradient = jax.value_and_grad(loss)(trainable, frozen, x)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    values = []
+    for _ in range(5):
+        trainable, state, value = step(trainable, state)
+        values.append(float(value))
+    assert values[-1] < values[0] and step._cache_size() == 1
+    end = jp.combine(trainable, frozen)
+    assert jax.tree.structure(end) == jax.tree.structure(start)
+    for path, leaf in jp.core.flat(jp.partition(start)[0]).items():
+        now = jp.core.flat(trainable)[path]
+        assert now.dtype == leaf.dtype and np.any(np.asarray(now != leaf)), path
+    original = jp.detach(end)
+    if start["dense"]["kernel"].adapter.unfold is None:
+        same_bits(original, params)
+        same_bits(jax.jit(jp.detach)(end), params)
+    else:
+        assert distance(original, params) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_dtypes_are_kept(dtype, name, x):
+    low = make_params(dtype)
+    adapted = perturb(attach(low, name, jax.random.key(3)), scale=0.1)
+    trainable, frozen = jp.partition(adapted)
+    assert {t.dtype for t in jax.tree.leaves(trainable)} == {jnp.dtype(jnp.float32)}
+    x = x.astype(dtype)
+    got, expected = jp.adapt(net)(adapted, x), net(low, x)
+    assert got.dtype == expected.dtype == dtype and bool(jnp.all(jnp.isfinite(got)))
+    merged = jp.merge(adapted)
+    assert {w.dtype for w in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
+    # Eight bits of precision through six matmuls: 5e-2 of the largest output.
+    assert distance(got.astype(jnp.float32), net(merged, x).astype(jnp.float32)) < 5e-2
+    _, gradient = value_and_grad(trainable, frozen, x)
+    assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+    same_bits(jp.detach(adapted), low)
+
+
+def test_float64_is_exact(name):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        draw = lambda w: jnp.asarray(rng.normal(size=w.shape) / 4, jnp.float64)
+        params = jax.tree.map(draw, make_params())
+        x = jnp.asarray(rng.normal(size=(8, D)))
+        adapted = perturb(attach(params, name, jax.random.key(3)), scale=0.1)
+        trainable, frozen = jp.partition(adapted)
+        assert {t.dtype for t in jax.tree.leaves(trainable)} == {jnp.dtype("float64")}
+        got, expected = jp.adapt(net)(adapted, x), net(jp.merge(adapted), x)
+        assert got.dtype == jnp.float64
+        assert distance(got, expected) < 1e-12
+        # The gradient against a central difference along one direction.
+        way = jax.tree.map(lambda t: rng.normal(size=t.shape), trainable)
+        move = lambda h: jax.tree.map(lambda t, d: t + h * d, trainable, way)
+        _, slope = value_and_grad(trainable, frozen, x)
+        ends = [value_and_grad(move(h), frozen, x)[0] for h in (1e-5, -1e-5)]
+        pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(way), strict=True)
+        along = sum(np.sum(np.asarray(g) * d) for g, d in pairs)
+        np.testing.assert_allclose(along, (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
+
+
+def test_jit_equals_eager(name, x):
+    trainable, frozen = jp.partition(moved(name))
+    eager = loss(trainable, frozen, x)
+    np.testing.assert_allclose(
+        value_and_grad(trainable, frozen, x)[0], eager, rtol=1e-5
+    )
+
+
+def test_the_function_is_traced_once(name, x):
+    traces = []
+
+    def counted(params, x):
+        traces.append(1)
+        return net(params, x)
+
+    trainable, frozen = jp.partition(moved(name))
+    call = jp.adapt(counted)
+    for scale in (1.0, 2.0, 3.0):
+        tree = jax.tree.map(lambda t: t * scale, trainable)  # noqa: B023
+        call(jp.combine(tree, frozen), scale * x)
+    assert len(traces) == 1
+
+
+def test_scan_equals_unrolled(name, params, x):
+    """The same leaves, one layer at a time."""
+    adapted = moved(name)
+    flat = dict(params) | {
+        "layers": {
+            f"layer_{i}": jax.tree.map(lambda w: w[i], params["layers"])  # noqa: B023
+            for i in range(L)
+        }
+    }
+    target = jp.attach(
+        flat, make(name), KERNELS, key=jax.random.key(0), axes={"heads": "in out out"}
+    )
+    leaves = {}
+    for path, leaf in jp.core.flat(adapted).items():
+        if not path.startswith("layers/"):
+            leaves[path] = leaf
+            continue
+        for i in range(L):
+            leaves[path.replace("layers/", f"layers/layer_{i}/")] = leaf[i]
+    target = jp.core.unflat(target, leaves)
+    trainable, frozen = jp.partition(target)
+    value, gradient = jax.value_and_grad(loss)(trainable, frozen, x, unrolled)
+    expected, expected_gradient = value_and_grad(*jp.partition(adapted), x)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    stacked = {}
+    gradient = jp.core.flat(gradient)
+    for path in jp.core.flat(expected_gradient):
+        each = [path.replace("layers/", f"layers/layer_{i}/") for i in range(L)]
+        stack = path.startswith("layers/")
+        stacked[path] = (
+            jnp.stack([gradient[p] for p in each]) if stack else gradient[path]
+        )
+    assert distance(stacked, jp.core.flat(expected_gradient)) < CLOSE
+    assert jp.count(target)[0] == jp.count(adapted)[0]
+
+
+def test_remat_equals_not(name, x):
+    trainable, frozen = jp.partition(moved(name))
+    fn = functools.partial(net, remat=True)
+    again = jax.jit(jax.value_and_grad(functools.partial(loss, fn=fn)))
+    expected = value_and_grad(trainable, frozen, x)
+    assert distance(again(trainable, frozen, x), expected) < CLOSE
+
+
+def test_eight_devices_equal_one(name, x):
+    auto = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), auto)
+    specs = {
+        "dense": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
+        "heads": {"kernel": P("tensor", None, "fsdp")},
+        "layers": {
+            "up": {"kernel": P(None, "fsdp", "tensor")},
+            "down": {"kernel": P(None, "tensor", "fsdp")},
+        },
+    }
+    adapted = moved(name)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        jp.core.inherit_specs(adapted, specs),
+        is_leaf=lambda s: isinstance(s, P),
+    )
+    placed = jax.device_put(adapted, shardings)
+    assert len(placed["dense"]["kernel"].base.devices()) == 8
+    here = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
+    got = value_and_grad(*jp.partition(placed), here)
+    expected = value_and_grad(*jp.partition(adapted), x)
+    assert distance(got, expected) < CLOSE

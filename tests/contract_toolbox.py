@@ -1,0 +1,114 @@
+"""A small net and what the contract suite does with it for each method."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from adapt_toolbox import numbers, perturb
+from jax import lax
+
+import jaxpeft as jp
+
+PUBLIC = [n for n in dir(jp.adapters) if not n.startswith("_")]
+METHODS = sorted(n for n in PUBLIC if callable(getattr(jp.adapters, n)))
+D, F, L = 16, 24, 2
+KERNELS = ["dense", "heads", "up", "down"]
+AXES = {
+    "heads": "in out out",
+    "layers/up": "layer in out",
+    "layers/down": "layer in out",
+}
+RANK = 3  # a method's default may not fit kernels this small
+
+
+def layer(x, p):
+    return x + jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"], None
+
+
+def net(params, x, *, remat=False):
+    """A plain kernel, one with heads, and a scanned stack with biases beside it."""
+    y = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
+    y = jnp.einsum("td,dhe->the", jnp.tanh(y), params["heads"]["kernel"])
+    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    return lax.scan(body, y.reshape(x.shape[0], D), params["layers"])[0]
+
+
+def unrolled(params, x):
+    stack = params["layers"]
+    layers = [stack[f"layer_{i}"] for i in range(L)]
+    flat = {n: v for n, v in params.items() if n != "layers"}
+    y = net(flat | {"layers": jax.tree.map(lambda w: w[None], layers[0])}, x)
+    for p in layers[1:]:
+        y, _ = layer(y, p)
+    return y
+
+
+def make_params(dtype=jnp.float32):
+    weight = lambda seed, *s: {"kernel": numbers(*s, seed=seed, scale=s[-2] ** -0.5)}
+    tree = {
+        "dense": weight(1, D, F) | {"bias": numbers(F, seed=2)},
+        "heads": weight(3, F, 4, D // 4),
+        "layers": {"up": weight(4, L, D, F), "down": weight(5, L, F, D)},
+    }
+    return jax.tree.map(lambda w: w.astype(dtype), tree)
+
+
+def constructor(name):
+    return getattr(jp.adapters, name)
+
+
+def accepts(name, *options):
+    return set(options) <= set(inspect.signature(constructor(name)).parameters)
+
+
+def make(name, **options):
+    """The method at its defaults, but for a rank that fits these small kernels."""
+    if accepts(name, "rank"):
+        options = {"rank": RANK} | options
+    return constructor(name)(**options)
+
+
+def attach(params, name, key, adapter=None, **kwargs):
+    run = lambda p, k: jp.attach(
+        p, adapter or make(name), KERNELS, key=k, axes=AXES, **kwargs
+    )
+    return jax.jit(run)(params, key)
+
+
+@functools.cache
+def at_init(name):
+    return attach(make_params(), name, jax.random.key(11))
+
+
+@functools.cache
+def moved(name):
+    return perturb(at_init(name), scale=0.1)
+
+
+def loss(trainable, frozen, x, fn=net):
+    adapted = jp.combine(trainable, frozen)
+    penalty = jp.penalty(adapted)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    y = jp.adapt(fn)(adapted, x).astype(wide)
+    return jnp.mean(y**2) + penalty.astype(wide)
+
+
+value_and_grad = jax.jit(jax.value_and_grad(loss))
+
+
+def nodes(tree):
+    is_node = lambda n: isinstance(n, jp.core.AdaptedKernel)
+    return [n for n in jax.tree.leaves(tree, is_leaf=is_node) if is_node(n)]
+
+
+def replaces_kernel(node):
+    """Whether the method trains the kernel itself: then arrays of its shape exist."""
+    return jax.eval_shape(lambda: jp.core._lift.lifted_factors(node)).kernel is not None
+
+
+def same_bits(x, y):
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
