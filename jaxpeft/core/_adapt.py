@@ -1,6 +1,7 @@
 """``adapt``: a JAX transformation that runs a function on adapted trees."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,11 +9,11 @@ import jax
 import numpy as np
 
 from jaxpeft.core import _compat
-from jaxpeft.core._bound import Bound, bind
+from jaxpeft.core._bound import Bound, bind, same
 from jaxpeft.core._contract import Uses
 from jaxpeft.core._control import joined
 from jaxpeft.core._evaluate import Evaluator
-from jaxpeft.core._node import is_node
+from jaxpeft.core._node import is_node, nodes
 
 Tap = Callable[[Any, dict, dict], Any]
 
@@ -45,13 +46,18 @@ def adapt(
 
     Returns:
         A function of the same signature. Adapted kernels may be anywhere among its
-        arguments; without any it does what ``fn`` does. Arguments that are no arrays
-        are static. With ``taps`` it returns ``(out, {site: statistics})``: a scan
-        over layers puts a layer axis in front, several uses of one site a use axis.
+        arguments; without any it does what ``fn`` does. It is jitted, so what ``fn``
+        closes over is read once, and arguments that are no arrays are static: pass a
+        number that changes from call to call as an array. With ``taps`` it returns
+        ``(out, {site: statistics})``: a scan over layers puts a layer axis in front,
+        several uses of one site a use axis. Sites of ``full`` have no contraction of
+        their own and emit nothing.
 
     Raises:
         UnsupportedError: as above (a ``NotImplementedError``), when called.
-        ValueError: ``unsupported`` is neither word.
+        ValueError: ``unsupported`` is neither word, or an argument is one half of a
+            partition.
+        TypeError: an argument is neither an array nor hashable.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -67,12 +73,11 @@ def adapt(
     if not callable(fn):
         raise TypeError(f"`fn` must be a function, got {type(fn).__name__}")
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def call(static: "_Static", arrays: list):
-        return _run(fn, static, arrays, unsupported, taps)
+    call = _call(fn, unsupported, taps)
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
+        nodes((args, kwargs))  # whole ones only
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
         arrays = [x for x in leaves if _is_array(x)]
         rest = tuple(None if _is_array(x) else _Box(x) for x in leaves)
@@ -81,28 +86,57 @@ def adapt(
     return wrapped
 
 
+def _call(fn, unsupported: str, taps: Tap | None):
+    """The jitted call; one for a model's method, however often it is adapted.
+
+    ``model.apply`` is a new object each time, and compiling anew each time would be a
+    trap. A function closes over arrays, which a cache would keep alive: who adapts
+    one in a loop keeps the result.
+    """
+    try:
+        if inspect.ismethod(fn):
+            return _compiled_once(fn, unsupported, taps)
+    except TypeError:  # a model without a hash
+        pass
+    return _compiled(fn, unsupported, taps)
+
+
+def _compiled(fn, unsupported: str, taps: Tap | None):
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(static: "_Static", arrays: list):
+        return _run(fn, static, arrays, unsupported, taps)
+
+    return call
+
+
+_compiled_once = functools.lru_cache(maxsize=64)(_compiled)
+
+
 def _is_array(x: Any) -> bool:
     return is_node(x) or isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 class _Box:
-    """A static argument; compares by value, or by identity where it has no hash."""
+    """A static argument; compares by type and value."""
 
     def __init__(self, value: Any):
         self.value = value
         try:
             self.code = hash(value)
         except TypeError:
-            self.code = None
+            raise TypeError(
+                f"an argument of an adapted function is a {type(value).__name__}, "
+                "neither an array nor hashable; pass arrays, or make it hashable, "
+                "since what is no array is static"
+            ) from None
 
     def __hash__(self) -> int:
-        return id(self.value) if self.code is None else self.code
+        return self.code
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Box) or type(self.value) is not type(other.value):
             return False
-        if self.code is None or other.code is None:
-            return self.value is other.value
         return self.value is other.value or bool(self.value == other.value)
 
 
@@ -123,6 +157,17 @@ class _Static:
         )
 
 
+def _returned(x, values: list, arrays: list, evaluate: Evaluator):
+    """An output; a kernel that comes back as it went in is its node again."""
+    if not isinstance(x, Bound):
+        return x
+    for value, node in zip(values, arrays, strict=True):
+        if isinstance(value, Bound) and same(x, value):
+            return node
+    reason = "the function returns the kernel, changed"
+    return evaluate.arrays(x, "return", "its end", reason)
+
+
 def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
     """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels."""
 
@@ -132,6 +177,7 @@ def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
         args, kwargs = static.treedef.unflatten(leaves)
         return fn(*args, **kwargs)
 
+    flat_fn.__name__ = getattr(fn, "__name__", type(fn).__name__)
     plain = [x.base if is_node(x) else x for x in arrays]
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
@@ -139,11 +185,6 @@ def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
     evaluate = Evaluator(unsupported)
     uses = Uses(taps, {})
     outs = evaluate(jaxpr, consts, values, uses)
-    outs = [
-        evaluate.arrays(x, "return", "its end", "the function returns the kernel")
-        if isinstance(x, Bound)
-        else x
-        for x in outs
-    ]
+    outs = [_returned(x, values, arrays, evaluate) for x in outs]
     out = jax.tree.structure(shape).unflatten(outs)
     return out if taps is None else (out, joined(uses.tapped))

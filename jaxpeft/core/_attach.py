@@ -1,5 +1,6 @@
 """``attach``: a parameter tree in, an adapted tree out."""
 
+import functools
 import hashlib
 import sys
 import time
@@ -28,6 +29,7 @@ from jaxpeft.core._node import (
     OUT,
     AdaptedKernel,
     Site,
+    check_key,
     is_node,
     leaves_with_path,
     working_dtype,
@@ -55,8 +57,9 @@ def attach(
     cost no memory. Attaching again to the result adds adapters at other sites.
 
     Args:
-        params: any pytree of arrays: a Linen variable dict, an NNX state, plain
-            containers. Already adapted kernels stay as they are.
+        params: any pytree of arrays, or of their ``jax.ShapeDtypeStruct``: a Linen
+            variable dict, an NNX state, plain containers. Already adapted kernels
+            stay as they are.
         adapter: what to attach, such as ``jaxpeft.kasa(rank=8)``.
         targets: a list of module names, each matched as a suffix of the path at a
             "/" (``"query"`` finds ``encoder/layer_3/attention/query/kernel``); a
@@ -95,8 +98,7 @@ def attach(
             f"`adapter` must be an Adapter such as jaxpeft.kasa(rank=8), got "
             f"{type(adapter).__name__}; a constructor must be called"
         )
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError("`key` must be a typed key: write jax.random.key(seed)")
+    check_key(key)
     leaves = leaves_with_path(params)
     chosen = choose(leaves, adapter, targets, exclude)
     by_path = dict(leaves)
@@ -110,14 +112,14 @@ def attach(
     made, show = {}, _Progress(adapter.name or "adapter", len(paths))
     for i, path in enumerate(paths):
         site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
-        made[path] = _make(by_path[path], adapter, site, _site_key(key, path))
+        made[path] = _make(by_path[path], adapter, site, site_key(key, path))
         show(i + 1)
     show.close()
     _, treedef = jax.tree.flatten(params, is_leaf=is_node)
     return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
 
 
-def _site_key(key, path: str):
+def site_key(key, path: str):
     """A key of this path's own, whatever else is attached."""
     digest = hashlib.sha256(path.encode()).digest()
     for part in (digest[:4], digest[4:8]):
@@ -148,6 +150,11 @@ def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
 
 def parse_roles(words: str, path: str, shape) -> tuple[str, ...]:
     """Reads ``"layer in out"``; checks it against a kernel's shape."""
+    if not isinstance(words, str):
+        raise ValueError(
+            f"`axes` must give a string such as 'layer in out', got {words!r} for "
+            f"{path!r}"
+        )
     names = words.split()
     roles = tuple(w if w in (IN, OUT) else BATCH for w in names)
     if len(roles) != len(shape) or IN not in roles or OUT not in roles:
@@ -170,8 +177,13 @@ def _per_layer(what, pattern, default, by_path, roles) -> dict[str, Any]:
         values = {}
     elif isinstance(pattern, Mapping):
         values = resolve_pattern(argument, pattern, paths)
+    elif not _is_list(pattern):
+        raise ValueError(
+            f"`{argument}` must be {{pattern: {what}}} or a list with one {what} per "
+            f"stacked layer, got {pattern!r}"
+        )
     else:
-        stacked = [p for p in paths if matrix_shape(by_path[p].shape, roles[p])[0] > 1]
+        stacked = [p for p in paths if BATCH in roles[p]]
         if len(stacked) < len(paths):
             lone = next(p for p in paths if p not in stacked)
             raise ValueError(
@@ -183,21 +195,33 @@ def _per_layer(what, pattern, default, by_path, roles) -> dict[str, Any]:
     for path in paths:
         layers = matrix_shape(by_path[path].shape, roles[path])[0]
         value = values.get(path, default)
-        each = tuple(value) if isinstance(value, Sequence) else (value,) * layers
+        each = tuple(value) if _is_list(value) else (value,) * layers
         if len(each) != layers:
             raise ValueError(
                 f"`{argument}` gives {len(each)} values for site {path!r}, which has "
                 f"{layers} layer{'s' * (layers > 1)}"
             )
         for v in each:
-            whole = what == "alpha" or (isinstance(v, int | np.integer) and v >= 1)
-            if isinstance(v, bool) or not whole:
-                raise ValueError(
-                    f"{what} of site {path!r} must be an integer of at least 1, got "
-                    f"{v!r}; leave the site out with `exclude` for none"
-                )
+            _check_value(what, v, path)
         result[path] = tuple(int(v) if what == "rank" else float(v) for v in each)
     return result
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+
+
+def _check_value(what: str, v: Any, path: str) -> None:
+    if what == "rank":
+        fits, kind = isinstance(v, int | np.integer) and v >= 1, "an integer >= 1"
+    else:
+        number = isinstance(v, int | float | np.number)
+        fits, kind = number and 0 < v < float("inf"), "a finite number > 0"
+    if isinstance(v, bool) or not fits:
+        raise ValueError(
+            f"{what} of site {path!r} must be {kind}, got {v!r}; for no adapter leave "
+            "the site out with `exclude`"
+        )
 
 
 def _check(adapter: Adapter, by_path, roles, ranks) -> None:
@@ -232,18 +256,36 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
 def _make(kernel, adapter: Adapter, site: Site, key) -> AdaptedKernel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
-        frozen, trainable = initialise(
-            key,
-            kernel,
+        init = functools.partial(
+            initialise,
             adapter=adapter,
             roles=site.roles,
             ranks=site.ranks,
             alphas=site.alphas,
         )
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            init = functools.partial(jax.eval_shape, init)
+        frozen, trainable = init(key, _gathered(kernel))
     node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
     if adapter.fold is not None:
-        node = node.replace(base=_fold(node))
+        fold = _fold
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            fold = functools.partial(jax.eval_shape, _fold)
+        node = node.replace(base=fold(node))
     return _place_like(node, kernel)
+
+
+def _gathered(kernel):
+    """A kernel on an explicit mesh, whole: an SVD has no rule for its axes there."""
+    sharding = getattr(kernel, "sharding", None)
+    explicit = jax.sharding.AxisType.Explicit
+    if isinstance(kernel, jax.core.Tracer) or not isinstance(
+        sharding, jax.sharding.NamedSharding
+    ):
+        return kernel
+    if explicit not in sharding.mesh.axis_types:
+        return kernel
+    return jax.device_put(kernel, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
 def _fold(node: AdaptedKernel):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core._lift import dims_of, layer_leaves, lifted_factors
-from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, wider
+from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, trailing, wider
 
 
 class NoRule(Exception):
@@ -64,7 +64,7 @@ class Bound:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return self.names[len(self.names) - self.base.ndim :]
+        return trailing(self.names, self.base.ndim)
 
     def replace(self, **changes) -> "Bound":
         return dataclasses.replace(self, **changes)

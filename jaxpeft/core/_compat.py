@@ -41,6 +41,14 @@ def manual_axes(params: dict) -> frozenset:
     return frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
 
 
+def varying_axes(x: Any) -> frozenset:
+    """The manual mesh axes along which ``x`` is known to differ."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return frozenset(kind.manual_axis_type.varying)
+    return frozenset(getattr(kind, "vma", ()))
+
+
 def place(trail: Any) -> str:
     """``file:line (function)`` of the user's code behind an equation.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpeft.core import _compat
 from jaxpeft.core._bound import Bound, NoRule, along, assign, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
 
@@ -94,7 +95,7 @@ def dropped(x, w: Bound, uses: Uses):
     if w.key is None or not w.dropout:
         return x
     key = jax.random.fold_in(w.key.reshape(-1)[0], uses.number(w.path))
-    for name in sorted(getattr(jax.typeof(x), "vma", ())):  # each shard draws its own
+    for name in sorted(_compat.varying_axes(x)):  # each shard draws its own
         key = jax.random.fold_in(key, lax.axis_index(name))
     keep = jax.random.bernoulli(key, 1 - w.dropout, x.shape)
     scaled = x * jnp.asarray(1 / (1 - w.dropout), x.dtype)
@@ -137,15 +138,15 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
             uses.tapped.append((w.path, statistics))
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
-        wider = [l for l in batch if l not in x_labels] + x_labels
-        x = x.reshape((1,) * (len(wider) - x.ndim) + x.shape)
-        x = _times(x, _spread(w.c, batch + ins, wider))
-        if wider == x_labels:
+        spelled = [l for l in batch if l not in x_labels] + x_labels
+        x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
+        x = _times(x, _spread(w.c, batch + ins, spelled))
+        if spelled == x_labels:
             y = run(x, w.base)
         else:
-            y = _dot(x, wider, w.base, w_labels, out, _precision(params))
+            y = _dot(x, spelled, w.base, w_labels, out, _precision(params))
             y = y.astype(params["preferred_element_type"] or y.dtype)
-        x_labels = wider
+        x_labels = spelled
     else:
         y = run(x, w.base)
 
@@ -157,7 +158,7 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
             z = dropped(x, w, uses)
             h = _dot(z, x_labels, w.a, batch + ins + [("r", 0)], h_labels, precision)
         if w.phi is not None:
-            h = _gated(w.phi, x, x_labels, h, batch, x_free, ins)
+            h = _gated(w.phi, x, x_labels, h, batch, ins)
         delta = _dot(h, h_labels, w.b, batch + [("r", 0)] + outs, out, precision)
     if w.fixed is not None:
         a, b = w.fixed
@@ -223,12 +224,9 @@ def _rows(x, labels, batch, ins):
     return x.reshape(*flat, -1), [l in labels for l in batch]
 
 
-def _gated(phi, x, x_labels, h, batch, x_free, ins):
+def _gated(phi, x, x_labels, h, batch, ins):
     """Applies phi to ``(x, h)`` for each batch entry."""
     rows, present = _rows(x, x_labels, batch, ins)
-    order = [l for l in x_labels if l in x_free]
-    if order != x_free:
-        raise NoRule("its method depends on the input, whose axes are reordered")
     apply = lambda p, x, h: p(x, h)
     for here in reversed(present):
         apply = jax.vmap(apply, in_axes=(0, 0 if here else None, 0))
@@ -346,8 +344,8 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
     for a, b in ((w.a, w.b), w.fixed or (None, None)):
         if a is not None:
             z = x.astype(wider(x.dtype, a.dtype))
-            h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes)
-            more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes)
+            h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes, _precision(params))
+            more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes, _precision(params))
             delta = more if delta is None else delta + more
     return finish(y, delta, w.o, lambda o: o[expert])
 

@@ -225,16 +225,25 @@ def checkpoint(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     params = eqn.params
     jaxpr, consts = _compat.opened(params["jaxpr"])
 
+    passed: dict[int, int] = {}
+
     def f(vals):
         if params.get("differentiated") and params["prevent_cse"]:
             vals = lax.optimization_barrier(vals)
         inside = uses.child()
-        return evaluate(jaxpr, consts, vals, inside), joined(inside.tapped)
+        outs = evaluate(jaxpr, consts, vals, inside)
+        # A kernel that only passes through stays the same one (a loop looks at that).
+        for i, out in enumerate(outs):
+            for j, val in enumerate(vals):
+                if _is_bound(val) and _bound.same(out, val):
+                    passed[i], outs[i] = j, None
+        return outs, joined(inside.tapped)
 
     again = jax.checkpoint(
         f, prevent_cse=params["prevent_cse"], policy=params["policy"]
     )
     outs, tapped = again(vals)
+    outs = [vals[passed[i]] if i in passed else out for i, out in enumerate(outs)]
     uses.tapped.extend(tapped.items())
     return outs
 

@@ -3,6 +3,7 @@
 Equations that touch no kernel are replayed as they stand, in runs.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from typing import Any, Literal
@@ -122,7 +123,10 @@ class Evaluator:
             )
         if what not in self.warned:
             self.warned.add(what)
-            warnings.warn(f"{what} Its merged kernel is formed there.", stacklevel=2)
+            dropout = "" if x.key is None else ", without its dropout"
+            warnings.warn(
+                f"{what} Its merged kernel is formed there{dropout}.", stacklevel=2
+            )
         return _bound.materialise(x)
 
     def apply(self, eqn, vals, uses: Uses, shared: "_Shared") -> list:
@@ -216,18 +220,7 @@ def _barrier(vals: list) -> list:
 
 def _scope(eqn):
     stack = str(eqn.source_info.name_stack)
-    return jax.named_scope(stack) if stack else _NO_SCOPE
-
-
-class _NoScope:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None
-
-
-_NO_SCOPE = _NoScope()
+    return jax.named_scope(stack) if stack else contextlib.nullcontext()
 
 
 def _last_uses(jaxpr) -> dict[Any, int]:
@@ -308,7 +301,8 @@ class _Shared:
                 x = eqn.invars[1 if held[0] else 0]
                 if not isinstance(x, jex.Literal):
                     numbers = eqn.params["dimension_numbers"]
-                    like = (values.get(x, x), str(numbers), held[0])
+                    precision = str(eqn.params["precision"])
+                    like = (values.get(x, x), str(numbers), precision, held[0])
                     groups.setdefault(like, []).append(eqn)
         for group in groups.values():
             if len(group) > 1:

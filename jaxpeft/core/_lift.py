@@ -37,19 +37,10 @@ def matrix_shape(shape: tuple[int, ...], roles: tuple[str, ...]):
 def to_matrices(kernel, roles: tuple[str, ...]):
     """A kernel as ``[layers, d_in, d_out]``."""
     order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
+    sizes = matrix_shape(kernel.shape, roles)
     if order != tuple(range(kernel.ndim)):
         kernel = kernel.transpose(order)
-    return kernel.reshape(matrix_shape_of_ordered(kernel, roles))
-
-
-def matrix_shape_of_ordered(kernel, roles):
-    """As ``matrix_shape``, for a kernel whose axes are in canonical order."""
-    counts = [len(axes_of(roles, role)) for role in (BATCH, IN, OUT)]
-    shape, sizes = kernel.shape, []
-    for count in counts:
-        sizes.append(math.prod(shape[:count]))
-        shape = shape[count:]
-    return tuple(sizes)
+    return kernel.reshape(sizes)
 
 
 def from_matrices(matrices, shape: tuple[int, ...], roles: tuple[str, ...]):
@@ -214,7 +205,7 @@ def padded(node: AdaptedKernel) -> bool:
 def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
     """Each layer's own ``(frozen, trainable)``, two-dimensional, without padding."""
     parts = layer_leaves(node)
-    layers, d_in, d_out = matrix_shape(_shape(node), node.roles)
+    layers, d_in, d_out = matrix_shape(node.base.shape, node.roles)
     if layers != len(node.site.ranks):
         raise ValueError(
             f"site {node.site.path!r} was attached to {len(node.site.ranks)} layers of "
@@ -231,10 +222,6 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
             )
         )
     return result
-
-
-def _shape(node: AdaptedKernel) -> tuple[int, ...]:
-    return tuple(node.base.shape)
 
 
 def per_layer(node: AdaptedKernel, f):
@@ -259,7 +246,7 @@ def per_layer_factors(node: AdaptedKernel) -> Factors:
 
 def lifted_factors(node: AdaptedKernel) -> Factors:
     """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
-    roles, shape = node.roles, _shape(node)
+    roles, shape = node.roles, node.base.shape
     batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
     flat = per_layer_factors(node)
 
@@ -268,7 +255,8 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
 
     phi = flat.phi
     if phi is not None:
-        phi = jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), phi)
+        stack = lambda x: x.reshape(batch + x.shape[1:]) if batch else x
+        phi = jax.tree.map(stack, phi)
     fixed = flat.fixed
     if fixed is not None:
         fixed = (expand(fixed[0], (IN, None)), expand(fixed[1], (None, OUT)))

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpeft.core._adapter import Adapter
-from jaxpeft.core._paths import path_string
+from jaxpeft.core._paths import path_strings
 
 BATCH, IN, OUT = "batch", "in", "out"
 
@@ -31,6 +31,15 @@ class Site:
     ranks: tuple[int, ...] | None
     alphas: tuple[float, ...] | None
     pattern: str
+
+
+class LeafKey(NamedTuple):
+    """The name of an adapter's leaf in a pytree key path."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f"[{self.key!r}]"
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -57,7 +66,7 @@ class AdaptedKernel:
     site: Site
 
     def tree_flatten_with_keys(self):
-        key = jax.tree_util.DictKey
+        key = LeafKey
         names = (sorted(self.frozen), sorted(self.trainable))
         children = (
             [(key("base"), self.base), (key("key"), self.key)]
@@ -85,8 +94,8 @@ class AdaptedKernel:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles of the base's axes; valid also where leading ones were sliced off."""
-        return self.site.roles[len(self.site.roles) - self.base.ndim :]
+        """Roles of the base's axes, also after leading ones came or went."""
+        return trailing(self.site.roles, self.base.ndim)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,6 +125,11 @@ class AdaptedKernel:
         return f"AdaptedKernel({self.site.path!r}, {self.adapter!r}, {leaves})"
 
 
+def trailing(roles: tuple[str, ...], ndim: int) -> tuple[str, ...]:
+    """The roles of the last axes; axes that were stacked in front are batch axes."""
+    return (BATCH,) * (ndim - len(roles)) + roles[max(0, len(roles) - ndim) :]
+
+
 def is_node(x: Any) -> bool:
     """Whether ``x`` is an ``AdaptedKernel``."""
     return isinstance(x, AdaptedKernel)
@@ -129,18 +143,50 @@ def map_nodes(f, tree, *rest):
 
 
 def nodes(tree: Any) -> list[AdaptedKernel]:
-    """All adapted kernels of a tree, in the order of its leaves."""
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_node) if is_node(x)]
+    """All adapted kernels of a tree, in the order of its leaves; whole ones only."""
+    found = [x for x in jax.tree.leaves(tree, is_leaf=is_node) if is_node(x)]
+    for node in found:
+        leaves = (node.base, *node.frozen.values(), *node.trainable.values())
+        if any(x is None for x in leaves):
+            raise ValueError(
+                f"site {node.site.path!r} is one half of a partition; join the two "
+                "first: jaxpeft.combine(trainable, frozen)"
+            )
+    return found
 
 
-def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
-    """``(path, leaf)`` of a tree; an adapted kernel counts as one leaf."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
-    return [(path_string(path), leaf) for path, leaf in flat]
+def leaves_with_path(tree: Any, is_leaf=is_node) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` of a tree; an adapted kernel counts as one leaf.
+
+    Raises:
+        ValueError: two leaves have the same path.
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = path_strings([path for path, _ in pairs])
+    if len(set(paths)) != len(paths):
+        twice = sorted({p for p in paths if paths.count(p) > 1})
+        raise ValueError(f"two leaves of the tree have the same path: {twice}")
+    return [(path, leaf) for path, (_, leaf) in zip(paths, pairs, strict=True)]
+
+
+def check_key(key: Any) -> None:
+    """Raises unless ``key`` is one typed key."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed or key.shape != ():
+        got = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
+        raise TypeError(
+            f"`key` must be one typed key, got {got}: write jax.random.key(seed)"
+        )
 
 
 def wider(*dtypes) -> jnp.dtype:
     """The dtype that holds all of these, whatever promotion the user allows."""
+    # float8 types promote with nothing; bfloat16 holds every one of them.
+    dtypes = [
+        jnp.bfloat16 if jnp.issubdtype(d, jnp.floating) and d.itemsize == 1 else d
+        for d in map(jnp.dtype, dtypes)
+    ]
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
 

@@ -13,22 +13,36 @@ PARAMETERS = ("kernel", "embedding", "weight", "w", "bias", "scale", "b")
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 
-def path_string(key_path: tuple) -> str:
-    """Joins a pytree key path with "/"; the ``.value`` of a box is left out."""
+def path_strings(key_paths: Sequence[tuple]) -> list[str]:
+    """Joins pytree key paths with "/".
+
+    The ``.value`` of a box (Linen's ``Partitioned``, an NNX variable) is left out: the
+    attribute of that name which is its parent's only child.
+    """
+    children: dict[tuple, set] = {}
+    for path in key_paths:
+        for i, key in enumerate(path):
+            children.setdefault(path[:i], set()).add(key)
+    return [_joined(path, children) for path in key_paths]
+
+
+def _joined(key_path: tuple, children: dict[tuple, set]) -> str:
     names = []
-    for key in key_path:
+    for i, key in enumerate(key_path):
         match key:
             case jax.tree_util.DictKey(key=name):
                 names.append(str(name))
             case jax.tree_util.SequenceKey(idx=index):
                 names.append(str(index))
             case jax.tree_util.GetAttrKey(name=name):
-                if name != "value":
+                last = all(hasattr(k, "_fields") for k in key_path[i + 1 :])
+                box = name == "value" and last and len(children[key_path[:i]]) == 1
+                if not box:
                     names.append(name)
             case jax.tree_util.FlattenedIndexKey(key=index):
                 names.append(str(index))
             case _:
-                names.append(str(key))
+                names.append(str(getattr(key, "key", key)))
     return "/".join(names)
 
 

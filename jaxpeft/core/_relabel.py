@@ -176,8 +176,6 @@ def gather_order(params: dict, ndim: int) -> tuple[int, ...]:
 
 def gather_batch(w: Bound, axis: int, take, index_ndim: int) -> Bound:
     """Whole slices along a batch axis (``w[layers]``): a kernel again."""
-    if w.roles[axis] != BATCH:
-        raise NoRule(f"slices are gathered along an {w.roles[axis]!r} axis")
     if axis != 0:
         order = (axis, *(i for i in range(w.base.ndim) if i != axis))
         w = _bound.transpose(w, order)

@@ -31,6 +31,11 @@ def _floating(leaf: Any) -> bool:
 
 def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
+    if not any(_is_weight(p, leaf, adapter) for p, leaf in leaves):
+        raise ValueError(
+            f"`params` has no weights: none of its {len(leaves)} leaves is an array "
+            "that an adapter can sit on"
+        )
     if isinstance(targets, str) and targets == "all-linear":
         found = {
             p: targets

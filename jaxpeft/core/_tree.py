@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from jaxpeft.core._attach import site_key
 from jaxpeft.core._bound import Bound, bind, materialise
 from jaxpeft.core._lift import (
     from_matrices,
@@ -22,12 +23,14 @@ from jaxpeft.core._lift import (
 )
 from jaxpeft.core._node import (
     AdaptedKernel,
+    check_key,
     is_node,
+    leaves_with_path,
     map_nodes,
     nodes,
+    wider,
     working_dtype,
 )
-from jaxpeft.core._paths import path_string
 
 
 def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
@@ -79,8 +82,9 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
     def either(path, x, y):
         if x is not None and y is not None:
             raise ValueError(
-                f"leaf {path_string(path)!r} is in both halves given to `combine`; "
-                "write combine(trainable, frozen) with the two results of partition"
+                f"leaf {'/'.join(map(str, path))!r} is in both halves given to "
+                "`combine`; write combine(trainable, frozen) with the two results of "
+                "partition"
             )
         return y if x is None else x
 
@@ -111,6 +115,7 @@ def merge(adapted: PyTree) -> PyTree:
     Raises:
         ValueError: a site's method depends on the input, so no kernel does it.
     """
+    nodes(adapted)  # whole ones only
     return map_nodes(_merge_node, adapted)
 
 
@@ -147,6 +152,7 @@ def detach(adapted: PyTree) -> PyTree:
         whole = jax.vmap(node.adapter.unfold)(matrices, layer_leaves(node)[0])
         return from_matrices(whole.astype(node.base.dtype), node.base.shape, roles)
 
+    nodes(adapted)  # whole ones only
     return map_nodes(original, adapted)
 
 
@@ -157,22 +163,21 @@ def penalty(adapted: PyTree) -> Array:
         adapted: a tree made by ``attach``.
 
     Returns:
-        A float32 scalar: for each method the sum over its sites, or their mean where
-        its ``reduction`` says so. Each layer of a stack is a site, and the padding of
-        layers of unequal rank is never seen.
+        A float32 scalar (float64 over float64): for each method the sum over its
+        sites, or their mean where its ``reduction`` says so. Each layer of a stack is
+        a site, and the padding of layers of unequal rank is never seen.
     """
-    sums: dict[str, tuple] = {}
+    sums: dict[tuple[str, str], list] = {}
     for node in nodes(adapted):
         per_site = per_layer(node, node.adapter.penalty)
         method = (node.adapter.name, node.adapter.reduction)
-        total, number = sums.get(method, (0.0, 0))
-        sums[method] = (
-            total + jnp.sum(per_site).astype(jnp.float32),
-            number + per_site.shape[0],
-        )
+        sums.setdefault(method, []).append(per_site)
     result = jnp.zeros((), jnp.float32)
-    for (_, reduction), (total, number) in sums.items():
-        result = result + (total / number if reduction == "mean" else total)
+    for (_, reduction), each in sums.items():
+        dtype = wider(result.dtype, *(x.dtype for x in each))
+        sites = jnp.concatenate([x.astype(dtype) for x in each])
+        joined = jnp.mean(sites) if reduction == "mean" else jnp.sum(sites)
+        result = result.astype(dtype) + joined
     return result
 
 
@@ -186,12 +191,12 @@ def count(adapted: PyTree) -> tuple[int, int]:
         ``(trainable, total)``: the trained numbers, and the base's numbers plus the
         trained ones.
     """
+    trained = sum(trainable_size(node) for node in nodes(adapted))
     base = sum(
         math.prod(x.base.shape if is_node(x) else x.shape)
         for x in jax.tree.leaves(adapted, is_leaf=is_node)
         if is_node(x) or hasattr(x, "shape")
     )
-    trained = sum(trainable_size(node) for node in nodes(adapted))
     return trained, base + trained
 
 
@@ -213,19 +218,24 @@ def with_dropout(adapted: PyTree, key: Key[Array, ""]) -> PyTree:
     Returns:
         The tree with a key leaf in each node whose method has dropout. Without one
         a tree is in evaluation mode.
+
+    Note:
+        A model that differentiates itself (forces from energies) contracts with a
+        kernel in both passes, and each draws a mask of its own.
     """
-    from jaxpeft.core._attach import _site_key
+    check_key(key)
+    nodes(adapted)  # whole ones only
 
     def add(node):
         if not node.adapter.dropout:
             return node
-        layers, batch = matrix_shape(node.base.shape, node.roles)[0], ()
-        site_key = _site_key(key, node.site.path)
+        layers = matrix_shape(node.base.shape, node.roles)[0]
+        own = site_key(key, node.site.path)
         entries = leaf_entries(node)["key"]
         batch = tuple(node.base.shape[i] for i in entries)
         if not batch:
-            return node.replace(key=site_key)
-        return node.replace(key=jax.random.split(site_key, layers).reshape(batch))
+            return node.replace(key=own)
+        return node.replace(key=jax.random.split(own, layers).reshape(batch))
 
     return map_nodes(add, adapted)
 
@@ -276,13 +286,7 @@ def flat(tree: PyTree) -> dict[str, Any]:
     An adapted kernel's leaves appear under its path: ``.../kernel/base``,
     ``.../kernel/a``.
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
-    result = {path_string(path): leaf for path, leaf in pairs}
-    if len(result) != len(pairs):
-        seen = [path_string(path) for path, _ in pairs]
-        twice = sorted({p for p in seen if seen.count(p) > 1})
-        raise ValueError(f"two leaves of the tree have the same path: {twice}")
-    return result
+    return dict(leaves_with_path(tree, is_leaf=None))
 
 
 def unflat(like: PyTree, leaves: dict[str, Any]) -> PyTree:
@@ -291,9 +295,7 @@ def unflat(like: PyTree, leaves: dict[str, Any]) -> PyTree:
     Raises:
         ValueError: names are missing or left over; all of them are listed.
     """
-    names = [
-        path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]
-    ]
+    names = list(flat(like))
     missing, surplus = (
         sorted(set(names) - set(leaves)),
         sorted(set(leaves) - set(names)),
