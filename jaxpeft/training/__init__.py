@@ -17,6 +17,7 @@ from jaxpeft.training._evaluate import evaluate as evaluate
 from jaxpeft.training._evaluate import predict as predict
 from jaxpeft.training._mesh import TENSOR_RULES as TENSOR_RULES
 from jaxpeft.training._mesh import batch_sharding as batch_sharding
+from jaxpeft.training._mesh import leaf_spec as leaf_spec
 from jaxpeft.training._mesh import make_mesh as make_mesh
 from jaxpeft.training._mesh import param_specs as param_specs
 from jaxpeft.training._mesh import place as place

@@ -66,8 +66,8 @@ def make_mesh(
             use every device exactly once.
 
     Example:
-        >>> make_mesh(data=1, devices=jax.devices()[:1]).shape
-        OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+        >>> dict(make_mesh(data=-1, devices=jax.devices()[:1]).shape)
+        {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
@@ -113,7 +113,8 @@ def param_specs(
 
     The rules, in this order:
 
-    1. Leaves with fewer than two axes (biases, norms) are replicated.
+    1. Leaves with fewer than two axes, and all that are named ``bias`` or ``scale``
+       (stacked ones have two), are replicated.
     2. The matrix axes are those that ``axes`` calls ``in`` or ``out``; without an
        entry, the last two. All others are batch axes and are never cut.
     3. ``tensor`` cuts the axis that the first matching rule names (of several, the
@@ -141,33 +142,17 @@ def param_specs(
 
     Example:
         >>> mesh = make_mesh(devices=jax.devices()[:1])
-        >>> param_specs({"query": {"kernel": np.zeros((4, 4))}}, mesh)
-        {'query': {'kernel': PartitionSpec('fsdp', 'tensor')}}
+        >>> specs = param_specs({"query": {"kernel": np.zeros((4, 4))}}, mesh)
+        >>> tuple(specs["query"]["kernel"])
+        ('fsdp', 'tensor')
     """
     flat = leaves_with_path(params)
-    roles = resolve_pattern("axes", axes or {}, [path for path, _ in flat])
-    cut = []
-    specs = []
-    for path, leaf in flat:
-        matrix = _matrix_axes(path, leaf.shape, roles.get(path))
-        spec = [None] * len(leaf.shape)
-        rule = next((r for m, r in tensor_rules if names_leaf(m, path)), None)
-        for name, allowed in ((TENSOR, (rule,)), (FSDP, ("in", "out"))):
-            size = mesh.shape[name]
-            candidates = [
-                axis
-                for axis, role in matrix.items()
-                if role in allowed
-                and spec[axis] is None
-                and leaf.shape[axis] % size == 0
-            ]
-            if candidates:
-                # The first of equals: the in axis, so that equal leaves agree.
-                axis = max(candidates, key=lambda i: (leaf.shape[i], -i))
-                spec[axis] = name
-                cut.append(name)
-        specs.append(PartitionSpec(*spec))
-    if mesh.shape[TENSOR] > 1 and TENSOR not in cut:
+    words = resolve_pattern("axes", axes or {}, [path for path, _ in flat])
+    specs = [
+        leaf_spec(path, leaf.shape, mesh, words.get(path), tensor_rules=tensor_rules)
+        for path, leaf in flat
+    ]
+    if mesh.shape[TENSOR] > 1 and not any(TENSOR in spec for spec in specs):
         raise ValueError(
             f"the mesh has tensor={mesh.shape[TENSOR]}, but no kernel is cut by it: no "
             "module matches `tensor_rules` with an axis that divides. Modules are "
@@ -177,9 +162,55 @@ def param_specs(
     return jax.tree.unflatten(jax.tree.structure(params), specs)
 
 
+def leaf_spec(
+    path: str,
+    shape: Sequence[int],
+    mesh: Mesh,
+    roles: str | None = None,
+    *,
+    tensor_rules: Sequence[tuple[str, str]] = TENSOR_RULES,
+) -> PartitionSpec:
+    """Returns the ``PartitionSpec`` of one parameter, by the rules of ``param_specs``.
+
+    Args:
+        path: the leaf's path, joined with "/".
+        shape: its shape.
+        mesh: the mesh.
+        roles: the roles of its axes, ``"layer in out"``; ``None``: the last two are
+            the matrix.
+        tensor_rules: as for ``param_specs``.
+
+    Returns:
+        One entry per axis.
+
+    Raises:
+        ValueError: ``roles`` has the wrong number of words.
+
+    Example:
+        >>> mesh = make_mesh(devices=jax.devices()[:1])
+        >>> tuple(leaf_spec("encoder/layer/query/kernel", (6, 384, 384), mesh))
+        (None, 'fsdp', 'tensor')
+    """
+    matrix = _matrix_axes(path, tuple(shape), roles)
+    spec: list[str | None] = [None] * len(shape)
+    rule = next((role for name, role in tensor_rules if names_leaf(name, path)), None)
+    for name, allowed in ((TENSOR, (rule,)), (FSDP, ("in", "out"))):
+        candidates = [
+            axis
+            for axis, role in matrix.items()
+            if role in allowed
+            and spec[axis] is None
+            and shape[axis] % mesh.shape[name] == 0
+        ]
+        if candidates:
+            # The first of equals: the in axis, so that equal leaves agree.
+            spec[max(candidates, key=lambda i: (shape[i], -i))] = name
+    return PartitionSpec(*spec)
+
+
 def _matrix_axes(path: str, shape: tuple[int, ...], words: str | None):
     """``{axis: "in" | "out"}`` of the axes that make up the matrix of a leaf."""
-    if len(shape) < 2:
+    if len(shape) < 2 or path.rpartition("/")[2] in ("bias", "scale"):
         return {}
     if words is None:
         return {len(shape) - 2: "in", len(shape) - 1: "out"}

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxpeft.core._paths import path_string
+from jaxpeft.core import flat
 from jaxpeft.training._mesh import replicated
 from jaxpeft.training._optimizer import Optimizer
 
@@ -72,11 +72,11 @@ def init_state(
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError("`key` must be a typed key: write jax.random.key(seed)")
-    for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]:
+    for path, leaf in flat(trainable).items():
         where = getattr(leaf, "sharding", None)
         if not isinstance(where, NamedSharding) or where.mesh != mesh:
             raise ValueError(
-                f"leaf {path_string(path)!r} of `trainable` is not on the mesh; write "
+                f"leaf {path!r} of `trainable` is not on the mesh; write "
                 "adapted = training.place(adapted, mesh, specs) before "
                 "jaxpeft.partition"
             )

@@ -106,7 +106,7 @@ def make_run():
                 trainable, total_steps=50, learning_rate=1e-2, weight_decay=0.01
             )
         state = training.init_state(trainable, optimizer, key=keys[3], mesh=mesh)
-        forward = training.model_forward(model, dropout=dropout > 0)
+        forward = training.model_forward(model, mesh=mesh, dropout=dropout > 0)
         step = training.train_step(
             forward, loss, optimizer, state, frozen, mesh=mesh, **options
         )

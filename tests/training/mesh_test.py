@@ -46,7 +46,7 @@ def test_placement_rules():
         {
             "query": {"kernel": (8, 16), "bias": (16,)},
             "output": {"dense": {"kernel": (16, 8)}},
-            "norm": {"scale": (8,)},
+            "norm": {"scale": (8, 8)},
             "embed": {"embedding": (30, 8)},
             "odd": {"kernel": (3, 5)},
             "layer": {"key": {"kernel": (3, 8, 4)}},
@@ -59,7 +59,7 @@ def test_placement_rules():
     assert training.param_specs(params, mesh, axes=axes) == {
         "query": {"kernel": P("fsdp", "tensor"), "bias": P(None)},
         "output": {"dense": {"kernel": P("tensor", "fsdp")}},
-        "norm": {"scale": P(None)},
+        "norm": {"scale": P(None, None)},
         "embed": {"embedding": P("fsdp", None)},
         "odd": {"kernel": P(None, None)},
         "layer": {"key": {"kernel": P(None, "fsdp", "tensor")}},
