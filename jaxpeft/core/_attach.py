@@ -213,7 +213,10 @@ def _is_list(value: Any) -> bool:
 
 def _check_value(what: str, v: Any, path: str) -> None:
     if what == "rank":
-        fits, kind = isinstance(v, int | np.integer) and v >= 1, "an integer >= 1"
+        fits, kind = (
+            isinstance(v, int | np.integer) and v >= 1,
+            "an integer of at least 1",
+        )
     else:
         number = isinstance(v, int | float | np.number)
         fits, kind = number and 0 < v < float("inf"), "a finite number > 0"

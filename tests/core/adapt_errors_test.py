@@ -4,6 +4,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from adapt_toolbox import (
     CLOSE,
@@ -96,7 +97,7 @@ def two_weights_meet(p, x):
 
 
 def the_weight_itself(p, x):
-    return {"y": x @ p["w"], "w": p["w"]}
+    return {"y": x @ p["w"], "w": p["w"].T}
 
 
 # function: (primitives, parts of the line); "|" between what is as good
@@ -224,7 +225,16 @@ def test_a_method_that_reads_the_input_cannot_be_materialised(params, x, keys):
                 jp.adapt(fn, unsupported=way)(adapted, x)
 
 
-def test_the_weight_as_a_result(params, x, keys):
+def test_a_kernel_that_comes_back_is_its_node(params, x, keys):
+    """``mutable=True`` and NNX hand the parameters back."""
+    adapted = prepare(params, pair(), ["w"], keys)
+    _, back = jp.adapt(lambda p, x: (x @ p["w"], p))(adapted, x)
+    assert jax.tree.structure(back) == jax.tree.structure(adapted)
+    for one, other in zip(*map(jax.tree.leaves, (back, adapted)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_changed_weight_as_a_result(params, x, keys):
     """There is no array to hand out; merged it can be."""
     adapted = prepare(params, pair(), ["w"], keys)
     with pytest.raises(jp.core.UnsupportedError, match="site 'w'.*returns the kernel"):
