@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 
@@ -419,7 +420,7 @@ def test_a_training_step_holds_no_second_kernel():
         return jax.tree.map(lambda p, g: p - g, trainable, jax.grad(loss)(trainable))
 
     x = jax.ShapeDtypeStruct((tokens, d), jnp.float32)
-    jax.config.update("jax_disable_most_optimizations", False)  # see the conftest
+    jax.config.update("jax_disable_most_optimizations", False)  # see the toolbox
     compiled = jax.jit(step).lower(trainable, frozen, x).compile()
     jax.config.update("jax_disable_most_optimizations", True)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * d * d / 4

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters_toolbox import as_a_user as as_a_user
+from adapters_toolbox import quick_compiles as quick_compiles
 
 from jaxpeft.adapters import lora
 
@@ -96,6 +98,7 @@ def test_equal_arguments_are_one_adapter():
     assert lora(rank=4).name == "lora"
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -108,7 +111,7 @@ def test_equal_arguments_are_one_adapter():
         ({"scaling": "r"}, r"`scaling` must be one of alpha/r, alpha/sqrt_r, got 'r'"),
     ],
 )
-def test_bad_arguments(options, message, as_a_user):
+def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         lora(**options)
 
