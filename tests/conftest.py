@@ -13,8 +13,8 @@ os.environ.setdefault(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent bf16/f32 mix
 jax.config.update("jax_numpy_rank_promotion", "raise")  # no silent broadcasting
