@@ -322,7 +322,7 @@ def test_layers_that_drop_unequal_numbers(keys):
             axes={"layers": "layer in out"},
             rank_pattern={"layers": [2, 4, 3]},  # so that m = 0, 2, 1
         )
-    rows = sorted(jp.describe(adapted).report, key=lambda row: row["layer"])
+        rows = sorted(jp.describe(adapted).report, key=lambda row: row["layer"])
     assert [row["dropped"] for row in rows] == [0, 2, 1]
     values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False)
     drifts = [row["dropped_norm"] for row in rows]
