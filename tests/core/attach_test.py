@@ -1,5 +1,7 @@
 """``attach``: what it finds, what it makes, and what it objects to."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,11 @@ from adapt_toolbox import everything, fill, numbers, output_scale, pair
 import jaxpeft as jp
 
 D, F, L = 12, 20, 3
+
+
+def label(value) -> str:
+    """A test's name; the same in every process, so without addresses."""
+    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def linear(d_in=D, d_out=F, bias=True):
@@ -69,7 +76,7 @@ LAYER_0 = [KEYS[0], OUTPUTS[0], QUERIES[0]]
         (lambda path, leaf: leaf.shape == (F, D), OUTPUTS),
         (lambda path, leaf: "layer_1" in path and "key" in path, KEYS[1:]),
     ],
-    ids=str,
+    ids=label,
 )
 def test_targets(targets, found, params, keys):
     adapted = jp.attach(params, pair(), targets, key=next(keys))
@@ -95,7 +102,7 @@ def test_a_string_must_match_the_whole_module_path(params, keys):
         (r".*layer_0.*", QUERIES[1:]),
         (lambda path, leaf: "layer_0" in path, QUERIES[1:]),
     ],
-    ids=str,
+    ids=label,
 )
 def test_exclude(exclude, found, params, keys):
     adapted = jp.attach(params, pair(), ["query"], key=next(keys), exclude=exclude)
@@ -126,7 +133,7 @@ def test_exclude(exclude, found, params, keys):
         ({"axes": {"query": "in"}}, r"'in' for '.*query/kernel'.*one word per axis"),
         ({"axes": {"query": "layer out"}}, r"at least one 'in'"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_what_is_not_there_is_an_error(kwargs, message, params, keys):
     targets = kwargs.pop("targets", ["query"])
