@@ -1,0 +1,1 @@
+"""Measurements: FLOPs, memory, overheads. Each is a program with a main."""

@@ -1,0 +1,258 @@
+"""The models that are measured, and the least number of matmul FLOPs a step needs.
+
+**The minimum.** For ``T`` tokens, two FLOPs to a multiply-add:
+
+- a frozen linear ``d_in x d_out``: ``2 T d_in d_out`` forward and the same for the
+  gradient of its input; under full rematerialisation the forward once more, unless
+  the backward pass has no use for its output (the last projection of a pre-norm
+  block: only a sum follows);
+- a low-rank pair of width ``r``: ``2 T r d_in`` for ``h = x a``, ``2 T r d_out`` for
+  ``h b``; backward the same two for ``dh`` and the input's gradient, the same two for
+  the gradients of ``a`` and ``b``; recomputed: ``h``, and ``h b`` where the linear's
+  output is. A frozen pair has no gradients of its own, and ``h`` is of no use where
+  the output is not recomputed;
+- attention: two matmuls forward, four backward, two recomputed;
+- a head: forward and the gradient of its input; a trained head also its own.
+
+All layers of a scan run the same body, so the first layer's input gradient counts
+although nothing below it trains. Penalties and elementwise work do not count.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jaxpeft as jp
+from jaxpeft import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """One frozen linear of a layer.
+
+    Attributes:
+        name: its module's name in the tree.
+        d_in: input width.
+        d_out: output width.
+        output_needed: whether the backward pass needs its output.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    output_needed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model, its inputs and what is known about its matmuls.
+
+    Attributes:
+        name: for tables.
+        loss: ``loss(params, ids) -> scalar``.
+        params: shapes of the parameters.
+        axes: for ``attach``.
+        linears: the linears of one layer; all of them get an adapter.
+        head: names of modules that train in full.
+        layers: number of scanned layers.
+        batch: sequences a step.
+        length: tokens of a sequence.
+        width: of the residual stream, for the attention's matmuls.
+        outside: FLOPs of the matmuls outside of the layers.
+    """
+
+    name: str
+    loss: Callable[[Any, Any], Any]
+    params: Any
+    axes: dict[str, str]
+    linears: tuple[Linear, ...]
+    head: tuple[str, ...]
+    layers: int
+    batch: int
+    length: int
+    width: int
+    outside: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+    def frozen_flops(self) -> float:
+        """The minimum without adapters: forward, recomputed forward, dX."""
+        linears = sum(
+            2.0 * self.tokens * w.d_in * w.d_out * (2 + w.output_needed)
+            for w in self.linears
+        )
+        attention = 8 * 2.0 * self.batch * self.length**2 * self.width
+        return self.layers * (linears + attention) + self.outside
+
+    def minimum(self, factors: Callable[[int, int], Any]) -> float:
+        """The minimum with an adapter at every linear.
+
+        Args:
+            factors: ``(d_in, d_out) -> Factors`` of shapes.
+        """
+        low_rank = 0.0
+        for w in self.linears:
+            f = factors(w.d_in, w.d_out)
+            r = 0 if f.a is None else f.a.shape[1]
+            m = 0 if f.fixed is None else f.fixed[0].shape[1]
+            both = w.d_in + w.d_out
+            count = (r + m) * both * 2 + r * both  # forward, dx, da and db
+            count += (r + m) * both if w.output_needed else r * w.d_in
+            low_rank += 2.0 * self.tokens * count
+        return self.frozen_flops() + self.layers * low_rank
+
+
+def factor_shapes(adapter: jp.core.Adapter, rank: int) -> Callable[[int, int], Any]:
+    """Shapes of the adapter's factors for a kernel's sizes."""
+
+    def shapes(d_in: int, d_out: int):
+        def make(key, kernel):
+            leaves = adapter.init(key, kernel, rank, float(rank))
+            return adapter.factors(kernel, *leaves)
+
+        kernel = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
+        return jax.eval_shape(make, jax.random.key(0), kernel)
+
+    return shapes
+
+
+def encoder(
+    width: int, hidden: int, layers: int, batch: int, length: int, heads: int = 4
+) -> Program:
+    """A BERT classifier: post-norm, so every output is needed for its norm."""
+    labels, vocabulary = 6, 512
+    config = {
+        "model_type": "bert",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+        "max_position_embeddings": length,
+    }
+    model = models.from_config(
+        config, head="classification", num_labels=labels, scan_layers=True, remat="full"
+    )
+    params = models.abstract(model)
+
+    def loss(params, ids):
+        logits = model.apply({"params": params}, ids)
+        return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+    attention = "encoder/layer/attention"
+    linears = (
+        *(Linear(f"{attention}/{n}", width, width) for n in ("query", "key", "value")),
+        Linear(f"{attention}/output/dense", width, width),
+        Linear("encoder/layer/intermediate/dense", width, hidden),
+        Linear("encoder/layer/output/dense", hidden, width),
+    )
+    pooler = 2 * 2.0 * batch * width * width
+    classifier = 3 * 2.0 * batch * width * labels
+    return Program(
+        name=f"encoder D={width} F={hidden} L={layers} tokens={batch}x{length}",
+        loss=loss,
+        params=params,
+        axes=model.axes,
+        linears=linears,
+        head=("classifier",),
+        layers=layers,
+        batch=batch,
+        length=length,
+        width=width,
+        outside=pooler + classifier,
+    )
+
+
+class _Block(nn.Module):
+    """A llama-like block: RMS norms, causal attention, SwiGLU."""
+
+    width: int
+    hidden: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = lambda n, name: nn.Dense(n, use_bias=False, name=name)
+        y = nn.RMSNorm(name="norm_1")(x)
+        q, k, v = (dense(self.width, n)(y) for n in ("q", "k", "v"))
+        split = lambda t: t.reshape(*t.shape[:2], self.heads, -1)
+        q, k, v = split(q), split(k), split(v)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+        causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+        weights = nn.softmax(jnp.where(causal, scores, -1e9))
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        x = x + dense(self.width, "o")(y)
+        y = nn.RMSNorm(name="norm_2")(x)
+        y = nn.silu(dense(self.hidden, "gate")(y)) * dense(self.hidden, "up")(y)
+        return x + dense(self.width, "down")(y), None
+
+
+class _Decoder(nn.Module):
+    width: int
+    hidden: int
+    heads: int
+    layers: int
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(self.vocabulary, self.width, name="embed")(ids)
+        policy = jax.checkpoint_policies.nothing_saveable
+        block = nn.remat(_Block, prevent_cse=False, policy=policy)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        x, _ = stack(self.width, self.hidden, self.heads, name="layer")(x, None)
+        x = nn.RMSNorm(name="norm")(x)
+        return nn.Dense(self.vocabulary, use_bias=False, name="lm_head")(x)
+
+
+def decoder(
+    width: int,
+    hidden: int,
+    layers: int,
+    batch: int,
+    length: int,
+    heads: int = 4,
+    vocabulary: int = 512,
+) -> Program:
+    """A llama-like language model: pre-norm, so ``down`` is not recomputed."""
+    model = _Decoder(width, hidden, heads, layers, vocabulary)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+
+    def loss(params, ids):
+        scores = jax.nn.log_softmax(model.apply({"params": params}, ids))
+        chosen = jnp.take_along_axis(scores[:, :-1], ids[:, 1:, None], -1)
+        return -jnp.mean(chosen)
+
+    linears = (
+        *(Linear(f"layer/{n}", width, width) for n in ("q", "k", "v", "o")),
+        Linear("layer/gate", width, hidden),
+        Linear("layer/up", width, hidden),
+        Linear("layer/down", hidden, width, output_needed=False),
+    )
+    return Program(
+        name=f"decoder D={width} F={hidden} L={layers} tokens={batch}x{length}",
+        loss=loss,
+        params=params,
+        axes={"layer/.*": "layer in out"},
+        linears=linears,
+        head=(),
+        layers=layers,
+        batch=batch,
+        length=length,
+        width=width,
+        outside=2 * 2.0 * batch * length * width * vocabulary,
+    )

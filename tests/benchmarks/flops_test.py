@@ -1,0 +1,96 @@
+"""The counters of ``benchmarks``, and the figures that adapters are held to."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxpeft as jp
+from benchmarks import flops, hlo, programs
+
+# Small, with the rank in the same proportion to the width as 8 is to 512.
+SIZES = {"width": 128, "hidden": 320, "layers": 3, "batch": 4, "length": 16}
+RANK = 2
+
+
+def compiled(f, *args):
+    return jax.jit(f).lower(*args).compile().as_text()
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    x, w = jnp.ones((32, 48)), jnp.ones((5, 48, 48))
+    one = 2.0 * 32 * 48 * 48
+    scan = lambda x, w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+    assert hlo.matmul_flops(compiled(scan, x, w)) == 5 * one
+    nested = lambda x, w: lax.scan(lambda x, _: (scan(x, w), None), x, None, 3)[0]
+    assert hlo.matmul_flops(compiled(nested, x, w)) == 15 * one
+    # Forward, dx and dw.
+    gradient = jax.grad(lambda x, w: jnp.sum(scan(x, w)), (0, 1))
+    assert hlo.matmul_flops(compiled(gradient, x, w)) == 15 * one
+    alone = jax.grad(lambda x, w: jnp.sum(scan(x, w)), 0)
+    assert hlo.matmul_flops(compiled(alone, x, w)) == 10 * one
+
+
+def test_batched_contractions_and_branches():
+    q, k = jnp.ones((4, 16, 8)), jnp.ones((4, 24, 8))
+    scores = lambda q, k: jnp.einsum("hqd,hkd->hqk", q, k)
+    assert hlo.matmul_flops(compiled(scores, q, k)) == 2.0 * 4 * 16 * 24 * 8
+    x, w = jnp.ones((16, 16)), jnp.ones((16, 16))
+    branch = lambda x, w, s: lax.cond(s > 0, lambda: x @ w @ w, lambda: x @ w)
+    count = hlo.matmul_flops(compiled(branch, x, w, jnp.float32(1)))
+    assert count == 2 * 2.0 * 16**3  # the dearest branch
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    go = lambda x: lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x)
+    with pytest.raises(ValueError, match="trip count"):
+        hlo.matmul_flops(compiled(go, jnp.ones((16, 16))))
+
+
+def test_arrays_of_a_shape_are_found_inside_fusions_and_loops():
+    w, a = jnp.ones((3, 20, 12)), jnp.ones((3, 20, 2))
+    b, ones = jnp.ones((2, 12)), jnp.ones(12)
+    layer = lambda c, wa: (c, jnp.tanh(wa[0] + wa[1] @ b) @ ones)
+    merge = lambda w, a: lax.scan(layer, 0, (w, a))[1]
+    found = hlo.made_of_shape(compiled(merge, w, a), [(20, 12)])
+    assert any(x.startswith(("add", "dot")) for x in found)
+    assert any(x.startswith("tanh") for x in found)
+    plain = lambda w, x: lax.scan(lambda c, w: (c, x @ w), 0, w)[1]
+    assert not hlo.made_of_shape(compiled(plain, w, jnp.ones((5, 20))), [(20, 12)])
+
+
+@pytest.mark.parametrize("make", [programs.encoder, programs.decoder])
+def test_adapters_cost_the_minimum(make):
+    """At most 1.02 of it, and no array of a kernel's shape; merging shows both."""
+    program = make(**SIZES)
+    rows = {(r.method, r.way): r for r in flops.measure(program, RANK)}
+    frozen = rows.pop(("-", "frozen"))
+    assert abs(frozen.ratio - 1) < 1e-3  # the count and the formula agree
+    assert frozen.kernel_temporaries == 0
+    assert {method for method, _ in rows} == set(flops.methods())
+    for (method, way), row in rows.items():
+        if way == "adapt":
+            assert 0.999 < row.ratio <= flops.LIMIT, (method, row.ratio)
+            assert row.kernel_temporaries == 0, method
+        else:  # controls
+            assert row.ratio > 1.15 and row.kernel_temporaries > 0
+
+
+def test_methods_are_read_off_the_factors():
+    found = flops.methods()
+    assert set(found) <= set(dir(jp.adapters)) and len(found) >= 2
+    assert "full" not in found  # it has no pair
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    row = flops.Row("toy", "some", "adapt", 1.03e9, 1.03, 2**20, 0)
+    monkeypatch.setattr(flops, "measure", lambda program, rank: [row])
+    assert flops.main(["--width", "32", "--json", str(tmp_path / "rows.json")]) == 1
+    text = capsys.readouterr().out
+    assert "1.030" in text and "1.0 MiB" in text and "above 1.02: toy, some" in text
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["rows"][0]["ratio"] == 1.03
+    monkeypatch.setattr(flops, "LIMIT", 1.05)
+    assert flops.main(["--width", "32"]) == 0
