@@ -133,6 +133,9 @@ class Checkpointer:
     ) -> bool:
         """Saves in the background; the state may be donated right after the call.
 
+        What is saved is the state at the call: Orbax has copied it off the device, or
+        holds its buffers, which are then not given away, when the call returns.
+
         Args:
             state: the state. All processes call this at the same step.
             frozen: the frozen tree; its fixed adapter leaves are saved.
@@ -167,10 +170,7 @@ class Checkpointer:
                     "step"
                 )
             return False
-        named = _leaves(state, frozen, jax.random.key_data(state.key))
-        # A copy on the device: the next step gives the state's buffers away, and on
-        # the CPU backend what is being written would be those very buffers.
-        leaves = {n: jnp.copy(x) for n, x in named.items()}
+        leaves = _leaves(state, frozen, jax.random.key_data(state.key))
         meta = {
             "config": self._config,
             "leaves": _manifest(leaves),

@@ -41,6 +41,9 @@ def test_the_train_step_compiles_for_a_pod(name):
     report = json.loads(done.stdout.splitlines()[-1])
     print(name, report)
     assert 0 < report["bytes"]["total"] < CHIP_BYTES
+    # Measured 79 and 8 MB (libtpu 0.0.42.1). Where the compiler may cut features in
+    # place of rows, as it does without `model_forward`'s constraints: 1,670 and 313.
+    assert report["bytes"]["temporaries"] < 200e6
     # The trained state is donated, so it is there once.
     assert report["bytes"]["aliased"] > 0
     # It is one program for the whole mesh, not 256 copies.
