@@ -95,11 +95,14 @@ def make_run():
         keys = jax.random.split(jax.random.key(0), 4)
         ids = jnp.zeros((1, 4), jnp.int32)
         params = model.init(keys[0], ids, ids)["params"]
+        specs = training.param_specs(params, mesh)
+        # As train.py does: the base lies on the mesh before anything is attached.
+        params = jax.device_put(params, training.shardings(specs, mesh))
         adapted = jp.attach(
             params, adapter or jp.kasa(rank=2), ["query", "up_proj"], key=keys[1]
         )
         adapted = jp.attach(adapted, jp.full(), ["classifier"], key=keys[2])
-        adapted = training.place(adapted, mesh, training.param_specs(params, mesh))
+        adapted = training.place(adapted, mesh, specs)
         trainable, frozen = jp.partition(adapted)
         if optimizer is None:
             optimizer = training.adamw(
