@@ -64,8 +64,7 @@ def _run(config, workdir, stack):
     task = data.task(config.data)
 
     def where(path, shape):  # every leaf is read straight to its place on the mesh
-        leaf = {path: jax.ShapeDtypeStruct(shape, "float32")}
-        return training.shardings(training.param_specs(leaf, mesh), mesh)[path]
+        return jax.NamedSharding(mesh, training.leaf_spec(path, shape, mesh))
 
     head_key = next(keys)
     load_base = lambda: models.load(
