@@ -86,15 +86,20 @@ def _expand(leaf, axes, batch, in_dims, out_dims):
     return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
 
 
-def _flatten(leaf, axes, roles):
-    """The inverse of ``_expand``: ``[layers, ...]`` with d_in and d_out."""
+def _flatten(leaf, axes, roles, layers=True):
+    """The inverse of ``_expand``: ``[layers, ...]`` with d_in and d_out.
+
+    Without ``layers`` (a kernel without batch axes) the first axis is left out.
+    """
     counts = {r: len(axes_of(roles, r)) for r in (BATCH, IN, OUT)}
-    shape, at = [math.prod(leaf.shape[: counts[BATCH]])], counts[BATCH]
+    shape, at = [], counts[BATCH]
+    if layers:
+        shape.append(math.prod(leaf.shape[:at]))
     for role in axes:
         width = counts.get(role, 1)
         shape.append(math.prod(leaf.shape[at : at + width]))
         at += width
-    return leaf.reshape(tuple(shape))
+    return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
 
 
 def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
@@ -188,11 +193,11 @@ def _padded_to(x, shape: tuple[int, ...]):
     return jnp.pad(x, widths)
 
 
-def layer_leaves(node: AdaptedKernel):
+def layer_leaves(node: AdaptedKernel, layers: bool = True):
     """The node's leaves as ``(frozen, trainable)`` with one leading layer axis."""
     axes = leaf_axes(node.adapter, _top_rank(node))
     return tuple(
-        {name: _flatten(x, names[name], node.roles) for name, x in part.items()}
+        {name: _flatten(x, names[name], node.roles, layers) for name, x in part.items()}
         for part, names in zip((node.frozen, node.trainable), axes, strict=True)
     )
 
@@ -234,14 +239,15 @@ def per_layer(node: AdaptedKernel, f):
 
 def per_layer_factors(node: AdaptedKernel) -> Factors:
     """``adapter.factors`` of each layer, stacked; of one kernel as it is."""
-    matrices, (frozen, trainable) = (
-        to_matrices(node.base, node.roles),
-        layer_leaves(node),
-    )
     if BATCH in node.roles:
-        return jax.vmap(node.adapter.factors)(matrices, frozen, trainable)
-    one = lambda tree: jax.tree.map(lambda x: x.reshape(x.shape[1:]), tree)
-    return node.adapter.factors(one(matrices), one(frozen), one(trainable))
+        matrices = to_matrices(node.base, node.roles)
+        return jax.vmap(node.adapter.factors)(matrices, *layer_leaves(node))
+    # Nothing to map over: a plain kernel and its leaves go in without a reshape.
+    _, d_in, d_out = matrix_shape(node.base.shape, node.roles)
+    matrix = node.base
+    if node.roles != (IN, OUT):
+        matrix = to_matrices(matrix, node.roles).reshape(d_in, d_out)
+    return node.adapter.factors(matrix, *layer_leaves(node, layers=False))
 
 
 def lifted_factors(node: AdaptedKernel) -> Factors:
