@@ -244,8 +244,7 @@ def test_vmapped_dense_on_one_input(x, keys):
     split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
     model = nn.vmap(nn.Dense, in_axes=None, axis_size=4, **split)(20)
     fn, params = functional(model, x)
-    sites, inferred = {"kernel": "batch in out"}, {"kernel": "out in out"}
-    check(fn, params, x, sites=sites, inferred=inferred, keys=keys)
+    check(fn, params, x, sites={"kernel": "batch in out"}, keys=keys)
 
 
 def test_boxed_parameters(x, keys):
