@@ -38,7 +38,7 @@ CASES = {
 @pytest.fixture(params=CASES, ids=str)
 def case(request, tiny, tmp_path):
     """A torch model with a head, its folder and its config."""
-    torch = pytest.importorskip("torch")
+    import torch
     import transformers
 
     model_type, changes = CASES[request.param]
@@ -100,7 +100,7 @@ def test_defaults_without_mask_and_types(case, batch):
 @pytest.mark.parametrize("mistake", ["mask", "types", "gelu", "epsilon", "positions"])
 def test_negative_controls(tiny, batch, tmp_path, mistake):
     """What parity would catch: each mistake is far outside the tolerance."""
-    torch = pytest.importorskip("torch")
+    import torch
     import transformers
 
     config = tiny("roberta" if mistake == "positions" else "bert")
@@ -135,7 +135,6 @@ def test_negative_controls(tiny, batch, tmp_path, mistake):
 
 
 def test_minilm_from_its_wheel(minilm_folder):
-    pytest.importorskip("torch")
     import transformers
 
     theirs = transformers.AutoModel.from_pretrained(minilm_folder).eval()
@@ -163,7 +162,6 @@ def test_minilm_from_its_wheel(minilm_folder):
 
 
 def test_new_weights_are_drawn_as_transformers_draws_them(tiny):
-    pytest.importorskip("torch")
     import transformers
 
     config = tiny("bert", hidden_size=64, initializer_range=0.07)
