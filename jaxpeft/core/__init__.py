@@ -5,10 +5,12 @@ from jaxpeft.core._adapter import Adapter as Adapter
 from jaxpeft.core._adapter import Factors as Factors
 from jaxpeft.core._adapter import method as method
 from jaxpeft.core._attach import attach as attach
+from jaxpeft.core._contract import UNSCALED as UNSCALED
 from jaxpeft.core._describe import Description as Description
 from jaxpeft.core._describe import describe as describe
 from jaxpeft.core._evaluate import UnsupportedError as UnsupportedError
 from jaxpeft.core._infer import infer_axes as infer_axes
+from jaxpeft.core._names import ModuleName as ModuleName
 from jaxpeft.core._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.core._node import Site as Site
 from jaxpeft.core._tree import combine as combine

@@ -1,0 +1,20 @@
+"""What a module is called in a checkpoint, and where it lies in a parameter tree."""
+
+from typing import NamedTuple
+
+
+class ModuleName(NamedTuple):
+    """One module, or one of each layer, under its two names.
+
+    Attributes:
+        theirs: its path in the checkpoint, ``"encoder.layer.{i}.output.dense"``;
+            ``{i}`` counts layers.
+        ours: its path in our tree, ``"encoder/layer_{i}/output/dense"``. Without
+            ``{i}``, where ``theirs`` has it, the layers are one stack.
+        kind: ``"linear"`` (a weight [out, in]), ``"conv1d"`` (a weight [in, out], as
+            GPT-2 has it), ``"embedding"`` or ``"norm"``.
+    """
+
+    theirs: str
+    ours: str
+    kind: str
