@@ -330,8 +330,9 @@ def test_while_with_an_unknown_number_of_steps(keys):
     w, x = numbers(D, D, seed=1, scale=0.3), numbers(5, D)
 
     def fn(p, x):
-        go = lambda c: jnp.sum(c**2) > 1e-2
-        return lax.while_loop(go, lambda c: jnp.tanh(c @ p["w"]) * 0.5, x)
+        go = lambda c: (jnp.sum(c[1] ** 2) > 1e-2) & (c[0] < 9)
+        step = lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"]) * 0.5)
+        return lax.while_loop(go, step, (0, x))[1]
 
     adapted = prepare({"w": w}, everything(), ["w"], keys)
     tangent = jax.tree.map(jnp.ones_like, adapted)
