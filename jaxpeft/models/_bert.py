@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxpeft.models._config import BertConfig
+from jaxpeft.core import ModuleName
+from jaxpeft.models._config import BertConfig, write_config
+from jaxpeft.models._families import module_names
 from jaxpeft.models._layers import (
     REMAT,
     Embeddings,
@@ -68,6 +70,20 @@ class Bert(nn.Module):
         if not self.scan_layers:
             return {}
         return {".*encoder/layer/.*kernel": "layer in out"}
+
+    @property
+    def names(self) -> tuple[ModuleName, ...]:
+        """The modules by their names in transformers' class and in our tree."""
+        return module_names(
+            self.config.model_type,
+            head=self.head is not None,
+            scanned=self.scan_layers,
+        )
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """The content of a ``config.json`` that transformers opens."""
+        return write_config(self.config, self.head, self.num_labels)
 
     @nn.compact
     def __call__(

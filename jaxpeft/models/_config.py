@@ -131,6 +131,28 @@ def read_config(config: Any) -> BertConfig:
     return result
 
 
+def write_config(
+    config: BertConfig, head: str | None, num_labels: int
+) -> dict[str, Any]:
+    """Returns the ``config.json`` of a model, as transformers reads it.
+
+    Args:
+      config: its sizes and constants.
+      head: None, ``"classification"`` or ``"regression"``.
+      num_labels: width of the head.
+    """
+    stem = {"bert": "Bert", "roberta": "Roberta"}[config.model_type]
+    content = dataclasses.asdict(config)
+    if head is None:
+        return {**content, "architectures": [f"{stem}Model"]}
+    return {
+        **content,
+        "architectures": [f"{stem}ForSequenceClassification"],
+        "num_labels": num_labels,
+        **({"problem_type": "regression"} if head == "regression" else {}),
+    }
+
+
 def _count_labels(raw: Mapping[str, Any]) -> int:
     if raw.get("num_labels") is not None:
         return int(raw["num_labels"])

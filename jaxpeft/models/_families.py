@@ -5,7 +5,10 @@ scanned stack ``layer_{i}`` is ``layer``. A kind says which tensors a module has
 our leaves are called and whether they are transposed.
 """
 
+from collections.abc import Container, Iterable
 from typing import NamedTuple
+
+from jaxpeft.core import ModuleName
 
 # kind -> (tensor on disk, our leaf, whether ours is its transpose)
 KINDS = {
@@ -48,7 +51,7 @@ class Family(NamedTuple):
     Attributes:
       prefix: what the base model's names start with inside a model with a head.
       body: rows of embeddings and layers.
-      head: rows of a sequence-classification head, outside or inside the prefix.
+      head: rows of a sequence-classification head, with the prefix where it has one.
       ignored: patterns of tensors no model here has, without the prefix.
     """
 
@@ -65,7 +68,7 @@ FAMILIES = {
         prefix="bert.",
         body=_EMBEDDINGS + _LAYER,
         head=(
-            ("pooler.dense", "pooler/dense", "linear"),
+            ("bert.pooler.dense", "pooler/dense", "linear"),
             ("classifier", "classifier", "linear"),
         ),
         ignored=(*_BUFFERS, "cls.*", "qa_outputs.*"),
@@ -96,29 +99,50 @@ class Source(NamedTuple):
     transposed: bool
 
 
+def module_names(
+    model_type: str, *, head: bool, scanned: bool
+) -> tuple[ModuleName, ...]:
+    """Returns the names of a model's modules, as transformers' class has them.
+
+    Args:
+      model_type: a key of ``FAMILIES``.
+      head: whether the model has a head; without one names have no prefix.
+      scanned: whether the layers are one stack.
+    """
+    family = FAMILIES[model_type]
+    prefix = family.prefix if head else ""
+    rows = [(prefix + theirs, ours, kind) for theirs, ours, kind in family.body]
+    rows += family.head if head else ()
+    return tuple(
+        ModuleName(
+            theirs, ours.replace("layer_{i}", "layer") if scanned else ours, kind
+        )
+        for theirs, ours, kind in rows
+    )
+
+
 def sources(
-    model_type: str, *, head: bool, layers: int, scanned: bool
+    names: Iterable[ModuleName], shapes: Container[str], *, prefix: str, layers: int
 ) -> dict[str, Source]:
     """Returns the source of every leaf, by our path.
 
     Args:
-      model_type: a key of ``FAMILIES``.
-      head: whether the model has a head.
+      names: the modules of the model.
+      shapes: the paths of its leaves; a tensor without a leaf (the bias of a
+        projection that has none) is not looked for.
+      prefix: what is cut off the names.
       layers: number of layers.
-      scanned: whether the layers are one stack.
     """
-    family = FAMILIES[model_type]
     found = {}
-    for theirs, ours, kind in family.body + (family.head if head else ()):
+    for theirs, ours, kind in names:
         for tensor, leaf, transposed in KINDS[kind]:
-            name, path = f"{theirs}.{tensor}", f"{ours}/{leaf}"
+            name, path = f"{theirs.removeprefix(prefix)}.{tensor}", f"{ours}/{leaf}"
             every = tuple(name.format(i=i) for i in range(layers))
-            if "{i}" not in ours:
+            if "{i}" not in theirs:
                 found[path] = Source((name,), False, transposed)
-            elif scanned:
-                stack = path.replace("layer_{i}", "layer")
-                found[stack] = Source(every, True, transposed)
+            elif "{i}" not in ours:
+                found[path] = Source(every, True, transposed)
             else:
                 for i, one in enumerate(every):
                     found[path.format(i=i)] = Source((one,), False, transposed)
-    return found
+    return {path: source for path, source in found.items() if path in shapes}

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpeft.models._bert import Bert
 from jaxpeft.models._checkpoint import Tensor, list_tensors, opened, read_leaf
 from jaxpeft.models._config import read_config
-from jaxpeft.models._families import Source, sources
+from jaxpeft.models._families import FAMILIES, Source, sources
 from jaxpeft.models._match import match
 from jaxpeft.models._packaged import fetch_packaged, packaged
 
@@ -172,12 +172,6 @@ def load(
     config = _read_json(folder / "config.json")
     sketch = from_config(config, head=head, num_labels=num_labels)
     tensors = list_tensors(folder)
-    wanted = sources(
-        sketch.config.model_type,
-        head=head is not None,
-        layers=sketch.config.num_hidden_layers,
-        scanned=scan_layers,
-    )
     stored = _stored_dtype(tensors)
     model = sketch.clone(
         param_dtype=_floating("param_dtype", param_dtype, stored),
@@ -189,6 +183,12 @@ def load(
         path: leaf.shape
         for path, leaf in flatten_dict(abstract(model), sep="/").items()
     }
+    wanted = sources(
+        model.names,
+        shapes,
+        prefix=FAMILIES[model.config.model_type].prefix,
+        layers=model.config.num_hidden_layers,
+    )
     matched = match(
         folder,
         sketch.config.model_type,
