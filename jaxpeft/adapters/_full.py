@@ -1,6 +1,6 @@
 """Full training of chosen leaves: heads, biases, norms, or whole kernels."""
 
-from jaxpeft.core import Adapter, Factors, method
+from jaxpeft.core import Adapter, Factors, PeftForm, method
 
 
 @method
@@ -41,4 +41,4 @@ def full() -> Adapter:
         del kernel, frozen
         return Factors(kernel=trainable["value"])
 
-    return Adapter(init=init, factors=factors, leaves="any")
+    return Adapter(init=init, factors=factors, leaves="any", peft=PeftForm(whole=True))

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, method
+from jaxpeft.core import Adapter, Factors, PeftForm, method
+from jaxpeft.core._peft import joined, low_rank_leaves, read_lora, starts_plain
 from jaxpeft.numerics import (
     bottom_triplets,
     frobenius_norm,
@@ -285,6 +286,30 @@ def kasa(
             f"{svd}_residual": frozen.get("svd_residual", zero),
         }
 
+    def pair(frozen, trainable):
+        made, gone = factors(None, frozen, trainable), dropped(frozen)
+        own = made.a, made.b
+        return own if gone is None else joined(own, (-gone[0], gone[1]))
+
+    to_leaves, from_leaves = low_rank_leaves({"sigma": "lora_diag"})
+    wanted = {"truncation": "min", "core": "diag", "sigma": "trained"}
+    other = [f"{n}={given[n]!r}" for n in wanted if given[n] != wanted[n]]
+    peft = PeftForm(
+        peft_type="LORA",
+        kinds=("linear",),
+        to_leaves=to_leaves,
+        from_leaves=from_leaves,
+        fields={
+            "use_rslora": scaling == "alpha/sqrt_r",
+            "lora_dropout": dropout,
+            "kasa_config": {"beta": beta, "gamma": gamma},
+        },
+        alpha=lambda frozen, rank: frozen["scale"] * SCALING[scaling](rank),
+        read=_read,
+        pair=pair,
+        redone=True,
+        refusal=f"PEFT's KaSA has no {', '.join(other)}" if other else "",
+    )
     return Adapter(
         init=init,
         factors=factors,
@@ -296,7 +321,19 @@ def kasa(
         fold=fold if base == "folded" and truncation != "none" else None,
         unfold=unfold if base == "folded" and truncation != "none" else None,
         report=report if truncation != "none" else None,
+        peft=peft,
     )
+
+
+def _read(config, kind):
+    """The options that a PEFT config means; see ``PeftForm.read``."""
+    options = read_lora(config, kind)
+    if options is None or not config["kasa_config"] or config["use_dora"]:
+        return None
+    if kind != "linear" or not starts_plain(config):
+        return None
+    weights = {name: config["kasa_config"][name] for name in ("beta", "gamma")}
+    return options | weights | {"reduction": "sum"}
 
 
 def _product(pair):

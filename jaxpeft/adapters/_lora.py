@@ -6,7 +6,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import Adapter, Factors, method
+from jaxpeft.core import Adapter, Factors, PeftForm, method
+from jaxpeft.core._peft import (
+    LORA_KINDS,
+    low_rank_leaves,
+    read_lora,
+    scaled,
+    starts_plain,
+)
 
 INITS = ("uniform", "gaussian", "embedding")
 SCALINGS = {"alpha/r": lambda r: r, "alpha/sqrt_r": math.sqrt}
@@ -118,10 +125,35 @@ def lora(
         del kernel
         return Factors(a=trainable["a"], b=frozen["scale"] * trainable["b"])
 
+    to_leaves, from_leaves = low_rank_leaves()
+    peft = PeftForm(
+        peft_type="LORA",
+        kinds=LORA_KINDS,
+        to_leaves=to_leaves,
+        from_leaves=from_leaves,
+        fields={"use_rslora": scaling == "alpha/sqrt_r", "lora_dropout": dropout},
+        alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
+        read=_read,
+        pair=lambda frozen, trainable: (
+            trainable["a"],
+            scaled(frozen, trainable["b"]),
+        ),
+    )
     return Adapter(
         init=init_leaves,
         factors=factors,
         rank=rank,
         alpha=float(rank if alpha is None else alpha),
         dropout=dropout,
+        peft=peft,
     )
+
+
+def _read(config, kind):
+    """The options that a PEFT config means; see ``PeftForm.read``."""
+    options = read_lora(config, kind)
+    if options is None or config["use_dora"] or config["kasa_config"]:
+        return None
+    if not starts_plain(config):
+        return None
+    return options | {"init": "embedding" if kind == "embedding" else "uniform"}

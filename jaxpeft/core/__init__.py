@@ -13,6 +13,7 @@ from jaxpeft.core._infer import infer_axes as infer_axes
 from jaxpeft.core._names import ModuleName as ModuleName
 from jaxpeft.core._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.core._node import Site as Site
+from jaxpeft.core._peft import PeftForm as PeftForm
 from jaxpeft.core._tree import combine as combine
 from jaxpeft.core._tree import count as count
 from jaxpeft.core._tree import detach as detach

@@ -13,8 +13,11 @@ class ModuleName(NamedTuple):
             ``{i}``, where ``theirs`` has it, the layers are one stack.
         kind: ``"linear"`` (a weight [out, in]), ``"conv1d"`` (a weight [in, out], as
             GPT-2 has it), ``"embedding"`` or ``"norm"``.
+        tied: the other module of the checkpoint that shares this one's weight,
+            ``"lm_head"``; empty: none does.
     """
 
     theirs: str
     ours: str
     kind: str
+    tied: str = ""
