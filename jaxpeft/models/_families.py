@@ -134,7 +134,7 @@ def sources(
       layers: number of layers.
     """
     found = {}
-    for theirs, ours, kind in names:
+    for theirs, ours, kind, *_ in names:
         for tensor, leaf, transposed in KINDS[kind]:
             name, path = f"{theirs.removeprefix(prefix)}.{tensor}", f"{ours}/{leaf}"
             every = tuple(name.format(i=i) for i in range(layers))
