@@ -8,8 +8,7 @@ from typing import Any
 import jax
 
 # A module's own names for its weights: "query" finds "query/kernel".
-BIASES = ("bias", "b")
-PARAMETERS = ("kernel", "embedding", "weight", "w", "scale", *BIASES)
+PARAMETERS = ("kernel", "embedding", "weight", "w", "bias", "scale", "b")
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 

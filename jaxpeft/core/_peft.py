@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-Leaves = Mapping[str, Array]
+Leaves = Mapping[str, Any]  # arrays, of JAX or of NumPy
 
 
 class PeftForm(NamedTuple):
@@ -35,12 +35,12 @@ class PeftForm(NamedTuple):
 
     peft_type: str | None = None
     kinds: tuple[str, ...] = ()
-    to_leaves: Callable[[Leaves, Leaves, str], dict[str, Array]] | None = None
-    from_leaves: Callable[[Leaves, str], dict[str, Array]] | None = None
+    to_leaves: Callable[[Leaves, Leaves, str], dict[str, Any]] | None = None
+    from_leaves: Callable[[Leaves, str], dict[str, Any]] | None = None
     fields: Mapping[str, Any] = {}
     alpha: Callable[[Leaves, int], Array] | None = None
     read: Callable[[Mapping[str, Any], str], dict[str, Any] | None] | None = None
-    pair: Callable[[Leaves, Leaves], tuple[Array, Array]] | None = None
+    pair: Callable[[Leaves, Leaves], tuple[Any, Any]] | None = None
     redone: bool = False
     refusal: str = ""
     whole: bool = False
@@ -65,11 +65,11 @@ def low_rank_leaves(extra: Mapping[str, str] | None = None):
     def named(kind: str) -> dict[str, str]:
         return {**(_EMBEDDING if kind == "embedding" else _LINEAR), **(extra or {})}
 
-    def to_leaves(frozen: Leaves, trainable: Leaves, kind: str) -> dict[str, Array]:
+    def to_leaves(frozen: Leaves, trainable: Leaves, kind: str) -> dict[str, Any]:
         del frozen
         return {theirs: trainable[ours].T for ours, theirs in named(kind).items()}
 
-    def from_leaves(leaves: Leaves, kind: str) -> dict[str, Array]:
+    def from_leaves(leaves: Leaves, kind: str) -> dict[str, Any]:
         return {ours: leaves[theirs].T for ours, theirs in named(kind).items()}
 
     return to_leaves, from_leaves
@@ -97,12 +97,12 @@ def starts_plain(config: Mapping[str, Any]) -> bool:
     return config["init_lora_weights"] in _PLAIN_STARTS
 
 
-def scaled(frozen: Leaves, b: Array) -> Array:
+def scaled(frozen: Leaves, b: Any) -> Any:
     """``scale * b`` with the scale that ``init`` left among the frozen leaves."""
     return frozen["scale"].astype(b.dtype) * b
 
 
-def joined(*pairs: tuple[Array, Array]) -> tuple[Array, Array]:
+def joined(*pairs: tuple[Any, Any]) -> tuple[Array, Array]:
     """The sum of products of pairs as one product of the sum of their ranks."""
     return (
         jnp.concatenate([a for a, _ in pairs], axis=1),

@@ -1,6 +1,9 @@
-"""Formats in and out: adapters on disk."""
+"""Formats in and out: adapters on disk, jaxpeft's own and HF PEFT's."""
 
 from jaxpeft.interop._format import adapter_info as adapter_info
 from jaxpeft.interop._load import load_adapter as load_adapter
+from jaxpeft.interop._load_peft import load_peft as load_peft
 from jaxpeft.interop._save import save_adapter as save_adapter
+from jaxpeft.interop._save_peft import SavedPeft as SavedPeft
+from jaxpeft.interop._save_peft import save_peft as save_peft
 from jaxpeft.interop._tensors import write_tensors as write_tensors

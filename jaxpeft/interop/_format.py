@@ -1,13 +1,13 @@
 """The two files of a saved adapter, and the way from a name to a method."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jaxpeft import adapters
-from jaxpeft.core import Adapter
+from jaxpeft.core import Adapter, PeftForm
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT, VERSION = "jaxpeft adapter", 1
@@ -24,7 +24,18 @@ def version() -> str:
 
 def method_names() -> list[str]:
     """The names of all methods."""
-    return [name for name in dir(adapters) if not name.startswith("_")]
+    public = (name for name in dir(adapters) if not name.startswith("_"))
+    return [name for name in public if callable(getattr(adapters, name))]
+
+
+def forms() -> dict[str, tuple[Callable[..., Adapter], PeftForm]]:
+    """Constructor and form in PEFT's files, of each method that has one."""
+    found = {}
+    for name in method_names():
+        constructor = getattr(adapters, name)
+        if (form := constructor().peft) is not None:
+            found[name] = constructor, form
+    return found
 
 
 def build_method(name: str, options: Mapping[str, Any]) -> Adapter | None:

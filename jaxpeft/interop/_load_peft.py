@@ -1,0 +1,315 @@
+"""From an adapter folder of HF PEFT to an adapted tree: everything fits, or nothing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxpeft.core import Adapter, ModuleName
+from jaxpeft.core._lift import init_shapes, matrix_shape
+from jaxpeft.core._node import is_node, leaves_with_path
+from jaxpeft.core._paths import nearest
+from jaxpeft.interop._format import forms
+from jaxpeft.interop._modules import MATRICES, Module, Table
+from jaxpeft.interop._peft_attach import Found, attach_sites, attach_whole
+from jaxpeft.interop._peft_config import (
+    CONFIG,
+    NO_TARGETS,
+    PREFIX,
+    TENSORS,
+    by_pattern,
+    in_saved_module,
+    read_config,
+    targets,
+)
+from jaxpeft.interop._tensors import TensorFile
+
+Keys = dict[str, dict[str, str]]  # module: {end of the key: key}
+
+
+def load_peft(
+    folder: str | Path,
+    params: PyTree,
+    *,
+    names: Sequence[ModuleName],
+    axes: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+) -> PyTree:
+    """Attaches an adapter that HF PEFT wrote.
+
+    The tree that comes back trains on like any other: PEFT's factors are the trained
+    leaves, in float32, and modules that PEFT saved whole are trained in full. Targets,
+    ranks and alphas are resolved by PEFT's own rules. What PEFT's method decomposes,
+    it decomposes anew on every load, and so does this. Either everything in the file
+    is used and all that the config asks for is in the file, or one error lists what
+    is not.
+
+    Args:
+        folder: an adapter folder, with ``adapter_config.json`` and
+            ``adapter_model.safetensors``. A second, named adapter is a sub-folder.
+        params: the plain parameter tree; it may carry adapters at other sites.
+        names: what the modules are called in the checkpoint: ``model.names`` of our
+            models, or rows of your own.
+        axes: roles of the axes of kernels, as in ``attach``; ``model.axes``.
+        ignore: fields of the config that are to be overlooked. With
+            ``"target_modules"`` the sites are those that the file has leaves for.
+
+    Returns:
+        The adapted tree; ``jaxpeft.describe`` shows its sites.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the weights are not safetensors, a file lies outside of the
+            folder, the config asks for what is not done here, or file, config and
+            tree do not fit. Nothing is loaded then.
+
+    Example:
+        >>> import tempfile, jax, jaxpeft as jp
+        >>> from jaxpeft import interop
+        >>> params = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+        >>> adapted = jp.attach(params, jp.lora(2), ["q"], key=jax.random.key(0))
+        >>> names = [jp.core.ModuleName("attention.q_proj", "q", "linear")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = interop.save_peft(adapted, folder, names=names)
+        ...     again = load_peft(folder, params, names=names)
+        >>> bool((again["q"]["kernel"].trainable["a"] ==
+        ...       adapted["q"]["kernel"].trainable["a"]).all())
+        True
+
+    References:
+        The format is that of huggingface/peft 0.21.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    config = read_config(folder, ignore)
+    file = TensorFile(folder / TENSORS)
+    table = Table(names, dict(leaves_with_path(params)), axes)
+    problems: list[str] = []
+    keys = _keys(file, table, problems)
+    found = _sites(config, table, keys, file, problems, "target_modules" in ignore)
+    whole = _whole(config, table, keys, file, problems)
+    used = {key for site in found for key in site.keys.values()}
+    used |= {key for each in whole.values() for _, _, key in each}
+    for ends in keys.values():
+        for end, key in ends.items():
+            # PEFT repeats a targeted embedding's own weights; they are the base's.
+            if key not in used and end != "base_layer.weight":
+                problems.append(f"left over: {key!r} is not what the config asks for")
+    sites = _by_leaf(found, problems)
+    if problems:
+        lines = "\n  ".join(dict.fromkeys(problems))
+        raise ValueError(
+            f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
+            + lines
+        )
+    tree = params
+    for adapter in dict.fromkeys(each[0].adapter for each in sites.values()):
+        own = {p: each for p, each in sites.items() if each[0].adapter is adapter}
+        tree = attach_sites(tree, adapter, own, file, axes)
+    return attach_whole(tree, table, whole, file)
+
+
+def _check_files(folder: Path) -> None:
+    """The two files are there, are no pickles, and lie where they seem to."""
+    if not (folder / TENSORS).is_file():
+        others = [
+            p.name
+            for end in ("*.bin", "*.pt", "*.pth")
+            for p in sorted(folder.glob(end))
+        ]
+        if others:
+            raise ValueError(
+                f"{str(folder)!r} has its weights in {others}, which is pickled code "
+                "and never opened here. Write them anew in PEFT: "
+                "model.save_pretrained(folder2)."
+            )
+        if (folder / CONFIG).is_file():
+            raise FileNotFoundError(
+                f"`folder` {str(folder)!r} holds {CONFIG} but no {TENSORS}; copy both."
+            )
+        return  # the config's own error says more
+    home = folder.resolve()
+    # The hub's cache keeps files in .../blobs and links to them from .../snapshots.
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    for name in (CONFIG, TENSORS):
+        real = (folder / name).resolve()
+        if (folder / name).is_file() and not real.is_relative_to(home):
+            raise ValueError(
+                f"{name} in {str(folder)!r} is a link to {str(real)!r}, outside of the "
+                "folder; copy the file itself."
+            )
+
+
+def _keys(file: TensorFile, table: Table, problems: list[str]) -> Keys:
+    """The file's keys by the module that they belong to."""
+    found: Keys = {}
+    for key in file.shapes:
+        if not key.startswith(PREFIX):
+            problems.append(f"left over: {key!r} does not begin with {PREFIX!r}")
+            continue
+        # Old files have the adapter's name in their keys.
+        parts = [p for p in key.removeprefix(PREFIX).split(".") if p != "default"]
+        names = (".".join(parts[:i]) for i in reversed(range(1, len(parts))))
+        name = next((n for n in names if n in table.by_name), None)
+        if name is None:
+            near = nearest(key.removeprefix(PREFIX), list(table.by_name))
+            problems.append(
+                f"left over: {key!r} belongs to no module of the model; nearest: "
+                f"{near}. The weights of a head need a model with that head."
+            )
+            continue
+        end = ".".join(parts[len(name.split(".")) :])
+        if end in found.setdefault(name, {}):
+            problems.append(f"{key!r} and {found[name][end]!r} are the same leaf")
+        found[name][end] = key
+    return found
+
+
+def _sites(config, table, keys: Keys, file, problems, by_keys: bool) -> list[Found]:
+    """What the config asks for and the file has, module by module."""
+    candidates = [m for m in table.modules if m.kind in MATRICES]
+    wanted = config["target_modules"]
+    if wanted is None and not by_keys:
+        problems.append(
+            f"{CONFIG} has no target_modules, which PEFT would choose by the model's "
+            "type; ignore=['target_modules'] takes the modules that the file has "
+            "leaves for"
+        )
+        return []
+    if wanted is None:
+        plain = ("weight", "bias", "base_layer.weight", "base_layer.bias")
+        modules = [m for m in candidates if set(keys.get(m.name, ())) - set(plain)]
+    else:
+        modules = targets(config, candidates)
+        if wanted and not modules and wanted != NO_TARGETS:
+            problems.append(
+                f"target_modules {wanted!r} matches no module; they are named like "
+                f"{nearest('', list(table.by_name))}"
+            )
+    found = [_site(config, m, table, keys, file, problems) for m in modules]
+    return [site for site in found if site is not None]
+
+
+def _site(config, module: Module, table, keys: Keys, file, problems) -> Found | None:
+    name, count = module.name, len(problems)
+    path = module.leaves.get("weight")
+    if path is None or is_node(table.leaves[path]):
+        why = "has no weight" if path is None else "already carries an adapter"
+        problems.append(f"{name!r} {why} in `params`")
+        return None
+    adapter = _method(config, module.kind, problems)
+    if adapter is None:
+        return None
+    rank = alpha = None
+    if adapter.rank is not None:
+        rank = by_pattern(config.get("rank_pattern"), name, adapter.rank)
+        alpha = by_pattern(config.get("alpha_pattern"), name, adapter.alpha)
+    try:
+        expected = _expected(adapter, module, table, rank)
+    except ValueError as e:
+        problems.append(f"{name!r}: {e}")
+        return None
+    ends = keys.get(name, {})
+    for end, shape in expected.items():
+        if end not in ends:
+            problems.append(f"missing: {PREFIX + name + '.' + end!r}")
+        elif file.shapes[ends[end]] != shape:
+            problems.append(
+                f"{ends[end]!r} has shape {list(file.shapes[ends[end]])}; config and "
+                f"model make it {list(shape)}"
+            )
+    if len(problems) > count:
+        return None
+    return Found(module, adapter, rank, alpha, {end: ends[end] for end in expected})
+
+
+def _method(config: Mapping[str, Any], kind: str, problems) -> Adapter | None:
+    """The one method that reads this config, with its options."""
+    claims = {}
+    for name, (constructor, form) in forms().items():
+        options = form.read(config, kind) if form.read else None
+        if options is not None:
+            claims[name] = lambda c=constructor, o=options: c(**o)
+    if len(claims) == 1:
+        (build,) = claims.values()
+        try:
+            return build()
+        except (TypeError, ValueError) as e:
+            problems.append(f"the config's settings are not possible: {e}")
+            return None
+    said = ("peft_type", "init_lora_weights", "use_dora", "kasa_config", "bias")
+    known = {field: config[field] for field in said if field in config}
+    problems.append(
+        f"no method here is what PEFT does on modules of kind {kind!r} with {known}: "
+        "convert the adapter to plain LoRA in PEFT (path_initial_model_for_weight_"
+        "conversion), or merge it there and load the model"
+        if not claims
+        else f"several methods read this config: {sorted(claims)}"
+    )
+    return None
+
+
+def _expected(adapter: Adapter, module: Module, table: Table, rank):
+    """``{end of the key: shape}`` that this method makes at this module."""
+    path = module.leaves["weight"]
+    shape = table.leaves[path].shape
+    _, d_in, d_out = matrix_shape(shape, table.matrix_roles(module, path))
+    parts = init_shapes.__wrapped__(adapter, d_in, d_out, rank, jnp.dtype("float32"))
+    leaves = jax.eval_shape(
+        lambda f, t: adapter.peft.to_leaves(f, t, module.kind), *parts
+    )
+    return {end: tuple(x.shape) for end, x in leaves.items()}
+
+
+def _whole(config, table: Table, keys: Keys, file, problems):
+    """``{path of our leaf: [(module, part, key), ...]}`` of leaves in the file."""
+    found: dict[str, list[tuple[Module, str, str]]] = {}
+    for module in table.modules:
+        ends = keys.get(module.name, {})
+        saved = in_saved_module(config, module.name)
+        for part, path in module.leaves.items():
+            key = ends.get(part)
+            if saved and key is None:
+                problems.append(f"missing: {PREFIX}{module.name}.{part}")
+            if part == "bias" and config["bias"] != "none" and not saved:
+                key = ends.get("base_layer.bias", key)
+            elif not saved:
+                continue
+            if key is None:
+                continue
+            shape = table.tensor_shape(module, part)
+            if is_node(table.leaves[path]):
+                problems.append(f"{path!r} already carries an adapter in `params`")
+            elif file.shapes[key] != shape:
+                problems.append(
+                    f"{key!r} has shape {list(file.shapes[key])}; the model's is "
+                    f"{list(shape)}"
+                )
+            found.setdefault(path, []).append((module, part, key))
+    for path, each in found.items():
+        if len(each) < each[0][0].layers:
+            problems.append(_partial(path, [m for m, *_ in each]))
+    return found
+
+
+def _by_leaf(found: list[Found], problems) -> dict[str, list[Found]]:
+    """Sites by our kernel; all layers of a stack, by one method."""
+    sites: dict[str, list[Found]] = {}
+    for site in found:
+        sites.setdefault(site.module.leaves["weight"], []).append(site)
+    for path, each in sites.items():
+        if len(each) < each[0].module.layers and not problems:
+            problems.append(_partial(path, [site.module for site in each]))
+    return sites
+
+
+def _partial(path: str, modules: list[Module]) -> str:
+    have = [module.layer for module in modules]
+    return (
+        f"{path!r} is a stack of {modules[0].layers} layers, and the file is about "
+        f"layers {have} alone; load into a model with scan_layers=False"
+    )

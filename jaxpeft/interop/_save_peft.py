@@ -1,0 +1,331 @@
+"""From an adapted tree to an adapter folder that HF PEFT loads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxpeft.core import AdaptedKernel, ModuleName
+from jaxpeft.core._node import leaves_with_path, nodes
+from jaxpeft.interop._folder import check_free, write_folder
+from jaxpeft.interop._modules import Module, Table
+from jaxpeft.interop._pairs import balance, pad
+from jaxpeft.interop._peft_config import (
+    CONFIG,
+    HEADS,
+    NO_TARGETS,
+    PLAIN_FIELDS,
+    PREFIX,
+    TASKS,
+    TENSORS,
+    in_saved_module,
+    patterns_of,
+    target_names,
+)
+from jaxpeft.interop._peft_sites import AdaptedModule, choose_form, collect, is_finite
+from jaxpeft.interop._tensors import on_host, write_tensors
+
+FORMS = ("auto", "native", "portable")
+
+
+class SavedPeft(NamedTuple):
+    """What ``save_peft`` wrote.
+
+    Attributes:
+        folder: where.
+        form: ``"native"`` or ``"portable"``.
+        rank: the most frequent rank in the file (of plain pairs, the only one).
+        sites: names of the adapted modules, as in the file.
+        saved: names of the modules that were written whole.
+        errors: where ``rank`` cut a site, the Frobenius norm of what was cut over
+            that of the whole change; empty where nothing was.
+    """
+
+    folder: Path
+    form: str
+    rank: int | None
+    sites: tuple[str, ...]
+    saved: tuple[str, ...]
+    errors: dict[str, float]
+
+
+def save_peft(
+    adapted: PyTree,
+    folder: str | Path,
+    *,
+    names: Sequence[ModuleName],
+    form: str = "auto",
+    rank: int | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    untie: bool = False,
+) -> SavedPeft:
+    """Writes the adapters of a tree as a folder that HF PEFT loads.
+
+    ``adapter_config.json``, ``adapter_model.safetensors`` and a short card. Stacks
+    are written layer by layer, kernels with more axes as matrices, padding of unequal
+    ranks is cut. Everything is checked before anything is written, and all that does
+    not fit is listed at once.
+
+    Args:
+        adapted: a tree made by ``attach``.
+        folder: a new or an empty folder.
+        names: what the modules are called in the checkpoint: ``model.names`` of our
+            models, or rows of your own.
+        form: ``"native"``: each method's own form in PEFT, to train on there.
+            ``"portable"``: plain LoRA on the untouched base, for any loader: one
+            rank, the scale inside the factors, nothing else in the file. ``"auto"``:
+            native where the file alone makes the function; plain LoRA where a reader
+            would have to decompose its own base again, with modules trained in full
+            beside it.
+        rank: rank of plain LoRA; by default the largest that a site needs. Sites that
+            need more are cut, and ``errors`` says by how much.
+        base_model: name or path of the base for readers of the file.
+        task_type: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ... PEFT wraps the model by it. For
+            classification PEFT wants the head in the file, so it is written, trained
+            or not.
+        axes: roles of the axes of kernels beyond two that are saved whole, as in
+            ``attach``; ``model.axes``.
+        untie: write an adapter on an embedding that is also the output head. PEFT's
+            then acts on the look-up alone.
+
+    Returns:
+        What was written. With several processes all must call this; the first one
+        writes.
+
+    Raises:
+        ValueError: the tree has no adapters, a site is in no row of ``names``, a
+            method has no such form, a leaf is not finite, or the methods of several
+            sites do not go into one PEFT config.
+        FileExistsError: the folder has files in it.
+
+    Example:
+        >>> import tempfile, jax, jaxpeft as jp
+        >>> from jaxpeft.core import ModuleName
+        >>> params = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+        >>> adapted = jp.attach(params, jp.lora(2), ["q"], key=jax.random.key(0))
+        >>> names = [ModuleName("attention.q_proj", "q", "linear")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_peft(adapted, folder, names=names)
+        >>> saved.form, saved.rank, saved.sites
+        ('native', 2, ('attention.q_proj',))
+
+    References:
+        The format is that of huggingface/peft 0.21.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
+    if task_type is not None and task_type not in TASKS:
+        raise ValueError(
+            f"`task_type` must be one of {', '.join(TASKS)}, got {task_type!r}."
+        )
+    if not nodes(adapted):
+        raise ValueError(
+            "`adapted` has no adapters; save a tree that jaxpeft.attach made, before "
+            "merge or detach."
+        )
+    table = Table(names, dict(leaves_with_path(adapted)), axes)
+    problems: list[str] = []
+    sites, whole = collect(table, untie, problems)
+    whole += _head(table, task_type, whole)
+    written = choose_form(form, sites, problems)
+    if form == "portable" and whole:
+        problems.append(
+            f"modules written whole {[m.name for m in whole]} (trained in full, or the "
+            "head that `task_type` asks for) have no place beside portable LoRA: "
+            "form='auto' writes them as modules_to_save"
+        )
+    if rank is not None and written == "native":
+        problems.append(
+            "`rank` is for plain LoRA; write form='portable' with it, or leave it out"
+        )
+    if rank is not None and rank < 1:
+        problems.append(f"`rank` must be at least 1, got {rank}")
+    _raise(problems)
+
+    errors: dict[str, float] = {}
+    if written == "native":
+        tensors, config = _native(sites, table, problems)
+    else:
+        tensors, config, errors = _plain(sites, rank)
+    saved = _saved_modules(table, whole, tensors, problems)
+    _raise(problems)
+    adapted_modules = [site.module for site in sites]
+    config = PLAIN_FIELDS.get(config["peft_type"], {}) | config
+    config |= {
+        "peft_version": "0.21.2",  # whose format it is
+        "base_model_name_or_path": base_model,
+        "task_type": task_type,
+        "target_modules": target_names(adapted_modules, table.modules) or NO_TARGETS,
+        "modules_to_save": saved or None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": any(m.kind == "conv1d" for m in adapted_modules),
+    }
+    _check_saved(config, adapted_modules, problems)
+    _raise(problems)
+    name = ", ".join(dict.fromkeys(repr(site.node.adapter) for site in sites))
+
+    def write(new: Path) -> None:
+        write_tensors(new / TENSORS, tensors, {"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (new / "README.md").write_text(
+            _card(base_model, written, name, errors), encoding="utf-8"
+        )
+
+    write_folder(folder, write)
+    modules = tuple(module.name for module in adapted_modules)
+    return SavedPeft(folder, written, config.get("r"), modules, tuple(saved), errors)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(
+            "the tree has no such form in PEFT's files; nothing was written:\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+        )
+
+
+def _head(table: Table, task_type: str | None, whole: list[Module]) -> list[Module]:
+    """Modules of the head that PEFT looks for in the file, trained or not."""
+    heads = HEADS.get(task_type or "", ())
+    have = {module.name for module in whole}
+    return [
+        m
+        for m in table.modules
+        if m.name not in have
+        and any(m.name == h or m.name.startswith(h + ".") for h in heads)
+    ]
+
+
+def _native(sites: list[AdaptedModule], table: Table, problems: list[str]):
+    """Tensors and config of the methods' own forms."""
+    tensors, fields = {}, {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    for site in sites:
+        form, name = site.node.adapter.peft, site.module.name
+        leaves = form.to_leaves(site.frozen, site.trainable, site.module.kind)
+        tensors |= {f"{PREFIX}{name}.{n}": on_host(x) for n, x in leaves.items()}
+        own = {"peft_type": form.peft_type, **form.fields}
+        for field, value in own.items():
+            if fields.setdefault(field, value) != value:
+                problems.append(
+                    f"{name!r} needs {field}={value!r} in the one PEFT config, others "
+                    f"{fields[field]!r}; form='portable', or save one method a folder"
+                )
+        if site.rank is not None:
+            ranks[name] = site.rank
+            alphas[name] = _alpha(site)
+    config: dict[str, Any] = fields or {"peft_type": "LORA"}
+    if ranks:
+        config["r"], config["rank_pattern"] = patterns_of(ranks)
+        config["lora_alpha"], config["alpha_pattern"] = patterns_of(alphas)
+    return tensors, config
+
+
+def _alpha(site: AdaptedModule) -> int | float:
+    """The alpha that gives the site's scale: as it was attached, or as it is now."""
+    alpha = site.alpha
+    if site.node.adapter.peft.alpha is not None:
+        now = float(site.node.adapter.peft.alpha(site.frozen, site.rank))
+        if abs(now - alpha) > 1e-6 * abs(alpha):
+            alpha = now
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _plain(sites: list[AdaptedModule], rank: int | None):
+    """Tensors and config of plain LoRA, one rank for all."""
+    pairs, errors = {}, {}
+    for site in sites:
+        pair = site.node.adapter.peft.pair(site.frozen, site.trainable)
+        a, b, error = balance(*map(on_host, pair), rank)
+        pairs[site.module.name] = (a, b)
+        if error > 1e-6:  # more than rounding
+            errors[site.module.name] = error
+    top = rank or max((a.shape[1] for a, _ in pairs.values()), default=8)
+    kinds = {site.module.name: site.module.kind for site in sites}
+    tensors = {}
+    for name, (a, b) in pairs.items():
+        a, b = pad(a, b, top)
+        ends = ("lora_A.weight", "lora_B.weight")
+        if kinds[name] == "embedding":
+            ends = ("lora_embedding_A", "lora_embedding_B")
+        for end, x in zip(ends, (a, b), strict=True):
+            tensors[f"{PREFIX}{name}.{end}"] = on_host(x.T)
+    config = {"peft_type": "LORA", "r": top, "lora_alpha": top}
+    return tensors, config, errors
+
+
+def _saved_modules(table, whole, tensors, problems) -> list[str]:
+    """Adds whole modules to the tensors; returns names for modules_to_save."""
+    values: dict[str, np.ndarray] = {}
+    for module in whole:
+        for part, path in module.leaves.items():
+            leaf = table.leaves[path]
+            if isinstance(leaf, AdaptedKernel):
+                if not leaf.adapter.peft.whole:
+                    problems.append(
+                        f"{module.name!r} has one leaf trained in full and another "
+                        "with an adapter, which PEFT cannot do; merge instead"
+                    )
+                    continue
+                (leaf,) = leaf.trainable.values()
+            if path not in values:
+                values[path] = on_host(leaf)
+            tensor = on_host(table.tensor(module, part, values[path]))
+            tensors[f"{PREFIX}{module.name}.{part}"] = tensor
+            if not is_finite(tensor):
+                problems.append(f"{module.name!r}: {part} is not finite")
+    return _roots([m.name for m in whole], [m.name for m in table.modules])
+
+
+def _roots(saved: list[str], every: list[str]) -> list[str]:
+    """The outermost modules of which everything is saved."""
+    names = set(saved)
+    roots: dict[str, None] = {}
+    for name in saved:
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            root = ".".join(parts[:i])
+            inside = [n for n in every if n == root or n.startswith(root + ".")]
+            if set(inside) <= names:
+                roots[root] = None
+                break
+    return list(roots)
+
+
+def _check_saved(config, adapted: list[Module], problems: list[str]) -> None:
+    """PEFT puts no adapter into a module that is saved whole."""
+    for module in adapted:
+        if in_saved_module(config, module.name):
+            problems.append(
+                f"{module.name!r} has an adapter and lies in a module that PEFT saves "
+                f"whole ({config['modules_to_save']}); train it in full or leave it out"
+            )
+
+
+def _card(base_model, form: str, methods: str, errors: dict[str, float]) -> str:
+    lines = ["---", "library_name: peft", "tags: [jaxpeft]"]
+    if base_model is not None:
+        lines.insert(1, f"base_model: {json.dumps(base_model)}")
+    lines += ["---", "", f"An adapter made by jaxpeft with `{methods or 'full()'}`, "]
+    kind = (
+        "in PEFT's own form of it."
+        if form == "native"
+        else (
+            "written as plain LoRA on the untouched base: one rank, the scale inside."
+        )
+    )
+    lines[-1] += kind
+    if errors:
+        lines += ["", "Cut to this rank, relative to each whole change:", ""]
+        lines += [f"- `{name}`: {error:.2e}" for name, error in errors.items()]
+    return "\n".join(lines) + "\n"
