@@ -27,7 +27,13 @@ import jax.numpy as jnp
 
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape, matmul_flops
-from benchmarks.programs import Program, decoder, encoder, factor_shapes
+from benchmarks.programs import (
+    Program,
+    decoder,
+    encoder,
+    factors_of,
+    low_rank_pairs,
+)
 
 LIMIT = 1.02
 
@@ -65,7 +71,8 @@ def methods() -> dict[str, Any]:
         adapter = constructor()
         if adapter.rank is None:
             continue
-        f = factor_shapes(adapter, adapter.rank)(64, 48)
+        factors, trainable = factors_of(adapter, 2, 8, 6)
+        f = jax.eval_shape(factors, trainable)
         scaled = f.c is not None or f.o is not None
         if f.a is not None and f.kernel is None and f.phi is None and not scaled:
             found[name] = constructor
@@ -137,7 +144,7 @@ def measure(program: Program, rank: int, merge: bool = True) -> Iterator[Row]:
     for name, constructor in methods().items():
         adapter = constructor(rank=rank)
         halves = jp.partition(_attached(program, adapter))
-        minimum = program.minimum(factor_shapes(adapter, rank))
+        minimum = program.minimum(low_rank_pairs(adapter, rank))
 
         def adapted_loss(trainable, frozen, ids):
             adapted = jp.combine(trainable, frozen)

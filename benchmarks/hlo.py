@@ -128,7 +128,7 @@ def _own(shape, op: str, rest: str, shapes) -> float:
 
 
 def made_of_shape(text: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
-    """Instructions that compute an array of one of the given shapes.
+    """Instructions that make an array of one of the given shapes in memory.
 
     Args:
         text: optimised HLO.
@@ -136,14 +136,38 @@ def made_of_shape(text: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
 
     Returns:
         ``"opcode[dims]"`` for each instruction that is not a mere carrier of its
-        operand (``CARRIERS``), inside fusions too.
+        operand (``CARRIERS``). Of a fusion, only what it returns counts: the rest of
+        it never leaves the registers.
     """
     core = lambda dims: tuple(sorted(n for n in dims if n > 1))
     wanted = {core(shape) for shape in shapes}
     computations, _ = parse(text)
+    fused = {
+        name
+        for instructions in computations.values()
+        for _, _, op, rest in instructions
+        if op == "fusion"
+        for name in _CALLED.findall(rest)
+    }
     return [
         f"{op}{list(shape)}"
-        for instructions in computations.values()
-        for _, shape, op, _ in instructions
+        for name, instructions in computations.items()
+        for _, shape, op, _ in (
+            _returned(instructions) if name in fused else instructions
+        )
         if shape is not None and core(shape) in wanted and op not in CARRIERS
     ]
+
+
+def _returned(instructions: list) -> list:
+    """The instructions of a fusion whose results leave it; its root comes last."""
+    by_name = {name: (name, *rest) for name, *rest in instructions}
+    found, waiting = [], [instructions[-1][0]]
+    while waiting:
+        instruction = by_name[waiting.pop()]
+        _, _, op, rest = instruction
+        if op in ("tuple", "bitcast", "copy", "reshape", "transpose", "convert"):
+            waiting += [n for n in _OPERAND.findall(rest) if n in by_name]
+        else:
+            found.append(instruction)
+    return found

@@ -7,10 +7,10 @@
   the backward pass has no use for its output (the last projection of a pre-norm
   block: only a sum follows);
 - a low-rank pair of width ``r``: ``2 T r d_in`` for ``h = x a``, ``2 T r d_out`` for
-  ``h b``; backward the same two for ``dh`` and the input's gradient, the same two for
-  the gradients of ``a`` and ``b``; recomputed: ``h``, and ``h b`` where the linear's
-  output is. A frozen pair has no gradients of its own, and ``h`` is of no use where
-  the output is not recomputed;
+  ``h b``; backward the same two for ``dh`` and the input's gradient, one each for the
+  gradients of ``a`` and ``b`` where something in them trains; recomputed: ``h``, and
+  ``h b`` where the linear's output is. ``h`` is of no use where neither the output
+  is recomputed nor ``b`` trains;
 - attention: two matmuls forward, four backward, two recomputed;
 - a head: forward and the gradient of its input; a trained head also its own.
 
@@ -92,36 +92,58 @@ class Program:
         attention = 8 * 2.0 * self.batch * self.length**2 * self.width
         return self.layers * (linears + attention) + self.outside
 
-    def minimum(self, factors: Callable[[int, int], Any]) -> float:
+    def minimum(self, pairs: Callable[[int, int], list[tuple]]) -> float:
         """The minimum with an adapter at every linear.
 
         Args:
-            factors: ``(d_in, d_out) -> Factors`` of shapes.
+            pairs: ``(d_in, d_out) -> [(width, whether a trains, whether b trains)]``,
+                as ``low_rank_pairs`` makes it.
         """
         low_rank = 0.0
         for w in self.linears:
-            f = factors(w.d_in, w.d_out)
-            r = 0 if f.a is None else f.a.shape[1]
-            m = 0 if f.fixed is None else f.fixed[0].shape[1]
             both = w.d_in + w.d_out
-            count = (r + m) * both * 2 + r * both  # forward, dx, da and db
-            count += (r + m) * both if w.output_needed else r * w.d_in
-            low_rank += 2.0 * self.tokens * count
+            for r, a_trains, b_trains in pairs(w.d_in, w.d_out):
+                count = both * 2 + a_trains * w.d_in + b_trains * w.d_out
+                count += both if w.output_needed else b_trains * w.d_in
+                low_rank += 2.0 * self.tokens * r * count
         return self.frozen_flops() + self.layers * low_rank
 
 
-def factor_shapes(adapter: jp.core.Adapter, rank: int) -> Callable[[int, int], Any]:
-    """Shapes of the adapter's factors for a kernel's sizes."""
+def factors_of(adapter: jp.core.Adapter, rank: int, d_in: int, d_out: int):
+    """``trainable -> Factors`` of one random kernel, and the trained leaves."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel = jax.random.normal(keys[0], (d_in, d_out))
+    frozen, trainable = adapter.init(keys[1], kernel, rank, float(rank))
+    if adapter.shared is not None:
+        frozen |= adapter.shared(keys[2], d_in, d_out, rank, jnp.float32)
+    stirred = jax.tree.map(lambda x: x + 0.1, trainable)
+    return lambda t: adapter.factors(kernel, frozen, t), stirred
 
-    def shapes(d_in: int, d_out: int):
-        def make(key, kernel):
-            leaves = adapter.init(key, kernel, rank, float(rank))
-            return adapter.factors(kernel, *leaves)
 
-        kernel = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
-        return jax.eval_shape(make, jax.random.key(0), kernel)
+def low_rank_pairs(
+    adapter: jp.core.Adapter, rank: int
+) -> Callable[[int, int], list[tuple[int, bool, bool]]]:
+    """The thin pairs an adapter makes of a kernel, and what in them trains.
 
-    return shapes
+    Returns:
+        ``(d_in, d_out) -> [(width, whether a trains, whether b trains), ...]``.
+    """
+    # Read off one small kernel: both facts are the method's, not the kernel's.
+    d_in, d_out = 2 * rank + 3, 2 * rank + 2
+    factors, trainable = factors_of(adapter, rank, d_in, d_out)
+    f = factors(trainable)
+
+    def trains(part):
+        gradient = jax.grad(lambda t: jnp.sum(part(factors(t)) ** 2))(trainable)
+        return any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient))
+
+    pairs = []
+    if f.a is not None:
+        flags = trains(lambda f: f.a), trains(lambda f: f.b)
+        pairs.append((f.a.shape[1], *flags))
+    if f.fixed is not None:
+        pairs.append((f.fixed[0].shape[1], False, False))
+    return lambda d_in, d_out: pairs
 
 
 def encoder(

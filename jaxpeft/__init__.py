@@ -1,8 +1,6 @@
 """Parameter-efficient fine-tuning as functional transforms on parameter trees."""
 
-from jaxpeft.adapters import full as full
-from jaxpeft.adapters import kasa as kasa
-from jaxpeft.adapters import lora as lora
+from jaxpeft.adapters import *  # noqa: F403 (every method, as registered there)
 from jaxpeft.core import adapt as adapt
 from jaxpeft.core import attach as attach
 from jaxpeft.core import combine as combine

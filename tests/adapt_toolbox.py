@@ -6,7 +6,6 @@ forgets one of them gives wrong numbers.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 import jaxpeft as jp
+from benchmarks.hlo import made_of_shape
 from jaxpeft.core import Adapter, Factors, method
 
 
@@ -267,28 +267,6 @@ def check(
 
 
 # One instruction of an HLO text: "%name = f32[2,3]{1,0} opcode(operands...".
-INSTRUCTION = re.compile(r"=\s+\(?(\w+)\[([\d,]*)\](?:\{[^}]*\})?\)?\s+([\w\-]+)\(")
-# What may carry a kernel's shape: the base on its way to its own dot.
-CARRIERS = {
-    "bitcast",
-    "bitcast-convert",
-    "constant",
-    "convert",
-    "copy",
-    "dynamic-slice",
-    "fusion",  # its body is listed by itself in the text
-    "call",
-    "get-tuple-element",
-    "opt-barrier",
-    "parameter",
-    "reshape",
-    "slice",
-    "transpose",
-    "while",
-    "tuple",
-}
-
-
 def kernel_shapes(adapted, halves: int = 1) -> set[tuple[int, ...]]:
     """Every form a kernel could take as a temporary: whole, one layer, flattened.
 
@@ -323,22 +301,3 @@ def kernel_shapes(adapted, halves: int = 1) -> set[tuple[int, ...]]:
                 for whole in (core, cut):
                     shapes.add(tuple(sorted(n for n in (*stack, *whole) if n > 1)))
     return {shape for shape in shapes if len(shape) > 1}
-
-
-def made_of_shape(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
-    """Instructions of an HLO text that compute an array of one of the shapes.
-
-    Args:
-        text: optimised HLO.
-        shapes: sorted shapes without ones, as of ``kernel_shapes``.
-
-    Returns:
-        ``"opcode[shape]"`` of each instruction that is more than a carrier of the
-        base kernel (``CARRIERS``): a dot, an add, a multiply, a subtract, ...
-    """
-    found = []
-    for _, dims, opcode in INSTRUCTION.findall(text):
-        shape = tuple(sorted(int(n) for n in dims.split(",") if n and int(n) > 1))
-        if shape in shapes and opcode not in CARRIERS:
-            found.append(f"{opcode}[{dims}]")
-    return found

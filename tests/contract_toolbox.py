@@ -24,13 +24,15 @@ RANK = 3  # a method's default may not fit kernels this small
 
 
 def layer(x, p):
-    return x + jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"], None
+    y = jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"][None])
+    return x + y @ p["down"]["kernel"] + p["down"]["bias"][None], None
 
 
 def net(params, x, *, remat=False):
     """A plain kernel, one with heads, and a scanned stack with biases beside it."""
     y = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
     y = jnp.einsum("td,dhe->the", jnp.tanh(y), params["heads"]["kernel"])
+    y = y + params["heads"]["bias"][None]
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     return lax.scan(body, y.reshape(x.shape[0], D), params["layers"])[0]
 
@@ -47,10 +49,14 @@ def unrolled(params, x):
 
 def make_params(dtype=jnp.float32):
     weight = lambda seed, *s: {"kernel": numbers(*s, seed=seed, scale=s[-2] ** -0.5)}
+    bias = lambda seed, *s: {"bias": numbers(*s, seed=seed)}
     tree = {
-        "dense": weight(1, D, F) | {"bias": numbers(F, seed=2)},
-        "heads": weight(3, F, 4, D // 4),
-        "layers": {"up": weight(4, L, D, F), "down": weight(5, L, F, D)},
+        "dense": weight(1, D, F) | bias(2, F),
+        "heads": weight(3, F, 4, D // 4) | bias(6, 4, D // 4),
+        "layers": {
+            "up": weight(4, L, D, F) | bias(7, L, F),
+            "down": weight(5, L, F, D) | bias(8, L, D),
+        },
     }
     return jax.tree.map(lambda w: w.astype(dtype), tree)
 
@@ -59,8 +65,12 @@ def constructor(name):
     return getattr(jp.adapters, name)
 
 
+def options_of(name):
+    return tuple(inspect.signature(constructor(name)).parameters)
+
+
 def accepts(name, *options):
-    return set(options) <= set(inspect.signature(constructor(name)).parameters)
+    return set(options) <= set(options_of(name))
 
 
 def make(name, **options):
@@ -101,6 +111,14 @@ value_and_grad = jax.jit(jax.value_and_grad(loss))
 def nodes(tree):
     is_node = lambda n: isinstance(n, jp.core.AdaptedKernel)
     return [n for n in jax.tree.leaves(tree, is_leaf=is_node) if is_node(n)]
+
+
+def node_in(tree, *modules):
+    """The adapted leaf of a module: its kernel, for some methods its bias."""
+    for module in modules:
+        tree = tree[module]
+    (node,) = nodes(tree)
+    return node
 
 
 def replaces_kernel(node):

@@ -1,5 +1,10 @@
 """The methods. One file a method; a line here is its registration."""
 
+from jaxpeft.adapters._bitfit import bitfit as bitfit
+from jaxpeft.adapters._bora import bora as bora
+from jaxpeft.adapters._dora import dora as dora
 from jaxpeft.adapters._full import full as full
+from jaxpeft.adapters._ia3 import ia3 as ia3
 from jaxpeft.adapters._kasa import kasa as kasa
 from jaxpeft.adapters._lora import lora as lora
+from jaxpeft.adapters._vera import vera as vera

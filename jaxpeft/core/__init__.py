@@ -13,6 +13,10 @@ from jaxpeft.core._infer import infer_axes as infer_axes
 from jaxpeft.core._names import ModuleName as ModuleName
 from jaxpeft.core._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.core._node import Site as Site
+from jaxpeft.core._options import SCALINGS as SCALINGS
+from jaxpeft.core._options import check_options as check_options
+from jaxpeft.core._options import check_site_rank as check_site_rank
+from jaxpeft.core._options import scale_leaf as scale_leaf
 from jaxpeft.core._peft import PeftForm as PeftForm
 from jaxpeft.core._tree import combine as combine
 from jaxpeft.core._tree import count as count

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from jaxpeft.core import _compat
+from jaxpeft.core._biases import scale_bias, scaled_biases
 from jaxpeft.core._bound import Bound, bind, same
 from jaxpeft.core._contract import Uses
 from jaxpeft.core._control import joined
 from jaxpeft.core._evaluate import Evaluator
-from jaxpeft.core._node import is_node, nodes
+from jaxpeft.core._node import is_node, leaves_with_path, nodes
 
 Tap = Callable[[Any, dict, dict], Any]
 
@@ -168,6 +169,20 @@ def _returned(x, values: list, arrays: list, evaluate: Evaluator):
     return evaluate.arrays(x, "return", "its end", reason)
 
 
+def _with_scaled_biases(static: _Static, arrays: list, values: list) -> list:
+    """The values, with each bias scaled that lies beside a kernel which says so."""
+    given = iter(arrays)
+    leaves = [next(given) if box is None else box.value for box in static.rest]
+    tree = static.treedef.unflatten(leaves)
+    scaled = scaled_biases(tree)
+    paths = [path for path, _ in leaves_with_path(tree)]
+    paths = [p for p, box in zip(paths, static.rest, strict=True) if box is None]
+    return [
+        scale_bias(v, scaled[p]) if p in scaled else v
+        for p, v in zip(paths, values, strict=True)
+    ]
+
+
 def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
     """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels."""
 
@@ -182,6 +197,8 @@ def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
     values = [bind(x, taps is not None) if is_node(x) else x for x in arrays]
+    if any(is_node(x) and x.adapter.scales_bias for x in arrays):
+        values = _with_scaled_biases(static, arrays, values)
     evaluate = Evaluator(unsupported)
     uses = Uses(taps, {})
     outs = evaluate(jaxpr, consts, values, uses)

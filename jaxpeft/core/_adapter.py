@@ -69,7 +69,13 @@ class Adapter(NamedTuple):
         dropout: probability of dropping an entry of the low-rank path's input.
         reduction: how the penalties of all sites of this method are joined.
         leaves: ``"kernel"`` for methods on the matrix of a contraction, ``"any"``
-            for methods on leaves of any shape, biases included.
+            for methods on leaves of any shape, biases included, ``"bias"`` for
+            methods on biases alone.
+        scales_bias: whether ``o`` also scales the bias that lies beside the kernel.
+        shared: ``(key, d_in, d_out, rank, dtype) -> frozen leaves`` that all sites of
+            one ``attach`` have in common, from its largest sizes: drawn once, kept
+            once, and given to ``factors`` among ``frozen``. ``init``, ``penalty`` and
+            ``report`` do not see them.
         fold: ``(kernel, frozen) -> kernel`` for options that store a changed base.
         unfold: its inverse, for ``detach``.
         report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
@@ -86,7 +92,9 @@ class Adapter(NamedTuple):
     alpha: float | None = None
     dropout: float = 0.0
     reduction: Literal["sum", "mean"] = "sum"
-    leaves: Literal["kernel", "any"] = "kernel"
+    leaves: Literal["kernel", "any", "bias"] = "kernel"
+    scales_bias: bool = False
+    shared: Callable[..., dict[str, Array]] | None = None
     fold: Callable[..., Array] | None = None
     unfold: Callable[..., Array] | None = None
     report: Callable[..., dict[str, Array]] | None = None
@@ -135,6 +143,8 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
+            if isinstance(value, list):  # as JSON writes a tuple
+                bound.arguments[name] = value = tuple(value)
             if not isinstance(value, int | float | str | bool | tuple | None):
                 raise TypeError(
                     f"`{name}` of {constructor.__name__} must be a plain Python value "

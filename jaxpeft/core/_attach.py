@@ -32,6 +32,7 @@ from jaxpeft.core._node import (
     check_key,
     is_node,
     leaves_with_path,
+    wider,
     working_dtype,
 )
 from jaxpeft.core._paths import Targets, module_path, resolve_pattern
@@ -109,10 +110,11 @@ def attach(
     ranks = _per_layer("rank", rank_pattern, adapter.rank, by_path, roles)
     alphas = _per_layer("alpha", alpha_pattern, adapter.alpha, by_path, roles)
     _check(adapter, by_path, roles, ranks)
+    shared = _shared(adapter, by_path, roles, ranks, key)
     made, show = {}, _Progress(adapter.name or "adapter", len(paths))
     for i, path in enumerate(paths):
         site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
-        made[path] = _make(by_path[path], adapter, site, site_key(key, path))
+        made[path] = _make(by_path[path], adapter, site, site_key(key, path), shared)
         show(i + 1)
     show.close()
     _, treedef = jax.tree.flatten(params, is_leaf=is_node)
@@ -256,7 +258,31 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
             )
 
 
-def _make(kernel, adapter: Adapter, site: Site, key) -> AdaptedKernel:
+def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
+    """The leaves that all sites have in common, made once for the largest of them."""
+    if adapter.shared is None:
+        return {}
+    sizes = [matrix_shape(by_path[path].shape, roles[path]) for path in roles]
+    make = functools.partial(
+        adapter.shared,
+        d_in=max(d_in for _, d_in, _ in sizes),
+        d_out=max(d_out for _, _, d_out in sizes),
+        rank=max(max(r) for r in ranks.values()),
+        dtype=working_dtype(wider(*(by_path[path].dtype for path in roles))),
+    )
+    own = site_key(key, f"shared by {adapter.name}")
+    first = by_path[next(iter(roles))]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.eval_shape(make, own)
+    shared, sharding = make(own), getattr(first, "sharding", None)
+    if isinstance(first, jax.core.Tracer) or not isinstance(
+        sharding, jax.sharding.NamedSharding
+    ):
+        return shared
+    return jax.device_put(shared, sharding.update(spec=jax.sharding.PartitionSpec()))
+
+
+def _make(kernel, adapter: Adapter, site: Site, key, shared) -> AdaptedKernel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
         init = functools.partial(
@@ -275,7 +301,8 @@ def _make(kernel, adapter: Adapter, site: Site, key) -> AdaptedKernel:
         if isinstance(kernel, jax.ShapeDtypeStruct):
             fold = functools.partial(jax.eval_shape, _fold)
         node = node.replace(base=fold(node))
-    return _place_like(node, kernel)
+    node = _place_like(node, kernel)
+    return node.replace(frozen=node.frozen | shared)
 
 
 def _gathered(kernel):

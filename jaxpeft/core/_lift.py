@@ -70,6 +70,15 @@ def leaf_axes(adapter: Adapter, rank: int | None):
 
 
 @functools.cache
+def shared_names(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the frozen leaves that all sites of an adapter have in common."""
+    if adapter.shared is None:
+        return ()
+    probe = lambda key: adapter.shared(key, 2, 2, adapter.rank, jnp.float32)
+    return tuple(jax.eval_shape(lambda: probe(jax.random.key(0))))
+
+
+@functools.cache
 def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
     """Shapes of one layer's ``(frozen, trainable)``, by an abstract trace."""
     kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
@@ -117,6 +126,9 @@ def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
             for role in axes:
                 entry += where.get(role, (None,))
             entries[name] = entry
+    for name in shared_names(node.adapter):
+        if name in node.frozen:
+            entries[name] = (None,) * node.frozen[name].ndim
     return entries
 
 
@@ -194,10 +206,14 @@ def _padded_to(x, shape: tuple[int, ...]):
 
 
 def layer_leaves(node: AdaptedKernel, layers: bool = True):
-    """The node's leaves as ``(frozen, trainable)`` with one leading layer axis."""
+    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis."""
     axes = leaf_axes(node.adapter, _top_rank(node))
     return tuple(
-        {name: _flatten(x, names[name], node.roles, layers) for name, x in part.items()}
+        {
+            name: _flatten(x, names[name], node.roles, layers)
+            for name, x in part.items()
+            if name in names  # shared leaves have no layers
+        }
         for part, names in zip((node.frozen, node.trainable), axes, strict=True)
     )
 
@@ -239,15 +255,20 @@ def per_layer(node: AdaptedKernel, f):
 
 def per_layer_factors(node: AdaptedKernel) -> Factors:
     """``adapter.factors`` of each layer, stacked; of one kernel as it is."""
+    shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
+
+    def factors(kernel, frozen, trainable):
+        return node.adapter.factors(kernel, frozen | shared, trainable)
+
     if BATCH in node.roles:
         matrices = to_matrices(node.base, node.roles)
-        return jax.vmap(node.adapter.factors)(matrices, *layer_leaves(node))
+        return jax.vmap(factors)(matrices, *layer_leaves(node))
     # Nothing to map over: a plain kernel and its leaves go in without a reshape.
     _, d_in, d_out = matrix_shape(node.base.shape, node.roles)
     matrix = node.base
     if node.roles != (IN, OUT):
         matrix = to_matrices(matrix, node.roles).reshape(d_in, d_out)
-    return node.adapter.factors(matrix, *layer_leaves(node, layers=False))
+    return factors(matrix, *layer_leaves(node, layers=False))
 
 
 def lifted_factors(node: AdaptedKernel) -> Factors:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 # A module's own names for its weights: "query" finds "query/kernel".
-PARAMETERS = ("kernel", "embedding", "weight", "w", "bias", "scale", "b")
+BIASES = ("bias", "b")
+PARAMETERS = ("kernel", "embedding", "weight", "w", "scale", *BIASES)
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._node import is_node
-from jaxpeft.core._paths import compiled, in_module, module_path, names_leaf, nearest
+from jaxpeft.core._paths import (
+    BIASES,
+    compiled,
+    in_module,
+    module_path,
+    names_leaf,
+    nearest,
+)
 
 # A linear layer's weight among the standard names; heads that predict tokens are
 # left out of "all-linear", as in HF PEFT.
@@ -21,6 +28,8 @@ def _is_weight(path: str, leaf: Any, adapter: Adapter) -> bool:
         return False
     if adapter.leaves == "any":
         return True
+    if adapter.leaves == "bias":
+        return path.rpartition("/")[2] in BIASES
     # A stacked bias or norm scale has two axes and is no matrix all the same.
     return leaf.ndim >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
 
@@ -32,15 +41,16 @@ def _floating(leaf: Any) -> bool:
 def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
     if not any(_is_weight(p, leaf, adapter) for p, leaf in leaves):
+        what = "biases" if adapter.leaves == "bias" else "weights"
         raise ValueError(
-            f"`params` has no weights: none of its {len(leaves)} leaves is an array "
-            "that an adapter can sit on"
+            f"`params` has no {what}: none of its {len(leaves)} leaves is an array "
+            f"that {adapter.name or 'an adapter'} can sit on"
         )
     if isinstance(targets, str) and targets == "all-linear":
         found = {
             p: targets
             for p, leaf in leaves
-            if not (is_node(leaf) and leaf.adapter.leaves == "any")
+            if not (is_node(leaf) and leaf.adapter.leaves != "kernel")
             and _is_weight(p, leaf, adapter)
             and leaf.ndim >= 2
             and _floating(leaf)
@@ -106,7 +116,7 @@ def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
             f"`{argument}` must be a list of module names, a regular expression, "
             f'"all-linear" or a callable, got {patterns!r}'
         )
-    matches = in_module if inside or adapter.leaves == "any" else names_leaf
+    matches = in_module if inside or adapter.leaves != "kernel" else names_leaf
     for entry in patterns:
         if not isinstance(entry, str):
             raise ValueError(f"`{argument}` entry {entry!r} is not a string")

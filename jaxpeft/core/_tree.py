@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.core._attach import site_key
+from jaxpeft.core._biases import scale_bias, scaled_biases
 from jaxpeft.core._bound import Bound, bind, materialise
 from jaxpeft.core._lift import (
     from_matrices,
@@ -116,7 +117,19 @@ def merge(adapted: PyTree) -> PyTree:
         ValueError: a site's method depends on the input, so no kernel does it.
     """
     nodes(adapted)  # whole ones only
-    return map_nodes(_merge_node, adapted)
+    scaled = scaled_biases(adapted)
+    merged = map_nodes(_merge_node, adapted)
+    if not scaled:
+        return merged
+    paths = [path for path, _ in leaves_with_path(adapted)]
+    leaves, treedef = jax.tree.flatten(merged)
+    return treedef.unflatten(
+        _scale_bias(x, scaled[p]) if p in scaled else x
+        for p, x in zip(paths, leaves, strict=True)
+    )
+
+
+_scale_bias = jax.jit(scale_bias)
 
 
 @jax.jit

@@ -15,6 +15,8 @@ from jaxpeft.core._lift import (
     initialise,
     layer_leaves,
     leaf_entries,
+    lifted_factors,
+    shared_names,
     to_matrices,
 )
 from jaxpeft.core._node import leaves_with_path, working_dtype
@@ -73,10 +75,12 @@ def load_adapter(
     kernels = dict(leaves_with_path(params))
     wanted: set[str] = set()
     made: dict[str, AdaptedKernel] = {}
+    common: dict[str, Array] = {}  # leaves that sites share, read and placed once
     for entry in config["sites"]:
         names = [n for part in entry["leaves"].values() for n in part]
         wanted.update(f"{entry['path']}/{name}" for name in names)
-        node = _load_site(entry, methods, kernels, file, check_base, problems)
+        wanted.update(entry["shared"].values())
+        node = _load_site(entry, methods, kernels, file, check_base, problems, common)
         if node is not None:
             made[entry["path"]] = node
     problems += [
@@ -114,7 +118,7 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def _load_site(entry, methods, kernels, file, check_base, problems):
+def _load_site(entry, methods, kernels, file, check_base, problems, common):
     """One site's node, or ``None`` with its problems added to the list."""
     path, base = entry["path"], entry["base"]
     kernel = kernels.get(path)
@@ -171,12 +175,36 @@ def _load_site(entry, methods, kernels, file, check_base, problems):
             f"{path!r} is not the kernel that the adapter was trained with (its "
             "fingerprint differs); check_base=False loads it all the same"
         )
-    if len(problems) > count:
-        return None
-    return node.replace(
+    node = node.replace(
         frozen=place_leaves(node, node.frozen),
         trainable=place_leaves(node, node.trainable),
     )
+    if shared := entry["shared"]:
+        node = _with_shared(node, shared, file, problems, common)
+    return node if len(problems) == count else None
+
+
+def _with_shared(node, shared: Mapping[str, str], file, problems, common):
+    """The node with the leaves that it has in common with other sites."""
+    path = node.site.path
+    names = shared_names(node.adapter)
+    problems += [f"missing: {path + '/' + n!r}" for n in names if n not in shared]
+    problems += [f"{path + '/' + n!r} is no leaf" for n in shared if n not in names]
+    lost = [t for t in shared.values() if t not in file.shapes]
+    problems += [f"missing: {t!r}, a leaf of {path!r}" for t in lost]
+    if lost or set(names) != set(shared):
+        return node
+    for tensor in shared.values():
+        if tensor not in common:
+            common[tensor] = put_leaf(file.read(tensor), node.base, ())
+    frozen = node.frozen | {name: common[t] for name, t in shared.items()}
+    node = node.replace(frozen=frozen)
+    try:
+        jax.eval_shape(lifted_factors, node)
+    except (TypeError, ValueError):
+        sizes = {name: frozen[name].shape for name in names}
+        problems.append(f"{path!r}: shared leaves {sizes} do not fit its kernel")
+    return node
 
 
 def _listed(shape) -> str:
@@ -232,18 +260,17 @@ def _same_base(kernel: Array | np.ndarray, saved: Mapping[str, Any]) -> bool:
 
 def place_leaves(node: AdaptedKernel, leaves: dict[str, Any]) -> dict[str, Any]:
     """Moves leaves to their kernel's devices, sharded along the same axes."""
-    sharding = getattr(node.base, "sharding", None)
     entries = leaf_entries(node)
+    return {name: put_leaf(x, node.base, entries[name]) for name, x in leaves.items()}
 
-    def place(name, leaf):
-        where = sharding
-        if isinstance(where, jax.sharding.NamedSharding):
-            missing = (None,) * (node.base.ndim - len(where.spec))
-            spec = (*where.spec, *missing)
-            along = (None if i is None else spec[i] for i in entries[name])
-            where = where.update(spec=jax.sharding.PartitionSpec(*along))
-        if where is None:
-            return jax.numpy.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, where, lambda i: leaf[i])
 
-    return {name: place(name, leaf) for name, leaf in leaves.items()}
+def put_leaf(leaf: np.ndarray, kernel: Any, entries: tuple[int | None, ...]) -> Array:
+    """A leaf on its kernel's devices; ``entries``: the kernel's axis behind each."""
+    where = getattr(kernel, "sharding", None)
+    if isinstance(where, jax.sharding.NamedSharding):
+        spec = (*where.spec, *(None,) * (kernel.ndim - len(where.spec)))
+        along = (None if i is None else spec[i] for i in entries)
+        where = where.update(spec=jax.sharding.PartitionSpec(*along))
+    if where is None:
+        return jax.numpy.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, where, lambda i: leaf[i])

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.core import AdaptedKernel, Adapter
+from jaxpeft.core._lift import shared_names
 from jaxpeft.core._node import leaves_with_path
 from jaxpeft.interop._fingerprint import checksum, projection
 from jaxpeft.interop._format import (
@@ -85,24 +86,20 @@ def save_adapter(
             "merge or detach."
         )
     methods = list(dict.fromkeys(node.adapter for node in sites))
+    tensors, shared = _tensors(sites)
     config = {
         "format": FORMAT,
         "version": VERSION,
         "id": uuid.uuid4().hex,  # the same in both files
         "jaxpeft": version(),
         "methods": [_method_entry(method) for method in methods],
-        "sites": [_site_entry(node, methods) for node in sites],
+        "sites": [_site_entry(node, methods, shared) for node in sites],
         "metadata": dict(metadata or {}),
     }
     try:
         text = json.dumps(config, indent=1, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise ValueError(f"`metadata` must be what JSON can hold: {e}") from e
-    tensors = {
-        f"{node.site.path}/{name}": on_host(leaf)
-        for node in sites
-        for name, leaf in {**node.frozen, **node.trainable}.items()
-    }
     if jax.process_index() == 0:
         _write(folder, text, tensors, config["id"])
     if jax.process_count() > 1:
@@ -118,6 +115,38 @@ def _sites(tree: PyTree) -> Iterator[AdaptedKernel]:
             yield leaf
 
 
+def _tensors(sites: list[AdaptedKernel]):
+    """What goes into the file; a leaf that sites have in common goes there once.
+
+    Returns:
+        ``({name in the file: array}, {path: {shared leaf: its name in the file}})``.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    shared: dict[str, dict[str, str]] = {}
+    seen: dict[tuple[str, int], str] = {}
+    for node in sites:
+        common = shared_names(node.adapter)
+        for name, leaf in {**node.frozen, **node.trainable}.items():
+            if name not in common:
+                tensors[f"{node.site.path}/{name}"] = on_host(leaf)
+                continue
+            if (name, id(leaf)) not in seen:
+                seen[name, id(leaf)] = _common(tensors, name, on_host(leaf))
+            shared.setdefault(node.site.path, {})[name] = seen[name, id(leaf)]
+    return tensors, shared
+
+
+def _common(tensors: dict[str, np.ndarray], name: str, leaf: np.ndarray) -> str:
+    """Adds a shared leaf unless an equal one is there; returns its name."""
+    i = 0
+    while f"shared.{i}/{name}" in tensors:
+        if np.array_equal(tensors[f"shared.{i}/{name}"], leaf):
+            break
+        i += 1
+    tensors[f"shared.{i}/{name}"] = leaf
+    return f"shared.{i}/{name}"
+
+
 def _method_entry(adapter: Adapter) -> dict[str, Any]:
     options = dict(adapter.options)
     if not adapter.name or build_method(adapter.name, options) is not adapter:
@@ -129,8 +158,9 @@ def _method_entry(adapter: Adapter) -> dict[str, Any]:
     return {"name": adapter.name, "options": options}
 
 
-def _site_entry(node: AdaptedKernel, methods: list[Adapter]) -> dict[str, Any]:
+def _site_entry(node: AdaptedKernel, methods: list[Adapter], shared) -> dict[str, Any]:
     site = node.site
+    common = shared.get(site.path, {})
     base = {"shape": list(node.base.shape), "dtype": node.base.dtype.name}
     if node.adapter.fold is None:
         base["checksum"] = checksum(node.base)
@@ -143,7 +173,11 @@ def _site_entry(node: AdaptedKernel, methods: list[Adapter]) -> dict[str, Any]:
         "ranks": site.ranks,
         "alphas": site.alphas,
         "pattern": site.pattern,
-        "leaves": {"frozen": sorted(node.frozen), "trainable": sorted(node.trainable)},
+        "leaves": {
+            "frozen": sorted(set(node.frozen) - set(common)),
+            "trainable": sorted(node.trainable),
+        },
+        "shared": common,
         "base": base,
     }
 

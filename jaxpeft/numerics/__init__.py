@@ -2,6 +2,10 @@
 
 from jaxpeft.numerics._bottom import Triplets as Triplets
 from jaxpeft.numerics._bottom import bottom_triplets as bottom_triplets
+from jaxpeft.numerics._factored import factored_square_norms as factored_square_norms
+from jaxpeft.numerics._factored import live_features as live_features
+from jaxpeft.numerics._factored import magnitude_ratio as magnitude_ratio
+from jaxpeft.numerics._factored import square_norms as square_norms
 from jaxpeft.numerics._norm import frobenius_norm as frobenius_norm
 from jaxpeft.numerics._norm import gram_distance as gram_distance
 from jaxpeft.numerics._norm import outer_gram_distance as outer_gram_distance
@@ -11,3 +15,5 @@ from jaxpeft.numerics._start import qr_factors as qr_factors
 from jaxpeft.numerics._start import top_factors as top_factors
 from jaxpeft.numerics._svd import SVD as SVD
 from jaxpeft.numerics._svd import svd as svd
+from jaxpeft.numerics._zero import ZERO_STARTS as ZERO_STARTS
+from jaxpeft.numerics._zero import zero_factors as zero_factors

@@ -8,7 +8,6 @@ from adapt_toolbox import (
     distance,
     everything,
     gated,
-    made_of_shape,
     numbers,
     pair,
     prepare,
@@ -16,6 +15,7 @@ from adapt_toolbox import (
 from jax import lax
 
 import jaxpeft as jp
+from benchmarks.hlo import made_of_shape
 
 D, F, L = 12, 20, 3
 
