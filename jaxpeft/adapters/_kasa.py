@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, PeftForm, method
+from jaxpeft.core import (
+    SCALINGS,
+    Adapter,
+    Factors,
+    PeftForm,
+    check_options,
+    check_site_rank,
+    method,
+    scale_leaf,
+)
 from jaxpeft.core._peft import joined, low_rank_leaves, read_lora, starts_plain
 from jaxpeft.numerics import (
     bottom_triplets,
@@ -23,7 +32,6 @@ TRUNCATION = {
     "official": lambda d_in, d_out, r: max(0, min(d_in, d_out) - max(0, d_in - r)),
     "none": lambda d_in, d_out, r: 0,
 }
-SCALING = {"alpha/r": lambda r: r, "alpha/sqrt_r": math.sqrt}
 ORTHOGONALITY = {"paper": gram_distance, "official": outer_gram_distance}
 CHOICES = {
     "truncation": tuple(TRUNCATION),
@@ -32,7 +40,7 @@ CHOICES = {
     "orthogonality": tuple(ORTHOGONALITY),
     "reduction": ("mean", "sum"),
     "base": ("separate", "folded"),
-    "scaling": tuple(SCALING),
+    "scaling": tuple(SCALINGS),
     "svd": ("exact", "gram", "inverse"),
 }
 
@@ -159,30 +167,14 @@ def kasa(
         "scaling": scaling,
         "svd": svd,
     }
-    for name, value in given.items():
-        if value not in CHOICES[name]:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(CHOICES[name])}, got {value!r}."
-            )
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(
-            f"`rank` must be a whole number from 1 up, got {rank!r}; "
-            "write kasa(rank=8)."
-        )
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(
-            f"`alpha` must be positive, got {alpha}; write kasa(alpha={2 * rank})."
-        )
-    for name, value in {"beta": beta, "gamma": gamma}.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(
-                f"`{name}` must be at least 0, got {value}; write kasa({name}=0) to "
-                "leave the term out."
-            )
-    if not 0 <= dropout < 1:
-        raise ValueError(
-            f"`dropout` must be in [0, 1), got {dropout}; write kasa(dropout=0.1)."
-        )
+    check_options(
+        "kasa",
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        weights={"beta": beta, "gamma": gamma},
+        choices={name: (value, CHOICES[name]) for name, value in given.items()},
+    )
     if sigma == "ones" and core == "full":
         raise ValueError(
             "`sigma='ones'` fixes the diagonal core and cannot be joined with "
@@ -196,16 +188,10 @@ def kasa(
 
     def init(key, kernel, rank, alpha):
         (d_in, d_out), dtype = kernel.shape, kernel.dtype
-        k = min(d_in, d_out)
-        if not 1 <= rank < k:
-            raise ValueError(
-                f"`rank` must be at least 1 and below {k}, the smaller side of the "
-                f"kernel {[d_in, d_out]}, got {rank}; give this site another with "
-                "rank_pattern, or leave it out with exclude."
-            )
+        check_site_rank(rank, kernel.shape, most=min(d_in, d_out) - 1)
         key_a, key_sigma, key_svd = jax.random.split(key, 3)
         bound = 1 / math.sqrt(d_in)
-        frozen = {"scale": jnp.asarray(alpha / SCALING[scaling](rank), dtype)}
+        frozen = {"scale": scale_leaf(alpha, rank, scaling, dtype)}
         trainable = {
             "a": jax.random.uniform(key_a, (d_in, rank), dtype, -bound, bound),
             "b": jnp.zeros((rank, d_out), dtype),
@@ -304,7 +290,7 @@ def kasa(
             "lora_dropout": dropout,
             "kasa_config": {"beta": beta, "gamma": gamma},
         },
-        alpha=lambda frozen, rank: frozen["scale"] * SCALING[scaling](rank),
+        alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
         read=_read,
         pair=pair,
         redone=True,

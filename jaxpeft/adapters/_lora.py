@@ -6,7 +6,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import Adapter, Factors, PeftForm, method
+from jaxpeft.core import (
+    SCALINGS,
+    Adapter,
+    Factors,
+    PeftForm,
+    check_options,
+    method,
+    scale_leaf,
+)
 from jaxpeft.core._peft import (
     LORA_KINDS,
     low_rank_leaves,
@@ -16,7 +24,6 @@ from jaxpeft.core._peft import (
 )
 
 INITS = ("uniform", "gaussian", "embedding")
-SCALINGS = {"alpha/r": lambda r: r, "alpha/sqrt_r": math.sqrt}
 
 
 @method
@@ -86,25 +93,64 @@ def lora(
         its code, and HF PEFT after it, draw it uniformly as above. Several JAX
         libraries use ``he_uniform``, which is sqrt(6) times wider.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(
-            f"`rank` must be a whole number from 1 up, got {rank!r}; "
-            "write lora(rank=8)."
-        )
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(
-            f"`alpha` must be positive, got {alpha}; write lora(alpha={2 * rank})."
-        )
-    if not 0 <= dropout < 1:
-        raise ValueError(
-            f"`dropout` must be in [0, 1), got {dropout}; write lora(dropout=0.1)."
-        )
-    if init not in INITS:
-        raise ValueError(f"`init` must be one of {', '.join(INITS)}, got {init!r}.")
-    if scaling not in SCALINGS:
-        raise ValueError(
-            f"`scaling` must be one of {', '.join(SCALINGS)}, got {scaling!r}."
-        )
+    return _low_rank("lora", rank, alpha, dropout, init, scaling)
+
+
+@method
+def rslora(
+    rank: int = 8,
+    alpha: int | float | None = None,
+    dropout: int | float = 0.0,
+    init: Literal["uniform", "gaussian", "embedding"] = "uniform",
+) -> Adapter:
+    r"""Returns rsLoRA: LoRA whose scale falls with the root of the rank.
+
+    .. math:: y = x W + s\, (z a)\, b, \qquad s = \alpha / \sqrt r
+
+    so that outputs and gradients keep their size as the rank grows. All else is
+    ``lora``'s, and this is ``lora(scaling="alpha/sqrt_r")`` under its own name.
+
+    Notation:
+        paper          HF PEFT            here
+        gamma_r        use_rslora=True    scale, a frozen scalar
+
+    Args:
+        rank: r, at least 1; ``rank_pattern`` of ``attach`` overrides it per site.
+        alpha: numerator of the scale; ``None`` means ``rank``, a scale of sqrt(r).
+        dropout: as in ``lora``.
+        init: as in ``lora``.
+
+    Returns:
+        An ``Adapter`` with trainable ``a [d_in, r]`` and ``b [r, d_out]`` and frozen
+        ``scale``.
+
+    Raises:
+        ValueError: a value outside of what is allowed.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+        >>> adapted = jp.attach(
+        ...     params, rslora(rank=4, alpha=8), ["query"], key=jax.random.key(0)
+        ... )
+        >>> float(adapted["query"]["kernel"].frozen["scale"])
+        4.0
+
+    References:
+        Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA,
+        arXiv 2312.03732. HF PEFT: ``use_rslora``.
+    """
+    return _low_rank("rslora", rank, alpha, dropout, init, "alpha/sqrt_r")
+
+
+def _low_rank(name, rank, alpha, dropout, init, scaling) -> Adapter:
+    check_options(
+        name,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        choices={"init": (init, INITS), "scaling": (scaling, SCALINGS)},
+    )
 
     def init_leaves(key, kernel, rank, alpha):
         if rank < 1:
@@ -118,7 +164,7 @@ def lora(
             a = jax.random.normal(key, a.shape, dtype) / rank
         else:
             b = jax.random.normal(key, b.shape, dtype)
-        scale = jnp.asarray(alpha / SCALINGS[scaling](rank), dtype)
+        scale = scale_leaf(alpha, rank, scaling, dtype)
         return {"scale": scale}, {"a": a, "b": b}
 
     def factors(kernel, frozen, trainable):
@@ -133,7 +179,8 @@ def lora(
         from_leaves=from_leaves,
         fields={"use_rslora": scaling == "alpha/sqrt_r", "lora_dropout": dropout},
         alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
-        read=_read,
+        # A file's config is one method's: there, this scale is an option of LoRA's.
+        read=_read if name == "lora" else None,
         pair=lambda frozen, trainable: (
             trainable["a"],
             scaled(frozen, trainable["b"]),

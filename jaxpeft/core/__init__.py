@@ -18,6 +18,7 @@ from jaxpeft.core._options import check_options as check_options
 from jaxpeft.core._options import check_site_rank as check_site_rank
 from jaxpeft.core._options import scale_leaf as scale_leaf
 from jaxpeft.core._peft import PeftForm as PeftForm
+from jaxpeft.core._residual import residual_pair as residual_pair
 from jaxpeft.core._tree import combine as combine
 from jaxpeft.core._tree import count as count
 from jaxpeft.core._tree import detach as detach

@@ -1,0 +1,10 @@
+"""Where adapters sit, and how much rank each gets: functions over adapted trees."""
+
+from jaxpeft.allocate._finalise import finalise as finalise
+from jaxpeft.allocate._finalise import kept_ranks as kept_ranks
+from jaxpeft.allocate._importance import Allocation as Allocation
+from jaxpeft.allocate._importance import ImportanceState as ImportanceState
+from jaxpeft.allocate._importance import budgets as budgets
+from jaxpeft.allocate._importance import importance as importance
+from jaxpeft.allocate._importance import most_important as most_important
+from jaxpeft.allocate._importance import scores as scores

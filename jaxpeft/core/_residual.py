@@ -1,0 +1,69 @@
+"""A trained pair that starts as a part of the kernel, and leaves the rest of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._options import SCALINGS, check_site_rank, scale_leaf
+
+
+def residual_pair(
+    start: Callable[..., tuple[Any, Any]],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    scaling: str,
+    residual: str,
+) -> Adapter:
+    r"""Returns the adapter of a low-rank pair that starts at given factors.
+
+    .. math:: y = x W - s\, (x a_0)\, b_0 + s\, (z a)\, b, \qquad
+              a = a_0,\ b = b_0 \text{ at the start}
+
+    so that the output at the start is the base's, and what is trained is a part of
+    the kernel itself.
+
+    Args:
+        start: ``(key, kernel [d_in, d_out], rank, scale) -> (a_0, b_0)``; ``scale``
+            is a Python number.
+        rank: the rank where no pattern says another.
+        alpha: the numerator of the scale where no pattern says another.
+        dropout: probability of dropping an entry of ``z``; ``a_0, b_0`` see ``x``.
+        scaling: a name in ``SCALINGS``.
+        residual: "separate" leaves the kernel alone and carries the subtraction
+            along; "folded" stores ``W - s a_0 b_0`` in its place.
+
+    Returns:
+        An ``Adapter`` with trainable ``a [d_in, r]`` and ``b [r, d_out]``, and frozen
+        ``scale``, ``a0`` and ``b0``.
+    """
+
+    def init(key, kernel, rank, alpha):
+        check_site_rank(rank, kernel.shape)
+        a0, b0 = start(key, kernel, rank, alpha / SCALINGS[scaling](rank))
+        scale = scale_leaf(alpha, rank, scaling, kernel.dtype)
+        return {"scale": scale, "a0": a0, "b0": b0}, {"a": a0, "b": b0}
+
+    def factors(kernel, frozen, trainable):
+        del kernel
+        scale = frozen["scale"]
+        fixed = None if residual == "folded" else (frozen["a0"], -scale * frozen["b0"])
+        return Factors(a=trainable["a"], b=scale * trainable["b"], fixed=fixed)
+
+    def part(frozen):
+        product = jnp.matmul(frozen["a0"], frozen["b0"], precision="highest")
+        return frozen["scale"] * product
+
+    folded = residual == "folded"
+    return Adapter(
+        init=init,
+        factors=factors,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        fold=(lambda kernel, frozen: kernel - part(frozen)) if folded else None,
+        unfold=(lambda kernel, frozen: kernel + part(frozen)) if folded else None,
+    )
