@@ -117,8 +117,7 @@ def node_in(tree, *modules):
     """The adapted leaf of a module: its kernel, for some methods its bias."""
     for module in modules:
         tree = tree[module]
-    (node,) = nodes(tree)
-    return node
+    return max(nodes(tree), key=lambda node: node.base.ndim)
 
 
 def replaces_kernel(node):
