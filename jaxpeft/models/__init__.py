@@ -2,10 +2,13 @@
 
 from jaxpeft.models._bert import Bert as Bert
 from jaxpeft.models._bert import mean_pool as mean_pool
+from jaxpeft.models._build import abstract as abstract
+from jaxpeft.models._build import from_config as from_config
+from jaxpeft.models._build import init as init
+from jaxpeft.models._cache import init_cache as init_cache
 from jaxpeft.models._config import BertConfig as BertConfig
-from jaxpeft.models._load import abstract as abstract
-from jaxpeft.models._load import from_config as from_config
-from jaxpeft.models._load import init as init
+from jaxpeft.models._decoder import Decoder as Decoder
+from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
 from jaxpeft.models._load import load as load
 from jaxpeft.models._load import tokenizer as tokenizer
 from jaxpeft.models._packaged import packaged as packaged

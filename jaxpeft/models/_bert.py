@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpeft.core import ModuleName
 from jaxpeft.models._config import BertConfig, write_config
-from jaxpeft.models._families import module_names
-from jaxpeft.models._layers import (
+from jaxpeft.models._families import bert_names
+from jaxpeft.models._layers import Embeddings, Encoder
+from jaxpeft.models._parts import (
     REMAT,
-    Embeddings,
-    Encoder,
     Part,
     at_least_float32,
+    check_known,
     dense,
 )
 
@@ -43,7 +43,8 @@ class Bert(nn.Module):
       remat: None, or what a layer keeps for its backward pass: ``"full"``
         recomputes everything, ``"dots"`` keeps the results of all matmuls,
         ``"dots_no_batch"`` those without batch dimensions (not the attention
-        scores), ``"names"`` only what the model's own projections return.
+        scores), ``"names"`` only what projections return, also before an
+        adapter scales it.
     """
 
     config: BertConfig
@@ -56,12 +57,7 @@ class Bert(nn.Module):
 
     def __post_init__(self) -> None:
         """Refuses unknown names."""
-        for name, value, known in (
-            ("head", self.head, HEADS),
-            ("remat", self.remat, (None, *REMAT)),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` is {value!r}; known are {list(known)}.")
+        check_known(head=(self.head, HEADS), remat=(self.remat, (None, *REMAT)))
         super().__post_init__()
 
     @property
@@ -74,7 +70,7 @@ class Bert(nn.Module):
     @property
     def names(self) -> tuple[ModuleName, ...]:
         """The modules by their names in transformers' class and in our tree."""
-        return module_names(
+        return bert_names(
             self.config.model_type,
             head=self.head is not None,
             scanned=self.scan_layers,

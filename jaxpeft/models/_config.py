@@ -5,12 +5,10 @@ Every field that changes the function is either read or refused by name. All oth
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-# Every hidden_act that is implemented.
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
+from jaxpeft.models._parts import ACTIVATIONS
 
 # What transformers assumes for a field that config.json leaves out.
 _DEFAULTS = {
@@ -31,6 +29,7 @@ _FAMILY_DEFAULTS = {
     "bert": {"vocab_size": 30522, "pad_token_id": 0},
     "roberta": {"vocab_size": 50265, "pad_token_id": 1},
 }
+BERTS = tuple(_FAMILY_DEFAULTS)
 
 _FLOATS = (
     "hidden_dropout_prob",
@@ -94,31 +93,18 @@ class BertConfig:
     num_labels: int
 
 
-def read_config(config: Any) -> BertConfig:
+def read_config(raw: Mapping[str, Any]) -> BertConfig:
     """Returns the checked config of a BERT or RoBERTa.
 
     Args:
-      config: the content of a ``config.json``, or a transformers config object.
+      raw: the content of a ``config.json`` whose ``model_type`` is in ``BERTS``.
 
     Raises:
-      ValueError: if ``model_type`` is unknown, or a field that changes the function
-        has a value that is not implemented.
+      ValueError: if a field that changes the function has a value that is not
+        implemented.
     """
-    raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    known = sorted(_FAMILY_DEFAULTS)
-    model_type = raw.get("model_type")
-    if model_type not in _FAMILY_DEFAULTS:
-        near = difflib.get_close_matches(str(model_type), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"`config` has model_type {model_type!r}; known are {known}.{hint}"
-        )
-    for field, fine in _REFUSED.items():
-        if raw.get(field) not in fine:
-            raise ValueError(
-                f"`config` field {field!r} is {raw[field]!r}, which is not "
-                f"implemented for {model_type!r}; only {fine[-1]!r} is."
-            )
+    model_type = raw["model_type"]
+    refuse(raw, _REFUSED)
     values = {
         name: raw.get(name, default)
         for name, default in (_DEFAULTS | _FAMILY_DEFAULTS[model_type]).items()
@@ -126,7 +112,7 @@ def read_config(config: Any) -> BertConfig:
     for name in _FLOATS:
         if values[name] is not None:
             values[name] = float(values[name])  # some files have 0 for 0.0
-    result = BertConfig(model_type=model_type, num_labels=_count_labels(raw), **values)
+    result = BertConfig(model_type=model_type, num_labels=count_labels(raw), **values)
     _check(result)
     return result
 
@@ -153,7 +139,18 @@ def write_config(
     }
 
 
-def _count_labels(raw: Mapping[str, Any]) -> int:
+def refuse(raw: Mapping[str, Any], fine: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses fields whose value is not one of those that are implemented."""
+    for field, values in fine.items():
+        if raw.get(field) not in values:
+            raise ValueError(
+                f"`config` field {field!r} is {raw[field]!r}, which is not "
+                f"implemented for {raw['model_type']!r}; only {values[-1]!r} is."
+            )
+
+
+def count_labels(raw: Mapping[str, Any]) -> int:
+    """Returns the number of classes of a config."""
     if raw.get("num_labels") is not None:
         return int(raw["num_labels"])
     return len(raw.get("id2label") or (0, 1))  # transformers assumes two classes

@@ -9,10 +9,12 @@ from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from jaxpeft.core import ModuleName
+from jaxpeft.models._decoder_families import TRAITS
 
 # kind -> (tensor on disk, our leaf, whether ours is its transpose)
 KINDS = {
     "linear": (("weight", "kernel", True), ("bias", "bias", False)),
+    "conv1d": (("weight", "kernel", False), ("bias", "bias", False)),
     "embedding": (("weight", "embedding", False),),
     "norm": (("weight", "scale", False), ("bias", "bias", False)),
 }
@@ -50,37 +52,45 @@ class Family(NamedTuple):
 
     Attributes:
       prefix: what the base model's names start with inside a model with a head.
-      body: rows of embeddings and layers.
-      head: rows of a sequence-classification head, with the prefix where it has one.
+      heads: first parts of the names of all heads' modules.
+      drawn: those of them that may be absent from a checkpoint, and are drawn then.
       ignored: patterns of tensors no model here has, without the prefix.
     """
 
     prefix: str
-    body: tuple[tuple[str, str, str], ...]
-    head: tuple[tuple[str, str, str], ...]
+    heads: tuple[str, ...]
+    drawn: tuple[str, ...]
     ignored: tuple[str, ...]
 
 
 _BUFFERS = ("*.position_ids", "*.token_type_ids")
+_POOLED = ("pooler", "classifier")
+_DECODER = Family(
+    prefix="model.",
+    heads=("lm_head", "score"),
+    drawn=("score",),
+    ignored=("*.rotary_emb.inv_freq", "qa_outputs.*", "classifier.*"),
+)
 
 FAMILIES = {
-    "bert": Family(
-        prefix="bert.",
-        body=_EMBEDDINGS + _LAYER,
-        head=(
-            ("bert.pooler.dense", "pooler/dense", "linear"),
-            ("classifier", "classifier", "linear"),
-        ),
-        ignored=(*_BUFFERS, "cls.*", "qa_outputs.*"),
-    ),
+    "bert": Family("bert.", _POOLED, _POOLED, (*_BUFFERS, "cls.*", "qa_outputs.*")),
     "roberta": Family(
-        prefix="roberta.",
-        body=_EMBEDDINGS + _LAYER,
-        head=(
-            ("classifier.dense", "classifier/dense", "linear"),
-            ("classifier.out_proj", "classifier/out_proj", "linear"),
-        ),
-        ignored=(*_BUFFERS, "lm_head.*", "pooler.*", "qa_outputs.*"),
+        "roberta.", _POOLED, _POOLED, (*_BUFFERS, "lm_head.*", "qa_outputs.*")
+    ),
+    **dict.fromkeys(TRAITS, _DECODER),
+    "gpt2": _DECODER._replace(
+        prefix="transformer.", ignored=("*.attn.bias", "*.attn.masked_bias")
+    ),
+}
+
+_HEADS = {
+    "bert": (
+        ("bert.pooler.dense", "pooler/dense", "linear"),
+        ("classifier", "classifier", "linear"),
+    ),
+    "roberta": (
+        ("classifier.dense", "classifier/dense", "linear"),
+        ("classifier.out_proj", "classifier/out_proj", "linear"),
     ),
 }
 
@@ -99,20 +109,18 @@ class Source(NamedTuple):
     transposed: bool
 
 
-def module_names(
-    model_type: str, *, head: bool, scanned: bool
-) -> tuple[ModuleName, ...]:
-    """Returns the names of a model's modules, as transformers' class has them.
+def bert_names(model_type: str, *, head: bool, scanned: bool) -> tuple[ModuleName, ...]:
+    """Returns the names of an encoder's modules, as transformers' class has them.
 
     Args:
-      model_type: a key of ``FAMILIES``.
+      model_type: ``"bert"`` or ``"roberta"``.
       head: whether the model has a head; without one names have no prefix.
       scanned: whether the layers are one stack.
     """
-    family = FAMILIES[model_type]
-    prefix = family.prefix if head else ""
-    rows = [(prefix + theirs, ours, kind) for theirs, ours, kind in family.body]
-    rows += family.head if head else ()
+    prefix = FAMILIES[model_type].prefix if head else ""
+    rows = [(prefix + theirs, ours, kind) for theirs, ours, kind in _EMBEDDINGS]
+    rows += [(prefix + theirs, ours, kind) for theirs, ours, kind in _LAYER]
+    rows += _HEADS[model_type] if head else ()
     return tuple(
         ModuleName(
             theirs, ours.replace("layer_{i}", "layer") if scanned else ours, kind

@@ -7,95 +7,25 @@ float32 whatever ``dtype`` is.
 Shapes: B batch, T tokens, D width, H heads, h = D / H, F feed-forward, L layers.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.models._config import BertConfig
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),  # erf, as in the paper's code
-    "gelu_new": nn.gelu,  # tanh form
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-}
-
-# Which values of a layer's forward pass remain for its backward pass.
-_POLICIES = jax.checkpoint_policies
-REMAT: dict[str, Callable[..., Any]] = {
-    "full": _POLICIES.nothing_saveable,
-    "dots": _POLICIES.dots_saveable,
-    "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
-    "names": _POLICIES.save_only_these_names("projection"),
-}
-
-
-def dense(module: Any, features: int, name: str) -> nn.Dense:
-    """A projection in the dtypes of ``module``, initialised as transformers does."""
-    return nn.Dense(
-        features,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        kernel_init=nn.initializers.normal(module.config.initializer_range),
-        name=name,
-    )
-
-
-def wide(dtype: Any) -> Any:
-    """Float32, or the dtype itself if that is wider."""
-    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
-
-
-def at_least_float32(x: Array) -> Array:
-    return x.astype(wide(x.dtype))
-
-
-class Part(nn.Module):
-    """What every part is built from."""
-
-    config: BertConfig
-    dtype: Any
-    param_dtype: Any
-
-
-class LayerNorm(Part):
-    # nn.LayerNorm mixes dtypes when x or the scale is bfloat16; this one never does.
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        y = at_least_float32(x)
-        centred = y - y.mean(-1, keepdims=True)
-        variance = (centred * centred).mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
-        row = (1,) * (x.ndim - 1) + shape
-        scale, bias = (v.reshape(row).astype(y.dtype) for v in (scale, bias))
-        return (normal * scale + bias).astype(self.dtype)
-
-
-class _Embedding(Part):
-    rows: int
-
-    @nn.compact
-    def __call__(
-        self, ids: Int[Array | np.ndarray, "*batch"]
-    ) -> Float[Array, "*batch d"]:
-        table = self.param(
-            "embedding",
-            nn.initializers.normal(self.config.initializer_range),
-            (self.rows, self.config.hidden_size),
-            self.param_dtype,
-        )
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+from jaxpeft.models._parts import (
+    ACTIVATIONS,
+    REMAT,
+    Embedding,
+    LayerNorm,
+    Part,
+    dense,
+    keep,
+    wide,
+)
 
 
 class Embeddings(Part):
@@ -108,11 +38,11 @@ class Embeddings(Part):
     ) -> Float[Array, "batch tokens d"]:
         config = self.config
         options = (config, self.dtype, self.param_dtype)
-        words = _Embedding(*options, config.vocab_size, name="word_embeddings")
-        types = _Embedding(
+        words = Embedding(*options, config.vocab_size, name="word_embeddings")
+        types = Embedding(
             *options, config.type_vocab_size, name="token_type_embeddings"
         )
-        places = _Embedding(
+        places = Embedding(
             *options, config.max_position_embeddings, name="position_embeddings"
         )
         if token_type_ids is None:
@@ -201,7 +131,7 @@ class _Attention(Part):
         heads = config.num_attention_heads
         split = (*x.shape[:-1], heads, config.hidden_size // heads)
         query, key, value = (
-            _keep(dense(self, config.hidden_size, name)(x)).reshape(split)
+            keep(dense(self, config.hidden_size, name)(x)).reshape(split)
             for name in ("query", "key", "value")
         )
         sums = wide(self.dtype)  # bfloat16 products, added up in float32
@@ -224,8 +154,8 @@ class _Intermediate(Part):
     def __call__(
         self, x: Float[Array, "batch tokens d"]
     ) -> Float[Array, "batch tokens f"]:
-        x = _keep(dense(self, self.config.intermediate_size, "dense")(x))
-        return _ACTIVATIONS[self.config.hidden_act](x)
+        x = keep(dense(self, self.config.intermediate_size, "dense")(x))
+        return ACTIVATIONS[self.config.hidden_act](x)
 
 
 class _Output(Part):
@@ -239,15 +169,10 @@ class _Output(Part):
         x: Float[Array, "batch tokens f"],
         residual: Float[Array, "batch tokens d"],
     ) -> Float[Array, "batch tokens d"]:
-        x = _keep(dense(self, self.config.hidden_size, "dense")(x))
+        x = keep(dense(self, self.config.hidden_size, "dense")(x))
         x = nn.Dropout(
             self.config.hidden_dropout_prob, deterministic=self.deterministic
         )(x)
         return LayerNorm(self.config, self.dtype, self.param_dtype, name="LayerNorm")(
             x + residual
         )
-
-
-def _keep(x: Array) -> Array:
-    """Names a projection's result, for ``remat="names"``."""
-    return checkpoint_name(x, "projection")

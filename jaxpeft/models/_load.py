@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpeft.models._bert import Bert
+from jaxpeft.models._build import abstract, draw_leaves, floating, from_config, places
 from jaxpeft.models._checkpoint import Tensor, list_tensors, opened, read_leaf
-from jaxpeft.models._config import read_config
 from jaxpeft.models._families import FAMILIES, Source, sources
 from jaxpeft.models._match import match
 from jaxpeft.models._packaged import fetch_packaged, packaged
@@ -34,95 +34,7 @@ _HUB_FILES = (
 )
 
 
-def from_config(
-    config: Any,
-    *,
-    head: str | None = None,
-    num_labels: int | None = None,
-    dtype: Any = None,
-    param_dtype: Any = None,
-    scan_layers: bool = False,
-    remat: str | None = None,
-) -> Bert:
-    """Returns the model of a Hugging Face config, without weights.
-
-    Args:
-      config: the content of a ``config.json`` (a mapping), or a transformers config.
-      head: None for hidden states, ``"classification"`` or ``"regression"``.
-      num_labels: classes of the head; by default the config's.
-      dtype: dtype of activations and matmuls; by default ``param_dtype``.
-      param_dtype: dtype of parameters that are drawn; by default float32.
-      scan_layers: whether the layers are one scanned stack.
-      remat: what a layer keeps for its backward pass; see ``Bert``.
-
-    Returns:
-      A Linen module. ``models.init(model, key)`` draws its parameters,
-      ``models.abstract(model)`` gives their shapes.
-
-    Raises:
-      ValueError: if the config is of another family or needs what is not
-        implemented, or an argument is not one of its names.
-
-    Example:
-        >>> model = from_config({"model_type": "bert", "num_hidden_layers": 2})
-        >>> shapes = abstract(model)
-        >>> shapes["encoder"]["layer_1"]["attention"]["query"]["kernel"].shape
-        (768, 768)
-    """
-    known = read_config(config)
-    if head is None and num_labels is not None:
-        raise ValueError(
-            f"`num_labels` is {num_labels} but `head` is None; "
-            "write head='classification'."
-        )
-    if head == "regression":
-        if num_labels not in (None, 1):
-            raise ValueError(f"`num_labels` is {num_labels}; regression has 1.")
-        num_labels = 1
-    num_labels = known.num_labels if num_labels is None else num_labels
-    if num_labels < 1:
-        raise ValueError(f"`num_labels` is {num_labels}; write at least 1.")
-    param_dtype = _floating("param_dtype", param_dtype, jnp.float32)
-    return Bert(
-        known,
-        head=head,
-        num_labels=num_labels,
-        dtype=_floating("dtype", dtype, param_dtype),
-        param_dtype=param_dtype,
-        scan_layers=scan_layers,
-        remat=remat,
-    )
-
-
-def abstract(model: Bert) -> dict[str, Any]:
-    """Returns the parameters of a model as shapes and dtypes, without memory.
-
-    Args:
-      model: what ``from_config`` or ``load`` returned.
-
-    Returns:
-      A nested dict of ``jax.ShapeDtypeStruct``.
-    """
-    return jax.eval_shape(lambda: _draw(model, jax.random.key(0)))
-
-
-def init(model: Bert, key: jax.Array, *, sharding: Any = None) -> dict[str, Any]:
-    """Returns new parameters of a model, as transformers would draw them.
-
-    Kernels and embeddings are normal with the config's ``initializer_range``,
-    biases 0, norm scales 1, in the model's ``param_dtype``.
-
-    Args:
-      model: what ``from_config`` or ``load`` returned.
-      key: a typed key, ``jax.random.key(seed)``.
-      sharding: as for ``load``; every leaf is made where it belongs.
-
-    Returns:
-      A nested dict of arrays.
-    """
-    shapes = flatten_dict(abstract(model), sep="/")
-    places = _places(sharding, {path: leaf.shape for path, leaf in shapes.items()})
-    return unflatten_dict(_draw_leaves(model, key, tuple(shapes), places), sep="/")
+_WORDS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
 
 
 def load(
@@ -136,7 +48,7 @@ def load(
     scan_layers: bool = False,
     remat: str | None = None,
     key: jax.Array | None = None,
-) -> tuple[Bert, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the model of a Hugging Face checkpoint and its parameters.
 
     Every leaf is read straight into its dtype and sharding: a process reads only
@@ -174,8 +86,8 @@ def load(
     tensors = list_tensors(folder)
     stored = _stored_dtype(tensors)
     model = sketch.clone(
-        param_dtype=_floating("param_dtype", param_dtype, stored),
-        dtype=_floating("dtype", dtype, _floating("param_dtype", param_dtype, stored)),
+        param_dtype=floating("param_dtype", param_dtype, stored),
+        dtype=floating("dtype", dtype, floating("param_dtype", param_dtype, stored)),
         scan_layers=scan_layers,
         remat=remat,
     )
@@ -195,23 +107,23 @@ def load(
         tensors,
         wanted,
         shapes,
-        skip_head=head is None or _other_task(config),
+        other_task=_other_task(config),
     )
     if matched.new and key is None:
         raise ValueError(
             f"`key` is needed: {folder} has no {_modules(matched.new)}, which will "
             "be drawn at random. Write key=jax.random.key(0)."
         )
-    places = _places(sharding, shapes)
+    where = places(sharding, shapes)
     leaves = {}
     with opened({t.file for ts in matched.found.values() for t in ts}) as handles:
         for path, parts in matched.found.items():
             to = _leaf_dtype(parts) if param_dtype is None else model.param_dtype
             leaves[path] = _make(
-                handles, parts, wanted[path], shapes[path], to, places[path]
+                handles, parts, wanted[path], shapes[path], to, where[path]
             )
     if matched.new:
-        leaves |= _draw_leaves(model, key, matched.new, places)
+        leaves |= draw_leaves(model, key, matched.new, where)
     _report(str(folder_or_name), len(leaves), matched.new, matched.ignored)
     ordered = {path: leaves[path] for path in shapes}
     return model, unflatten_dict(ordered, sep="/")
@@ -262,17 +174,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON file: {error}.") from error
 
 
-def _floating(name: str, given: Any, default: Any) -> np.dtype:
-    dtype = jnp.dtype(default if given is None else given)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"`{name}` is {dtype.name}; write a floating dtype.")
-    return jax.dtypes.canonicalize_dtype(dtype)  # float64 only where JAX has it
-
-
 def _stored_dtype(tensors: Mapping[str, Tensor]) -> Any:
     """The dtype of the word embeddings, which speaks for the file."""
     for name, tensor in tensors.items():
-        if name.endswith("word_embeddings.weight") and tensor.numpy_dtype is not None:
+        if name.endswith(_WORDS) and tensor.numpy_dtype is not None:
             return tensor.numpy_dtype
     return jnp.float32  # a misfit that `match` reports in full
 
@@ -289,35 +194,6 @@ def _other_task(config: Mapping[str, Any]) -> bool:
     """Whether ``classifier`` in the file scores tokens or choices, not texts."""
     others = ("ForTokenClassification", "ForMultipleChoice")
     return any(name.endswith(others) for name in config.get("architectures") or ())
-
-
-def _places(
-    sharding: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, jax.sharding.Sharding | None]:
-    """The sharding of every leaf, checked against its shape."""
-    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-        places = dict.fromkeys(shapes, sharding)
-    elif callable(sharding):
-        places = {path: sharding(path, shape) for path, shape in shapes.items()}
-    else:
-        places = flatten_dict(dict(sharding), sep="/")
-        if odd := sorted(set(places) ^ set(shapes)):
-            raise ValueError(
-                f"`sharding` is a tree that differs from the parameters in {odd}."
-            )
-    for path, place in places.items():
-        if place is None:
-            continue
-        if not isinstance(place, jax.sharding.Sharding):
-            raise ValueError(
-                f"`sharding` of {path} is {place!r}; write "
-                "jax.sharding.NamedSharding(mesh, spec)."
-            )
-        try:
-            place.shard_shape(shapes[path])
-        except ValueError as error:
-            raise ValueError(f"`sharding` of {path}: {error}") from error
-    return places
 
 
 def _make(
@@ -343,28 +219,6 @@ def _make(
     if place is None:
         return jnp.asarray(block((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, place, block)
-
-
-def _draw(model: Bert, key: jax.Array) -> dict[str, Any]:
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def _draw_leaves(
-    model: Bert,
-    key: jax.Array | None,
-    paths: tuple[str, ...],
-    places: Mapping[str, jax.sharding.Sharding | None],
-) -> dict[str, jax.Array]:
-    """Draws some leaves of a model; XLA drops the work for the others."""
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        raise ValueError(f"`key` is {key!r}; write jax.random.key(seed).")
-
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        drawn = flatten_dict(_draw(model, key), sep="/")
-        return {path: drawn[path] for path in paths}
-
-    where = {path: places[path] for path in paths}
-    return jax.jit(draw, out_shardings=where)(key)
 
 
 def _modules(paths: tuple[str, ...]) -> list[str]:

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from jaxpeft.models._checkpoint import Tensor
 from jaxpeft.models._families import FAMILIES, OLD_NAMES, Source
 
-_BODY = ("embeddings", "encoder")
-
 
 class Match(NamedTuple):
     """What a checkpoint gives to a model.
@@ -33,7 +31,7 @@ def match(
     wanted: Mapping[str, Source],
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    skip_head: bool,
+    other_task: bool,
 ) -> Match:
     """Pairs the leaves of a model with the tensors of a checkpoint.
 
@@ -43,22 +41,21 @@ def match(
       tensors: every tensor on disk, by its name there.
       wanted: the source of every leaf of the model, by path.
       shapes: the shape of every leaf of the model, by path.
-      skip_head: whether ``classifier`` on disk is none of ours: the model has no
-        head, or the checkpoint's is for another task.
+      other_task: whether the checkpoint's classification head is none of ours.
 
     Raises:
       ValueError: listing all missing, unused and misfitting tensors at once.
     """
     family = FAMILIES[model_type]
     by_name, doubles = _canonical(tensors, family.prefix)
-    heads = {path.split("/")[0] for path in wanted} - set(_BODY)
-    patterns = [*family.ignored]
-    patterns += ["classifier.*"] if skip_head else []
-    patterns += [] if "pooler" in heads else ["pooler.*"]
+    heads = {path.split("/")[0] for path in wanted} & set(family.heads)
+    skipped = set(family.heads) - heads
+    skipped |= {"classifier", "score"} & set(family.heads) if other_task else set()
+    patterns = [*family.ignored, *(f"{name}.*" for name in sorted(skipped))]
     ignored = [n for n in by_name if _any_match(n, patterns)]
     present = {name: by_name[name] for name in by_name if name not in set(ignored)}
 
-    new = [path for path in wanted if _is_new(path, wanted, present)]
+    new = [path for path in wanted if _is_new(path, wanted, present, family.drawn)]
     needed = {name for path in wanted if path not in new for name in wanted[path][0]}
     missing = sorted(needed - set(present))
     unused = sorted(set(present) - needed)
@@ -119,11 +116,14 @@ def _any_match(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _is_new(
-    path: str, wanted: Mapping[str, Source], present: Mapping[str, Any]
+    path: str,
+    wanted: Mapping[str, Source],
+    present: Mapping[str, Any],
+    drawn: tuple[str, ...],
 ) -> bool:
     """Whether the whole module of a head, not only a tensor of it, is absent."""
     part = path.split("/")[0]
-    if part in _BODY:
+    if part not in drawn:
         return False
     siblings = [p for p in wanted if p.split("/")[0] == part]
     return not any(name in present for p in siblings for name in wanted[p].tensors)
@@ -133,7 +133,7 @@ def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str:
     text = (
         f"{tensor.name}: {list(tensor.shape)} in the file, {list(shape)} in the model"
     )
-    if "classifier" in tensor.name:
+    if tensor.name.startswith(("classifier", "score")):
         text += (
             f" (pass num_labels={tensor.shape[0]}; or, for a new head, load with "
             "head=None and add the head's leaves from models.init)"

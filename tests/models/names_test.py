@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from decoder_toolbox import CASES, content
 from flax.traverse_util import flatten_dict
 
 from jaxpeft import models
@@ -40,27 +41,39 @@ def named_shapes(model):
     return theirs
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("head", [None, "classification", "regression"])
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_names_are_those_of_the_class_that_the_config_names(
-    tiny, model_type, head, scan_layers
-):
+def assert_names_are_theirs(model):
+    """Every parameter of the class the config names, and nothing else."""
     import torch
     import transformers
 
-    options = {"num_labels": 3} if head == "classification" else {}
-    model = models.from_config(
-        tiny(model_type, pad_token_id=1), head=head, scan_layers=scan_layers, **options
-    )
-    content = json.loads(json.dumps(model.hf_config))
-    config = transformers.AutoConfig.for_model(**content)
+    raw = json.loads(json.dumps(model.hf_config))
+    config = transformers.AutoConfig.for_model(**raw)
     (architecture,) = config.architectures
     with torch.device("meta"):
         theirs = getattr(transformers, architecture)(config)
-    shapes = {name: tuple(x.shape) for name, x in theirs.named_parameters()}
-    unused = {"pooler.dense.weight", "pooler.dense.bias"} if head is None else set()
-    wanted = {name: shape for name, shape in shapes.items() if name not in unused}
-    assert named_shapes(model) == wanted
-    again = models.from_config(content, head=head, scan_layers=scan_layers)
-    assert again.hf_config == content
+    wanted = {name: tuple(x.shape) for name, x in theirs.named_parameters()}
+    ours = named_shapes(model)
+    pooler = {"pooler.dense.weight", "pooler.dense.bias"}  # a bare BERT's
+    assert ours.items() <= wanted.items() and set(wanted) - set(ours) <= pooler
+    options = {"head": model.head, "scan_layers": model.scan_layers}
+    assert models.from_config(raw, **options).hf_config == raw
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("head", [None, "classification", "regression"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_encoders(tiny, model_type, head, scan_layers):
+    options = {"num_labels": 3} if head == "classification" else {}
+    config = tiny(model_type, pad_token_id=1)
+    assert_names_are_theirs(
+        models.from_config(config, head=head, scan_layers=scan_layers, **options)
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decoders(case):
+    for head in (None, "causal_lm", "classification"):
+        for scan_layers in (False, True):
+            assert_names_are_theirs(
+                models.from_config(content(case), head=head, scan_layers=scan_layers)
+            )

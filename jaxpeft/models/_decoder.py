@@ -1,0 +1,251 @@
+"""The Llama line and GPT-2 as one Linen module.
+
+Llama (arXiv 2302.13971, 2307.09288, 2407.21783), Mistral (2310.06825), Qwen2
+(2407.10671), Qwen3 (2505.09388), Gemma (2403.08295, 2408.00118, 2503.19786), Phi-3
+(2404.14219), GPT-2. Yi and SmolLM2 are Llamas.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxpeft.core import ModuleName
+from jaxpeft.models._attention import IMPLEMENTATIONS, make_context
+from jaxpeft.models._cache import advance, poison
+from jaxpeft.models._decoder_config import DecoderConfig, write_decoder_config
+from jaxpeft.models._decoder_layers import Stack, is_mixed, norm
+from jaxpeft.models._decoder_names import decoder_names
+from jaxpeft.models._parts import (
+    REMAT,
+    Embedding,
+    at_least_float32,
+    check_known,
+    dense,
+)
+
+HEADS = (None, "causal_lm", "classification", "regression")
+
+
+class Decoder(nn.Module):
+    """A causal decoder, with or without a head.
+
+    Build it with ``models.from_config`` or ``models.load``. Its parameters are
+    ``embed_tokens/embedding``, ``layers/layer_{i}/...`` (scanned:
+    ``layers/layer/...`` with a leading axis of length L), ``norm/scale``, then
+    ``lm_head/kernel`` (unless tied) or ``score/kernel``; inside a layer the names of
+    Hugging Face: ``self_attn/q_proj/kernel``, ``mlp/gate_proj/kernel`` and so on. In
+    GPT-2 they are ``wte``, ``wpe``, ``h/layer_{i}/...`` and ``ln_f``.
+
+    Attributes:
+      config: sizes and constants.
+      head: None, ``"causal_lm"``, ``"classification"`` or ``"regression"``.
+      num_labels: width of a classification head; 1 for regression.
+      dtype: dtype of activations and matmuls.
+      param_dtype: dtype of parameters drawn by ``init``.
+      scan_layers: whether the layers are one scanned stack.
+      remat: None, or what a layer keeps for its backward pass: ``"full"``
+        recomputes everything, ``"dots"`` keeps the results of all matmuls,
+        ``"dots_no_batch"`` those without batch dimensions (not the attention
+        scores), ``"names"`` only what projections return, also before an adapter
+        scales it.
+      attention: of ``jax.nn.dot_product_attention``, its ``implementation``:
+        None, ``"xla"`` or ``"cudnn"`` (flash attention on NVIDIA GPUs, in
+        bfloat16 or float16).
+    """
+
+    config: DecoderConfig
+    head: str | None = None
+    num_labels: int = 2
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = False
+    remat: str | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses unknown names."""
+        check_known(
+            head=(self.head, HEADS),
+            remat=(self.remat, (None, *REMAT)),
+            attention=(self.attention, IMPLEMENTATIONS),
+        )
+        super().__post_init__()
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """Roles of the axes of kernels with more than two, for ``jp.attach``."""
+        if not self.scan_layers:
+            return {}
+        return {".*(layers|h)/layer/.*kernel": "layer in out"}
+
+    @property
+    def names(self) -> tuple[ModuleName, ...]:
+        """The modules by their names in transformers' class and in our tree."""
+        return decoder_names(self.config, self.head, self.scan_layers)
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """The content of a ``config.json`` that transformers opens."""
+        return write_decoder_config(self.config, self.head, self.num_labels)
+
+    def setup(self) -> None:
+        """Names the parts as the family does."""
+        config, options = self.config, (self.config, self.dtype, self.param_dtype)
+        gpt2 = config.model_type == "gpt2"
+        stack = Stack(*options, self.scan_layers, self.remat, self.attention, name=None)
+        words = Embedding(*options, config.vocab_size)
+        if gpt2:
+            self.wte, self.h, self.ln_f = words, stack, norm(self, None)
+            self.wpe = Embedding(*options, config.max_position_embeddings)
+        else:
+            self.embed_tokens, self.layers, self.norm = words, stack, norm(self, None)
+        self.embedding_dropout = nn.Dropout(config.embd_pdrop)
+        if self.head == "causal_lm" and not config.tie_word_embeddings:
+            self.lm_head = _head(self, config.vocab_size)
+        if self.head in ("classification", "regression"):
+            self.score = _head(self, self.num_labels)
+
+    def __call__(
+        self,
+        input_ids: Int[Array | np.ndarray, "batch tokens"],
+        attention_mask: Shaped[Array | np.ndarray, "batch tokens"] | None = None,
+        *,
+        positions: Int[Array | np.ndarray, "#batch tokens"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "batch tokens"] | None = None,
+        cache: dict[str, Any] | None = None,
+        deterministic: bool = True,
+        hidden_states: bool = False,
+    ) -> Any:
+        """Returns logits, or the last hidden state when the model has no head.
+
+        Args:
+          input_ids: token ids, in [0, vocab_size); one outside gives NaN.
+          attention_mask: 1 at tokens, 0 at padding, on either side; None: no padding.
+          positions: of the tokens in their text; None: 0, 1, ... in every row, with a
+            cache from its index on.
+          segment_ids: of packed texts: a token sees only its own segment. Give each
+            text its own ``positions``, too.
+          cache: what ``models.init_cache`` or an earlier call returned; the tokens
+            are written behind those in it, and see them.
+          deterministic: without dropout. With False, ``apply`` needs
+            ``rngs={"dropout": key}``.
+          hidden_states: whether to return the hidden states as well.
+
+        Returns:
+          In float32 at least, logits [batch, tokens, V] of the next token, or
+          [batch, num_labels] at the last token that is no padding (neither by
+          ``attention_mask`` nor by the config's ``pad_token_id``). Without a head the
+          last hidden state [batch, tokens, D], which ``method="logits"`` turns into
+          logits of a language model. With ``hidden_states=True`` a pair of that and
+          [L + 1, batch, tokens, D]: the embeddings, then every layer's output, the
+          last one normed. With a cache a pair of all that and the cache, filled.
+
+        Raises:
+          ValueError: if the text is longer than the model allows and ``positions``
+            are not given, or the arguments do not go together.
+        """
+        tokens = input_ids.shape[1]
+        positions = self._positions(tokens, positions, cache)
+        mask, index, slots = attention_mask, None, None
+        if cache is not None:
+            if segment_ids is not None:
+                raise ValueError(
+                    "`segment_ids` and `cache` do not go together; write one text a "
+                    "row to fill a cache."
+                )
+            cache = advance(cache, input_ids.shape, attention_mask)
+            index, slots = cache["index"] - tokens, cache["mask"].shape[1]
+            mask = cache["mask"]
+        context = make_context(
+            self.config,
+            positions,
+            mask,
+            segment_ids,
+            index=index,
+            slots=slots,
+            explicit=self.scan_layers and is_mixed(self.config),
+        )
+        x = self._embed(input_ids, positions, deterministic)
+        gpt2 = self.config.model_type == "gpt2"
+        stack, last_norm = (self.h, self.ln_f) if gpt2 else (self.layers, self.norm)
+        x, states, layers = stack(
+            x, context, cache and cache["layers"], deterministic, hidden_states
+        )
+        x = last_norm(x)
+        if hidden_states:
+            states = jnp.concatenate([states[:-1], x[None]])
+        if self.head == "causal_lm":
+            x = self.logits(x)
+        elif self.head is not None:
+            x = at_least_float32(self.score(self._last(x, input_ids, attention_mask)))
+        out = (x, states) if hidden_states else x
+        if cache is None:
+            return out
+        return poison(out, index, tokens, slots), {**cache, "layers": layers}
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch v"]:
+        """Returns logits of the next token, in float32 at least.
+
+        With this, ``apply(..., method="logits")``, a part of the hidden states of
+        the same model without a head, ``model.clone(head=None)``, can be read out:
+        the last token's in generation, a chunk at a time in a loss.
+
+        Args:
+          hidden: last hidden states.
+
+        Raises:
+          ValueError: if the model has no language-model head.
+        """
+        if self.head != "causal_lm":
+            raise ValueError(
+                f"`head` is {self.head!r}; only head='causal_lm' gives logits of "
+                "tokens."
+            )
+        gpt2 = self.config.model_type == "gpt2"
+        if not self.config.tie_word_embeddings:
+            out = self.lm_head(hidden)
+        else:
+            out = (self.wte if gpt2 else self.embed_tokens).attend(hidden)
+        out, cap = at_least_float32(out), self.config.final_logit_softcapping
+        return out if cap is None else jnp.tanh(out / cap) * cap
+
+    def _positions(self, tokens: int, positions: Any, cache: Any) -> Array:
+        longest = self.config.max_position_embeddings
+        if positions is not None:
+            return jnp.asarray(positions)
+        if tokens > longest:
+            raise ValueError(
+                f"`input_ids` have {tokens} tokens; the model allows {longest}. "
+                "Truncate the texts, or give `positions`."
+            )
+        steps = jnp.arange(tokens, dtype=jnp.int32)[None]
+        return steps if cache is None else steps + cache["index"]
+
+    def _embed(self, input_ids: Any, positions: Array, deterministic: bool) -> Array:
+        if self.config.model_type == "gpt2":
+            x = self.wte(input_ids) + jnp.broadcast_to(
+                self.wpe(positions), (*input_ids.shape, self.config.hidden_size)
+            )
+        else:
+            x = self.embed_tokens(input_ids)
+        if self.config.traits.scaled_embedding:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        return self.embedding_dropout(x, deterministic=deterministic)
+
+    def _last(self, x: Array, input_ids: Any, attention_mask: Any) -> Array:
+        """The state of each row's last token that is no padding."""
+        real = jnp.ones(input_ids.shape, bool)
+        if attention_mask is not None:
+            real = real & jnp.asarray(attention_mask).astype(bool)
+        if self.config.pad_token_id is not None:
+            real = real & (jnp.asarray(input_ids) != self.config.pad_token_id)
+        places = jnp.arange(input_ids.shape[1])[None]
+        last = jnp.max(jnp.where(real, places, 0), axis=1)
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def _head(module: Decoder, features: int) -> nn.Dense:
+    return dense(module, features, None, use_bias=False)
