@@ -21,7 +21,7 @@ import jax
 import ml_collections
 
 import jaxpeft as jp
-from jaxpeft import adapters, data, interop, models, training
+from jaxpeft import adapters, allocate, data, interop, models, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
@@ -122,7 +122,14 @@ def _run(config, workdir, stack):
     # ---------------------------------- Update step -----------------------------------
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    state = training.init_state(trainable, optimizer, key=next(keys), mesh=mesh)
+    allocation = None
+    if config.allocate is not None:
+        allocation = training.call_named(
+            allocate, config.allocate, "allocate", total_steps=total_steps
+        )
+    state = training.init_state(
+        trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
+    )
     forward = training.model_forward(model, mesh=mesh, dropout=config.model.dropout)
     loss = training.squared_error if task.regression else training.cross_entropy
     step_fn = training.train_step(
@@ -134,6 +141,7 @@ def _run(config, workdir, stack):
         mesh=mesh,
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,
+        allocation=allocation,
     )
 
     # ----------------------------------- Evaluation -----------------------------------

@@ -93,6 +93,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
         eps=1e-8,
         weight_decay=decay,
     )
+    config.allocate = None
     config.clip_norm = None
     config.train_for = f"{epochs} epochs"
     config.evaluate_every = "1 epoch"

@@ -53,6 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
     )
+    config.allocate = None
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "200 steps"  # or epochs
     config.evaluate_every = "50 steps"  # on the validation rows; saves a checkpoint

@@ -237,13 +237,15 @@ class Checkpointer:
             number, args=args.Composite(state=args.StandardRestore(abstract))
         ).state
         key = jax.random.wrap_key_data(found.pop("key"), impl=meta["key"])
-        parts = {n: _below(n, found) for n in ("trainable", "opt_state", "fixed")}
+        names = ("trainable", "opt_state", "allocation", "fixed")
+        parts = {n: _below(n, found) for n in names}
         new_state = TrainState(
             trainable=unflat(state.trainable, parts["trainable"]),
             opt_state=unflat(state.opt_state, parts["opt_state"]),
             step=found["step"],
             key=jax.device_put(key, state.key.sharding),
             bad_step=jax.device_put(np.int32(-1), state.bad_step.sharding),
+            allocation=unflat(state.allocation, parts["allocation"]),
         )
         kept = {n: x for n, x in flat(frozen).items() if n not in parts["fixed"]}
         return Restored(
@@ -306,6 +308,7 @@ def _leaves(state: TrainState, frozen: Any, key_data: Any) -> dict[str, Any]:
     """Everything a checkpoint holds, by name."""
     named = {f"trainable/{n}": x for n, x in flat(state.trainable).items()}
     named |= {f"opt_state/{n}": x for n, x in flat(state.opt_state).items()}
+    named |= {f"allocation/{n}": x for n, x in flat(state.allocation).items()}
     named |= {f"fixed/{n}": x for n, x in _fixed(frozen).items()}
     return {**named, "step": state.step, "key": key_data}
 

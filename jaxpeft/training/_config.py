@@ -263,7 +263,9 @@ def count_steps(text: str, steps_per_epoch: int, *, field: str) -> int:
     return steps
 
 
-def call_named(namespace: Any, fields: ml_collections.ConfigDict, section: str) -> Any:
+def call_named(
+    namespace: Any, fields: ml_collections.ConfigDict, section: str, **known: Any
+) -> Any:
     """Calls the function that ``fields.name`` names, with the other fields.
 
     Args:
@@ -271,6 +273,7 @@ def call_named(namespace: Any, fields: ml_collections.ConfigDict, section: str) 
             ``jaxpeft.adapters``.
         fields: a section of a config: ``name`` and that function's arguments.
         section: where ``fields`` stands in the config, for messages: ``"adapter"``.
+        **known: arguments that the run knows by itself, such as ``total_steps``.
 
     Returns:
         what the function returns.
@@ -301,4 +304,4 @@ def call_named(namespace: Any, fields: ml_collections.ConfigDict, section: str) 
                 f"`config.{section}.{key}`: {name} takes no such argument; nearest: "
                 f"{_near(key, list(allowed)) or 'none'}, all: {', '.join(allowed)}."
             )
-    return function(**arguments)
+    return function(**arguments, **known)

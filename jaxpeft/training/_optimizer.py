@@ -272,7 +272,7 @@ def _map_leaves(f: Callable[[AdaptedKernel, str], Any], trainable: Any) -> Any:
 
 def _whole(node: AdaptedKernel) -> bool:
     """Whether the node trains the leaf itself rather than factors beside it."""
-    return node.adapter.leaves == "any"
+    return node.adapter.leaves != "kernel"
 
 
 def _leaf_kinds(trainable: Any, given: Mapping[str, str]) -> dict[tuple[str, str], str]:
@@ -308,7 +308,7 @@ def _leaf_kinds(trainable: Any, given: Mapping[str, str]) -> dict[tuple[str, str
 
 
 def _group(node: AdaptedKernel, kind: str | None, head: bool, embedding: bool) -> str:
-    if _whole(node):
+    if node.adapter.leaves == "any":
         if head:
             return HEAD
     elif embedding and node.site.path.rpartition("/")[2] == "embedding":

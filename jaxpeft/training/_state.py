@@ -8,7 +8,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxpeft.core import flat
+from jaxpeft.allocate import Allocation
+from jaxpeft.core import flat, unflat
 from jaxpeft.training._mesh import replicated
 from jaxpeft.training._optimizer import Optimizer
 
@@ -40,6 +41,7 @@ class TrainState(NamedTuple):
         key: the typed key of the run; each step folds its own number in.
         bad_step: the number (from 1) of the first update that was not finite, -1
             while there was none. From then on nothing changes any more.
+        allocation: the state of what decides about ranks; empty without it.
     """
 
     trainable: PyTree
@@ -47,10 +49,16 @@ class TrainState(NamedTuple):
     step: Int[Array, ""] | jax.ShapeDtypeStruct
     key: Key[Array, ""] | jax.ShapeDtypeStruct
     bad_step: Int[Array, ""] | jax.ShapeDtypeStruct
+    allocation: PyTree = ()
 
 
 def init_state(
-    trainable: Any, optimizer: Optimizer, *, key: Any, mesh: Mesh
+    trainable: Any,
+    optimizer: Optimizer,
+    *,
+    key: Any,
+    mesh: Mesh,
+    allocation: Allocation | None = None,
 ) -> TrainState:
     """Makes the state of step 0.
 
@@ -61,10 +69,11 @@ def init_state(
         optimizer: from ``training.adamw``.
         key: a typed key.
         mesh: the mesh.
+        allocation: what decides about ranks, such as ``allocate.importance``.
 
     Returns:
-        The state; moments lie where their parameters lie. Abstract if ``trainable``
-        is.
+        The state; moments and scores lie where their parameters lie. Abstract if
+        ``trainable`` is.
 
     Raises:
         ValueError: a leaf is not on the mesh.
@@ -89,7 +98,8 @@ def init_state(
         zero = jnp.zeros((), jnp.int32)
         with jax.numpy_dtype_promotion("standard"):
             opt_state = optimizer.transform.init(trainable)
-        return TrainState(copied, opt_state, zero, key, zero - 1)
+        ranks = () if allocation is None else allocation.init(trainable)
+        return TrainState(copied, opt_state, zero, key, zero - 1, ranks)
 
     shapes = jax.eval_shape(init, trainable, key)
     state_where = TrainState(
@@ -102,6 +112,7 @@ def init_state(
             transform_non_params=lambda _: whole,
         ),
         *(whole,) * 3,
+        _beside(shapes.allocation, where, whole),
     )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trainable)):
         return jax.tree.map(
@@ -110,6 +121,13 @@ def init_state(
             state_where,
         )
     return jax.jit(init, out_shardings=state_where)(trainable, key)
+
+
+def _beside(allocation: Any, where: Any, whole: NamedSharding) -> Any:
+    """Shardings of trees that are named as the trainable leaves are, as theirs."""
+    mine = flat(where)
+    named = {n: mine.get(n.partition("/")[2], whole) for n in flat(allocation)}
+    return unflat(allocation, named)
 
 
 def check_finite(state: TrainState) -> None:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import core
+from jaxpeft.allocate import Allocation
 from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
 from jaxpeft.training._optimizer import Optimizer
 from jaxpeft.training._state import TrainState
@@ -129,6 +130,7 @@ def train_step(
     mesh: Mesh,
     accumulate: int = 1,
     clip_norm: float | None = None,
+    allocation: Allocation | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     r"""Compiles (at its first call) one update of the trainable leaves.
 
@@ -152,6 +154,9 @@ def train_step(
         mesh: the mesh.
         accumulate: cut the batch into so many micro-batches, run one after another.
         clip_norm: the largest global norm of the gradient; ``None``: no clipping.
+        allocation: what decides about ranks (``allocate.importance``), the one that
+            ``init_state`` was given. It sees the updated leaves and the gradient of
+            the loss and the penalty, clipped as the optimiser has it.
 
     Returns:
         ``step(state, frozen, batch) -> (state, metrics)``, a ``jax.jit`` object.
@@ -220,6 +225,9 @@ def train_step(
                 grads, state.opt_state, trainable
             )
             updated = optax.apply_updates(trainable, updates)
+        ranks = state.allocation
+        if allocation is not None:
+            ranks, updated = allocation.update(ranks, updated, grads, state.step + 1)
         total = value + penalty
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         good = finite & (state.bad_step < 0)
@@ -232,6 +240,7 @@ def train_step(
             bad_step=jnp.where(
                 good | (state.bad_step >= 0), state.bad_step, state.step + 1
             ),
+            allocation=jax.tree.map(keep, ranks, state.allocation),
         )
         metrics = {
             "loss": value,

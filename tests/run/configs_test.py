@@ -21,7 +21,8 @@ SETTINGS = list(itertools.product(GLUE, ("base", "large")))
 def test_it_is_locked_and_has_every_field(path):
     config, quickstart = training.load_config(path), training.load_config(QUICKSTART)
     assert config.is_locked
-    sections = {"adapter", "data"}  # these hold what the method and the task take
+    # These hold what the method, its allocation and the task take.
+    sections = {"adapter", "allocate", "data"}
     fields = lambda c: {
         name for name in training.flat_config(c) if name.split(".")[0] not in sections
     }

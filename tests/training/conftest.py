@@ -88,6 +88,7 @@ def make_run():
         dropout=0.0,
         optimizer=None,
         loss=training.cross_entropy,
+        allocation=None,
         **options,
     ):
         mesh = training.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
@@ -108,8 +109,11 @@ def make_run():
             optimizer = training.adamw(
                 trainable, total_steps=50, learning_rate=1e-2, weight_decay=0.01
             )
-        state = training.init_state(trainable, optimizer, key=keys[3], mesh=mesh)
+        state = training.init_state(
+            trainable, optimizer, key=keys[3], mesh=mesh, allocation=allocation
+        )
         forward = training.model_forward(model, mesh=mesh, dropout=dropout > 0)
+        options["allocation"] = allocation
         step = training.train_step(
             forward, loss, optimizer, state, frozen, mesh=mesh, **options
         )

@@ -179,3 +179,26 @@ def test_trees_that_are_not_trainable_are_refused(trainable):
         training.adamw(
             {"w": jnp.ones(3)}, total_steps=10, learning_rate=0.1, weight_decay=0.1
         )
+
+
+def every_method():
+    found = [getattr(jp.adapters, n) for n in dir(jp.adapters) if n[0] != "_"]
+    return [constructor() for constructor in found if callable(constructor)]
+
+
+@pytest.mark.parametrize("adapter", every_method(), ids=lambda a: a.name)
+def test_every_method_has_groups_and_decay(adapter, keys):
+    """By names, never by axes: a stack's vectors have two and are not decayed."""
+    params = {"up": {"kernel": jnp.ones((2, 400, 300)), "bias": jnp.ones((2, 300))}}
+    run = lambda p, k: jp.attach(p, adapter, ["up"], key=k, axes={"up": "layer in out"})
+    trainable, _ = jp.partition(jax.eval_shape(run, params, next(keys)))
+    kinds = training._optimizer._leaf_kinds(trainable, {})
+    assert kinds
+    for (path, name), kind in kinds.items():
+        axes = len(core.flat(trainable)[f"{path}/{name}"].shape) - 1
+        assert (axes == 1) == (kind == "vector"), (path, name, kind)
+    labels = training.adamw(
+        trainable, total_steps=9, learning_rate=1e-3, lora_plus_ratio=16.0
+    ).schedules
+    vectors = "adapter_fast" in labels
+    assert vectors == bool({"up", "vector"} & set(kinds.values()))

@@ -1,0 +1,103 @@
+"""Ranks that training decides: in the step, in the state, in checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import allocate, training
+
+TOTAL = 6
+
+
+@pytest.fixture
+def make_adaptive(make_run):
+    def make(**options):
+        allocation = allocate.importance(2, total_steps=TOTAL, final_steps=2)
+        return make_run(jp.adalora(rank=4), allocation=allocation, **options)
+
+    return make
+
+
+def advance(run, state, make_batch, start, stop):
+    counts = []
+    for seed in range(start, stop):
+        state, _ = run.step(state, run.frozen, run.put(make_batch(seed=seed)))
+        flat = jp.core.flat(state.trainable)
+        counts += [sum(int(jnp.sum(x != 0)) for n, x in flat.items() if n[-2:] == "/e")]
+    return state, counts
+
+
+def test_the_step_prunes_to_the_budget(make_adaptive, make_batch):
+    run = make_adaptive()
+    held = {n.partition("/")[2] for n in jp.core.flat(run.state.allocation)}
+    assert "query/kernel/a" in held
+    assert not any("classifier" in name for name in held)  # nothing for the head
+    _, counts = advance(run, run.state, make_batch, 0, TOTAL)
+    assert counts == allocate.budgets(8, 4, total_steps=TOTAL, final_steps=2)[1:]
+    assert counts[-3:] == [4, 4, 4]
+
+
+def test_the_step_scores_the_gradient_it_takes(
+    make_run, make_batch, plain_descent, numpy_leaves
+):
+    """Updated leaves times the same step's clipped gradient, penalty included."""
+    run = make_run(
+        jp.adalora(rank=4, gamma=3.0),
+        allocation=allocate.importance(2, total_steps=TOTAL, initial_steps=4),
+        optimizer=plain_descent,
+        clip_norm=0.1,
+    )
+    before = jp.core.flat(jax.tree.map(jnp.copy, run.state.trainable))
+    state, metrics = run.step(run.state, run.frozen, run.put(make_batch()))
+    assert float(metrics["grad_norm"]) > 0.2
+    after = jp.core.flat(state.trainable)
+    seen = jp.core.flat(state.allocation.sensitivity)
+    for name, mean in seen.items():
+        gradient = np.asarray(before[name]) - np.asarray(after[name])
+        expected = 0.15 * np.abs(np.asarray(after[name]) * gradient)
+        np.testing.assert_allclose(mean, expected, rtol=1e-3, atol=1e-9)
+        assert np.any(np.asarray(mean) != 0), name
+
+
+def test_eight_devices_prune_as_one(make_adaptive, make_batch, numpy_leaves):
+    one, many = make_adaptive(), make_adaptive(mesh=(2, 2, 2))
+    where = jp.core.flat(many.state.allocation.sensitivity)
+    trained = jp.core.flat(many.state.trainable)
+    assert all(x.sharding == trained[name].sharding for name, x in where.items())
+    assert any(not x.sharding.is_fully_replicated for x in where.values())
+    states = [advance(run, run.state, make_batch, 0, TOTAL)[0] for run in (one, many)]
+    kept = [numpy_leaves(state.allocation.keep) for state in states]
+    assert all(np.array_equal(kept[0][n], kept[1][n]) for n in kept[0])
+
+
+def test_a_resumed_run_prunes_as_if_it_had_not_stopped(
+    tmp_path, make_adaptive, make_batch, numpy_leaves
+):
+    run, config = make_adaptive(), {"seed": 0}
+    state, _ = advance(run, run.state, make_batch, 0, 3)
+    with training.Checkpointer(tmp_path, config=config) as checkpoints:
+        checkpoints.save(state, run.frozen)
+    expected, _ = advance(run, state, make_batch, 3, TOTAL)
+    again = make_adaptive()
+    with training.Checkpointer(tmp_path, config=config) as checkpoints:
+        restored = checkpoints.restore(again.state, again.frozen).state
+    got, _ = advance(again, restored, make_batch, 3, TOTAL)
+    got, expected = numpy_leaves(got), numpy_leaves(expected)
+    assert got.keys() == expected.keys()
+    assert all(np.array_equal(got[name], expected[name]) for name in got)
+    assert any("sensitivity" in name for name in got)
+
+
+def test_a_step_that_is_not_finite_leaves_the_scores(
+    make_adaptive, make_batch, numpy_leaves
+):
+    run = make_adaptive()
+    state, _ = advance(run, run.state, make_batch, 0, 2)
+    before = numpy_leaves(state.allocation)
+    bad = make_batch(weight=np.zeros(16, np.float32))  # 0 / 0
+    state, _ = run.step(state, run.frozen, run.put(bad))
+    after = numpy_leaves(state.allocation)
+    assert int(state.bad_step) == 3
+    assert all(np.array_equal(after[name], before[name]) for name in after)
