@@ -3,16 +3,20 @@
 **The minimum.** For ``T`` tokens, two FLOPs to a multiply-add:
 
 - a frozen linear ``d_in x d_out``: ``2 T d_in d_out`` forward and the same for the
-  gradient of its input; under full rematerialisation the forward once more, unless
-  the backward pass has no use for its output (the last projection of a pre-norm
-  block: only a sum follows);
+  gradient of its input; a trained one also for its own. Where the backward pass has
+  to make the linear's output again, the forward once more: under full
+  rematerialisation, unless it has no use for that output (the last projection of a
+  pre-norm block: only a sum follows);
 - a low-rank pair of width ``r``: ``2 T r d_in`` for ``h = x a``, ``2 T r d_out`` for
   ``h b``; backward the same two for ``dh`` and the input's gradient, one each for the
-  gradients of ``a`` and ``b`` where something in them trains; recomputed: ``h``, and
-  ``h b`` where the linear's output is. ``h`` is of no use where neither the output
-  is recomputed nor ``b`` trains;
-- attention: two matmuls forward, four backward, two recomputed;
+  gradients of ``a`` and ``b`` where something in them trains; made again: ``h b``
+  where the linear's output is, and ``h`` under any rematerialisation if that or the
+  gradient of ``b`` needs it;
+- attention: two matmuls forward, four backward, two made again;
 - a head: forward and the gradient of its input; a trained head also its own.
+
+What a method computes from its leaves alone, such as norms, is not in the minimum:
+it is what the ratio shows.
 
 All layers of a scan run the same body, so the first layer's input gradient counts
 although nothing below it trains. Penalties and elementwise work do not count.
@@ -21,7 +25,7 @@ although nothing below it trains. Penalties and elementwise work do not count.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +52,20 @@ class Linear:
     output_needed: bool = True
 
 
+class Parts(NamedTuple):
+    """What an adapter makes of a kernel, as far as matmuls go.
+
+    Attributes:
+        pairs: ``(width, whether a trains, whether b trains)`` of each thin pair.
+        scaled: whether inputs or outputs are scaled.
+        kernel_trains: whether the kernel itself does.
+    """
+
+    pairs: tuple[tuple[int, bool, bool], ...]
+    scaled: bool
+    kernel_trains: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A model, its inputs and what is known about its matmuls.
@@ -64,6 +82,10 @@ class Program:
         length: tokens of a sequence.
         width: of the residual stream, for the attention's matmuls.
         outside: FLOPs of the matmuls outside of the layers.
+        remat: what a layer keeps for its backward pass: ``"none"`` (of the
+            rematerialisation: everything stays), ``"full"`` (nothing does) or
+            ``"unscaled"`` (outputs that an adapter scales, before it does).
+        biases: whether the linears have biases.
     """
 
     name: str
@@ -77,6 +99,8 @@ class Program:
     length: int
     width: int
     outside: float
+    remat: str
+    biases: bool
 
     @property
     def tokens(self) -> int:
@@ -84,54 +108,63 @@ class Program:
         return self.batch * self.length
 
     def frozen_flops(self) -> float:
-        """The minimum without adapters: forward, recomputed forward, dX."""
+        """The minimum without adapters: forward, what is made again, dX."""
+        again = self.remat != "none"
         linears = sum(
-            2.0 * self.tokens * w.d_in * w.d_out * (2 + w.output_needed)
+            2.0 * self.tokens * w.d_in * w.d_out * (2 + (again and w.output_needed))
             for w in self.linears
         )
-        attention = 8 * 2.0 * self.batch * self.length**2 * self.width
+        matmuls = 8 if again else 6
+        attention = matmuls * 2.0 * self.batch * self.length**2 * self.width
         return self.layers * (linears + attention) + self.outside
 
-    def minimum(self, pairs: Callable[[int, int], list[tuple]]) -> float:
+    def minimum(self, parts: Parts) -> float:
         """The minimum with an adapter at every linear.
 
         Args:
-            pairs: ``(d_in, d_out) -> [(width, whether a trains, whether b trains)]``,
-                as ``low_rank_pairs`` makes it.
+            parts: of the adapter, from ``parts_of``.
         """
-        low_rank = 0.0
+        more = 0.0
         for w in self.linears:
+            kept = self.remat == "unscaled" and parts.scaled
+            again = self.remat != "none" and w.output_needed and not kept
+            kernel = w.d_in * w.d_out
+            more += 2.0 * self.tokens * kernel * parts.kernel_trains
+            if kept and w.output_needed:  # counted in the frozen step
+                more -= 2.0 * self.tokens * kernel
             both = w.d_in + w.d_out
-            for r, a_trains, b_trains in pairs(w.d_in, w.d_out):
+            for r, a_trains, b_trains in parts.pairs:
                 count = both * 2 + a_trains * w.d_in + b_trains * w.d_out
-                count += both if w.output_needed else b_trains * w.d_in
-                low_rank += 2.0 * self.tokens * r * count
-        return self.frozen_flops() + self.layers * low_rank
+                count += again * w.d_out
+                if self.remat != "none":
+                    count += (b_trains or again) * w.d_in
+                more += 2.0 * self.tokens * r * count
+        if kept and not any(a or b for _, a, b in parts.pairs):
+            # Nothing needs the last projection's input, the mixed values, again.
+            more -= 2.0 * self.batch * self.length**2 * self.width
+        return self.frozen_flops() + self.layers * more
 
 
-def factors_of(adapter: jp.core.Adapter, rank: int, d_in: int, d_out: int):
-    """``trainable -> Factors`` of one random kernel, and the trained leaves."""
+def parts_of(adapter: jp.core.Adapter, rank: int) -> Parts | None:
+    """Reads the parts off one small kernel: they are the method's, not the kernel's.
+
+    Returns:
+        The parts, or ``None`` for a method that does not sit on kernels or that
+        depends on the input.
+    """
+    if adapter.leaves == "bias":
+        return None
+    d_in, d_out = 2 * rank + 3, 2 * rank + 2
     keys = jax.random.split(jax.random.key(0), 3)
     kernel = jax.random.normal(keys[0], (d_in, d_out))
     frozen, trainable = adapter.init(keys[1], kernel, rank, float(rank))
     if adapter.shared is not None:
         frozen |= adapter.shared(keys[2], d_in, d_out, rank, jnp.float32)
-    stirred = jax.tree.map(lambda x: x + 0.1, trainable)
-    return lambda t: adapter.factors(kernel, frozen, t), stirred
-
-
-def low_rank_pairs(
-    adapter: jp.core.Adapter, rank: int
-) -> Callable[[int, int], list[tuple[int, bool, bool]]]:
-    """The thin pairs an adapter makes of a kernel, and what in them trains.
-
-    Returns:
-        ``(d_in, d_out) -> [(width, whether a trains, whether b trains), ...]``.
-    """
-    # Read off one small kernel: both facts are the method's, not the kernel's.
-    d_in, d_out = 2 * rank + 3, 2 * rank + 2
-    factors, trainable = factors_of(adapter, rank, d_in, d_out)
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+    factors = lambda t: adapter.factors(kernel, frozen, t)
     f = factors(trainable)
+    if f.phi is not None:
+        return None
 
     def trains(part):
         gradient = jax.grad(lambda t: jnp.sum(part(factors(t)) ** 2))(trainable)
@@ -143,11 +176,18 @@ def low_rank_pairs(
         pairs.append((f.a.shape[1], *flags))
     if f.fixed is not None:
         pairs.append((f.fixed[0].shape[1], False, False))
-    return lambda d_in, d_out: pairs
+    scaled = f.c is not None or f.o is not None
+    return Parts(tuple(pairs), scaled, f.kernel is not None)
 
 
 def encoder(
-    width: int, hidden: int, layers: int, batch: int, length: int, heads: int = 4
+    width: int,
+    hidden: int,
+    layers: int,
+    batch: int,
+    length: int,
+    heads: int = 4,
+    remat: str = "full",
 ) -> Program:
     """A BERT classifier: post-norm, so every output is needed for its norm."""
     labels, vocabulary = 6, 512
@@ -161,7 +201,11 @@ def encoder(
         "max_position_embeddings": length,
     }
     model = models.from_config(
-        config, head="classification", num_labels=labels, scan_layers=True, remat="full"
+        config,
+        head="classification",
+        num_labels=labels,
+        scan_layers=True,
+        remat=None if remat == "none" else remat,
     )
     params = models.abstract(model)
 
@@ -190,6 +234,8 @@ def encoder(
         length=length,
         width=width,
         outside=pooler + classifier,
+        remat=remat,
+        biases=True,
     )
 
 
@@ -223,12 +269,17 @@ class _Decoder(nn.Module):
     heads: int
     layers: int
     vocabulary: int
+    remat: str
 
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(self.vocabulary, self.width, name="embed")(ids)
-        policy = jax.checkpoint_policies.nothing_saveable
-        block = nn.remat(_Block, prevent_cse=False, policy=policy)
+        block, policies = _Block, jax.checkpoint_policies
+        if self.remat != "none":
+            policy = policies.nothing_saveable
+            if self.remat == "unscaled":
+                policy = policies.save_only_these_names(jp.core.UNSCALED)
+            block = nn.remat(_Block, prevent_cse=False, policy=policy)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -248,9 +299,10 @@ def decoder(
     length: int,
     heads: int = 4,
     vocabulary: int = 512,
+    remat: str = "full",
 ) -> Program:
     """A llama-like language model: pre-norm, so ``down`` is not recomputed."""
-    model = _Decoder(width, hidden, heads, layers, vocabulary)
+    model = _Decoder(width, hidden, heads, layers, vocabulary, remat)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
@@ -277,4 +329,6 @@ def decoder(
         length=length,
         width=width,
         outside=2 * 2.0 * batch * length * width * vocabulary,
+        remat=remat,
+        biases=False,
     )

@@ -44,7 +44,7 @@ class Bert(nn.Module):
         recomputes everything, ``"dots"`` keeps the results of all matmuls,
         ``"dots_no_batch"`` those without batch dimensions (not the attention
         scores), ``"names"`` only what projections return, also before an
-        adapter scales it.
+        adapter scales it, ``"unscaled"`` only the latter.
     """
 
     config: BertConfig

@@ -49,8 +49,8 @@ class Decoder(nn.Module):
       remat: None, or what a layer keeps for its backward pass: ``"full"``
         recomputes everything, ``"dots"`` keeps the results of all matmuls,
         ``"dots_no_batch"`` those without batch dimensions (not the attention
-        scores), ``"names"`` only what projections return, also before an adapter
-        scales it.
+        scores), ``"names"`` only what projections return, also before an
+        adapter scales it, ``"unscaled"`` only the latter.
       attention: of ``jax.nn.dot_product_attention``, its ``implementation``:
         None, ``"xla"`` or ``"cudnn"`` (flash attention on NVIDIA GPUs, in
         bfloat16 or float16).

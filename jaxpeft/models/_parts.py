@@ -32,6 +32,7 @@ REMAT: dict[str, Callable[..., Any]] = {
     "dots": _POLICIES.dots_saveable,
     "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
     "names": _POLICIES.save_only_these_names("projection", UNSCALED),
+    "unscaled": _POLICIES.save_only_these_names(UNSCALED),
 }
 
 
