@@ -31,12 +31,14 @@ def from_config(
 
     Args:
       config: the content of a ``config.json`` (a mapping), or a transformers config.
-      head: None for hidden states, ``"classification"`` or ``"regression"``.
+      head: None for hidden states, ``"classification"``, ``"regression"``, and for
+        decoders ``"causal_lm"``.
       num_labels: classes of the head; by default the config's.
       dtype: dtype of activations and matmuls; by default ``param_dtype``.
       param_dtype: dtype of parameters that are drawn; by default float32.
       scan_layers: whether the layers are one scanned stack.
-      remat: what a layer keeps for its backward pass; see ``Bert``.
+      remat: what a layer keeps for its backward pass; see ``Bert`` and
+        ``Decoder``.
 
     Returns:
       A Linen module. ``models.init(model, key)`` draws its parameters,

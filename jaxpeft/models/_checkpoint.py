@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from jaxpeft.models._families import Source
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+CHUNK = 1 << 25  # bytes of one read; what a load needs beside what it makes
 
 # The floating dtypes of safetensors that numpy (with ml_dtypes) reads.
 _DTYPES = {
@@ -138,9 +141,32 @@ def read_leaf(
         layers = range(1)
     theirs = index[::-1] if source.transposed else index
     shape = tuple(part.stop - part.start for part in index)
-    # Filled layer by layer: transposing and casting are one copy, into its place.
+    # Filled part by part: transposing and casting are one copy, into its place.
     block = np.empty((len(layers), *shape), dtype)
     for row, layer in zip(block, layers, strict=True):
-        part = read_block(handles, tensors[layer], theirs)
-        row[...] = (part.T if source.transposed else part).astype(dtype, copy=False)
+        view = row.T if source.transposed else row
+        for start, stop in _chunks(theirs, tensors[layer].numpy_dtype):
+            rows = (slice(theirs[0].start + start, theirs[0].start + stop), *theirs[1:])
+            part = read_block(handles, tensors[layer], rows)
+            view[start:stop] = part.astype(dtype, copy=False)
     return block if source.stacked else block[0]
+
+
+def _chunks(index: tuple[slice, ...], dtype: Any) -> Iterator[tuple[int, int]]:
+    """Ranges of an index's first axis that are each about ``CHUNK`` bytes."""
+    rows, *rest = (part.stop - part.start for part in index)
+    each = max(1, CHUNK // max(1, math.prod(rest) * np.dtype(dtype).itemsize))
+    for start in range(0, rows, each):
+        yield start, min(start + each, rows)
+
+
+def are_equal(handles: Mapping[Path, Any], one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; read a part at a time."""
+    whole = tuple(slice(0, size) for size in one.shape)
+    return one.shape == other.shape and all(
+        np.array_equal(
+            read_block(handles, one, (slice(start, stop), *whole[1:])),
+            read_block(handles, other, (slice(start, stop), *whole[1:])),
+        )
+        for start, stop in _chunks(whole, one.numpy_dtype)
+    )

@@ -1,7 +1,9 @@
 """From a Hugging Face folder to a Linen module and its parameters."""
 
+import functools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpeft.models._build import abstract, draw_leaves, floating, from_config, places
-from jaxpeft.models._checkpoint import Tensor, list_tensors, opened, read_leaf
+from jaxpeft.models._checkpoint import (
+    Tensor,
+    are_equal,
+    list_tensors,
+    opened,
+    read_leaf,
+)
 from jaxpeft.models._families import FAMILIES, Source, sources
-from jaxpeft.models._match import match
+from jaxpeft.models._match import Match, match
 from jaxpeft.models._packaged import fetch_packaged, packaged
+
+AT_ONCE = 1 << 28  # bytes of a stack that may be on the host as a whole
 
 _LOG = logging.getLogger("jaxpeft.models")
 
@@ -52,7 +62,8 @@ def load(
     """Returns the model of a Hugging Face checkpoint and its parameters.
 
     Every leaf is read straight into its dtype and sharding: a process reads only
-    the blocks its own devices hold, and each of them once. Every tensor of the
+    the blocks its own devices hold, and each of them once, one leaf (of a large
+    stack, one layer) at a time on the host. Every tensor of the
     checkpoint is used, or belongs to a head the model does not have; every leaf is
     filled. Head tensors that are not in the checkpoint are drawn with ``key``, and
     a log line of ``jaxpeft.models`` names them.
@@ -61,15 +72,17 @@ def load(
       folder_or_name: a folder with ``config.json`` and safetensors; the name of a
         packaged model (``models.packaged``), such as ``"minilm"``; or the name of a
         repository on the Hugging Face hub.
-      head: None for hidden states, ``"classification"`` or ``"regression"``.
+      head: None for hidden states, ``"classification"``, ``"regression"``, and for
+        decoders ``"causal_lm"``.
       num_labels: classes of the head; by default the config's.
       dtype: dtype of activations and matmuls; by default that of the parameters.
       param_dtype: dtype of the parameters; by default the file's, leaf by leaf.
       sharding: None for the default device, a ``jax.sharding.Sharding`` for all
         leaves, a function (path, shape) -> sharding or None, or a tree of them.
       scan_layers: whether the layers are one scanned stack.
-      remat: what a layer keeps for its backward pass; see ``Bert``.
-      key: a typed key, needed only if the checkpoint lacks the head.
+      remat: what a layer keeps for its backward pass; see ``Bert`` and
+        ``Decoder``.
+      key: a typed key, needed only if the checkpoint lacks a classification head.
 
     Returns:
       The Linen module and its parameters, a nested dict:
@@ -116,7 +129,9 @@ def load(
         )
     where = places(sharding, shapes)
     leaves = {}
-    with opened({t.file for ts in matched.found.values() for t in ts}) as handles:
+    with opened({t.file for t in tensors.values()}) as handles:
+        if head == "causal_lm" and model.config.tie_word_embeddings:
+            _check_tied(folder, handles, tensors, matched)
         for path, parts in matched.found.items():
             to = _leaf_dtype(parts) if param_dtype is None else model.param_dtype
             leaves[path] = _make(
@@ -196,6 +211,25 @@ def _other_task(config: Mapping[str, Any]) -> bool:
     return any(name.endswith(others) for name in config.get("architectures") or ())
 
 
+def _check_tied(
+    folder: Path,
+    handles: Mapping[Path, Any],
+    tensors: Mapping[str, Tensor],
+    matched: Match,
+) -> None:
+    """Refuses a head that differs from the embedding it is said to be."""
+    (table,) = next(parts for path, parts in matched.found.items() if "/" in path)
+    for name in matched.ignored:
+        if name.endswith("lm_head.weight") and not are_equal(
+            handles, tensors[name], table
+        ):
+            raise ValueError(
+                f"{folder}: 'tie_word_embeddings' is true, but {name} differs from "
+                f"{table.name}. If the head is its own, write "
+                '"tie_word_embeddings": false into config.json.'
+            )
+
+
 def _make(
     handles: Mapping[Path, Any],
     tensors: tuple[Tensor, ...],
@@ -204,6 +238,9 @@ def _make(
     dtype: np.dtype,
     place: jax.sharding.Sharding | None,
 ) -> jax.Array:
+    whole = math.prod(shape) * dtype.itemsize
+    if source.stacked and whole > AT_ONCE and _is_layerwise(place):
+        return _make_by_layer(handles, tensors, source, shape, dtype, place)
     blocks: dict[tuple[slice, ...], np.ndarray] = {}
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
@@ -217,8 +254,48 @@ def _make(
         return blocks[bounds]
 
     if place is None:
-        return jnp.asarray(block((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, place, block)
+        leaf = jnp.asarray(block((slice(None),) * len(shape)))
+    else:
+        leaf = jax.make_array_from_callback(shape, place, block)
+    return jax.block_until_ready(leaf)  # a copy under way keeps its host memory
+
+
+def _is_layerwise(place: jax.sharding.Sharding | None) -> bool:
+    """Whether every device holds a part of every layer of a stack."""
+    if isinstance(place, jax.sharding.NamedSharding):
+        return not place.spec or place.spec[0] is None
+    return place is None
+
+
+def _make_by_layer(
+    handles: Mapping[Path, Any],
+    tensors: tuple[Tensor, ...],
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    place: jax.sharding.NamedSharding | None,
+) -> jax.Array:
+    """Makes a stack where it belongs, with one layer at a time on the host."""
+    within = place and jax.sharding.NamedSharding(
+        place.mesh, jax.sharding.PartitionSpec(*place.spec[1:])
+    )
+    stack, put = jnp.zeros(shape, dtype, device=place), _putter(place)
+    one = source._replace(stacked=False)
+    for i, tensor in enumerate(tensors):
+        layer = _make(handles, (tensor,), one, shape[1:], dtype, within)
+        stack = jax.block_until_ready(put(stack, layer, i))
+        del layer  # before the next one is read
+    return stack
+
+
+@functools.lru_cache
+def _putter(place: jax.sharding.NamedSharding | None) -> Any:
+    """A program that writes one layer into a stack, in place."""
+    return jax.jit(
+        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
+        donate_argnums=0,
+        out_shardings=place,
+    )
 
 
 def _modules(paths: tuple[str, ...]) -> list[str]:
