@@ -117,7 +117,7 @@ def node_in(tree, *modules):
     """The adapted leaf of a module: its kernel, for some methods its bias."""
     for module in modules:
         tree = tree[module]
-    return max(nodes(tree), key=lambda node: node.base.ndim)
+    return max(nodes(tree), key=lambda node: len(node.site.roles))
 
 
 def replaces_kernel(node):
