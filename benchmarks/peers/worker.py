@@ -1,0 +1,46 @@
+"""The protocol of a worker: commands as JSON lines in, answers as JSON lines out.
+
+``{"steps": n}`` runs n training steps and answers ``{"seconds": ..., "loss": ...}``;
+``{"memory": true}`` answers the peak of the process's memory since it was built, over
+what it held before the model was there.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+
+def resident(what: str = "VmRSS") -> int:
+    """Bytes of memory of this process; ``"VmHWM"``: the most it ever held."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(what + ":"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {what} in /proc/self/status: this benchmark needs Linux")
+
+
+def serve(build: Callable[[dict], Callable[[], float]]) -> None:
+    """Builds the step that the first line describes, then answers commands.
+
+    Args:
+        build: ``settings -> step``; ``step()`` trains once and returns the loss.
+    """
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    settings = json.loads(sys.stdin.readline())
+    before = resident()
+    step = build(settings)
+    first = step()
+    step()
+    say = lambda answer: print(json.dumps(answer), file=out, flush=True)
+    say({"loss": first})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "memory" in command:
+            say({"bytes": resident("VmHWM") - before})
+            continue
+        start = time.perf_counter()
+        for _ in range(command["steps"]):
+            loss = step()
+        say({"seconds": time.perf_counter() - start, "loss": loss})
