@@ -122,11 +122,12 @@ def _run(config, workdir, stack):
     # ---------------------------------- Update step -----------------------------------
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    allocation = None
+    allocation, settled = None, 0
     if config.allocate is not None:
         allocation = training.call_named(
             allocate, config.allocate, "allocate", total_steps=total_steps
         )
+        settled = allocation.settled  # before that, no checkpoint can be the best
     state = training.init_state(
         trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
     )
@@ -244,7 +245,7 @@ def _run(config, workdir, stack):
                 frozen,
                 data_state=batches.get_state(),
                 extra=carried | {"seconds": seconds()},
-                scores=scores,
+                scores=scores if step >= settled else None,
             )
         bar.show(step, **shown)
         watch.restart()
@@ -269,6 +270,7 @@ def _run(config, workdir, stack):
     writer.write("after", total_steps, best_step=best.step, **after)
     bar.note(f"the adapter, saved and read onto a fresh base, scores the same: {after}")
     bar.close()
+    ranks = {} if allocation is None else {"ranks": allocate.kept_ranks(reloaded)}
 
     # ------------------------------------- Report -------------------------------------
 
@@ -284,6 +286,7 @@ def _run(config, workdir, stack):
         **dict(zip(("trainable", "total"), sizes, strict=True)),
         "seconds": seconds(),
         "data": dict(task.facts),
+        **ranks,
     }
     return training.report(folder, results, config, title=title)
 

@@ -18,17 +18,19 @@ from jaxpeft.core._node import is_node, map_nodes, wider
 
 
 class Allocation(NamedTuple):
-    """What decides about ranks during training; both functions are pure.
+    """What decides about ranks during training; its functions are pure.
 
     Attributes:
         init: ``(trainable) -> state``, from the first half of ``jaxpeft.partition``.
         update: ``(state, trainable, gradients, step) -> (state, trainable)``, after
             each update of the optimiser: with the updated leaves, that update's
             gradients, and the number of updates done, this one included.
+        settled: the number of updates after which ranks change no more.
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[[Any, PyTree, PyTree, Any], tuple[Any, PyTree]]
+    settled: int
 
 
 class ImportanceState(NamedTuple):
@@ -344,4 +346,4 @@ def importance(
 
         return state._replace(keep=keep), map_nodes(prune, trainable, keep)
 
-    return Allocation(init, update)
+    return Allocation(init, update, settled=last)

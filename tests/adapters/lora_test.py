@@ -7,7 +7,7 @@ import pytest
 from adapters_toolbox import as_a_user as as_a_user
 from adapters_toolbox import quick_compiles as quick_compiles
 
-from jaxpeft.adapters import lora
+from jaxpeft.adapters import lora, rslora
 
 
 def begin(adapter, key, kernel, rank=None, alpha=None):
@@ -85,6 +85,29 @@ def test_gradients_are_the_closed_forms(init, keys):
         later = gradients(t)
         np.testing.assert_allclose(later["a"], 7 / 3 * g @ t["b"].T, rtol=1e-10)
         np.testing.assert_allclose(later["b"], 7 / 3 * t["a"].T @ g, rtol=1e-10)
+
+
+def test_rslora_is_lora_with_the_root_of_the_rank(keys):
+    kernel, key = jnp.zeros((9, 6)), next(keys)
+    one, other, option = (
+        begin(adapter, jax.random.clone(key), kernel)
+        for adapter in (
+            lora(rank=4, alpha=6),
+            rslora(rank=4, alpha=6),
+            lora(rank=4, alpha=6, scaling="alpha/sqrt_r"),
+        )
+    )
+    assert np.array_equal(one[1]["a"], other[1]["a"])
+    assert other[0]["scale"] == option[0]["scale"] == 2 * one[0]["scale"] == 3
+    t = {"a": one[1]["a"], "b": jax.random.normal(next(keys), (4, 6))}
+    plain, rooted = (
+        adapter.factors(kernel, frozen, t)
+        for adapter, frozen in ((lora(), one[0]), (rslora(), other[0]))
+    )
+    np.testing.assert_allclose(rooted.a @ rooted.b, 2 * plain.a @ plain.b, rtol=1e-5)
+    assert rslora(rank=4).name == "rslora" and rslora() is rslora(8)
+    with pytest.raises(ValueError, match=r"`rank` .* got 0; write rslora\(rank=8\)"):
+        rslora(rank=0)
 
 
 def test_no_penalty(keys):

@@ -216,6 +216,7 @@ def test_pruning_follows_the_budget_and_ends_for_good():
 
 def test_scores_rest_after_the_last_pruning():
     allocation = allocate.importance(2, total_steps=4, final_steps=2)
+    assert allocation.settled == 2
     trainable, _ = moved()
     state = allocation.init(trainable)
     seen = []

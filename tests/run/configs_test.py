@@ -65,6 +65,8 @@ def test_it_takes_one_step(path, tiny_config, tmp_path):
         config.model.name = small.model.name
         config.batch_size = config.eval_batch_size = 64
         config.train_for = config.evaluate_every = config.save_every = "1 step"
+        if config.allocate is not None:  # one step is the last pruning's
+            config.allocate.initial_steps = config.allocate.final_steps = 0
         config.log.tensorboard = False
         if config.data.name not in ("trec", "sms", "movies"):
             config.data, config.head = small.data, small.head
@@ -73,3 +75,6 @@ def test_it_takes_one_step(path, tiny_config, tmp_path):
     results = train.run(config, tmp_path / "run")
     assert results["steps"] == results["best_step"] == 1
     assert results["after"].keys() == results["before"].keys()
+    if config.allocate is not None:
+        ranks = results["ranks"].values()
+        assert sum(ranks) == config.allocate.target_rank * len(ranks)
