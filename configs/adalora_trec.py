@@ -1,7 +1,8 @@
 """AdaLoRA on MiniLM, TREC questions: from rank 12 to 8, as training decides.
 
 python train.py --config configs/adalora_trec.py
-(Not run yet.)
+Measured: test accuracy 0.933, seed 0 (0.234 before training), with 192 of 288
+components left: none at one site, 12 at another. LoRA of rank 8, lora_trec.py: 0.939.
 """
 
 import ml_collections
@@ -30,8 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 64
     config.accumulate = 1  # micro-batches a step
 
-    # The adapter: a name of jaxpeft.adapters and that function's arguments. A third
-    # more components than are left in the end.
+    # The adapter: a name of jaxpeft.adapters and that function's arguments. Half
+    # as many components again as are left in the end.
     config.adapter = dict(name="adalora", rank=12, alpha=24.0, gamma=0.1)
     config.targets = ("query", "key", "value", "attention/output/dense")
     config.exclude = ()  # sites left out, in the same form
@@ -43,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # AdamW.
     config.optimizer = dict(
-        learning_rate=1e-3,
+        learning_rate=5e-3,  # the weights of the components start at 0
         head_learning_rate=1e-3,
         schedule="linear",  # linear, cosine or constant, after the warm-up
         warmup_ratio=0.06,  # of all steps

@@ -42,6 +42,7 @@ def test_the_core_starts_next_to_nothing(keys):
     kernel = jax.random.normal(next(keys), (70, 60))
     _, trainable = lora_xs().init(next(keys), kernel, 50, 50.0)
     np.testing.assert_allclose(np.std(trainable["core"]), 1e-5, rtol=0.05)
+    assert abs(np.mean(trainable["core"])) < 1e-6
     _, trainable = lora_xs(std=0).init(next(keys), kernel, 50, 50.0)
     assert np.all(trainable["core"] == 0)
     params = {"up": {"kernel": kernel}}
