@@ -2,8 +2,6 @@
 
 import functools
 import hashlib
-import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +16,10 @@ from jaxpeft.core._lift import (
     from_matrices,
     init_shapes,
     initialise,
+    initialise_layer,
+    joined_layers,
     layer_leaves,
+    layer_settings,
     leaf_entries,
     matrix_shape,
     to_matrices,
@@ -36,6 +37,7 @@ from jaxpeft.core._node import (
     working_dtype,
 )
 from jaxpeft.core._paths import Targets, module_path, resolve_pattern
+from jaxpeft.core._progress import Progress
 from jaxpeft.core._targets import choose
 
 PerSite = Mapping[str, Any] | Sequence[int | float]
@@ -111,11 +113,12 @@ def attach(
     alphas = _per_layer("alpha", alpha_pattern, adapter.alpha, by_path, roles)
     _check(adapter, by_path, roles, ranks)
     shared = _shared(adapter, by_path, roles, ranks, key)
-    made, show = {}, _Progress(adapter.name or "adapter", len(paths))
-    for i, path in enumerate(paths):
+    layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
+    made, show = {}, Progress(adapter.name or "adapter", sum(layers))
+    for path in paths:
         site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
-        made[path] = _make(by_path[path], adapter, site, site_key(key, path), shared)
-        show(i + 1)
+        own = site_key(key, path)
+        made[path] = _make(by_path[path], adapter, site, own, shared, show)
     show.close()
     _, treedef = jax.tree.flatten(params, is_leaf=is_node)
     return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
@@ -282,27 +285,51 @@ def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
     return jax.device_put(shared, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
-def _make(kernel, adapter: Adapter, site: Site, key, shared) -> AdaptedKernel:
+def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKernel:
+    abstract = isinstance(kernel, jax.ShapeDtypeStruct)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
-        init = functools.partial(
-            initialise,
-            adapter=adapter,
-            roles=site.roles,
-            ranks=site.ranks,
-            alphas=site.alphas,
-        )
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            init = functools.partial(jax.eval_shape, init)
-        frozen, trainable = init(key, _gathered(kernel))
+        if abstract or isinstance(kernel, jax.core.Tracer) or BATCH not in site.roles:
+            init = functools.partial(
+                initialise,
+                adapter=adapter,
+                roles=site.roles,
+                ranks=site.ranks,
+                alphas=site.alphas,
+            )
+            init = functools.partial(jax.eval_shape, init) if abstract else init
+            frozen, trainable = init(key, _gathered(kernel))
+            show(matrix_shape(kernel.shape, site.roles)[0])
+        else:
+            frozen, trainable = _by_layer(_gathered(kernel), adapter, site, key, show)
     node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
     if adapter.fold is not None:
-        fold = _fold
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            fold = functools.partial(jax.eval_shape, _fold)
+        fold = functools.partial(jax.eval_shape, _fold) if abstract else _fold
         node = node.replace(base=fold(node))
     node = _place_like(node, kernel)
     return node.replace(frozen=node.frozen | shared)
+
+
+def _by_layer(kernel, adapter: Adapter, site: Site, key, show):
+    """A stack's leaves, one layer at a time: the workspace of one, and progress."""
+    layers = matrix_shape(kernel.shape, site.roles)[0]
+    keys, each = jax.random.split(key, layers), []
+    settings = layer_settings(layers, site.ranks, site.alphas)
+    for i, (rank, alpha) in enumerate(settings):
+        made = initialise_layer(
+            keys[i],
+            kernel,
+            i,
+            adapter=adapter,
+            roles=site.roles,
+            rank=rank,
+            alpha=alpha,
+        )
+        each.append(jax.block_until_ready(made))
+        show(1)
+    return joined_layers(
+        each, kernel, adapter=adapter, roles=site.roles, ranks=site.ranks
+    )
 
 
 def _gathered(kernel):
@@ -356,31 +383,3 @@ def _place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:
         frozen={n: place(n, x) for n, x in node.frozen.items()},
         trainable={n: place(n, x) for n, x in node.trainable.items()},
     )
-
-
-class _Progress:
-    """A line on stderr for trees whose attachment takes more than two seconds."""
-
-    def __init__(self, name: str, total: int):
-        self.name, self.total = name, total
-        self.start = self.last = time.monotonic()
-        self.shown = False
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if done == self.total or now - self.start < 2 or now - self.last < 1:
-            return
-        self.last, self.shown = now, True
-        end = "\r" if sys.stderr.isatty() else "\n"
-        line = (
-            f"attach {self.name}: {done}/{self.total} sites, {now - self.start:.0f} s"
-        )
-        print(line, end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.shown:
-            seconds = time.monotonic() - self.start
-            print(
-                f"attach {self.name}: {self.total} sites in {seconds:.0f} s ",
-                file=sys.stderr,
-            )

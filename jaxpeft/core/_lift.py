@@ -153,28 +153,55 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     Returns:
         ``(frozen, trainable)`` with leaves in the layout of ``AdaptedKernel``.
     """
-    batch = dims_of(kernel.shape, roles, BATCH)
     matrices = to_matrices(kernel, roles)
     layers = matrices.shape[0]
-    dtype = working_dtype(kernel.dtype)
-    none = (None,) * layers
-    settings = list(zip(ranks or none, alphas or none, strict=True))
+    settings = layer_settings(layers, ranks, alphas)
 
-    def init(key, matrix, rank, alpha):
-        return adapter.init(key, matrix.astype(dtype), rank, alpha)
+    def init(key, matrix, setting):
+        return adapter.init(key, matrix.astype(working_dtype(kernel.dtype)), *setting)
 
-    if not batch:
-        parts = jax.tree.map(lambda x: x[None], init(key, matrices[0], *settings[0]))
+    if BATCH not in roles:
+        parts = jax.tree.map(lambda x: x[None], init(key, matrices[0], settings[0]))
     else:
         keys = jax.random.split(key, layers)
         if len(set(settings)) == 1:  # one layer at a time: one SVD's workspace
-            parts = jax.lax.map(lambda kw: init(*kw, *settings[0]), (keys, matrices))
+            parts = jax.lax.map(lambda kw: init(*kw, settings[0]), (keys, matrices))
         else:
-            each = [init(keys[i], matrices[i], *settings[i]) for i in range(layers)]
-            parts = tuple(map(_stacked, zip(*each, strict=True)))
+            each = [init(keys[i], matrices[i], settings[i]) for i in range(layers)]
+            parts = _stacked_parts(each)
+    return _in_place(parts, kernel, adapter, roles, ranks)
+
+
+def layer_settings(layers: int, ranks, alphas) -> list[tuple]:
+    """``(rank, alpha)`` of each layer."""
+    none = (None,) * layers
+    return list(zip(ranks or none, alphas or none, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("adapter", "roles", "rank", "alpha"))
+def initialise_layer(key, kernel, i, *, adapter: Adapter, roles, rank, alpha):
+    """Calls ``adapter.init`` for layer ``i`` of a stack: ``(frozen, trainable)``."""
+    matrices = to_matrices(kernel, roles)
+    matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
+    return adapter.init(key, matrix.astype(working_dtype(kernel.dtype)), rank, alpha)
+
+
+@functools.partial(jax.jit, static_argnames=("adapter", "roles", "ranks"))
+def joined_layers(each: list, kernel, *, adapter: Adapter, roles, ranks):
+    """What ``initialise`` returns, from every layer's ``(frozen, trainable)``."""
+    return _in_place(_stacked_parts(each), kernel, adapter, roles, ranks)
+
+
+def _stacked_parts(each: list[tuple[dict, dict]]) -> tuple[dict, dict]:
+    return tuple(map(_stacked, zip(*each, strict=True)))
+
+
+def _in_place(parts, kernel, adapter: Adapter, roles, ranks):
+    """Leaves ``[layers, ...]`` in the layout of ``AdaptedKernel``."""
+    batch, in_dims, out_dims = (
+        dims_of(kernel.shape, roles, role) for role in (BATCH, IN, OUT)
+    )
     axes = leaf_axes(adapter, None if ranks is None else max(ranks))
-    in_dims = dims_of(kernel.shape, roles, IN)
-    out_dims = dims_of(kernel.shape, roles, OUT)
     return tuple(
         {
             name: _expand(x, names[name], batch, in_dims, out_dims)
