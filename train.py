@@ -122,23 +122,17 @@ def _run(config, workdir, stack):
     # ---------------------------------- Update step -----------------------------------
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    allocation, settled = None, 0
-    if config.allocate is not None:
-        allocation = training.call_named(
-            allocate, config.allocate, "allocate", total_steps=total_steps
-        )
-        settled = allocation.settled  # before that, no checkpoint can be the best
+    allocation = config.allocate and training.call_named(
+        allocate, config.allocate, "allocate", total_steps=total_steps
+    )
+    settled = allocation.settled if allocation else 0  # from then on: the best can be
     state = training.init_state(
         trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
     )
     forward = training.model_forward(model, mesh=mesh, dropout=config.model.dropout)
     loss = training.squared_error if task.regression else training.cross_entropy
     step_fn = training.train_step(
-        forward,
-        loss,
-        optimizer,
-        state,
-        frozen,
+        *(forward, loss, optimizer, state, frozen),
         mesh=mesh,
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,
@@ -228,9 +222,7 @@ def _run(config, workdir, stack):
             training.check_finite(state)
         except training.NonFiniteError as error:
             writer.write("stopped", error.step, reason=str(error))
-            bar.note(
-                f"The last good checkpoint is kept; its step: {checkpoints.latest}"
-            )
+            bar.note(f"The last good checkpoint is kept, step {checkpoints.latest}.")
             raise
         rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
         shown = {"loss": float(values["loss"]), "lr": float(rate)}
@@ -270,7 +262,7 @@ def _run(config, workdir, stack):
     writer.write("after", total_steps, best_step=best.step, **after)
     bar.note(f"the adapter, saved and read onto a fresh base, scores the same: {after}")
     bar.close()
-    ranks = {} if allocation is None else {"ranks": allocate.kept_ranks(reloaded)}
+    ranks = {"ranks": allocate.kept_ranks(reloaded)} if allocation else {}
 
     # ------------------------------------- Report -------------------------------------
 
