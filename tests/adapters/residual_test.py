@@ -13,6 +13,7 @@ from jaxpeft.adapters import lora, milora, olora, pissa
 
 METHODS = [pissa, milora, olora]
 SHAPES = [(8, 12), (9, 9), (12, 6)]
+CASES = list(zip(SHAPES, (1, 3, 4), (1.0, 7.0, 0.5), strict=True))
 names = lambda x: getattr(x, "__name__", None)
 every_method = pytest.mark.parametrize("method", METHODS, ids=names)
 
@@ -55,8 +56,7 @@ def part(adapter, kernel, rank, alpha):
 # --- the start
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (3, 7.0), (4, 0.5)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "rank", "alpha"), CASES)
 def test_pissa_takes_the_best_approximation(shape, rank, alpha, keys):
     kernel = jax.random.normal(next(keys), shape)
     u, s, vt = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
@@ -64,8 +64,7 @@ def test_pissa_takes_the_best_approximation(shape, rank, alpha, keys):
     np.testing.assert_allclose(part(pissa(), kernel, rank, alpha), best, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (3, 7.0), (4, 0.5)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "rank", "alpha"), CASES)
 def test_milora_takes_the_smallest_components(shape, rank, alpha, keys):
     kernel = jax.random.normal(next(keys), shape)
     s = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
@@ -107,8 +106,9 @@ def test_power_iterations_find_nearly_the_same(keys):
 
 
 @every_method
-@pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt_r"])
-@pytest.mark.parametrize("residual", ["separate", "folded"])
+@pytest.mark.parametrize(
+    ("residual", "scaling"), [("separate", "alpha/sqrt_r"), ("folded", "alpha/r")]
+)
 def test_it_starts_as_the_base_and_gives_it_back(
     residual, scaling, method, params, keys
 ):
