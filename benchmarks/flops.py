@@ -1,7 +1,7 @@
 """Matmul FLOPs and temporary memory of a train step, over the theoretical minimum.
 
     python -m benchmarks.flops
-    python -m benchmarks.flops --json benchmarks/results/flops.json --width 512
+    python -m benchmarks.flops --json benchmarks/results/flops.json
 
 Compiles (does not run) the train step, loss and gradients, of a scanned encoder and
 decoder with an adapter at every linear, for every method of ``jaxpeft.adapters`` that
@@ -22,6 +22,7 @@ divided by the minimum (``programs.py``). Temporaries are XLA's for this machine
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -223,17 +224,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
-    size = (args.width, 4 * args.width, args.layers, args.batch, args.length)
+    # A feed-forward of 4 widths in BERT, of 8/3 and three matrices in Llama.
+    hidden = {encoder: 4 * args.width, decoder: 8 * args.width // 3}
+    size = (args.layers, args.batch, args.length)
     rows = []
-    for make in (encoder, decoder):
-        for remat in REMATS:
-            names = [
-                name
-                for name, parts in methods().items()
-                if remat == "full" or parts.scaled
-            ]
-            merge = names if remat == "full" else ()
-            rows += measure(make(*size, remat=remat), args.rank, names, merge)
+    for make, remat in itertools.product(hidden, REMATS):
+        program = make(args.width, hidden[make], *size, remat=remat)
+        names = [
+            name
+            for name, parts in methods().items()
+            if remat != "unscaled" or parts.scaled
+        ]
+        rows += measure(program, args.rank, names, names if remat == "full" else ())
     print(table(rows))
     if args.json:
         record = {"jax": jax.__version__, "rows": [dataclasses.asdict(r) for r in rows]}
