@@ -7,6 +7,8 @@ from jaxpeft.models._build import from_config as from_config
 from jaxpeft.models._build import init as init
 from jaxpeft.models._cache import init_cache as init_cache
 from jaxpeft.models._config import BertConfig as BertConfig
+from jaxpeft.models._deberta import Deberta as Deberta
+from jaxpeft.models._deberta_config import DebertaConfig as DebertaConfig
 from jaxpeft.models._decoder import Decoder as Decoder
 from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
 from jaxpeft.models._load import load as load

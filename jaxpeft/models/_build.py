@@ -12,9 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpeft.models._bert import Bert
 from jaxpeft.models._config import BERTS, read_config
+from jaxpeft.models._deberta import Deberta
+from jaxpeft.models._deberta_config import read_deberta_config
 from jaxpeft.models._decoder import Decoder
 from jaxpeft.models._decoder_config import read_decoder_config
 from jaxpeft.models._decoder_families import TRAITS
+from jaxpeft.models._families import FAMILIES
 
 
 def from_config(
@@ -87,7 +90,9 @@ def _class_of(model_type: Any) -> tuple[Any, Any]:
         return Decoder, read_decoder_config
     if model_type in BERTS:
         return Bert, read_config
-    known = sorted((*BERTS, *TRAITS))
+    if model_type == "deberta-v2":
+        return Deberta, read_deberta_config
+    known = sorted(FAMILIES)
     near = difflib.get_close_matches(str(model_type), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(

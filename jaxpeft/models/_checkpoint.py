@@ -1,4 +1,4 @@
-"""Safetensors folders: which tensors lie where, and blocks of them."""
+"""Checkpoints: which tensors lie where, and blocks of them."""
 
 import contextlib
 import json
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.models._families import Source
+from jaxpeft.models._gguf import QUANTISATIONS, GgufFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GGUF = ".gguf"
 
 CHUNK = 1 << 25  # bytes of one read; what a load needs beside what it makes
 
@@ -36,19 +38,26 @@ class Tensor(NamedTuple):
 
     @property
     def numpy_dtype(self) -> np.dtype | None:
-        """The dtype in numpy, or None if it is no floating type read here."""
+        """The dtype it is read as, or None if it is no floating type read here."""
+        if self.file.suffix == GGUF:
+            return np.dtype(np.float32) if self.dtype in QUANTISATIONS else None
         found = _DTYPES.get(self.dtype)
         return None if found is None else np.dtype(found)
 
 
 def list_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns every tensor of a checkpoint folder by name; reads headers only.
+    """Returns every tensor of a checkpoint by name; reads headers only.
+
+    Args:
+      folder: a folder with safetensors, or a GGUF file.
 
     Raises:
       ValueError: if there is no safetensors checkpoint, a file is missing or cut
         short, or the index does not fit the files.
     """
-    if (folder / SINGLE).exists():
+    if folder.suffix == GGUF and folder.is_file():
+        folder, files, index = folder.parent, [folder.name], {}
+    elif (folder / SINGLE).exists():
         files, index = [SINGLE], {}
     elif (folder / INDEX).exists():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -89,7 +98,7 @@ def _no_weights(folder: Path) -> str:
 
 @contextlib.contextmanager
 def opened(files: Any) -> Iterator[dict[Path, Any]]:
-    """Opens safetensors files for partial reads.
+    """Opens safetensors or GGUF files for partial reads.
 
     Args:
       files: paths.
@@ -102,6 +111,9 @@ def opened(files: Any) -> Iterator[dict[Path, Any]]:
     with contextlib.ExitStack() as stack:
         handles = {}
         for file in files:
+            if file.suffix == GGUF:
+                handles[file] = stack.enter_context(GgufFile(file))
+                continue
             try:
                 handles[file] = stack.enter_context(safe_open(file, framework="np"))
             except SafetensorError as error:

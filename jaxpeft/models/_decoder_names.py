@@ -2,6 +2,7 @@
 
 from jaxpeft.core import ModuleName
 from jaxpeft.models._decoder_config import DecoderConfig
+from jaxpeft.models._families import module_names
 
 
 def decoder_names(
@@ -25,12 +26,7 @@ def decoder_names(
         names.append(("lm_head", "lm_head", "linear"))
     if head in ("classification", "regression"):
         names.append(("score", "score", "linear"))
-    return tuple(
-        ModuleName(
-            theirs, ours.replace("layer_{i}", "layer") if scanned else ours, kind
-        )
-        for theirs, ours, kind in names
-    )
+    return module_names(names, scanned)
 
 
 def _llama(config: DecoderConfig) -> list[tuple[str, str]]:

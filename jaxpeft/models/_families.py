@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from jaxpeft.core import ModuleName
+from jaxpeft.models._deberta_config import DebertaConfig
 from jaxpeft.models._decoder_families import TRAITS
 
 # kind -> (tensor on disk, our leaf, whether ours is its transpose)
@@ -77,6 +78,12 @@ FAMILIES = {
     "roberta": Family(
         "roberta.", _POOLED, _POOLED, (*_BUFFERS, "lm_head.*", "qa_outputs.*")
     ),
+    "deberta-v2": Family(
+        "deberta.",
+        _POOLED,
+        _POOLED,
+        (*_BUFFERS, "lm_predictions.*", "mask_predictions.*", "cls.*", "qa_outputs.*"),
+    ),
     **dict.fromkeys(TRAITS, _DECODER),
     "gpt2": _DECODER._replace(
         prefix="transformer.", ignored=("*.attn.bias", "*.attn.masked_bias")
@@ -121,6 +128,46 @@ def bert_names(model_type: str, *, head: bool, scanned: bool) -> tuple[ModuleNam
     rows = [(prefix + theirs, ours, kind) for theirs, ours, kind in _EMBEDDINGS]
     rows += [(prefix + theirs, ours, kind) for theirs, ours, kind in _LAYER]
     rows += _HEADS[model_type] if head else ()
+    return module_names(rows, scanned)
+
+
+def deberta_names(
+    config: DebertaConfig, *, head: bool, scanned: bool
+) -> tuple[ModuleName, ...]:
+    """Returns the names of a DeBERTa's modules, as transformers' class has them.
+
+    Args:
+      config: its sizes and constants.
+      head: whether the model has a head; without one names have no prefix.
+      scanned: whether the layers are one stack.
+    """
+    absent = set() if config.position_biased_input else {"position_embeddings"}
+    absent |= set() if config.type_vocab_size else {"token_type_embeddings"}
+    rows = [row for row in _EMBEDDINGS if row[1].split("/")[-1] not in absent]
+    if config.relative_attention:
+        rows.append(("encoder.rel_embeddings", "encoder/rel_embeddings", "embedding"))
+    if config.norm_distances:
+        rows.append(("encoder.LayerNorm", "encoder/LayerNorm", "norm"))
+    own = ("query", "key", "value")
+    for theirs, ours, kind in _LAYER:
+        end = "_proj" if theirs.split(".")[-1] in own else ""
+        rows.append((theirs + end, ours + end, kind))
+    if config.relative_attention and not config.share_att_key:
+        names = ("pos_key_proj",) * config.c2p + ("pos_query_proj",) * config.p2c
+        for name in names:
+            theirs = f"encoder.layer.{{i}}.attention.self.{name}"
+            rows.append((theirs, f"encoder/layer_{{i}}/attention/{name}", "linear"))
+    if head:
+        rows = [("deberta." + theirs, ours, kind) for theirs, ours, kind in rows]
+        rows.append(("pooler.dense", "pooler/dense", "linear"))
+        rows.append(("classifier", "classifier", "linear"))
+    return module_names(rows, scanned)
+
+
+def module_names(
+    rows: Iterable[tuple[str, str, str]], scanned: bool
+) -> tuple[ModuleName, ...]:
+    """Rows for layers one by one, as names of a model whose layers may be a stack."""
     return tuple(
         ModuleName(
             theirs, ours.replace("layer_{i}", "layer") if scanned else ours, kind

@@ -1,4 +1,4 @@
-"""The parts of a BERT or RoBERTa encoder, as Linen modules.
+"""The parts of a BERT-like encoder, as Linen modules.
 
 Number by number the function of transformers: erf gelu, the config's LayerNorm
 epsilon, two-pass variance, post-norm blocks. Norms and softmax are computed in
@@ -81,46 +81,72 @@ class Encoder(Part):
         deterministic: bool,
         hidden_states: bool,
     ) -> tuple[Float[Array, "batch tokens d"], Any]:
-        layer = _Layer
-        if self.remat is not None:
-            # Inside a scan the loop itself keeps XLA from undoing the recomputation.
-            layer = nn.remat(
-                layer, policy=REMAT[self.remat], prevent_cse=not self.scan_layers
-            )
-        options = (self.config, self.dtype, self.param_dtype, deterministic)
-        if not self.scan_layers:
-            states = [x]
-            for i in range(self.config.num_hidden_layers):
-                x, _ = layer(*options, False, name=f"layer_{i}")(x, mask)
-                states.append(x)
-            return x, jnp.stack(states) if hidden_states else None
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.config.num_hidden_layers,
+        return run_layers(self, Attention, x, mask, deterministic, hidden_states)
+
+
+def run_layers(
+    module: Any,
+    attention: type,
+    x: Float[Array, "batch tokens d"],
+    shared: Any,
+    deterministic: bool,
+    hidden_states: bool,
+) -> tuple[Float[Array, "batch tokens d"], Any]:
+    """Runs the layers as parts of an encoder, one by one or scanned.
+
+    Args:
+      module: the encoder; its config, dtypes, ``scan_layers`` and ``remat`` hold.
+      attention: the class of their attention.
+      x: what the first layer gets.
+      shared: what attention gets beside it, the same in all layers.
+      deterministic: without dropout.
+      hidden_states: whether to return all states.
+
+    Returns:
+      The last state, and all states [L + 1, B, T, D] or None.
+    """
+    layer = _Layer
+    if module.remat is not None:
+        # Inside a scan the loop itself keeps XLA from undoing the recomputation.
+        layer = nn.remat(
+            layer, policy=REMAT[module.remat], prevent_cse=not module.scan_layers
         )
-        last, states = stack(*options, hidden_states, name="layer")(x, mask)
-        if hidden_states:
-            states = jnp.concatenate([x[None], states])
-        return last, states
+    config = module.config
+    options = (config, module.dtype, module.param_dtype, attention, deterministic)
+    if not module.scan_layers:
+        states = [x]
+        for i in range(config.num_hidden_layers):
+            x, _ = layer(*options, False, name=f"layer_{i}")(x, shared)
+            states.append(x)
+        return x, jnp.stack(states) if hidden_states else None
+    stack = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=config.num_hidden_layers,
+    )
+    last, states = stack(*options, hidden_states, name="layer")(x, shared)
+    if hidden_states:
+        states = jnp.concatenate([x[None], states])
+    return last, states
 
 
 class _Layer(Part):
+    attention: type
     deterministic: bool
     hidden_states: bool  # whether to return the state a second time, for a scan
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens d"], mask: Any) -> Any:
+    def __call__(self, x: Float[Array, "batch tokens d"], shared: Any) -> Any:
         options = (self.config, self.dtype, self.param_dtype)
-        x = _Attention(*options, self.deterministic, name="attention")(x, mask)
+        x = self.attention(*options, self.deterministic, name="attention")(x, shared)
         y = _Intermediate(*options, name="intermediate")(x)
-        x = _Output(*options, self.deterministic, name="output")(y, x)
+        x = Output(*options, self.deterministic, name="output")(y, x)
         return x, x if self.hidden_states else None
 
 
-class _Attention(Part):
+class Attention(Part):
     deterministic: bool
 
     @nn.compact
@@ -144,7 +170,7 @@ class _Attention(Part):
             config.attention_probs_dropout_prob, deterministic=self.deterministic
         )(weights)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-        return _Output(
+        return Output(
             config, self.dtype, self.param_dtype, self.deterministic, name="output"
         )(mixed, x)
 
@@ -158,7 +184,7 @@ class _Intermediate(Part):
         return ACTIVATIONS[self.config.hidden_act](x)
 
 
-class _Output(Part):
+class Output(Part):
     """Projection back to the width, dropout, residual, norm."""
 
     deterministic: bool

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpeft.models._build import abstract, draw_leaves, floating, from_config, places
 from jaxpeft.models._checkpoint import (
+    GGUF,
     Tensor,
     are_equal,
     list_tensors,
@@ -23,6 +24,8 @@ from jaxpeft.models._checkpoint import (
     read_leaf,
 )
 from jaxpeft.models._families import FAMILIES, Source, sources
+from jaxpeft.models._gguf import gguf_config
+from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
 from jaxpeft.models._match import Match, match
 from jaxpeft.models._packaged import fetch_packaged, packaged
 
@@ -63,15 +66,15 @@ def load(
 
     Every leaf is read straight into its dtype and sharding: a process reads only
     the blocks its own devices hold, and each of them once, one leaf (of a large
-    stack, one layer) at a time on the host. Every tensor of the
-    checkpoint is used, or belongs to a head the model does not have; every leaf is
-    filled. Head tensors that are not in the checkpoint are drawn with ``key``, and
-    a log line of ``jaxpeft.models`` names them.
+    stack, one layer) at a time on the host. Every tensor of the checkpoint is used,
+    or belongs to a head the model does not have; every leaf is filled. Tensors of a
+    classification head that are not in the checkpoint are drawn with ``key``, and a
+    log line of ``jaxpeft.models`` names them.
 
     Args:
-      folder_or_name: a folder with ``config.json`` and safetensors; the name of a
-        packaged model (``models.packaged``), such as ``"minilm"``; or the name of a
-        repository on the Hugging Face hub.
+      folder_or_name: a folder with ``config.json`` and safetensors; a GGUF file; the
+        name of a packaged model (``models.packaged``), such as ``"minilm"``; or the
+        name of a repository on the Hugging Face hub.
       head: None for hidden states, ``"classification"``, ``"regression"``, and for
         decoders ``"causal_lm"``.
       num_labels: classes of the head; by default the config's.
@@ -94,7 +97,7 @@ def load(
         needed and absent.
     """
     folder = _find(folder_or_name)
-    config = _read_json(folder / "config.json")
+    config = _read_config(folder)
     sketch = from_config(config, head=head, num_labels=num_labels)
     tensors = list_tensors(folder)
     stored = _stored_dtype(tensors)
@@ -154,6 +157,8 @@ def tokenizer(folder_or_name: str | Path) -> Any:
       ValueError: if there is no such model.
     """
     folder = _find(folder_or_name)
+    if folder.suffix == GGUF and folder.is_file():
+        return gguf_tokenizer(folder)
     from transformers import AutoTokenizer  # slow to import
 
     return AutoTokenizer.from_pretrained(folder)
@@ -161,7 +166,7 @@ def tokenizer(folder_or_name: str | Path) -> Any:
 
 def _find(folder_or_name: str | Path) -> Path:
     folder = Path(folder_or_name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == GGUF and folder.is_file()):
         return folder
     name = str(folder_or_name)
     if name in packaged:
@@ -178,6 +183,12 @@ def _find(folder_or_name: str | Path) -> Path:
             f"`folder_or_name` {name!r} is no folder, no packaged model "
             f"({sorted(packaged)}), and the Hugging Face hub did not give it: {error}"
         ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if folder.suffix == GGUF and folder.is_file():
+        return gguf_config(folder)
+    return _read_json(folder / "config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

