@@ -45,15 +45,15 @@ def apply(params, x):
 
 @functools.cache
 def made():
-    adapted = jp.attach(
-        PARAMS,
-        jp.adalora(rank=4, alpha=7),
-        SITES,
-        key=jax.random.key(0),
-        rank_pattern=RANKS,
-        axes=AXES,
-    )
-    return jp.attach(adapted, jp.full(), ["head"], key=jax.random.key(1))
+    @jax.jit
+    def attach(params, key, head_key):
+        adapter = jp.adalora(rank=4, alpha=7)
+        adapted = jp.attach(
+            params, adapter, SITES, key=key, rank_pattern=RANKS, axes=AXES
+        )
+        return jp.attach(adapted, jp.full(), ["head"], key=head_key)
+
+    return attach(PARAMS, *jax.random.split(jax.random.key(0)))
 
 
 def moved(seed=5):
@@ -114,7 +114,7 @@ def test_scores_are_the_sum_over_a_component():
     allocation = allocate.importance(1, total_steps=10)
     state = allocation.init(trainable)
     gradients = moved(seed=6)[0]
-    state, _ = allocation.update(state, trainable, gradients, 1)
+    state, _ = jax.jit(allocation.update)(state, trainable, gradients, 1)
     scored = allocate.scores(state)
     assert list(scored) == sorted(PATHS)  # the tree's order, which settles ties
     for name in SITES:
@@ -138,12 +138,12 @@ def test_scores_are_the_sum_over_a_component():
 def test_running_means_over_three_steps():
     trainable, _ = moved()
     allocation = allocate.importance(1, total_steps=10, b1=0.6, b2=0.7)
-    state = allocation.init(trainable)
+    state, update = allocation.init(trainable), jax.jit(allocation.update)
     mean = spread = 0.0
     for step in (1, 2, 3):
         gradients = moved(seed=10 + step)[0]
         old = trainable["up"]["kernel"].trainable["a"]
-        state, _ = allocation.update(state, trainable, gradients, step)
+        state, _ = update(state, trainable, gradients, step)
         now = np.abs(np.asarray(old) * gradients["up"]["kernel"].trainable["a"])
         mean = 0.6 * mean + 0.4 * now
         spread = 0.7 * spread + 0.3 * np.abs(now - mean)
@@ -218,12 +218,10 @@ def test_scores_rest_after_the_last_pruning():
     allocation = allocate.importance(2, total_steps=4, final_steps=2)
     assert allocation.settled == 2
     trainable, _ = moved()
-    state = allocation.init(trainable)
+    state, update = allocation.init(trainable), jax.jit(allocation.update)
     seen = []
     for step in (1, 2, 3):
-        state, trainable = allocation.update(
-            state, trainable, moved(seed=step)[0], step
-        )
+        state, trainable = update(state, trainable, moved(seed=step)[0], step)
         seen.append(np.asarray(state.sensitivity["up"]["kernel"].trainable["a"]))
     assert np.any(seen[0] != 0)
     assert np.array_equal(seen[0], seen[1]) and np.array_equal(seen[1], seen[2])
