@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, check_options, method
+from jaxpeft.core import Adapter, Factors, PeftForm, check_options, method
 from jaxpeft.numerics import gram_distance
 
 STD = 0.02  # of a and b at the start
@@ -103,6 +103,34 @@ def adalora(
         )
         return gamma / 2 * (gram_distance(a) + gram_distance(b.T))
 
+    def pair(frozen, trainable, shape):
+        del shape
+        made = factors(None, frozen, trainable)
+        return made.a, made.b
+
+    peft = PeftForm(
+        peft_type="ADALORA",
+        kinds=("linear", "conv1d"),
+        to_leaves=_to_leaves,
+        from_leaves=lambda leaves, kind: {
+            "a": leaves["lora_A"].T,
+            "b": leaves["lora_B"].T,
+            "e": leaves["lora_E"].reshape(-1),
+        },
+        arrange=_arrange,
+        fields={
+            "orth_reg_weight": gamma,
+            "lora_dropout": dropout,
+            # PEFT wants a schedule in every config; this one has no pruning left.
+            "target_r": rank,
+            "total_step": 1,
+        },
+        rank="init_r",
+        patterns=False,
+        alpha=lambda frozen, rank: frozen["scale"] * (rank + OFFSET),
+        read=_read,
+        pair=pair,
+    )
     return Adapter(
         init=init,
         factors=factors,
@@ -111,4 +139,43 @@ def adalora(
         alpha=float(rank if alpha is None else alpha),
         dropout=dropout,
         reduction="mean",
+        peft=peft,
     )
+
+
+def _to_leaves(frozen, trainable, kind):
+    """All components, those that are pruned with a weight of 0."""
+    e = trainable["e"][:, None]
+    return {"lora_A": trainable["a"].T, "lora_B": trainable["b"].T, "lora_E": e}
+
+
+def _arrange(config, module, leaves):
+    """Puts the components that PEFT kept back in their places, zeros elsewhere."""
+    kept = (config["rank_pattern"] or {}).get(f"{module}.lora_E")
+    if kept is None:
+        return leaves
+    kept = np.asarray(kept, bool).reshape(-1)
+    whole = {}
+    for name, x in leaves.items():
+        rows = x.T if name == "lora_B" else x
+        if len(kept) != config["init_r"] or len(rows) != kept.sum():
+            raise ValueError(
+                f"{name} has {len(rows)} components; rank_pattern keeps {kept.sum()} "
+                f"of {len(kept)}, and init_r is {config['init_r']}"
+            )
+        wide = np.zeros((len(kept), rows.shape[1]), x.dtype)
+        wide[kept] = rows
+        whole[name] = wide.T if name == "lora_B" else wide
+    return whole
+
+
+def _read(config, kind):
+    """The options that a PEFT config means; see ``PeftForm.read``."""
+    if config["peft_type"] != "ADALORA" or kind == "embedding":
+        return None
+    return {
+        "rank": config["init_r"],
+        "alpha": config["lora_alpha"],
+        "gamma": config["orth_reg_weight"],
+        "dropout": config["lora_dropout"],
+    }

@@ -1,6 +1,6 @@
 """BitFit: train the biases, and nothing else (arXiv 2106.10199)."""
 
-from jaxpeft.core import Adapter, Factors, method
+from jaxpeft.core import Adapter, Factors, PeftForm, method
 
 
 @method
@@ -41,4 +41,4 @@ def bitfit() -> Adapter:
         del kernel, frozen
         return Factors(kernel=trainable["value"])
 
-    return Adapter(init=init, factors=factors, leaves="bias")
+    return Adapter(init=init, factors=factors, leaves="bias", peft=PeftForm(whole=True))

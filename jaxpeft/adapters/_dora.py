@@ -14,6 +14,7 @@ from jaxpeft.core import (
     method,
     scale_leaf,
 )
+from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
 from jaxpeft.numerics import (
     ZERO_STARTS,
     bottom_factors,
@@ -34,6 +35,7 @@ STARTS = {
     "olora": lambda kernel, rank, scale: qr_factors(kernel, rank),
 }
 INITS = (*ZERO_STARTS, *STARTS)
+MAGNITUDE = {"m_out": "lora_magnitude_vector"}  # its name in PEFT's files
 
 
 @method
@@ -150,6 +152,20 @@ def dora(
         fixed = pairs[1] if init in STARTS else None
         return Factors(a=pairs[0][0], b=pairs[0][1], o=o, fixed=fixed)
 
+    start = init if init in STARTS else True
+    peft = lora_form(
+        scaling=scaling,
+        dropout=dropout,
+        extra=MAGNITUDE,
+        fields={"use_dora": True, "init_lora_weights": start},
+        read=_read,
+        pair=low_rank_pair,  # what the magnitude then scales
+        beside=MAGNITUDE,
+        beside_fields={"use_dora": True},
+        redone=init in STARTS,
+        refusal="PEFT does not start from 'milora'" if init == "milora" else "",
+    )
+
     def report(frozen, trainable):
         del trainable
         return {"dead_out": jnp.sum(~frozen["live_out"])}
@@ -161,4 +177,16 @@ def dora(
         alpha=float(rank if alpha is None else alpha),
         dropout=dropout,
         report=report,
+        peft=peft,
     )
+
+
+def _read(config, kind):
+    """The options that a PEFT config means; see ``PeftForm.read``."""
+    start = config.get("init_lora_weights")
+    if start in ("pissa", "olora") and kind != "embedding":
+        options = read_lora(config, kind, (start,), use_dora=True)
+    else:
+        options = read_lora(config, kind, use_dora=True)
+        start = "embedding" if kind == "embedding" else "uniform"
+    return None if options is None else options | {"init": start}

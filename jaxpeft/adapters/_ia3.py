@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxpeft.core import Adapter, Factors, check_options, method
+from jaxpeft.core import Adapter, Factors, PeftForm, check_options, method
 
 
 @method
@@ -57,4 +57,21 @@ def ia3(scale: Literal["out", "in"] = "out") -> Adapter:
         del kernel, frozen
         return Factors(**{"o" if scale == "out" else "c": trainable["l"]})
 
-    return Adapter(init=init, factors=factors, scales_bias=scale == "out")
+    to_file = (lambda l: l[:, None]) if scale == "out" else (lambda l: l[None, :])
+    peft = PeftForm(
+        peft_type="IA3",
+        kinds=("linear", "conv1d"),
+        to_leaves=lambda frozen, trainable, kind: {"ia3_l": to_file(trainable["l"])},
+        from_leaves=lambda leaves, kind: {"l": leaves["ia3_l"].reshape(-1)},
+        fields={"init_ia3_weights": True},
+        lists=() if scale == "out" else ("feedforward_modules",),
+        read=_read,
+    )
+    return Adapter(init=init, factors=factors, scales_bias=scale == "out", peft=peft)
+
+
+def _read(config, kind):
+    """The options that a PEFT config means; see ``PeftForm.read``."""
+    if config["peft_type"] != "IA3" or kind == "embedding":
+        return None
+    return {"scale": "in" if config["feedforward_modules"] else "out"}

@@ -12,13 +12,12 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
-    PeftForm,
     check_options,
     check_site_rank,
     method,
     scale_leaf,
 )
-from jaxpeft.core._peft import joined, low_rank_leaves, read_lora, starts_plain
+from jaxpeft.core._peft import joined, lora_form, read_lora
 from jaxpeft.numerics import (
     bottom_triplets,
     frobenius_norm,
@@ -272,25 +271,20 @@ def kasa(
             f"{svd}_residual": frozen.get("svd_residual", zero),
         }
 
-    def pair(frozen, trainable):
+    def pair(frozen, trainable, shape):
+        del shape
         made, gone = factors(None, frozen, trainable), dropped(frozen)
         own = made.a, made.b
         return own if gone is None else joined(own, (-gone[0], gone[1]))
 
-    to_leaves, from_leaves = low_rank_leaves({"sigma": "lora_diag"})
     wanted = {"truncation": "min", "core": "diag", "sigma": "trained"}
     other = [f"{n}={given[n]!r}" for n in wanted if given[n] != wanted[n]]
-    peft = PeftForm(
-        peft_type="LORA",
+    peft = lora_form(
+        scaling=scaling,
+        dropout=dropout,
+        extra={"sigma": "lora_diag"},
+        fields={"kasa_config": {"beta": beta, "gamma": gamma}},
         kinds=("linear",),
-        to_leaves=to_leaves,
-        from_leaves=from_leaves,
-        fields={
-            "use_rslora": scaling == "alpha/sqrt_r",
-            "lora_dropout": dropout,
-            "kasa_config": {"beta": beta, "gamma": gamma},
-        },
-        alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
         read=_read,
         pair=pair,
         redone=True,
@@ -313,10 +307,8 @@ def kasa(
 
 def _read(config, kind):
     """The options that a PEFT config means; see ``PeftForm.read``."""
-    options = read_lora(config, kind)
-    if options is None or not config["kasa_config"] or config["use_dora"]:
-        return None
-    if kind != "linear" or not starts_plain(config):
+    options = read_lora(config, kind, kasa_config=True)
+    if options is None or kind != "linear":
         return None
     weights = {name: config["kasa_config"][name] for name in ("beta", "gamma")}
     return options | weights | {"reduction": "sum"}

@@ -10,18 +10,11 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
-    PeftForm,
     check_options,
     method,
     scale_leaf,
 )
-from jaxpeft.core._peft import (
-    LORA_KINDS,
-    low_rank_leaves,
-    read_lora,
-    scaled,
-    starts_plain,
-)
+from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
 
 INITS = ("uniform", "gaussian", "embedding")
 
@@ -171,20 +164,12 @@ def _low_rank(name, rank, alpha, dropout, init, scaling) -> Adapter:
         del kernel
         return Factors(a=trainable["a"], b=frozen["scale"] * trainable["b"])
 
-    to_leaves, from_leaves = low_rank_leaves()
-    peft = PeftForm(
-        peft_type="LORA",
-        kinds=LORA_KINDS,
-        to_leaves=to_leaves,
-        from_leaves=from_leaves,
-        fields={"use_rslora": scaling == "alpha/sqrt_r", "lora_dropout": dropout},
-        alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
+    peft = lora_form(
+        scaling=scaling,
+        dropout=dropout,
         # A file's config is one method's: there, this scale is an option of LoRA's.
         read=_read if name == "lora" else None,
-        pair=lambda frozen, trainable: (
-            trainable["a"],
-            scaled(frozen, trainable["b"]),
-        ),
+        pair=low_rank_pair,
     )
     return Adapter(
         init=init_leaves,
@@ -198,9 +183,6 @@ def _low_rank(name, rank, alpha, dropout, init, scaling) -> Adapter:
 
 def _read(config, kind):
     """The options that a PEFT config means; see ``PeftForm.read``."""
+    init = {"init": "embedding" if kind == "embedding" else "uniform"}
     options = read_lora(config, kind)
-    if options is None or config["use_dora"] or config["kasa_config"]:
-        return None
-    if not starts_plain(config):
-        return None
-    return options | {"init": "embedding" if kind == "embedding" else "uniform"}
+    return None if options is None else options | init

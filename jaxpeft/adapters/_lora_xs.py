@@ -9,6 +9,7 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
+    PeftForm,
     check_options,
     check_site_rank,
     method,
@@ -112,10 +113,16 @@ def lora_xs(
         b = jnp.matmul(core, frozen["b0"], precision="highest")
         return Factors(a=frozen["a0"], b=b)
 
+    def pair(frozen, trainable, shape):
+        del shape
+        made = factors(None, frozen, trainable)
+        return made.a, made.b
+
     return Adapter(
         init=init,
         factors=factors,
         rank=rank,
         alpha=float(rank if alpha is None else alpha),
         dropout=dropout,
+        peft=PeftForm(pair=pair),
     )

@@ -88,4 +88,5 @@ def olora(
         dropout=dropout,
         scaling=scaling,
         residual=residual,
+        peft_start="olora",
     )

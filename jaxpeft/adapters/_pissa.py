@@ -103,4 +103,5 @@ def pissa(
         dropout=dropout,
         scaling=scaling,
         residual=residual,
+        peft_start="pissa" if iterations is None else None,
     )

@@ -4,8 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpeft.core import Adapter, Factors, check_options, method
+from jaxpeft.core import Adapter, Factors, PeftForm, check_options, method
+
+LEAVES = {"lam_d": "vera_lambda_d", "lam_b": "vera_lambda_b"}  # in PEFT's files
 
 
 @method
@@ -85,6 +88,50 @@ def vera(
         b = lam_d[:, None] * frozen["vera_b"][:rank, :d_out] * lam_b[None, :]
         return Factors(a=frozen["vera_a"][:d_in, :rank], b=b)
 
-    return Adapter(
-        init=init, factors=factors, shared=shared, rank=rank, dropout=dropout
+    def pair(frozen, trainable, shape):
+        made = factors(np.broadcast_to(np.float32(0), shape), frozen, trainable)
+        return made.a, made.b
+
+    peft = PeftForm(
+        peft_type="VERA",
+        kinds=("linear", "conv1d"),
+        to_leaves=lambda frozen, trainable, kind: {
+            theirs: trainable[ours] for ours, theirs in LEAVES.items()
+        },
+        from_leaves=lambda leaves, kind: {
+            ours: leaves[theirs] for ours, theirs in LEAVES.items()
+        },
+        fields={
+            "vera_dropout": dropout,
+            "d_initial": d_initial,
+            "save_projection": True,
+            "init_weights": True,
+            "projection_prng_key": 0,  # not used: the matrices are in the file
+        },
+        patterns=False,
+        shared={"vera_a": "base_model.vera_A", "vera_b": "base_model.vera_B"},
+        read=_read,
+        pair=pair,
     )
+    return Adapter(
+        init=init,
+        factors=factors,
+        shared=shared,
+        rank=rank,
+        dropout=dropout,
+        peft=peft,
+    )
+
+
+def _read(config, kind):
+    """The options that a PEFT config means; see ``PeftForm.read``."""
+    if config["peft_type"] != "VERA" or kind == "embedding":
+        return None
+    if not config["save_projection"]:
+        raise ValueError(
+            "save_projection is false, so its random matrices are not in the file and "
+            "only PyTorch's generator could draw them again; save it in PEFT with "
+            "VeraConfig(save_projection=True)"
+        )
+    names = {"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout"}
+    return {ours: config[theirs] for ours, theirs in names.items()}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxpeft.core._adapter import Adapter, Factors
 from jaxpeft.core._options import SCALINGS, check_site_rank, scale_leaf
+from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
 
 
 def residual_pair(
@@ -17,6 +18,7 @@ def residual_pair(
     dropout: float,
     scaling: str,
     residual: str,
+    peft_start: str | None = None,
 ) -> Adapter:
     r"""Returns the adapter of a low-rank pair that starts at given factors.
 
@@ -35,6 +37,8 @@ def residual_pair(
         scaling: a name in ``SCALINGS``.
         residual: "separate" leaves the kernel alone and carries the subtraction
             along; "folded" stores ``W - s a_0 b_0`` in its place.
+        peft_start: ``init_lora_weights`` of the same factors in HF PEFT; ``None``: it
+            has none.
 
     Returns:
         An ``Adapter`` with trainable ``a [d_in, r]`` and ``b [r, d_out]``, and frozen
@@ -57,6 +61,19 @@ def residual_pair(
         product = jnp.matmul(frozen["a0"], frozen["b0"], precision="highest")
         return frozen["scale"] * product
 
+    def read(config, kind):
+        return None if kind == "embedding" else read_lora(config, kind, (peft_start,))
+
+    peft = lora_form(
+        scaling=scaling,
+        dropout=dropout,
+        kinds=("linear", "conv1d"),
+        fields={"init_lora_weights": peft_start},
+        read=read if peft_start else None,
+        pair=low_rank_pair,
+        redone=True,
+        refusal="" if peft_start else "PEFT does not start from these factors",
+    )
     folded = residual == "folded"
     return Adapter(
         init=init,
@@ -66,4 +83,5 @@ def residual_pair(
         dropout=dropout,
         fold=(lambda kernel, frozen: kernel - part(frozen)) if folded else None,
         unfold=(lambda kernel, frozen: kernel + part(frozen)) if folded else None,
+        peft=peft,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.core import Adapter, ModuleName
@@ -22,6 +23,7 @@ from jaxpeft.interop._peft_config import (
     TENSORS,
     by_pattern,
     in_saved_module,
+    listed,
     read_config,
     targets,
 )
@@ -88,17 +90,20 @@ def load_peft(
     file = TensorFile(folder / TENSORS)
     table = Table(names, dict(leaves_with_path(params)), axes)
     problems: list[str] = []
-    keys = _keys(file, table, problems)
+    shared = {key for _, form in forms().values() for key in form.shared.values()}
+    keys = _keys(file, table, shared, problems)
     found = _sites(config, table, keys, file, problems, "target_modules" in ignore)
     whole = _whole(config, table, keys, file, problems)
     used = {key for site in found for key in site.keys.values()}
     used |= {key for each in whole.values() for _, _, key in each}
+    used |= {key for site in found for key in site.adapter.peft.shared.values()}
     for ends in keys.values():
         for end, key in ends.items():
             # PEFT repeats a targeted embedding's own weights; they are the base's.
             if key not in used and end != "base_layer.weight":
                 problems.append(f"left over: {key!r} is not what the config asks for")
     sites = _by_leaf(found, problems)
+    _check_shared(found, table, file, problems)
     if problems:
         lines = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(
@@ -108,7 +113,7 @@ def load_peft(
     tree = params
     for adapter in dict.fromkeys(each[0].adapter for each in sites.values()):
         own = {p: each for p, each in sites.items() if each[0].adapter is adapter}
-        tree = attach_sites(tree, adapter, own, file, axes)
+        tree = attach_sites(tree, adapter, own, file, axes, config)
     return attach_whole(tree, table, whole, file)
 
 
@@ -144,10 +149,10 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def _keys(file: TensorFile, table: Table, problems: list[str]) -> Keys:
+def _keys(file: TensorFile, table: Table, shared: set[str], problems) -> Keys:
     """The file's keys by the module that they belong to."""
-    found: Keys = {}
-    for key in file.shapes:
+    found: Keys = {"": {key: key for key in shared & set(file.shapes)}}
+    for key in sorted(set(file.shapes) - shared):
         if not key.startswith(PREFIX):
             problems.append(f"left over: {key!r} does not begin with {PREFIX!r}")
             continue
@@ -201,37 +206,95 @@ def _site(config, module: Module, table, keys: Keys, file, problems) -> Found | 
         why = "has no weight" if path is None else "already carries an adapter"
         problems.append(f"{name!r} {why} in `params`")
         return None
-    adapter = _method(config, module.kind, problems)
+    adapter = _method(_at_module(config, name), module.kind, problems)
     if adapter is None:
         return None
     rank = alpha = None
     if adapter.rank is not None:
-        rank = by_pattern(config.get("rank_pattern"), name, adapter.rank)
-        alpha = by_pattern(config.get("alpha_pattern"), name, adapter.alpha)
+        rank, alpha = adapter.rank, adapter.alpha
+        if adapter.peft.patterns:
+            rank = by_pattern(config["rank_pattern"], name, rank)
+            alpha = by_pattern(config["alpha_pattern"], name, alpha)
     try:
         expected = _expected(adapter, module, table, rank)
     except ValueError as e:
         problems.append(f"{name!r}: {e}")
         return None
-    ends = keys.get(name, {})
-    for end, shape in expected.items():
-        if end not in ends:
-            problems.append(f"missing: {PREFIX + name + '.' + end!r}")
-        elif file.shapes[ends[end]] != shape:
-            problems.append(
-                f"{ends[end]!r} has shape {list(file.shapes[ends[end]])}; config and "
-                f"model make it {list(shape)}"
-            )
+    ends = {e.removesuffix(".weight"): k for e, k in keys.get(name, {}).items()}
+    known = {end: ends.get(end.removesuffix(".weight")) for end in expected}
+    problems += [
+        f"missing: {PREFIX + name + '.' + end!r}" for end in known if not known[end]
+    ]
     if len(problems) > count:
         return None
-    return Found(module, adapter, rank, alpha, {end: ends[end] for end in expected})
+    found = {end: tuple(file.shapes[key]) for end, key in known.items()}
+    if adapter.peft.arrange is not None:  # a file may leave parts of leaves out
+        dummies = {e: np.broadcast_to(np.float32(0), s) for e, s in found.items()}
+        try:
+            made = adapter.peft.arrange(config, name, dummies)
+        except ValueError as e:
+            problems.append(f"{name!r}: {e}")
+            return None
+        found = {end: x.shape for end, x in made.items()}
+    problems += [
+        f"{known[end]!r} has shape {list(found[end])}; config and model make it "
+        f"{list(shape)}"
+        for end, shape in expected.items()
+        if found[end] != shape
+    ]
+    if len(problems) > count:
+        return None
+    return Found(module, adapter, rank, alpha, known)
+
+
+def _at_module(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The config with the fields that list modules as whether this one is listed."""
+    fields = {field for _, form in forms().values() for field in form.lists}
+    return config | {
+        field: listed(config[field], name, dotted=False)
+        for field in fields & config.keys()
+    }
+
+
+def _check_shared(found: list[Found], table: Table, file, problems) -> None:
+    """The matrices that sites have in common are there, in the sites' largest sizes."""
+    first = next((site for site in found if site.adapter.peft.shared), None)
+    if first is None or problems:
+        return
+    sizes = [_sizes(site.module, table) for site in found]
+    d_in, d_out = (max(each) for each in zip(*sizes, strict=True))
+    made = jax.eval_shape(
+        lambda: first.adapter.shared(
+            jax.random.key(0), d_in, d_out, first.rank, jnp.float32
+        )
+    )
+    for ours, key in first.adapter.peft.shared.items():
+        shape = made[ours].shape[::-1]
+        if file.shapes.get(key) != shape:
+            problems.append(
+                f"missing: {key!r}"
+                if key not in file.shapes
+                else f"{key!r} has shape {list(file.shapes[key])}; the sites make it "
+                f"{list(shape)}"
+            )
+
+
+def _sizes(module: Module, table: Table) -> tuple[int, int]:
+    """``(d_in, d_out)`` of a module's kernel."""
+    path = module.leaves["weight"]
+    roles = table.matrix_roles(module, path)
+    return matrix_shape(table.leaves[path].shape, roles)[1:]
 
 
 def _method(config: Mapping[str, Any], kind: str, problems) -> Adapter | None:
     """The one method that reads this config, with its options."""
     claims = {}
     for name, (constructor, form) in forms().items():
-        options = form.read(config, kind) if form.read else None
+        try:
+            options = form.read(config, kind) if form.read else None
+        except ValueError as e:
+            problems.append(str(e))
+            return None
         if options is not None:
             claims[name] = lambda c=constructor, o=options: c(**o)
     if len(claims) == 1:
@@ -255,9 +318,7 @@ def _method(config: Mapping[str, Any], kind: str, problems) -> Adapter | None:
 
 def _expected(adapter: Adapter, module: Module, table: Table, rank):
     """``{end of the key: shape}`` that this method makes at this module."""
-    path = module.leaves["weight"]
-    shape = table.leaves[path].shape
-    _, d_in, d_out = matrix_shape(shape, table.matrix_roles(module, path))
+    d_in, d_out = _sizes(module, table)
     parts = init_shapes.__wrapped__(adapter, d_in, d_out, rank, jnp.dtype("float32"))
     leaves = jax.eval_shape(
         lambda f, t: adapter.peft.to_leaves(f, t, module.kind), *parts
@@ -275,7 +336,7 @@ def _whole(config, table: Table, keys: Keys, file, problems):
             key = ends.get(part)
             if saved and key is None:
                 problems.append(f"missing: {PREFIX}{module.name}.{part}")
-            if part == "bias" and config["bias"] != "none" and not saved:
+            if part == "bias" and config.get("bias", "none") != "none" and not saved:
                 key = ends.get("base_layer.bias", key)
             elif not saved:
                 continue

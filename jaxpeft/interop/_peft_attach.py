@@ -8,7 +8,7 @@ import numpy as np
 from jaxpeft.core import AdaptedKernel, Adapter, attach
 from jaxpeft.core._node import is_node
 from jaxpeft.interop._format import forms
-from jaxpeft.interop._load import place_leaves
+from jaxpeft.interop._load import place_leaves, put_leaf
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import TensorFile
 
@@ -23,7 +23,9 @@ class Found(NamedTuple):
     keys: dict[str, str]  # end of the key: key
 
 
-def attach_sites(tree, adapter: Adapter, sites: dict[str, list[Found]], file, axes):
+def attach_sites(
+    tree, adapter: Adapter, sites: dict[str, list[Found]], file, axes, config
+):
     """Attaches one method and puts the file's values into its trained leaves."""
 
     def from_peft(path, leaf):
@@ -31,12 +33,15 @@ def attach_sites(tree, adapter: Adapter, sites: dict[str, list[Found]], file, ax
 
     per_site = {}
     if adapter.rank is not None:
-        per_site = {
-            "rank_pattern": {p: tuple(s.rank for s in e) for p, e in sites.items()},
-            "alpha_pattern": {p: tuple(s.alpha for s in e) for p, e in sites.items()},
-        }
+        rank = {p: tuple(s.rank for s in each) for p, each in sites.items()}
+        per_site["rank_pattern"] = rank
+    if adapter.alpha is not None:
+        alpha = {p: tuple(s.alpha for s in each) for p, each in sites.items()}
+        per_site["alpha_pattern"] = alpha
     key = jax.random.key(0)  # every leaf that is drawn is replaced below
     tree = attach(tree, adapter, from_peft, key=key, axes=axes, **per_site)
+
+    form, shared = adapter.peft, {}
 
     def filled(node):
         if not is_node(node) or node.site.path not in sites:
@@ -44,8 +49,20 @@ def attach_sites(tree, adapter: Adapter, sites: dict[str, list[Found]], file, ax
         layers = []
         for site in sites[node.site.path]:
             leaves = {end: _read(file, key) for end, key in site.keys.items()}
-            layers.append(adapter.peft.from_leaves(leaves, site.module.kind))
-        return node.replace(trainable=place_leaves(node, _stacked(node, layers)))
+            if form.arrange is not None:
+                leaves = form.arrange(config, site.module.name, leaves)
+            layers.append(form.from_leaves(leaves, site.module.kind))
+        if form.shared and not shared:  # one array for all sites
+            shared.update(
+                {
+                    ours: put_leaf(_read(file, key).T, node.base, (None, None))
+                    for ours, key in form.shared.items()
+                }
+            )
+        return node.replace(
+            frozen=node.frozen | shared,
+            trainable=place_leaves(node, _stacked(node, layers)),
+        )
 
     return jax.tree.map(filled, tree, is_leaf=is_node)
 
@@ -72,7 +89,8 @@ def attach_whole(tree, table: Table, whole, file):
     """Attaches full training to leaves that the file has whole."""
     if not whole:
         return tree
-    (adapter,) = (c() for c, form in forms().values() if form.whole)
+    whole_leaf = (c() for c, form in forms().values() if form.whole)
+    (adapter,) = (a for a in whole_leaf if a.leaves == "any")
 
     def from_peft(path, leaf):
         return path in whole

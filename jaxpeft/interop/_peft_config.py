@@ -21,9 +21,9 @@ _COMMON = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "fan_in_fan_out": False,
-    "bias": "none",
 }
 _LORA = {
+    "bias": "none",
     "r": 8,
     "lora_alpha": 8,
     "lora_dropout": 0.0,
@@ -39,6 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ADALORA": _COMMON
     | _LORA
     | {
+        "rank_pattern": None,
         "target_r": 8,
         "init_r": 12,
         "tinit": 0,
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "VERA": _COMMON
     | {
+        "bias": "none",
         "r": 256,
         "vera_dropout": 0.0,
         "d_initial": 0.1,
@@ -61,13 +63,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "IA3": _COMMON | {"feedforward_modules": None, "init_ia3_weights": True},
 }
 
+# Fields that a config of each type has besides these.
+NOTES = ("peft_type", "peft_version", "task_type", "base_model_name_or_path")
+
 # What is said even where it is the default: not every reader fills defaults in.
 PLAIN_FIELDS = {"LORA": {n: v for n, v in _LORA.items() if n != "kasa_config"}}
 
 # Fields that change nothing of the function once the weights are trained.
-_NOTES = (
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "revision"),
-    *("base_model_name_or_path", "inference_mode", "runtime_config"),
+_UNUSED = (
+    *("auto_mapping", "revision", "inference_mode", "runtime_config"),
     *("megatron_core", "qalora_group_size", "eva_config", "lora_ga_config"),
     *("corda_config", "loftq_config", "ensure_weight_tying"),
 )
@@ -114,7 +118,7 @@ def read_config(folder: Path, ignore: Sequence[str]) -> dict[str, Any]:
     strange = {
         name: value
         for name, value in given.items()
-        if name not in known and name not in _NOTES and value not in unset
+        if name not in known and name not in (*NOTES, *_UNUSED) and value not in unset
     }
     if strange := {n: v for n, v in strange.items() if n not in ignore}:
         raise ValueError(
@@ -123,7 +127,7 @@ def read_config(folder: Path, ignore: Sequence[str]) -> dict[str, Any]:
             "not matter."
         )
     kept = {n: v for n, v in given.items() if n not in ignore and v is not None}
-    return known | {n: v for n, v in kept.items() if n in known or n in _NOTES}
+    return known | {n: v for n, v in kept.items() if n in known or n in NOTES}
 
 
 def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module]:
@@ -140,7 +144,7 @@ def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module
     found = []
     for module in modules:
         path = module.name
-        if module.kind == "norm" or _listed(config["exclude_modules"], path):
+        if module.kind == "norm" or listed(config["exclude_modules"], path):
             continue
         if in_saved_module(config, path):
             continue
@@ -159,12 +163,20 @@ def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module
     return found
 
 
-def _listed(patterns: str | Sequence[str] | None, path: str) -> bool:
+def listed(patterns: str | Sequence[str] | None, path: str, dotted: bool = True):
+    """Whether a field that is a list of ends, or an expression, names a module.
+
+    Args:
+        patterns: the field's value.
+        path: the module's.
+        dotted: whether an end must begin at a dot; PEFT's fields differ.
+    """
     if not patterns:
         return False
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
-    return any(path == p or path.endswith(f".{p}") for p in patterns)
+    dot = "." if dotted else ""
+    return any(path == p or path.endswith(dot + p) for p in patterns)
 
 
 def in_saved_module(config: Mapping[str, Any], path: str) -> bool:

@@ -4,8 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpeft.core import AdaptedKernel
-from jaxpeft.core._lift import layer_leaves, padded, unpadded_layers
+from jaxpeft.core import AdaptedKernel, PeftForm
+from jaxpeft.core._lift import (
+    layer_leaves,
+    matrix_shape,
+    padded,
+    shared_names,
+    unpadded_layers,
+)
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import on_host
 
@@ -25,18 +31,41 @@ class AdaptedModule(NamedTuple):
     rank: int | None
     alpha: float | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_in, d_out)``."""
+        return matrix_shape(self.node.base.shape, self.node.roles)[1:]
+
+    @property
+    def form(self) -> PeftForm:
+        """The method's."""
+        return self.node.adapter.peft
+
+
+class Collected(NamedTuple):
+    """What of a tree goes into a file.
+
+    Attributes:
+        sites: modules with an adapter, in the order of the table.
+        whole: modules of which the weight is trained in full.
+        biases: modules of which the bias alone is.
+    """
+
+    sites: list[AdaptedModule]
+    whole: list[Module]
+    biases: list[Module]
+
 
 def is_finite(x: np.ndarray) -> bool:
     """Whether all of a floating array is."""
     return bool(np.all(np.isfinite(x.astype(np.float32))))
 
 
-def collect(
-    table: Table, untie: bool, problems: list[str]
-) -> tuple[list[AdaptedModule], list[Module]]:
-    """Adapted modules, and modules of which a leaf is trained in full."""
+def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
+    """Sorts a tree's adapted leaves; what cannot be sorted goes to ``problems``."""
     sites: dict[str, AdaptedModule] = {}
-    whole: dict[str, Module] = {}
+    trained: dict[str, set[str]] = {}
+    host = _Host()
     for path, node in table.leaves.items():
         if not isinstance(node, AdaptedKernel):
             continue
@@ -45,76 +74,96 @@ def collect(
             problems.append(
                 f"{path!r} is in no row of `names`; add a row for its module"
             )
-        elif form is None:
+            continue
+        if form is None:
             problems.append(
                 f"{path!r}: {node.adapter.name!r} has no form in PEFT; {OTHER_WAYS}"
             )
-        elif form.whole:
-            whole |= {module.name: module for module in modules}
+            continue
+        for module in modules:
+            if path == module.leaves.get("weight") and module.row.tied and not untie:
+                problems.append(
+                    f"{module.name!r} shares its weight with {module.row.tied!r}: "
+                    "in PEFT only the look-up would change, which is not the same "
+                    "function; merge instead, or write untie=True"
+                )
+        if form.whole:
+            for module in modules:
+                part = "weight" if path == module.leaves.get("weight") else "bias"
+                trained.setdefault(module.name, set()).add(part)
+            continue
+        for module, *leaves in zip(modules, *host.layers(node), strict=True):
+            sites[module.name] = site = AdaptedModule(module, node, *leaves)
+            problems += [
+                f"{module.name!r}: leaf {leaf!r} is not finite"
+                for leaf, x in {**site.frozen, **site.trainable}.items()
+                if not is_finite(x)
+            ]
+    both = [n for n, parts in trained.items() if "weight" in parts and n in sites]
+    problems += [f"{n!r} is trained in full and has an adapter as well" for n in both]
+    whole = [m for m in table.modules if "weight" in trained.get(m.name, ())]
+    biases = [m for m in table.modules if trained.get(m.name) == {"bias"}]
+    ordered = [sites[m.name] for m in table.modules if m.name in sites]
+    return Collected(ordered, whole, biases)
+
+
+class _Host:
+    """Leaves brought to the host; those that sites share only once."""
+
+    def __init__(self) -> None:
+        self._shared: dict[int, np.ndarray] = {}
+
+    def layers(self, node: AdaptedKernel):
+        """``(frozen, trainable, ranks, alphas)``, one entry a layer."""
+        common = {
+            name: self._shared.setdefault(id(node.frozen[name]), None)
+            for name in shared_names(node.adapter)
+        }
+        for name, x in common.items():
+            if x is None:
+                x = common[name] = on_host(node.frozen[name])
+                self._shared[id(node.frozen[name])] = x
+        own = {n: on_host(x) for n, x in node.frozen.items() if n not in common}
+        host = node.replace(
+            frozen=own, trainable={n: on_host(x) for n, x in node.trainable.items()}
+        )
+        if padded(host):
+            each = unpadded_layers(host)
         else:
-            for module, *leaves in zip(modules, *_layers(node), strict=True):
-                if module.row.tied and not untie:
-                    problems.append(
-                        f"{module.name!r} shares its weight with {module.row.tied!r}: "
-                        "PEFT's adapter would act on the look-up alone and not be the "
-                        "same function; merge instead, or write untie=True"
-                    )
-                sites[module.name] = site = AdaptedModule(module, node, *leaves)
-                problems += [
-                    f"{module.name!r}: leaf {leaf!r} is not finite"
-                    for leaf, x in {**site.frozen, **site.trainable}.items()
-                    if not is_finite(x)
-                ]
-    order = [m.name for m in table.modules]
-    ordered = sorted(sites.values(), key=lambda site: order.index(site.module.name))
-    return ordered, list(whole.values())
-
-
-def _layers(node: AdaptedKernel):
-    """``(frozen, trainable, ranks, alphas)``, one entry a layer, on the host."""
-    host = node.replace(
-        frozen={n: on_host(x) for n, x in node.frozen.items()},
-        trainable={n: on_host(x) for n, x in node.trainable.items()},
-    )
-    if padded(host):
-        each = unpadded_layers(host)
-    else:
-        parts = layer_leaves(host)
-        count = len(next(iter({**parts[0], **parts[1]}.values())))
-        each = [
-            tuple({n: x[i] for n, x in part.items()} for part in parts)
-            for i in range(count)
-        ]
-    none = (None,) * len(each)
-    site = node.site
-    plain = lambda leaves: {n: np.asarray(x) for n, x in leaves.items()}
-    frozen, trainable = (tuple(map(plain, part)) for part in zip(*each, strict=True))
-    return frozen, trainable, site.ranks or none, site.alphas or none
+            parts = layer_leaves(host)
+            count = len(next(iter({**parts[0], **parts[1]}.values())))
+            each = [
+                tuple({n: x[i] for n, x in part.items()} for part in parts)
+                for i in range(count)
+            ]
+        none, site = (None,) * len(each), node.site
+        plain = lambda leaves: {n: np.asarray(x) for n, x in leaves.items()}
+        frozen = [plain(f) | common for f, _ in each]
+        trainable = [plain(t) for _, t in each]
+        return frozen, trainable, site.ranks or none, site.alphas or none
 
 
 def choose_form(form: str, sites: list[AdaptedModule], problems: list[str]) -> str:
-    """``"native"`` or ``"portable"``; what stands in the way goes to ``problems``."""
+    """``"native"``, ``"converted"`` or ``"portable"``, and what stands in its way."""
     if form == "auto":
-        redone = [
-            s.node.adapter.peft.redone or s.node.adapter.peft.peft_type is None
-            for s in sites
-        ]
-        form = "portable" if any(redone) else "native"
+        redone = [s.form.redone or s.form.peft_type is None for s in sites]
+        form = "converted" if any(redone) else "native"
     for site in sites:
-        method, own, name = site.node.adapter, site.node.adapter.peft, site.module.name
-        if form == "portable" and own.pair is None:
-            problems.append(
-                f"{name!r}: the change that {method.name!r} makes is not of low rank "
-                f"and cannot be plain LoRA; form='native', or {OTHER_WAYS}"
-            )
-        if form == "native" and (own.peft_type is None or own.refusal):
-            why = own.refusal or f"PEFT has no {method.name!r}"
-            problems.append(f"{name!r}: {why}; form='portable' writes plain LoRA")
-        elif form == "native" and site.module.kind not in own.kinds:
-            problems.append(
-                f"{name!r}: PEFT has no {method.name!r} on a module of kind "
-                f"{site.module.kind!r}; form='portable' writes plain LoRA"
-            )
+        name, method = site.module.name, site.node.adapter.name
         if site.module.kind == "norm":
             problems.append(f"{name!r} is a norm; PEFT has no adapter for it")
+        if form == "native":
+            if site.form.peft_type is None or site.form.refusal:
+                why = site.form.refusal or f"PEFT has no {method!r}"
+                problems.append(f"{name!r}: {why}; form='auto' writes plain LoRA")
+            elif site.module.kind not in site.form.kinds:
+                problems.append(
+                    f"{name!r}: PEFT has no {method!r} on a module of kind "
+                    f"{site.module.kind!r}; form='auto' writes plain LoRA"
+                )
+        elif site.form.pair is None or (form == "portable" and site.form.beside):
+            problems.append(
+                f"{name!r}: the change that {method!r} makes is not of low rank and "
+                f"cannot be plain LoRA; form='native', or {OTHER_WAYS}"
+            )
     return form

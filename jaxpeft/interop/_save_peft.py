@@ -12,9 +12,9 @@ from jaxpeft.core import AdaptedKernel, ModuleName
 from jaxpeft.core._node import leaves_with_path, nodes
 from jaxpeft.interop._folder import check_free, write_folder
 from jaxpeft.interop._modules import Module, Table
-from jaxpeft.interop._pairs import balance, pad
 from jaxpeft.interop._peft_config import (
     CONFIG,
+    DEFAULTS,
     HEADS,
     NO_TARGETS,
     PLAIN_FIELDS,
@@ -22,10 +22,9 @@ from jaxpeft.interop._peft_config import (
     TASKS,
     TENSORS,
     in_saved_module,
-    patterns_of,
-    target_names,
 )
 from jaxpeft.interop._peft_sites import AdaptedModule, choose_form, collect, is_finite
+from jaxpeft.interop._peft_tensors import native, plain
 from jaxpeft.interop._tensors import on_host, write_tensors
 
 FORMS = ("auto", "native", "portable")
@@ -36,7 +35,8 @@ class SavedPeft(NamedTuple):
 
     Attributes:
         folder: where.
-        form: ``"native"`` or ``"portable"``.
+        form: ``"native"``, ``"converted"`` (plain LoRA with more beside it) or
+            ``"portable"``.
         rank: the most frequent rank in the file (of plain pairs, the only one).
         sites: names of the adapted modules, as in the file.
         saved: names of the modules that were written whole.
@@ -132,40 +132,32 @@ def save_peft(
         )
     table = Table(names, dict(leaves_with_path(adapted)), axes)
     problems: list[str] = []
-    sites, whole = collect(table, untie, problems)
-    whole += _head(table, task_type, whole)
+    found = collect(table, untie, problems)
+    sites, biases = found.sites, found.biases
+    whole = found.whole + _head(table, task_type, found.whole)
+    biases = [m for m in biases if m not in whole]
     written = choose_form(form, sites, problems)
-    if form == "portable" and whole:
-        problems.append(
-            f"modules written whole {[m.name for m in whole]} (trained in full, or the "
-            "head that `task_type` asks for) have no place beside portable LoRA: "
-            "form='auto' writes them as modules_to_save"
-        )
-    if rank is not None and written == "native":
-        problems.append(
-            "`rank` is for plain LoRA; write form='portable' with it, or leave it out"
-        )
-    if rank is not None and rank < 1:
-        problems.append(f"`rank` must be at least 1, got {rank}")
+    _check(written, rank, whole + biases, problems)
     _raise(problems)
 
     errors: dict[str, float] = {}
     if written == "native":
-        tensors, config = _native(sites, table, problems)
+        tensors, config = native(sites, table, problems)
     else:
-        tensors, config, errors = _plain(sites, rank)
+        tensors, config, errors = plain(sites, rank, table, problems)
     saved = _saved_modules(table, whole, tensors, problems)
-    _raise(problems)
+    if biases:
+        config["bias"] = "all"
+        _add_biases(table, whole, sites, tensors, config, problems)
     adapted_modules = [site.module for site in sites]
     config = PLAIN_FIELDS.get(config["peft_type"], {}) | config
     config |= {
         "peft_version": "0.21.2",  # whose format it is
         "base_model_name_or_path": base_model,
         "task_type": task_type,
-        "target_modules": target_names(adapted_modules, table.modules) or NO_TARGETS,
+        "target_modules": config["target_modules"] or NO_TARGETS,
         "modules_to_save": saved or None,
         "inference_mode": True,
-        "bias": "none",
         "fan_in_fan_out": any(m.kind == "conv1d" for m in adapted_modules),
     }
     _check_saved(config, adapted_modules, problems)
@@ -182,7 +174,14 @@ def save_peft(
 
     write_folder(folder, write)
     modules = tuple(module.name for module in adapted_modules)
-    return SavedPeft(folder, written, config.get("r"), modules, tuple(saved), errors)
+    return SavedPeft(
+        folder, written, _rank(config, sites), modules, tuple(saved), errors
+    )
+
+
+def _rank(config: dict[str, Any], sites: list[AdaptedModule]) -> int | None:
+    field = sites[0].form.rank if sites else "r"
+    return config.get(field, config.get("r")) if sites else None
 
 
 def _raise(problems: list[str]) -> None:
@@ -191,6 +190,21 @@ def _raise(problems: list[str]) -> None:
             "the tree has no such form in PEFT's files; nothing was written:\n  "
             + "\n  ".join(dict.fromkeys(problems))
         )
+
+
+def _check(written: str, rank: int | None, extra: list[Module], problems) -> None:
+    if written == "portable" and extra:
+        problems.append(
+            f"{[m.name for m in extra]} are written whole (trained in full, or the "
+            "head that `task_type` asks for) and have no place beside portable LoRA: "
+            "form='auto' writes them"
+        )
+    if rank is not None and written == "native":
+        problems.append(
+            "`rank` is for plain LoRA; write form='portable' with it, or leave it out"
+        )
+    if rank is not None and rank < 1:
+        problems.append(f"`rank` must be at least 1, got {rank}")
 
 
 def _head(table: Table, task_type: str | None, whole: list[Module]) -> list[Module]:
@@ -205,86 +219,49 @@ def _head(table: Table, task_type: str | None, whole: list[Module]) -> list[Modu
     ]
 
 
-def _native(sites: list[AdaptedModule], table: Table, problems: list[str]):
-    """Tensors and config of the methods' own forms."""
-    tensors, fields = {}, {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, int | float] = {}
-    for site in sites:
-        form, name = site.node.adapter.peft, site.module.name
-        leaves = form.to_leaves(site.frozen, site.trainable, site.module.kind)
-        tensors |= {f"{PREFIX}{name}.{n}": on_host(x) for n, x in leaves.items()}
-        own = {"peft_type": form.peft_type, **form.fields}
-        for field, value in own.items():
-            if fields.setdefault(field, value) != value:
-                problems.append(
-                    f"{name!r} needs {field}={value!r} in the one PEFT config, others "
-                    f"{fields[field]!r}; form='portable', or save one method a folder"
-                )
-        if site.rank is not None:
-            ranks[name] = site.rank
-            alphas[name] = _alpha(site)
-    config: dict[str, Any] = fields or {"peft_type": "LORA"}
-    if ranks:
-        config["r"], config["rank_pattern"] = patterns_of(ranks)
-        config["lora_alpha"], config["alpha_pattern"] = patterns_of(alphas)
-    return tensors, config
-
-
-def _alpha(site: AdaptedModule) -> int | float:
-    """The alpha that gives the site's scale: as it was attached, or as it is now."""
-    alpha = site.alpha
-    if site.node.adapter.peft.alpha is not None:
-        now = float(site.node.adapter.peft.alpha(site.frozen, site.rank))
-        if abs(now - alpha) > 1e-6 * abs(alpha):
-            alpha = now
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
-
-
-def _plain(sites: list[AdaptedModule], rank: int | None):
-    """Tensors and config of plain LoRA, one rank for all."""
-    pairs, errors = {}, {}
-    for site in sites:
-        pair = site.node.adapter.peft.pair(site.frozen, site.trainable)
-        a, b, error = balance(*map(on_host, pair), rank)
-        pairs[site.module.name] = (a, b)
-        if error > 1e-6:  # more than rounding
-            errors[site.module.name] = error
-    top = rank or max((a.shape[1] for a, _ in pairs.values()), default=8)
-    kinds = {site.module.name: site.module.kind for site in sites}
-    tensors = {}
-    for name, (a, b) in pairs.items():
-        a, b = pad(a, b, top)
-        ends = ("lora_A.weight", "lora_B.weight")
-        if kinds[name] == "embedding":
-            ends = ("lora_embedding_A", "lora_embedding_B")
-        for end, x in zip(ends, (a, b), strict=True):
-            tensors[f"{PREFIX}{name}.{end}"] = on_host(x.T)
-    config = {"peft_type": "LORA", "r": top, "lora_alpha": top}
-    return tensors, config, errors
+def _tensor(table: Table, module: Module, part: str, problems) -> np.ndarray:
+    """A module's own leaf, trained or not, as the checkpoint has it."""
+    leaf = table.leaves[module.leaves[part]]
+    if isinstance(leaf, AdaptedKernel):
+        (leaf,) = leaf.trainable.values()
+    tensor = on_host(table.tensor(module, part, on_host(leaf)))
+    if not is_finite(tensor):
+        problems.append(f"{module.name!r}: {part} is not finite")
+    return tensor
 
 
 def _saved_modules(table, whole, tensors, problems) -> list[str]:
     """Adds whole modules to the tensors; returns names for modules_to_save."""
-    values: dict[str, np.ndarray] = {}
     for module in whole:
         for part, path in module.leaves.items():
             leaf = table.leaves[path]
-            if isinstance(leaf, AdaptedKernel):
-                if not leaf.adapter.peft.whole:
-                    problems.append(
-                        f"{module.name!r} has one leaf trained in full and another "
-                        "with an adapter, which PEFT cannot do; merge instead"
-                    )
-                    continue
-                (leaf,) = leaf.trainable.values()
-            if path not in values:
-                values[path] = on_host(leaf)
-            tensor = on_host(table.tensor(module, part, values[path]))
-            tensors[f"{PREFIX}{module.name}.{part}"] = tensor
-            if not is_finite(tensor):
-                problems.append(f"{module.name!r}: {part} is not finite")
+            if isinstance(leaf, AdaptedKernel) and not leaf.adapter.peft.whole:
+                problems.append(
+                    f"{module.name!r} is saved whole and its {part} has an adapter, "
+                    "which PEFT cannot do; merge instead"
+                )
+                continue
+            tensors[f"{PREFIX}{module.name}.{part}"] = _tensor(
+                table, module, part, problems
+            )
     return _roots([m.name for m in whole], [m.name for m in table.modules])
+
+
+def _add_biases(table, whole, sites, tensors, config, problems) -> None:
+    """Adds every bias: PEFT saves all of them or none."""
+    if "bias" not in DEFAULTS[config["peft_type"]]:
+        problems.append(
+            f"PEFT's {config['peft_type']} has no trained biases beside it; merge, or "
+            "leave them as they were"
+        )
+    adapted = [site.module.name for site in sites]
+    for module in table.modules:
+        if "bias" not in module.leaves or module in whole:
+            continue
+        end = "base_layer.bias" if module.name in adapted else "bias"
+        tensors[f"{PREFIX}{module.name}.{end}"] = _tensor(
+            table, module, "bias", problems
+        )
 
 
 def _roots(saved: list[str], every: list[str]) -> list[str]:

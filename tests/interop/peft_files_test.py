@@ -38,23 +38,35 @@ def in_our_words(targets):
 def attached(family, adapter):
     """The adapter on two sorts of sites, different ranks and alphas; the head."""
     some, others = map(in_our_words, family.facts.targets)
-    adapted = family.attach(
-        family.params,
-        adapter,
-        [*some, *others],
-        rank_pattern={f".*_1/.*{some[0]}": 2},
-        alpha_pattern={f".*_0/.*{others[0]}": 5},
-    )
+    patterns = {}
+    if adapter.peft.patterns and adapter.rank is not None:
+        patterns = {
+            "rank_pattern": {f".*_1/.*{some[0]}": 2},
+            "alpha_pattern": {f".*_0/.*{others[0]}": 5},
+        }
+    adapted = family.attach(family.params, adapter, [*some, *others], **patterns)
     for head in family.facts.heads:
         adapted = jp.attach(adapted, jp.full(), [head], key=jax.random.key(1))
     return scrambled(adapted)
 
 
+# Every method with a form: what is attached, and the form that is asked for.
 OURS = {
     "lora": (jp.lora(3, 7), "native"),
     "rslora": (jp.lora(3, 7, scaling="alpha/sqrt_r"), "native"),
     "kasa": (jp.kasa(3, 7, reduction="sum"), "native"),
     "kasa as lora": (jp.kasa(3, 7), "auto"),
+    "dora": (jp.dora(3, 7), "native"),
+    "dora from pissa": (jp.dora(3, 7, init="pissa"), "native"),
+    "dora from pissa, its factors": (jp.dora(3, 7, init="pissa"), "auto"),
+    "pissa": (jp.pissa(3, 7), "native"),
+    "pissa as lora": (jp.pissa(3, 7), "auto"),
+    "olora": (jp.olora(3, 7), "native"),
+    "milora as lora": (jp.milora(3, 7), "auto"),
+    "lora_xs as lora": (jp.lora_xs(3, 7), "auto"),
+    "adalora": (jp.adalora(3, 7), "native"),
+    "vera": (jp.vera(3), "native"),
+    "ia3": (jp.ia3(), "native"),
 }
 
 

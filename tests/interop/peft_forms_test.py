@@ -15,6 +15,7 @@ from adapt_toolbox import perturb
 from contract_toolbox import METHODS, constructor, make
 
 import jaxpeft as jp
+from jaxpeft.interop._peft_config import DEFAULTS
 
 
 def variants(name):
@@ -29,6 +30,7 @@ def variants(name):
 
 ALL = [adapter for name in METHODS for adapter in variants(name)]
 WITH_FORM = [a for a in ALL if a.peft is not None]
+PAIRS = [a for a in WITH_FORM if a.peft.pair and not a.peft.beside]
 
 
 def one_site(adapter):
@@ -44,11 +46,11 @@ def test_there_are_forms():
     assert any(f.pair for f in forms) and any(f.whole for f in forms)
 
 
-@pytest.mark.parametrize("adapter", [a for a in WITH_FORM if a.peft.pair], ids=repr)
+@pytest.mark.parametrize("adapter", PAIRS, ids=repr)
 def test_a_pair_is_the_change_of_the_kernel(adapter):
     adapted = one_site(adapter)
     node = adapted["up"]["kernel"]
-    a, b = adapter.peft.pair(node.frozen, node.trainable)
+    a, b = adapter.peft.pair(node.frozen, node.trainable, node.base.shape)
     original = jp.detach(adapted)["up"]["kernel"]
     with jax.disable_jit():
         merged = jp.merge(adapted)["up"]["kernel"]
@@ -77,15 +79,11 @@ def test_leaves_come_back(adapter):
         np.testing.assert_allclose(form.alpha(node.frozen, rank), alpha, rtol=1e-6)
 
 
-DEFAULTS = {
+CONFIG = DEFAULTS["LORA"] | {
     "peft_type": "LORA",
     "r": 3,
     "lora_alpha": 5,
     "lora_dropout": 0.1,
-    "use_rslora": False,
-    "use_dora": False,
-    "kasa_config": None,
-    "init_lora_weights": True,
 }
 
 
@@ -105,7 +103,7 @@ DEFAULTS = {
     ids=str,
 )
 def test_a_config_is_one_methods(changes):
-    config = DEFAULTS | changes
+    config = CONFIG | changes
     for kind in ("linear", "conv1d", "embedding"):
         claims = {}
         for name in METHODS:

@@ -70,9 +70,19 @@ def test_what_cannot_be_written(adapted, params, tmp_path):
     two = jp.attach(two, jp.lora(2, dropout=0.1), ["q_proj"], key=KEY, axes=AXES)
     refuse("lora_dropout=0.0 in the one PEFT config", two)
     save_peft(two, tmp_path / "joined", names=STACKED, form="portable")
-    half = jp.attach(params, jp.full(), ["score/bias"], key=KEY)
-    half = jp.attach(half, jp.lora(2), ["score"], key=KEY)
-    refuse("one leaf trained in full and another with an adapter", half)
+    head = jp.attach(params, jp.lora(2), ["score"], key=KEY)
+    refuse("score' is saved whole and its weight has an adap", head, task_type="SEQ_CLS")
+    bora = jp.attach(params, jp.bora(2), ["score"], key=KEY)
+    refuse("'bora' has no form in PEFT; jaxpeft.merge and save_hf", bora)
+    dora = jp.attach(params, jp.dora(2), ["score"], key=KEY)
+    refuse("not of low rank and cannot be plain LoRA", dora, form="portable")
+    small = jp.attach(params, jp.milora(2), ["score"], key=KEY)
+    refuse("PEFT does not start from these factors", small, form="native")
+    ranks = jp.attach(
+        params, jp.vera(3), ["up"], key=KEY, axes=AXES, rank_pattern={"up": [1, 2, 3]}
+    )
+    refuse(r"VERA has one r for all sites.*\[1, 2, 3\]", ranks)
+    save_peft(ranks, tmp_path / "ranks", names=STACKED, form="portable")
     node = two["layers"]["layer"]["up"]["kernel"]
     bad = {**node.trainable, "a": node.trainable["a"].at[0, 0, 0].set(jnp.nan)}
     two["layers"]["layer"]["up"]["kernel"] = node.replace(trainable=bad)
