@@ -14,7 +14,7 @@ from jaxpeft.core import (
     method,
     scale_leaf,
 )
-from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
+from jaxpeft.core._peft import LORA_KINDS, lora_form, low_rank_pair, read_lora
 from jaxpeft.numerics import (
     ZERO_STARTS,
     bottom_factors,
@@ -153,7 +153,9 @@ def dora(
         return Factors(a=pairs[0][0], b=pairs[0][1], o=o, fixed=fixed)
 
     start = init if init in STARTS else True
+    kinds = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
     peft = lora_form(
+        kinds=kinds.get(init, LORA_KINDS),
         scaling=scaling,
         dropout=dropout,
         extra=MAGNITUDE,
@@ -184,7 +186,9 @@ def dora(
 def _read(config, kind):
     """The options that a PEFT config means; see ``PeftForm.read``."""
     start = config.get("init_lora_weights")
-    if start in ("pissa", "olora") and kind != "embedding":
+    if start in ("pissa", "olora"):
+        if kind != "linear" and not (start == "pissa" and kind == "conv1d"):
+            return None
         options = read_lora(config, kind, (start,), use_dora=True)
     else:
         options = read_lora(config, kind, use_dora=True)

@@ -64,7 +64,7 @@ def ia3(scale: Literal["out", "in"] = "out") -> Adapter:
         to_leaves=lambda frozen, trainable, kind: {"ia3_l": to_file(trainable["l"])},
         from_leaves=lambda leaves, kind: {"l": leaves["ia3_l"].reshape(-1)},
         fields={"init_ia3_weights": True},
-        lists=() if scale == "out" else ("feedforward_modules",),
+        lists={"feedforward_modules": scale == "in"},
         read=_read,
     )
     return Adapter(init=init, factors=factors, scales_bias=scale == "out", peft=peft)

@@ -89,4 +89,5 @@ def olora(
         scaling=scaling,
         residual=residual,
         peft_start="olora",
+        peft_kinds=("linear",),  # PEFT takes a Conv1D's weight for its transpose
     )

@@ -29,7 +29,8 @@ class PeftForm(NamedTuple):
         fields: the config's fields beyond those that every method shares.
         rank: the config's field for the rank.
         patterns: whether a config may give sites ranks and alphas of their own.
-        lists: fields of the config that are lists with this site's module in them.
+        lists: ``{field of the config that is a list of modules: whether this site's
+            is in it}``.
         shared: ``{our shared leaf: its whole key in the file}``, transposed.
         alpha: ``(frozen, rank) -> alpha`` that gives this layer's scale in PEFT.
         read: ``(config, kind) -> options`` of the constructor, or ``None`` where the
@@ -53,7 +54,7 @@ class PeftForm(NamedTuple):
     fields: Mapping[str, Any] = {}
     rank: str = "r"
     patterns: bool = True
-    lists: tuple[str, ...] = ()
+    lists: Mapping[str, bool] = {}
     shared: Mapping[str, str] = {}
     alpha: Callable[[Leaves, int], Any] | None = None
     read: Callable[[Mapping[str, Any], str], dict[str, Any] | None] | None = None

@@ -19,6 +19,7 @@ def residual_pair(
     scaling: str,
     residual: str,
     peft_start: str | None = None,
+    peft_kinds: tuple[str, ...] = ("linear", "conv1d"),
 ) -> Adapter:
     r"""Returns the adapter of a low-rank pair that starts at given factors.
 
@@ -39,6 +40,7 @@ def residual_pair(
             along; "folded" stores ``W - s a_0 b_0`` in its place.
         peft_start: ``init_lora_weights`` of the same factors in HF PEFT; ``None``: it
             has none.
+        peft_kinds: the kinds of modules where they are the same there.
 
     Returns:
         An ``Adapter`` with trainable ``a [d_in, r]`` and ``b [r, d_out]``, and frozen
@@ -62,12 +64,12 @@ def residual_pair(
         return frozen["scale"] * product
 
     def read(config, kind):
-        return None if kind == "embedding" else read_lora(config, kind, (peft_start,))
+        return read_lora(config, kind, (peft_start,)) if kind in peft_kinds else None
 
     peft = lora_form(
         scaling=scaling,
         dropout=dropout,
-        kinds=("linear", "conv1d"),
+        kinds=peft_kinds,
         fields={"init_lora_weights": peft_start},
         read=read if peft_start else None,
         pair=low_rank_pair,

@@ -18,6 +18,7 @@ from jaxpeft.interop._modules import MATRICES, Module, Table
 from jaxpeft.interop._peft_attach import Found, attach_sites, attach_whole
 from jaxpeft.interop._peft_config import (
     CONFIG,
+    COPIES,
     NO_TARGETS,
     PREFIX,
     TENSORS,
@@ -99,8 +100,7 @@ def load_peft(
     used |= {key for site in found for key in site.adapter.peft.shared.values()}
     for ends in keys.values():
         for end, key in ends.items():
-            # PEFT repeats a targeted embedding's own weights; they are the base's.
-            if key not in used and end != "base_layer.weight":
+            if key not in used and not end.startswith(COPIES):
                 problems.append(f"left over: {key!r} is not what the config asks for")
     sites = _by_leaf(found, problems)
     _check_shared(found, table, file, problems)

@@ -12,6 +12,10 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an empty list
 
+# What PEFT writes beside the leaves themselves: the base's own weights of a targeted
+# embedding, and with all biases those of modules that are saved whole, twice more.
+COPIES = ("base_layer.weight", "original_module.", "modules_to_save.")
+
 # Defaults of the fields that matter, as PEFT 0.21 fills them in; by peft_type where
 # types differ. A field may be left out of a file.
 _COMMON = {

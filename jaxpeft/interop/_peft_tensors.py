@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.interop._modules import Table
+from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._pairs import balance, pad
 from jaxpeft.interop._peft_config import (
     DEFAULTS,
@@ -29,8 +29,8 @@ def native(sites: list[AdaptedModule], table: Table, problems: list[str]):
         tensors |= {f"{PREFIX}{name}.{n}": on_host(x) for n, x in leaves.items()}
         for ours, key in form.shared.items():
             _add_shared(tensors, key, on_host(site.frozen[ours].T), name, problems)
-        for field in form.lists:
-            listed.setdefault(field, []).append(site.module)
+        for field, here in form.lists.items():
+            listed.setdefault(field, []).extend([site.module] if here else [])
         _merge(config, {"peft_type": form.peft_type, **form.fields}, name, problems)
         if site.rank is not None:
             ranks[name] = site.rank
@@ -50,25 +50,21 @@ def native(sites: list[AdaptedModule], table: Table, problems: list[str]):
                     f"{config['peft_type']} has one {field} for all sites in PEFT, and "
                     f"here they differ: {sorted(set(values.values()))}; form='portable'"
                 )
-    return tensors, config | _lists(config["peft_type"], sites, listed, table)
+    return tensors, config | _lists(sites, listed, table)
 
 
-def _lists(peft_type: str, sites, listed, table: Table) -> dict[str, Any]:
+def _lists(sites, listed: dict[str, list[Module]], table: Table) -> dict[str, Any]:
     """``target_modules``, and the fields that list a part of them.
 
     PEFT wants those to be a subset, entry by entry: so the parts are named first.
     """
     fields, names = {}, []
     rest = [site.module for site in sites]
-    for field in (f for f in _LISTS if f in DEFAULTS[peft_type]):
-        part = listed.get(field, [])
+    for field, part in listed.items():
         fields[field] = target_names(part, table.modules)
         names += fields[field]
         rest = [module for module in rest if module not in part]
     return fields | {"target_modules": names + target_names(rest, table.modules)}
-
-
-_LISTS = ("feedforward_modules",)
 
 
 def _merge(config: dict[str, Any], own: dict[str, Any], name: str, problems) -> None:
@@ -132,5 +128,5 @@ def plain(
             ends = ("lora_embedding_A", "lora_embedding_B")
         for end, x in zip(ends, (a, b), strict=True):
             tensors[f"{PREFIX}{name}.{end}"] = on_host(x.T)
-    config |= _lists("LORA", sites, {}, table) | {"r": top, "lora_alpha": top}
+    config |= _lists(sites, {}, table) | {"r": top, "lora_alpha": top}
     return tensors, config, errors

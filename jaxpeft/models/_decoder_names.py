@@ -26,7 +26,12 @@ def decoder_names(
         names.append(("lm_head", "lm_head", "linear"))
     if head in ("classification", "regression"):
         names.append(("score", "score", "linear"))
-    return module_names(names, scanned)
+    tied = head == "causal_lm" and config.tie_word_embeddings
+    table = "wte" if gpt2 else "embed_tokens"
+    return tuple(
+        row._replace(tied="lm_head" if tied and row.ours == table else "")
+        for row in module_names(names, scanned)
+    )
 
 
 def _llama(config: DecoderConfig) -> list[tuple[str, str]]:

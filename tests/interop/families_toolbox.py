@@ -53,9 +53,34 @@ FAMILIES = {
         sizes=SIZES | {"num_labels": 3},
         options={"head": "classification"},
         task="SEQ_CLS",
-        targets=(["query", "value"], ["intermediate.dense"]),
+        targets=(["value"], ["intermediate.dense"]),
         embeddings=["word_embeddings"],
         heads=["classifier"],
+    ),
+    "llama": Facts(
+        kind="AutoModelForCausalLM",
+        sizes=SIZES | {"num_key_value_heads": 2, "head_dim": 4},
+        options={"head": "causal_lm"},
+        task="CAUSAL_LM",
+        targets=(["v_proj"], ["down_proj"]),
+        embeddings=["embed_tokens"],
+        heads=["lm_head"],
+    ),
+    "gpt2": Facts(
+        kind="AutoModelForCausalLM",
+        sizes={
+            "n_embd": 16,
+            "n_head": 4,
+            "n_inner": 24,
+            "n_layer": 2,
+            "vocab_size": 64,
+            "n_positions": 20,
+        },
+        options={"head": "causal_lm"},
+        task="CAUSAL_LM",
+        targets=(["c_attn"], ["c_fc"]),
+        embeddings=["wpe"],
+        heads=[],
     ),
 }
 
@@ -102,17 +127,16 @@ class Family:
             return model(torch.tensor(self.ids)).logits.numpy()
 
     def ours(self, adapted):
-        return np.asarray(self.run(jp.merge(adapted)))
+        with jax.disable_jit():
+            merged = jp.merge(adapted)
+        return np.asarray(self.run(merged))
 
     def attach(self, params, adapter, targets, **patterns):
-        return jp.attach(
-            params,
-            adapter,
-            targets,
-            key=jax.random.key(0),
-            axes=self.model.axes,
-            **patterns,
-        )
+        key = jax.random.key(0)
+        with jax.disable_jit():
+            return jp.attach(
+                params, adapter, targets, key=key, axes=self.model.axes, **patterns
+            )
 
     def peft_model(self, config, seed=1):
         """PEFT's model with everything that it trains moved at random."""
@@ -124,6 +148,17 @@ class Family:
                 noise = self.oracle.torch.randn(parameter.shape, generator=generator)
                 parameter.data = parameter.data + 0.3 * noise
         return model.eval()
+
+    def prune(self, model):
+        """AdaLoRA's: drops some components, different ones at each site."""
+        pattern = {}
+        for i, (name, module) in enumerate(model.base_model.model.named_modules()):
+            if hasattr(module, "lora_E"):
+                keep = [(i + j) % 3 != 0 for j in range(4)]
+                weights = module.lora_E["default"].data
+                weights *= self.oracle.torch.tensor(keep)[:, None]
+                pattern[f"{name}.lora_E"] = keep
+        model.peft_config["default"].rank_pattern = pattern
 
     def opened(self, folder):
         """PEFT's model from an adapter folder; it must have nothing to say."""

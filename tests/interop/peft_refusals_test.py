@@ -71,7 +71,9 @@ def test_what_cannot_be_written(adapted, params, tmp_path):
     refuse("lora_dropout=0.0 in the one PEFT config", two)
     save_peft(two, tmp_path / "joined", names=STACKED, form="portable")
     head = jp.attach(params, jp.lora(2), ["score"], key=KEY)
-    refuse("score' is saved whole and its weight has an adap", head, task_type="SEQ_CLS")
+    refuse(
+        "score' is saved whole and its weight has an adap", head, task_type="SEQ_CLS"
+    )
     bora = jp.attach(params, jp.bora(2), ["score"], key=KEY)
     refuse("'bora' has no form in PEFT; jaxpeft.merge and save_hf", bora)
     dora = jp.attach(params, jp.dora(2), ["score"], key=KEY)
