@@ -247,31 +247,34 @@ def test_no_temporary_of_the_kernels_size(order):
         assert flops["bora"] - flops["lora"] <= (9 * rank + 10) * n * n
 
 
-def test_golden_counts():
-    """Rank r costs what a LoRA of rank r + 1 does."""
-    shape = jax.ShapeDtypeStruct
-    models = {  # layers, {module: (d_in, d_out)}, rank, trainable parameters
-        "RoBERTa-base": (12, {"query": (768, 768), "value": (768, 768)}, 8, 331_776),
-        "LLaMA3-8B": (32, {"q": (4096, 4096), "v": (4096, 1024)}, 16, 7_241_728),
-        "LLaMA2-7B": (
-            32,
-            {n: (4096, 4096) for n in "qkv"}
-            | {"up": (4096, 11008), "down": (11008, 4096)},
-            32,
-            57_851_904,
-        ),
+LLAMA3 = {
+    **{n: (4096, 4096) for n in ("q", "o")},
+    **{n: (4096, 1024) for n in ("k", "v")},
+    **{n: (4096, 14336) for n in ("gate", "up")},
+    "down": (14336, 4096),
+}
+LLAMA2 = {n: (4096, 4096) for n in "qkv"} | {"up": (4096, 11008), "down": (11008, 4096)}
+ROBERTA = {"query": (768, 768), "value": (768, 768)}
+COUNTS = [  # layers, {module: (d_in, d_out)}, rank, BoRA's, DoRA's
+    (12, ROBERTA, 8, 331_776, 313_344),
+    (32, LLAMA2, 32, 57_851_904, 56_975_360),
+    (32, {n: LLAMA3[n] for n in "qv"}, 16, 7_241_728, 6_979_584),
+    (32, LLAMA3, 16, 44_564_480, 43_319_296),
+]
+
+
+@pytest.mark.parametrize("layers, sizes, rank, bora, dora", COUNTS, ids=range(4))
+def test_golden_counts(layers, sizes, rank, bora, dora):
+    """Rank r of BoRA costs what a LoRA of rank r + 1 does; no weights needed."""
+    stacks = {
+        n: jax.ShapeDtypeStruct((layers, *s), jnp.bfloat16) for n, s in sizes.items()
     }
-    for name, (layers, sizes, rank, expected) in models.items():
-        params = {n: shape((layers, *s), jnp.bfloat16) for n, s in sizes.items()}
-        attach = lambda p, k: jp.attach(
-            p,
-            jp.bora(rank=rank),  # noqa: B023
-            list(sizes),  # noqa: B023
-            key=k,
-            axes={".*": "layer in out"},
-        )
-        adapted = jax.eval_shape(attach, params, jax.random.key(0))
-        assert jp.count(adapted)[0] == expected, name
+    options = {"targets": list(sizes), "axes": {".*": "layer in out"}}
+    for adapter, count in ((jp.bora(rank), bora), (jp.dora(rank), dora)):
+        attach = lambda p, k: jp.attach(p, adapter, key=k, **options)  # noqa: B023
+        adapted = jax.eval_shape(attach, stacks, jax.random.key(0))
+        assert jp.count(adapted)[0] == count
+    assert bora == layers * sum((rank + 1) * sum(s) for s in sizes.values())
 
 
 def test_bad_options():
