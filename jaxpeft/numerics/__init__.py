@@ -1,4 +1,4 @@
-"""Linear algebra that other rooms rely on; it knows nothing of adapters."""
+"""Linear algebra and a loss that other rooms rely on; it knows nothing of adapters."""
 
 from jaxpeft.numerics._bottom import Triplets as Triplets
 from jaxpeft.numerics._bottom import bottom_triplets as bottom_triplets
@@ -15,5 +15,6 @@ from jaxpeft.numerics._start import qr_factors as qr_factors
 from jaxpeft.numerics._start import top_factors as top_factors
 from jaxpeft.numerics._svd import SVD as SVD
 from jaxpeft.numerics._svd import svd as svd
+from jaxpeft.numerics._tokens import token_cross_entropy as token_cross_entropy
 from jaxpeft.numerics._zero import ZERO_STARTS as ZERO_STARTS
 from jaxpeft.numerics._zero import zero_factors as zero_factors
