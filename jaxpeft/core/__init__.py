@@ -19,6 +19,8 @@ from jaxpeft.core._options import check_site_rank as check_site_rank
 from jaxpeft.core._options import scale_leaf as scale_leaf
 from jaxpeft.core._peft import PeftForm as PeftForm
 from jaxpeft.core._residual import residual_pair as residual_pair
+from jaxpeft.core._several import extract as extract
+from jaxpeft.core._several import graft as graft
 from jaxpeft.core._tree import combine as combine
 from jaxpeft.core._tree import count as count
 from jaxpeft.core._tree import detach as detach
@@ -30,3 +32,5 @@ from jaxpeft.core._tree import partition as partition
 from jaxpeft.core._tree import penalty as penalty
 from jaxpeft.core._tree import unflat as unflat
 from jaxpeft.core._tree import with_dropout as with_dropout
+from jaxpeft.core._weighted import scaled as scaled
+from jaxpeft.core._weighted import weighted as weighted

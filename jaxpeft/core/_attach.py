@@ -298,15 +298,15 @@ def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKer
                 alphas=site.alphas,
             )
             init = functools.partial(jax.eval_shape, init) if abstract else init
-            frozen, trainable = init(key, _gathered(kernel))
+            frozen, trainable = init(key, gathered(kernel))
             show(matrix_shape(kernel.shape, site.roles)[0])
         else:
-            frozen, trainable = _by_layer(_gathered(kernel), adapter, site, key, show)
+            frozen, trainable = _by_layer(gathered(kernel), adapter, site, key, show)
     node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
     if adapter.fold is not None:
-        fold = functools.partial(jax.eval_shape, _fold) if abstract else _fold
+        fold = functools.partial(jax.eval_shape, fold_base) if abstract else fold_base
         node = node.replace(base=fold(node))
-    node = _place_like(node, kernel)
+    node = place_like(node, kernel)
     return node.replace(frozen=node.frozen | shared)
 
 
@@ -332,7 +332,7 @@ def _by_layer(kernel, adapter: Adapter, site: Site, key, show):
     )
 
 
-def _gathered(kernel):
+def gathered(kernel):
     """A kernel on an explicit mesh, whole: an SVD has no rule for its axes there."""
     sharding = getattr(kernel, "sharding", None)
     explicit = jax.sharding.AxisType.Explicit
@@ -345,7 +345,7 @@ def _gathered(kernel):
     return jax.device_put(kernel, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
-def _fold(node: AdaptedKernel):
+def fold_base(node: AdaptedKernel):
     """Stores the changed base; says how much of the change rounding undoes."""
     kernel, roles = node.base, node.roles
     wide = to_matrices(kernel, roles).astype(working_dtype(kernel.dtype))
@@ -363,7 +363,7 @@ def _fold(node: AdaptedKernel):
     return from_matrices(folded, kernel.shape, roles)
 
 
-def _place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:
+def place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:
     """Puts each leaf where its kernel lies, sharded along the same axes."""
     sharding = getattr(kernel, "sharding", None)
     if isinstance(kernel, jax.core.Tracer) or not isinstance(

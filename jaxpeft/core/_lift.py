@@ -87,7 +87,7 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
     return jax.eval_shape(lambda k, w: init(k, w), key, kernel)
 
 
-def _expand(leaf, axes, batch, in_dims, out_dims):
+def expand_leaf(leaf, axes, batch, in_dims, out_dims):
     """A leaf ``[layers, ...]`` with its batch, in and out axes put in place."""
     shape = list(batch)
     for size, role in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
@@ -96,7 +96,7 @@ def _expand(leaf, axes, batch, in_dims, out_dims):
 
 
 def _flatten(leaf, axes, roles, layers=True):
-    """The inverse of ``_expand``: ``[layers, ...]`` with d_in and d_out.
+    """The inverse of ``expand_leaf``: ``[layers, ...]`` with d_in and d_out.
 
     Without ``layers`` (a kernel without batch axes) the first axis is left out.
     """
@@ -204,7 +204,7 @@ def _in_place(parts, kernel, adapter: Adapter, roles, ranks):
     axes = leaf_axes(adapter, None if ranks is None else max(ranks))
     return tuple(
         {
-            name: _expand(x, names[name], batch, in_dims, out_dims)
+            name: expand_leaf(x, names[name], batch, in_dims, out_dims)
             for name, x in p.items()
         }
         for p, names in zip(parts, axes, strict=True)
@@ -305,7 +305,7 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
     flat = per_layer_factors(node)
 
     def expand(x, axes):
-        return None if x is None else _expand(x, axes, batch, in_dims, out_dims)
+        return None if x is None else expand_leaf(x, axes, batch, in_dims, out_dims)
 
     phi = flat.phi
     if phi is not None:

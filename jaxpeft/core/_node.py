@@ -146,8 +146,14 @@ def nodes(tree: Any) -> list[AdaptedKernel]:
     """All adapted kernels of a tree, in the order of its leaves; whole ones only."""
     found = [x for x in jax.tree.leaves(tree, is_leaf=is_node) if is_node(x)]
     for node in found:
-        leaves = (node.base, *node.frozen.values(), *node.trainable.values())
-        if any(x is None for x in leaves):
+        leaves = (*node.frozen.values(), *node.trainable.values())
+        if node.base is None and all(x is not None for x in leaves):
+            raise ValueError(
+                f"site {node.site.path!r} has no base: put what extract took off onto "
+                "one, jaxpeft.graft(params, adapter), or join the halves of a "
+                "partition, jaxpeft.combine(trainable, frozen)"
+            )
+        if node.base is None or any(x is None for x in leaves):
             raise ValueError(
                 f"site {node.site.path!r} is one half of a partition; join the two "
                 "first: jaxpeft.combine(trainable, frozen)"

@@ -6,6 +6,11 @@ from jaxpeft.numerics._factored import factored_square_norms as factored_square_
 from jaxpeft.numerics._factored import live_features as live_features
 from jaxpeft.numerics._factored import magnitude_ratio as magnitude_ratio
 from jaxpeft.numerics._factored import square_norms as square_norms
+from jaxpeft.numerics._join import JOINS as JOINS
+from jaxpeft.numerics._join import MAJORITIES as MAJORITIES
+from jaxpeft.numerics._join import cut_product as cut_product
+from jaxpeft.numerics._join import join_products as join_products
+from jaxpeft.numerics._join import joined_rank as joined_rank
 from jaxpeft.numerics._norm import frobenius_norm as frobenius_norm
 from jaxpeft.numerics._norm import gram_distance as gram_distance
 from jaxpeft.numerics._norm import outer_gram_distance as outer_gram_distance
