@@ -14,6 +14,7 @@ ORDER = [
     ["adapters", "allocate"],
     ["models", "interop"],
     ["data", "training"],
+    ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name != "__init__.py"]
