@@ -1,9 +1,10 @@
 """Writing a folder: it appears whole, or not at all."""
 
+import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,25 +18,30 @@ def check_free(folder: Path) -> None:
         )
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` on a folder beside its place, then moves it there.
-
-    With several processes the first one writes; all must call this.
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """A folder beside its place, moved there at the end; removed after an error.
 
     Args:
         folder: a new or empty folder.
-        write: ``(folder) -> None``.
+
+    Yields:
+        Where to write, in the first process; ``None`` in the others, which must all
+        come here too.
     """
-    if jax.process_index() == 0:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        new.mkdir()
-        try:
-            write(new)
+    first = jax.process_index() == 0
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") if first else None
+    try:
+        if new is not None:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir()
+        yield new
+        if new is not None:
             if folder.is_dir():
                 folder.rmdir()
             os.replace(new, folder)
-        finally:
+    finally:
+        if new is not None:
             shutil.rmtree(new, ignore_errors=True)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils

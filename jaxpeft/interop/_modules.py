@@ -117,25 +117,31 @@ class Table:
             return None
         return parse_roles(self.words[path], path, leaf.shape)
 
-    def tensor(self, module: Module, part: str, value: np.ndarray) -> np.ndarray:
+    def tensor(
+        self, module: Module, part: str, value: np.ndarray, *, sliced: bool = False
+    ) -> np.ndarray:
         """One module's part of our leaf, as the checkpoint has it.
 
         Args:
             module: whose.
             part: ``"weight"`` or ``"bias"``.
             value: the leaf, whole.
+            sliced: whether ``value`` is this module's layer of it alone.
 
         Returns:
             ``[out, in]`` for a linear weight, ``[in, out]`` for conv1d, else as it is.
         """
         path = module.leaves[part]
         if part == "weight" and module.kind in ("linear", "conv1d"):
-            roles = self.matrix_roles(module, path)
-            matrix = to_matrices(value, roles)[module.layer or 0]
+            roles = self.matrix_roles(module, path)[1 if sliced else 0 :]
+            matrix = to_matrices(value, roles)[0 if sliced else module.layer or 0]
             return matrix if module.kind == "conv1d" else matrix.T
         if part == "weight" and module.kind == "embedding":
-            table = value if module.layer is None else value[module.layer]
+            alone = sliced or module.layer is None
+            table = value if alone else value[module.layer]
             return table.reshape(table.shape[0], -1)
+        if sliced:
+            return value.reshape(-1)
         return value.reshape(module.layers, -1)[module.layer or 0]
 
     def leaf(self, modules: Sequence[Module], part: str, tensors) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxpeft.core import AdaptedKernel, ModuleName
 from jaxpeft.core._node import leaves_with_path, nodes
-from jaxpeft.interop._folder import check_free, write_folder
+from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._peft_config import (
     CONFIG,
@@ -164,15 +164,13 @@ def save_peft(
     _raise(problems)
     name = ", ".join(dict.fromkeys(repr(site.node.adapter) for site in sites))
 
-    def write(new: Path) -> None:
-        write_tensors(new / TENSORS, tensors, {"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
-        (new / "README.md").write_text(
-            _card(base_model, written, name, errors), encoding="utf-8"
-        )
-
-    write_folder(folder, write)
+    with new_folder(folder) as new:
+        if new is not None:
+            write_tensors(new / TENSORS, tensors, {"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+            (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+            card = _card(base_model, written, name, errors)
+            (new / "README.md").write_text(card, encoding="utf-8")
     modules = tuple(module.name for module in adapted_modules)
     return SavedPeft(
         folder, written, _rank(config, sites), modules, tuple(saved), errors

@@ -36,6 +36,7 @@ class Facts(NamedTuple):
         targets: two sorts of modules, in PEFT's words.
         embeddings: an embedding that is not the output head.
         heads: modules of the head, in ours.
+        norm: a norm, in ours.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Facts(NamedTuple):
     targets: tuple[list[str], list[str]]
     embeddings: list[str]
     heads: list[str]
+    norm: str
 
 
 FAMILIES = {
@@ -56,6 +58,7 @@ FAMILIES = {
         targets=(["value"], ["intermediate.dense"]),
         embeddings=["word_embeddings"],
         heads=["classifier"],
+        norm="embeddings/LayerNorm",
     ),
     "llama": Facts(
         kind="AutoModelForCausalLM",
@@ -65,6 +68,7 @@ FAMILIES = {
         targets=(["v_proj"], ["down_proj"]),
         embeddings=["embed_tokens"],
         heads=["lm_head"],
+        norm="layer_0/input_layernorm",
     ),
     "gpt2": Facts(
         kind="AutoModelForCausalLM",
@@ -81,6 +85,7 @@ FAMILIES = {
         targets=(["c_attn"], ["c_fc"]),
         embeddings=["wpe"],
         heads=[],
+        norm="ln_f",
     ),
 }
 

@@ -1,0 +1,317 @@
+"""From a tree to a checkpoint folder that transformers opens, adapters folded in."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxpeft.core import AdaptedKernel, ModuleName, detach, merge, mergeable
+from jaxpeft.core._lift import shared_names
+from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_dtype
+from jaxpeft.interop._folder import check_free, new_folder
+from jaxpeft.interop._modules import Module, Table
+from jaxpeft.interop._stream import Planned, Writer, shards
+from jaxpeft.interop._tensors import on_host
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# What goes along from the folder of the base: no weights, no code.
+BESIDE = (
+    *(
+        "generation_config.json",
+        "chat_template*",
+        "tokenizer*",
+        "vocab.*",
+        "merges.txt",
+    ),
+    *("special_tokens_map.json", "added_tokens.json", "*.model"),
+)
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+
+
+class SavedModel(NamedTuple):
+    """What ``save_hf`` wrote.
+
+    Attributes:
+        folder: where.
+        files: names of the files of weights.
+        size: bytes of all tensors.
+        drift: ``{module: (largest change of a weight, norm of the change over the
+            norm of the weight)}`` of modules whose weight was adapted or trained in
+            full, the largest relative change first.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    size: int
+    drift: dict[str, tuple[float, float]]
+
+
+def save_hf(
+    params: PyTree,
+    folder: str | Path,
+    *,
+    names: Sequence[ModuleName],
+    config: Mapping[str, Any],
+    source: str | Path | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    axes: Mapping[str, str] | None = None,
+) -> SavedModel:
+    """Writes a whole model as a folder that transformers opens.
+
+    Adapters are folded in module by module, in float32 (float64 over float64), and
+    cast once. One module of one layer at a time is on the host: no copy of the model
+    or of a file is made. The folder appears whole or not at all.
+
+    Args:
+        params: a plain or an adapted tree.
+        folder: a new or an empty folder.
+        names: what the modules are called in the checkpoint: ``model.names``.
+        config: content of ``config.json``: ``model.hf_config``.
+        source: the base's folder. Its ``config.json`` is then kept but for the dtype,
+            a quantisation and, for a new head, labels and architecture; tokenizer,
+            generation config and chat template are copied.
+        dtype: dtype of the tensors; by default the leaves', which must then be one:
+            transformers loads in the one dtype that ``config.json`` names.
+        max_shard_size: largest file of weights, in bytes or as ``"500MB"``; above
+            it there are several with an index.
+        axes: roles of the axes of kernels beyond two, as in ``attach``;
+            ``model.axes``.
+
+    Returns:
+        What was written, with each adapter's change of its weight.
+
+    Raises:
+        ValueError: a leaf is in no row of ``names``, an adapter depends on the input,
+            a value is not finite, the dtypes differ, or ``config`` and the source's
+            are of different models.
+        FileExistsError: the folder has files in it.
+
+    Example:
+        >>> import tempfile
+        >>> params = {"up": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+        >>> names = [ModuleName("mlp.up_proj", "up", "linear")]
+        >>> config = {"model_type": "mine"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_hf(params, folder, names=names, config=config)
+        >>> saved.files, saved.size
+        (('model.safetensors',), 120)
+    """
+    folder, most = Path(folder), _bytes(max_shard_size)
+    check_free(folder)
+    content = _config(config, source)
+    table = Table(names, dict(leaves_with_path(params)), axes)
+    _check(table, params)
+    planned = _planned(table, None if dtype is None else jnp.dtype(dtype))
+    kind = planned[0].dtype
+    content = {n: x for n, x in content.items() if n != "torch_dtype"}
+    content |= {"dtype": kind.name}
+    files = shards(planned, most)
+    names_of = [WEIGHTS]
+    if len(files) > 1:
+        names_of = [
+            f"model-{i:05}-of-{len(files):05}.safetensors"
+            for i in range(1, len(files) + 1)
+        ]
+    drift: dict[str, tuple[float, float]] = {}
+    stream = _stream(table, kind, drift)
+    with new_folder(folder) as new:
+        for file, tensors in zip(names_of, files, strict=True):
+            _write(None if new is None else new / file, tensors, stream)
+        if new is not None:
+            _beside(new, source)
+            _dump(new / CONFIG, content)
+            if len(files) > 1:
+                where = {
+                    tensor.name: file
+                    for file, tensors in zip(names_of, files, strict=True)
+                    for tensor in tensors
+                }
+                total = sum(tensor.size for tensor in planned)
+                index = {"metadata": {"total_size": total}, "weight_map": where}
+                _dump(new / (WEIGHTS + ".index.json"), index)
+    ordered = dict(sorted(drift.items(), key=lambda x: -x[1][1]))
+    size = sum(tensor.size for tensor in planned)
+    return SavedModel(folder, tuple(names_of), size, ordered)
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, str):
+        for unit, factor in UNITS.items():
+            number = size.upper().removesuffix(unit).strip()
+            if size.upper().endswith(unit) and number.replace(".", "", 1).isdigit():
+                size = int(float(number) * factor)
+                break
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"`max_shard_size` must be a number of bytes or a string such as '5GB', "
+            f"got {size!r}."
+        )
+    return size
+
+
+def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, Any]:
+    """The content of the new ``config.json``, but for the dtype."""
+    if "model_type" not in config:
+        raise ValueError(
+            "`config` has no 'model_type', by which transformers finds the class; give "
+            "model.hf_config."
+        )
+    if source is None:
+        return dict(config)
+    file = Path(source) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`source` {str(source)!r} holds no {CONFIG}; give the base's folder, or "
+            "leave `source` out."
+        )
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    if kept.get("model_type") != config["model_type"]:
+        raise ValueError(
+            f"`config` is of a {config['model_type']!r} and the one in `source` of a "
+            f"{kept.get('model_type')!r}; give the folder of this model's base."
+        )
+    kept.pop("quantization_config", None)
+    for field in ("architectures", "problem_type"):
+        if field in config:
+            kept[field] = config[field]
+    count = config.get("num_labels")
+    if count is not None and len(kept.get("id2label") or ()) != count:
+        kept.pop("num_labels", None)
+        kept["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+        kept["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+    return kept
+
+
+def _check(table: Table, params: PyTree) -> None:
+    lost = [path for path in table.leaves if path not in table.by_leaf]
+    if lost:
+        raise ValueError(
+            f"leaves {lost} are in no row of `names` and would be lost; add rows for "
+            "their modules, or take them out of `params`."
+        )
+    if not mergeable(params):
+        raise ValueError(
+            "`params` has an adapter that depends on the input, so no kernel has its "
+            "effect and no merged model; save_adapter keeps it."
+        )
+
+
+def _planned(table: Table, dtype: np.dtype | None) -> list[Planned]:
+    planned = []
+    for module, part in _parts(table):
+        kind = dtype or jnp.dtype(table.leaves[module.leaves[part]].dtype)
+        name = f"{module.name}.{part}"
+        planned.append(Planned(name, table.tensor_shape(module, part), kind))
+    kinds = sorted({tensor.dtype.name for tensor in planned})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the leaves have dtypes {kinds}, and transformers loads all of a "
+            f"checkpoint in the one that its config names; write dtype={kinds[-1]!r}."
+        )
+    return planned
+
+
+def _parts(table: Table) -> Iterator[tuple[Module, str]]:
+    for module in table.modules:
+        for part in sorted(module.leaves, reverse=True):
+            yield module, part
+
+
+def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
+    """Every tensor in the order of ``_parts``, one module at a time."""
+    for module in table.modules:
+        pieces, sliced = _pieces(table, module)
+        pieces = {part: _widened(x, dtype) for part, x in pieces.items()}
+        merged = pieces
+        if any(map(is_node, pieces.values())):
+            # Under names as in a tree: a method may scale the bias beside its kernel.
+            inside = {module.leaves[p].rpartition("/")[2]: p for p in pieces}
+            tree = {"module": {name: pieces[p] for name, p in inside.items()}}
+            whole = merge(tree)["module"]
+            merged = {p: whole[name] for name, p in inside.items()}
+            if is_node(pieces.get("weight")):
+                before = detach(tree)["module"]
+                old = {p: before[name] for name, p in inside.items()}
+                drift[module.name] = _change(old["weight"], merged["weight"])
+        for part in sorted(module.leaves, reverse=True):
+            value = on_host(merged[part])
+            if not np.all(np.isfinite(value.astype(np.float32))):
+                raise ValueError(
+                    f"`params`: {module.leaves[part]!r} is not finite, as "
+                    f"{module.name}.{part}; nothing was written."
+                )
+            yield table.tensor(module, part, value, sliced=sliced).astype(dtype)
+
+
+def _pieces(table: Table, module: Module) -> tuple[dict[str, Any], bool]:
+    """A module's leaves; of a stack with one layer axis in front, this layer's."""
+    leaves = {part: table.leaves[path] for part, path in module.leaves.items()}
+    roles = [table.roles_of(path) for path in module.leaves.values()]
+    simple = all(
+        r is None or (r[0] == BATCH and r.count(BATCH) == 1) for r in roles
+    ) and all(x.shape[0] == module.layers for x in leaves.values())
+    if module.layer is None or not simple:
+        return leaves, False
+    return {part: _layer(x, module.layer) for part, x in leaves.items()}, True
+
+
+def _layer(leaf: Any, i: int) -> Any:
+    if not isinstance(leaf, AdaptedKernel):
+        return leaf[i]
+    common = shared_names(leaf.adapter)
+    cut = lambda part: {n: x if n in common else x[i] for n, x in part.items()}
+    return leaf.replace(
+        base=leaf.base[i], frozen=cut(leaf.frozen), trainable=cut(leaf.trainable)
+    )
+
+
+def _widened(leaf: Any, dtype) -> Any:
+    """An adapted leaf in the dtype that is written, where that holds more."""
+    if not isinstance(leaf, AdaptedKernel):
+        return leaf
+    return leaf.replace(base=leaf.base.astype(wider(leaf.base.dtype, dtype)))
+
+
+@jax.jit
+def _norms(old, new):
+    wide = working_dtype(old.dtype)
+    old, new = old.astype(wide), new.astype(wide)
+    largest, norm = jnp.max(jnp.abs(new - old)), jnp.linalg.norm(old.reshape(-1))
+    return largest, jnp.linalg.norm((new - old).reshape(-1)), norm
+
+
+def _change(old, new) -> tuple[float, float]:
+    largest, change, norm = map(float, _norms(old, new))
+    return largest, change / norm if norm else float("inf")
+
+
+def _write(file: Path | None, planned: list[Planned], stream) -> None:
+    """Writes one file's tensors; other processes only help to gather them."""
+    writer = None if file is None else Writer(file, planned)
+    try:
+        for _ in planned:
+            value = next(stream)
+            if writer is not None:
+                writer.add(value)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _beside(new: Path, source: str | Path | None) -> None:
+    for pattern in BESIDE if source is not None else ():
+        for file in Path(source).glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, new / file.name)
+
+
+def _dump(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
