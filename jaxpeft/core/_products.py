@@ -55,7 +55,7 @@ def _product(adapter: Adapter, shared, kernel, frozen, trainable):
         parts = trainable["a"], trainable["b"], frozen["scale"]
     else:
         if adapter.unfold is not None:
-            pairs = [adapter.peft.pair(frozen, trainable)]
+            pairs = [adapter.peft.pair(frozen, trainable, kernel.shape)]
         else:
             f = adapter.factors(kernel, frozen | shared, trainable)
             pairs = [p for p in ((f.a, f.b), f.fixed) if p and p[0] is not None]

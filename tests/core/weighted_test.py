@@ -119,6 +119,31 @@ def test_ranks_add_layer_by_layer_and_padding_is_zero(params):
     assert distance(change(again), total(two(), WEIGHTS)) < 1e-5
 
 
+def test_folded_bases_are_unfolded(params):
+    """What each has folded into the kernel is a part of its change."""
+    params = {"heads": params["heads"]}
+    trees = [
+        perturb(
+            jp.attach(
+                params,
+                jp.pissa(rank, residual="folded"),
+                ["heads"],
+                key=KEY,
+                axes={"heads": "in out out"},
+            )
+        )
+        for rank in (1, 2)
+    ]
+    assert distance(*(t["heads"]["kernel"].base for t in trees)) > 0.1
+    joined = jp.weighted(trees, WEIGHTS, into=jp.lora())
+    assert joined["heads"]["kernel"].site.ranks == (6,)  # twice 1 + 2
+    wide = lambda tree: np.asarray(tree["heads"]["kernel"], np.float64)
+    base, each = wide(params), [wide(jp.merge(tree)) for tree in trees]
+    expected = sum(w * (x - base) for w, x in zip(WEIGHTS, each, strict=True))
+    assert np.abs(wide(jp.merge(joined)) - base - expected).max() < 1e-5
+    assert np.abs(wide(jp.detach(joined)) - base).max() < 1e-6
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_svd_is_the_best_of_its_rank(rank):
     join = lambda *trees: jp.weighted(trees, WEIGHTS, "svd", rank=rank)
