@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         adapter scales it, ``"unscaled"`` only the latter.
       attention: of ``jax.nn.dot_product_attention``, its ``implementation``:
         None, ``"xla"`` or ``"cudnn"`` (flash attention on NVIDIA GPUs, in
-        bfloat16 or float16).
+        bfloat16 or float16): ``model.clone(attention="cudnn")``.
     """
 
     config: DecoderConfig

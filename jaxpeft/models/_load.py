@@ -26,7 +26,7 @@ from jaxpeft.models._checkpoint import (
 from jaxpeft.models._families import FAMILIES, Source, sources
 from jaxpeft.models._gguf import gguf_config
 from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
-from jaxpeft.models._match import Match, match
+from jaxpeft.models._match import match
 from jaxpeft.models._packaged import fetch_packaged, packaged
 
 AT_ONCE = 1 << 28  # bytes of a stack that may be on the host as a whole
@@ -134,7 +134,8 @@ def load(
     leaves = {}
     with opened({t.file for t in tensors.values()}) as handles:
         if head == "causal_lm" and model.config.tie_word_embeddings:
-            _check_tied(folder, handles, tensors, matched)
+            (table,) = matched.found[f"{model.names[0].ours}/embedding"]
+            _check_tied(folder, handles, tensors, matched.ignored, table)
         for path, parts in matched.found.items():
             to = _leaf_dtype(parts) if param_dtype is None else model.param_dtype
             leaves[path] = _make(
@@ -226,11 +227,11 @@ def _check_tied(
     folder: Path,
     handles: Mapping[Path, Any],
     tensors: Mapping[str, Tensor],
-    matched: Match,
+    ignored: tuple[str, ...],
+    table: Tensor,
 ) -> None:
     """Refuses a head that differs from the embedding it is said to be."""
-    (table,) = next(parts for path, parts in matched.found.items() if "/" in path)
-    for name in matched.ignored:
+    for name in ignored:
         if name.endswith("lm_head.weight") and not are_equal(
             handles, tensors[name], table
         ):

@@ -11,7 +11,7 @@ from jaxpeft import models
 
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
-    [("llama", False), ("gemma3", True), ("gpt2", True), ("gemma2", False)],
+    [("llama", False), ("gemma2", True), ("gpt2", False)],
 )
 def test_pieces_equal_the_whole(case, scan_layers):
     model = models.from_config(content(case), head="causal_lm", scan_layers=scan_layers)
@@ -26,7 +26,7 @@ def test_pieces_equal_the_whole(case, scan_layers):
 
     cache = models.init_cache(model, 3, 20)
     pieces = []
-    for start, stop in ((0, 8), (8, 9), (9, 10), (10, 12)):
+    for start, stop in ((0, 10), (10, 11), (11, 12)):
         part = slice(start, stop)
         logits, cache = step(cache, ids[:, part], mask[:, part])
         pieces.append(logits)
