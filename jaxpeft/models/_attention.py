@@ -108,7 +108,7 @@ def attend(
     dropout: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch tokens heads h"]:
-    r"""Returns causal attention; scores and softmax in float32.
+    r"""Returns causal attention; scores and softmax in float32 at least.
 
     .. math:: \mathrm{softmax}(c \tanh(s\, Q K^T / c)) V
 
@@ -121,10 +121,10 @@ def attend(
       window: tokens that are seen where there is no mask; None: all.
       cap: c; None: without tanh.
       dropout: a function of the probabilities, or None.
-      implementation: of ``jax.nn.dot_product_attention``, which has neither caps nor
-        dropout; with those the program below runs.
+      implementation: of ``jax.nn.dot_product_attention``, which has no caps, no
+        dropout and no float64; with those the program below runs.
     """
-    if cap is None and dropout is None:
+    if cap is None and dropout is None and wide(query.dtype) == jnp.float32:
         # It asks JAX which dtype bfloat16 and float32 make; what it does is strict.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
@@ -139,7 +139,7 @@ def attend(
             )
     if implementation == "cudnn":
         raise ValueError(
-            "`attention` is 'cudnn', which has no soft caps and no dropout here; "
+            "`attention` is 'cudnn', which has no soft caps, dropout and float64; "
             "write attention=None."
         )
     batch, tokens, heads, size = query.shape

@@ -81,5 +81,8 @@ def gguf_tokenizer(path: Path) -> Any:
         ]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, chat_template=template, **special
+        tokenizer_object=inner,
+        chat_template=template,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
     )

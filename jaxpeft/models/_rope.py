@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.models._parts import wide
+
 KINDS = ("default", "linear", "llama3")
 
 
@@ -145,10 +147,11 @@ def turns(rope: Rope, positions: Int[Array, "#batch tokens"]) -> tuple[Array, Ar
 def turn(
     x: Float[Array, "batch tokens heads h"], cosines: Array, sines: Array
 ) -> Float[Array, "batch tokens heads h"]:
-    """Turns the first features of every head; computed in float32."""
-    half = cosines.shape[-1]
-    first = x[..., :half].astype(cosines.dtype)
-    second = x[..., half : 2 * half].astype(cosines.dtype)
+    """Turns the first features of every head; computed in float32 at least."""
+    half, dtype = cosines.shape[-1], wide(x.dtype)
+    cosines, sines = cosines.astype(dtype), sines.astype(dtype)
+    first = x[..., :half].astype(dtype)
+    second = x[..., half : 2 * half].astype(dtype)
     turned = [first * cosines - second * sines, second * cosines + first * sines]
     turned = [part.astype(x.dtype) for part in turned]
     return jnp.concatenate([*turned, x[..., 2 * half :]], axis=-1)
