@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxpeft.cli import _convert, _describe
+from jaxpeft.cli import _convert, _describe, _merge
 from jaxpeft.cli._console import note
 
-COMMANDS = (_describe, *_convert.DIRECTIONS)
+COMMANDS = (_describe, _merge, *_convert.DIRECTIONS)
 
 EPILOG = """\
 An adapter is a folder: jaxpeft's own (adapter.json) or HF PEFT's (adapter_config.json).

@@ -133,6 +133,36 @@ def test_import_export_and_portable(hub, run, tmp_path, name):
     assert config["task_type"] == {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[name]
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_merge_opens_in_transformers(hub, run, tmp_path, name):
+    base, out = hub.root / name, tmp_path / "merged"
+    told = run("merge", hub.root / f"{name}-peft", "--base", base, "--out", out)
+    assert told.status == 0 and ": changed by " in told.err
+    # The head too, where PEFT has saved it whole.
+    count = {"bert": 5, "llama": 4}[name]
+    assert f"{count} modules merged" in told.out and "in 1 file\n" in told.out
+    kind = {"bert": "SequenceClassification", "llama": "CausalLM"}[name]
+    kind = getattr(hub.transformers, f"AutoModelFor{kind}")
+    model, said = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(said.values()), said
+    with hub.torch.no_grad():
+        merged = model.eval()(hub.torch.tensor(IDS)).logits.numpy()
+        plain = kind.from_pretrained(base).eval()(hub.torch.tensor(IDS)).logits.numpy()
+    close(merged, hub.logits[name])
+    assert np.abs(plain - merged).max() > 0.1
+
+
+def test_merge_in_another_dtype_and_in_pieces(hub, run, tmp_path):
+    told = run(
+        *("merge", hub.root / "llama-peft", "--base", hub.root / "llama"),
+        *("--out", tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "4KB"),
+    )
+    assert told.status == 0 and "files" in told.out
+    model = hub.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == hub.torch.bfloat16
+    assert (tmp_path / "out/model.safetensors.index.json").is_file()
+
+
 def test_convert_cuts_to_a_rank_and_says_so(hub, run, tmp_path):
     base, theirs = hub.root / "llama", hub.root / "llama-peft"
     told = run(
@@ -241,7 +271,14 @@ def wrong(hub, owned, tmp_path):
     (tmp_path / "pickled/adapter_model.bin").write_bytes(b"")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/adapter_config.json").write_text("{")
-    made = {n: tmp_path / n for n in ("full", "empty", "pickled", "odd", "out")}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/adapter_config.json").write_text(config)
+    tensors = load_file(hub.root / "llama-peft/adapter_model.safetensors")
+    first = next(iter(tensors))
+    tensors[first] = np.full_like(tensors[first], np.nan)
+    save_file(tensors, tmp_path / "broken/adapter_model.safetensors")
+    names = ("full", "empty", "pickled", "odd", "broken", "out")
+    made = {name: tmp_path / name for name in names}
     base = {n: hub.root / n for n in ("bert", "llama")}
     return owned | made | base | {"peft": hub.root / "llama-peft"}
 
@@ -250,6 +287,9 @@ def wrong(hub, owned, tmp_path):
     ("command", "message"),
     [
         ("import peft --base llama --out full", "nothing is overwritten"),
+        ("merge peft --base llama --out full", "nothing is overwritten"),
+        ("merge peft --base llama --out out --max-shard-size big", "`max_shard_size`"),
+        ("merge broken --base llama --out out", "not finite"),
         ("import nowhere --base llama --out out", "'nowhere' is no folder"),
         ("describe empty", "neither an adapter nor a model"),
         ("describe odd", "damaged or no PEFT config"),
@@ -303,7 +343,9 @@ def test_other_ends(run, hub, tmp_path, monkeypatch, error, status, message):
     assert told.status == status and message in told.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["", "describe", "export", "import", "convert"])
+@pytest.mark.parametrize(
+    "command", ["", "describe", "merge", "export", "import", "convert"]
+)
 def test_help_has_an_example(run, command):
     told = run(*command.split(), "--help")
     assert told.status == 0

@@ -1,0 +1,57 @@
+"""``jaxpeft merge``: base and adapter as one checkpoint."""
+
+import argparse
+
+from jaxpeft.cli._console import note, stage
+from jaxpeft.cli._open import add_base, new_folder, open_adapter
+
+NAME = "merge"
+SUMMARY = "fold an adapter into its base, as a folder that transformers opens"
+DESCRIPTION = """\
+Folds an adapter into its base and writes a Hugging Face folder: config.json,
+safetensors, the tokenizer's files. Folded in float32, rounded once to the base's dtype.
+"""
+EXAMPLE = "jaxpeft merge runs/quickstart/adapter --base minilm --out merged"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add_base(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="a new or an empty folder"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: the base's)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest file of weights, such as 500MB (default: %(default)s)",
+    )
+
+
+def run(given: argparse.Namespace) -> None:
+    """Runs the command."""
+    out = new_folder(given.out)
+    from jaxpeft import interop
+
+    opened = open_adapter(given)
+    with stage(f"merging into {given.out}"):
+        saved = interop.save_hf(
+            opened.adapted,
+            out,
+            names=opened.model.names,
+            config=opened.model.hf_config,
+            source=opened.folder,
+            dtype=given.dtype,
+            max_shard_size=given.max_shard_size,
+            axes=opened.model.axes,
+        )
+    for name, (most, share) in list(saved.drift.items())[:3]:
+        note(f"{name}: changed by {share:.2%} of its norm, one weight by {most:.3g}")
+    files = f"{len(saved.files)} file{'s' * (len(saved.files) > 1)}"
+    print(f"{out}: {len(saved.drift)} modules merged, {saved.size:,} bytes in {files}")
