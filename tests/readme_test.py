@@ -45,3 +45,10 @@ def test_public_names_have_docstrings():
         thing = getattr(jp, name)
         if callable(thing) and thing.__module__.startswith("jaxpeft"):
             assert thing.__doc__, name
+
+
+def test_commands_can_be_read():
+    from jaxpeft.cli._main import parser
+
+    commands = re.findall(r"^jaxpeft (.*)$", TEXT, re.MULTILINE)
+    assert {parser().parse_args(c.split()).command for c in commands} >= {"merge"}

@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> None:
     if given.base is not None:
         from jaxpeft.core import describe
 
-        print(describe(open_adapter(given).adapted))
+        print(describe(open_adapter(given, whole=False).adapted))
     elif kind == MODEL:
         _model(given)
     elif kind == OWN:

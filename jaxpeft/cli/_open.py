@@ -10,6 +10,7 @@ from jaxpeft.cli._console import stage
 
 OWN, PEFT, MODEL = "own", "peft", "model"
 HEADS = ("auto", "none", "causal_lm", "classification", "regression")
+SEED = 0  # of what a checkpoint lacks
 _MARKS = {
     OWN: "adapter.json",
     PEFT: "adapter_config.json",
@@ -117,8 +118,14 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def open_adapter(given: argparse.Namespace) -> Opened:
-    """Reads the base and puts the adapter on it."""
+def open_adapter(given: argparse.Namespace, *, whole: bool = True) -> Opened:
+    """Reads the base and puts the adapter on it.
+
+    Args:
+        given: the parsed arguments.
+        whole: refuse a model a part of which is neither in the base's files nor in
+            the adapter's: it would be drawn at random.
+    """
     from jaxpeft import interop
 
     folder = Path(given.adapter)
@@ -140,6 +147,12 @@ def open_adapter(given: argparse.Namespace) -> Opened:
             adapted = interop.load_peft(
                 folder, params, names=model.names, axes=model.axes, ignore=given.ignore
             )
+    if whole and (drawn := _drawn(model, adapted)):
+        raise ValueError(
+            f"{', '.join(drawn)}: neither {given.base!r} nor {given.adapter!r} has "
+            "this part of the head, and drawn at random it would not be the model that "
+            "was trained. Name a base that has it, or leave the head out: --head none."
+        )
     return Opened(model, adapted, kind, base)
 
 
@@ -154,9 +167,35 @@ def open_base(given: argparse.Namespace, wanted: Wanted):
         folder = _find(given.base)
     settings = _settings(given, folder, wanted)
     with stage(f"reading the base {given.base}"):
-        # Only a head that the checkpoint lacks is drawn; the adapter brings its own.
-        model, params = models.load(folder, key=jax.random.key(0), **settings)
+        # What of a head the checkpoint lacks is drawn; an adapter brings its own.
+        model, params = models.load(folder, key=jax.random.key(SEED), **settings)
     return folder, model, params
+
+
+def _drawn(model, adapted) -> list[str]:
+    """Kernels of the head that were drawn, and that no adapter has a value for."""
+    import jax
+    import numpy as np
+
+    from jaxpeft import models
+    from jaxpeft.core import AdaptedKernel, flat
+    from jaxpeft.core._node import leaves_with_path
+    from jaxpeft.models._build import draw_leaves
+
+    if model.head is None:
+        return []
+    body = flat(models.abstract(model.clone(head=None)))
+    waiting = {}
+    for path, leaf in leaves_with_path(adapted):
+        node = isinstance(leaf, AdaptedKernel)
+        if node and leaf.adapter.peft is not None and leaf.adapter.peft.whole:
+            continue
+        value = leaf.base if node else leaf
+        if path not in body and value.ndim > 1:
+            waiting[path] = value
+    places = dict.fromkeys(waiting)
+    drawn = draw_leaves(model, jax.random.key(SEED), tuple(waiting), places)
+    return [path for path, x in waiting.items() if np.array_equal(x, drawn[path])]
 
 
 def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):

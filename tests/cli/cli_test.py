@@ -215,6 +215,15 @@ def test_head_and_layout_follow_the_adapter(hub, run, tmp_path):
     assert written["base_model.model.classifier.weight"].shape == (5, 16)
     assert any("layer.1.attention.self.query.lora_A" in name for name in written)
 
+    lost = {p: node for p, node in jp.extract(adapted).items() if "classifier" not in p}
+    interop.save_adapter(jp.graft(params, lost), tmp_path / "headless")
+    told = run(
+        *("export", tmp_path / "headless", "--base", base, "--out", tmp_path / "x"),
+        *("--head", "classification", "--num-labels", 5),
+    )
+    assert told.status == 2 and "classifier/kernel: neither " in told.err
+    assert "drawn at random" in told.err and not (tmp_path / "x").exists()
+
     told = run("describe", tmp_path / "own")
     assert told.status == 0
     for part in ("lora(rank=2", "full()", "2 x 16 x 16 rank 2", '"why": "a test"'):
