@@ -1,10 +1,6 @@
 """LoRA: low-rank adaptation (arXiv 2106.09685), with rsLoRA's scale (2312.03732)."""
 
-import math
 from typing import Literal
-
-import jax
-import jax.numpy as jnp
 
 from jaxpeft.core import (
     SCALINGS,
@@ -15,8 +11,7 @@ from jaxpeft.core import (
     scale_leaf,
 )
 from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
-
-INITS = ("uniform", "gaussian", "embedding")
+from jaxpeft.numerics import ZERO_STARTS, zero_factors
 
 
 @method
@@ -69,8 +64,8 @@ def lora(
         ValueError: a value outside of what is allowed.
 
     Example:
-        >>> import jaxpeft as jp
-        >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+        >>> import jax, jaxpeft as jp
+        >>> params = {"query": {"kernel": jax.numpy.ones((6, 4))}}
         >>> adapted = jp.attach(
         ...     params, lora(rank=2, alpha=4), targets=["query"], key=jax.random.key(0)
         ... )
@@ -121,8 +116,8 @@ def rslora(
         ValueError: a value outside of what is allowed.
 
     Example:
-        >>> import jaxpeft as jp
-        >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+        >>> import jax, jaxpeft as jp
+        >>> params = {"query": {"kernel": jax.numpy.ones((6, 4))}}
         >>> adapted = jp.attach(
         ...     params, rslora(rank=4, alpha=8), ["query"], key=jax.random.key(0)
         ... )
@@ -142,22 +137,14 @@ def _low_rank(name, rank, alpha, dropout, init, scaling) -> Adapter:
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        choices={"init": (init, INITS), "scaling": (scaling, SCALINGS)},
+        choices={"init": (init, ZERO_STARTS), "scaling": (scaling, SCALINGS)},
     )
 
     def init_leaves(key, kernel, rank, alpha):
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, got {rank}")
-        (d_in, d_out), dtype = kernel.shape, kernel.dtype
-        a, b = jnp.zeros((d_in, rank), dtype), jnp.zeros((rank, d_out), dtype)
-        if init == "uniform":
-            bound = 1 / math.sqrt(d_in)
-            a = jax.random.uniform(key, a.shape, dtype, -bound, bound)
-        elif init == "gaussian":
-            a = jax.random.normal(key, a.shape, dtype) / rank
-        else:
-            b = jax.random.normal(key, b.shape, dtype)
-        scale = scale_leaf(alpha, rank, scaling, dtype)
+        a, b = zero_factors(key, kernel.shape, rank, init, kernel.dtype)
+        scale = scale_leaf(alpha, rank, scaling, kernel.dtype)
         return {"scale": scale}, {"a": a, "b": b}
 
     def factors(kernel, frozen, trainable):
