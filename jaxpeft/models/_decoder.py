@@ -5,9 +5,11 @@ Llama (arXiv 2302.13971, 2307.09288, 2407.21783), Mistral (2310.06825), Qwen2
 (2404.14219), GPT-2. Yi and SmolLM2 are Llamas.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
@@ -24,6 +26,7 @@ from jaxpeft.models._parts import (
     at_least_float32,
     check_known,
     dense,
+    wide,
 )
 
 HEADS = (None, "causal_lm", "classification", "regression")
@@ -248,4 +251,8 @@ class Decoder(nn.Module):
 
 
 def _head(module: Decoder, features: int) -> nn.Dense:
-    return dense(module, features, None, use_bias=False)
+    # Logits are added up in float32 and stay there: bfloat16 has three digits.
+    sums = functools.partial(
+        jax.lax.dot_general, preferred_element_type=wide(module.dtype)
+    )
+    return dense(module, features, None, use_bias=False).clone(dot_general=sums)

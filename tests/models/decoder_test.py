@@ -228,6 +228,8 @@ def test_bfloat16(case, param_dtype):
     run = jax.jit(lambda tree: model.apply(tree, ids, mask, hidden_states=True))
     logits, states = run({"params": cast})
     assert logits.dtype == jnp.float32 and states.dtype == jnp.bfloat16
+    rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(logits != rounded) > 0.9  # added up in float32, and left there
     error = np.abs(logits - wanted)[mask.astype(bool)].max()
     assert 0 < error < 0.05 * np.abs(wanted).max()  # measured: up to 0.02
 
