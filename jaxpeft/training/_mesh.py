@@ -37,6 +37,13 @@ TENSOR_RULES: tuple[tuple[str, str], ...] = (
     ("up_proj", "out"),
     ("down_proj", "in"),
     ("lm_head", "out"),
+    ("query_proj", "out"),
+    ("key_proj", "out"),
+    ("value_proj", "out"),
+    ("c_fc", "out"),
+    ("mlp/c_proj", "in"),
+    # Not fused ones (c_attn, qkv_proj, gate_up_proj): a cut would part what belongs
+    # to one head or one hidden unit.
 )
 
 
