@@ -15,9 +15,13 @@ class ModuleName(NamedTuple):
             GPT-2 has it), ``"embedding"`` or ``"norm"``.
         tied: the other module of the checkpoint that shares this one's weight,
             ``"lm_head"``; empty: none does.
+        interleaved: the head size, where the output's rotary pairs lie side by side,
+            2j and 2j + 1, in our tree; the checkpoint has them half a head apart.
+            For q, k and the norms of their heads; 0: ours are as the checkpoint's.
     """
 
     theirs: str
     ours: str
     kind: str
     tied: str = ""
+    interleaved: int = 0

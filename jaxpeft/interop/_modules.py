@@ -39,6 +39,19 @@ class Module(NamedTuple):
         """``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"norm"``."""
         return self.row.kind
 
+    def order(self, d_out: int) -> np.ndarray:
+        """Which of our output features is each of the checkpoint's."""
+        size = self.row.interleaved
+        if not size:
+            return np.arange(d_out)
+        if d_out % size or size % 2:
+            raise ValueError(
+                f"`names` row {self.row.theirs!r} has interleaved={size}, which is no "
+                f"even head size of {d_out} output features"
+            )
+        half = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+        return (np.arange(0, d_out, size)[:, None] + half).reshape(-1)
+
 
 class Table:
     """All modules that both a table of names and a parameter tree have.
@@ -135,14 +148,15 @@ class Table:
         if part == "weight" and module.kind in ("linear", "conv1d"):
             roles = self.matrix_roles(module, path)[1 if sliced else 0 :]
             matrix = to_matrices(value, roles)[0 if sliced else module.layer or 0]
+            matrix = matrix[:, module.order(matrix.shape[1])]
             return matrix if module.kind == "conv1d" else matrix.T
         if part == "weight" and module.kind == "embedding":
             alone = sliced or module.layer is None
             table = value if alone else value[module.layer]
             return table.reshape(table.shape[0], -1)
-        if sliced:
-            return value.reshape(-1)
-        return value.reshape(module.layers, -1)[module.layer or 0]
+        rows = value.reshape(1 if sliced else module.layers, -1)
+        row = rows[0 if sliced else module.layer or 0]
+        return row[module.order(len(row))]
 
     def leaf(self, modules: Sequence[Module], part: str, tensors) -> np.ndarray:
         """The inverse of ``tensor``: our leaf, of all modules that share it."""
@@ -152,10 +166,15 @@ class Table:
             roles = self.matrix_roles(modules[0], path)
             pairs = zip(modules, tensors, strict=True)
             each = [t if m.kind == "conv1d" else t.T for m, t in pairs]
+            back = np.argsort(modules[0].order(each[0].shape[1]))
+            each = [matrix[:, back] for matrix in each]
             order = [i for r in (BATCH, IN, OUT) for i, x in enumerate(roles) if x == r]
             whole = np.stack(each).reshape([shape[i] for i in order])
             return whole.transpose(np.argsort(order))
-        return np.stack(list(tensors)).reshape(shape)
+        if part == "weight" and modules[0].kind == "embedding":
+            return np.stack(list(tensors)).reshape(shape)
+        back = np.argsort(modules[0].order(len(tensors[0])))
+        return np.stack([x[back] for x in tensors]).reshape(shape)
 
     def tensor_shape(self, module: Module, part: str) -> tuple[int, ...]:
         """The shape of ``tensor``, without its data."""

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 
 from jaxpeft.core import AdaptedKernel, Adapter, attach
+from jaxpeft.core._lift import leaf_axes, matrix_shape
 from jaxpeft.core._node import is_node
 from jaxpeft.interop._format import forms
 from jaxpeft.interop._load import place_leaves, put_leaf
 from jaxpeft.interop._modules import Module, Table
+from jaxpeft.interop._peft_sites import reordered
 from jaxpeft.interop._tensors import TensorFile
 
 
@@ -51,7 +53,8 @@ def attach_sites(
             leaves = {end: _read(file, key) for end, key in site.keys.items()}
             if form.arrange is not None:
                 leaves = form.arrange(config, site.module.name, leaves)
-            layers.append(form.from_leaves(leaves, site.module.kind))
+            made = form.from_leaves(leaves, site.module.kind)
+            layers.append(_in_our_order(node, site, made))
         if form.shared and not shared:  # one array for all sites
             shared.update(
                 {
@@ -70,6 +73,14 @@ def attach_sites(
 def _read(file: TensorFile, key: str) -> np.ndarray:
     """A leaf in float32, whatever the file has; PEFT does the same."""
     return np.asarray(file.read(key), np.float32)
+
+
+def _in_our_order(node: AdaptedKernel, site: Found, leaves):
+    """Leaves of one layer with output features in our order."""
+    d_out = matrix_shape(node.base.shape, node.roles)[2]
+    back = np.argsort(site.module.order(d_out))
+    axes = leaf_axes(node.adapter, site.rank)[1]
+    return {n: reordered(np.asarray(x), axes[n], back) for n, x in leaves.items()}
 
 
 def _stacked(node: AdaptedKernel, layers: list[dict[str, np.ndarray]]):

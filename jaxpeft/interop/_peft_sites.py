@@ -7,11 +7,13 @@ import numpy as np
 from jaxpeft.core import AdaptedKernel, PeftForm
 from jaxpeft.core._lift import (
     layer_leaves,
+    leaf_axes,
     matrix_shape,
     padded,
     shared_names,
     unpadded_layers,
 )
+from jaxpeft.core._node import OUT
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import on_host
 
@@ -37,6 +39,19 @@ class AdaptedModule(NamedTuple):
         return matrix_shape(self.node.base.shape, self.node.roles)[1:]
 
     @property
+    def order(self) -> np.ndarray:
+        """Which of our output features is each of the checkpoint's."""
+        return self.module.order(self.shape[1])
+
+    def ordered(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """``(frozen, trainable)`` with output features in the checkpoint's order."""
+        axes = leaf_axes(self.node.adapter, self.rank)
+        return tuple(
+            {n: reordered(x, names.get(n, ()), self.order) for n, x in part.items()}
+            for part, names in zip((self.frozen, self.trainable), axes, strict=True)
+        )
+
+    @property
     def form(self) -> PeftForm:
         """The method's."""
         return self.node.adapter.peft
@@ -54,6 +69,11 @@ class Collected(NamedTuple):
     sites: list[AdaptedModule]
     whole: list[Module]
     biases: list[Module]
+
+
+def reordered(x: np.ndarray, axes: tuple, order: np.ndarray) -> np.ndarray:
+    """A leaf with its out axis, where it has one, in another order."""
+    return np.take(x, order, axes.index(OUT)) if OUT in axes else x
 
 
 def is_finite(x: np.ndarray) -> bool:
@@ -156,6 +176,11 @@ def choose_form(form: str, sites: list[AdaptedModule], problems: list[str]) -> s
             if site.form.peft_type is None or site.form.refusal:
                 why = site.form.refusal or f"PEFT has no {method!r}"
                 problems.append(f"{name!r}: {why}; form='auto' writes plain LoRA")
+            elif site.form.shared and site.module.row.interleaved:
+                problems.append(
+                    f"{name!r}: the matrices that all sites share cannot follow the "
+                    "order of one site's heads; form='portable' writes plain LoRA"
+                )
             elif site.module.kind not in site.form.kinds:
                 problems.append(
                     f"{name!r}: PEFT has no {method!r} on a module of kind "

@@ -25,7 +25,7 @@ def native(sites: list[AdaptedModule], table: Table, problems: list[str]):
     listed: dict[str, list] = {}
     for site in sites:
         form, name, kind = site.form, site.module.name, site.module.kind
-        leaves = form.to_leaves(site.frozen, site.trainable, kind)
+        leaves = form.to_leaves(*site.ordered(), kind)
         tensors |= {f"{PREFIX}{name}.{n}": on_host(x) for n, x in leaves.items()}
         for ours, key in form.shared.items():
             _add_shared(tensors, key, on_host(site.frozen[ours].T), name, problems)
@@ -113,12 +113,14 @@ def plain(
     for site in sites:
         name = site.module.name
         pair = site.form.pair(site.frozen, site.trainable, site.shape)
-        a, b, error = balance(*map(on_host, pair), rank)
+        left, right = map(on_host, pair)
+        a, b, error = balance(left, right[:, site.order], rank)
         pairs[name] = (a, b, site.module.kind)
         if error > 1e-6:  # more than rounding
             errors[name] = error
         for ours, end in site.form.beside.items():
-            tensors[f"{PREFIX}{name}.{end}"] = on_host(site.trainable[ours].T)
+            value = site.ordered()[1][ours]
+            tensors[f"{PREFIX}{name}.{end}"] = on_host(value.T)
         _merge(config, fields | dict(site.form.beside_fields), name, problems)
     top = rank or max((a.shape[1] for a, *_ in pairs.values()), default=8)
     for name, (a, b, kind) in pairs.items():
