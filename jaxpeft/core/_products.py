@@ -1,5 +1,6 @@
 """The low-rank change that an adapter makes to each layer of a kernel."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core._adapter import Adapter
+from jaxpeft.core._attach import gathered
 from jaxpeft.core._lift import (
     layer_leaves,
     leaf_axes,
@@ -30,7 +32,8 @@ def is_plain(adapter: Adapter) -> bool:
 
 def not_low_rank(node: AdaptedKernel) -> str:
     """Why the change of a site's kernel is not a product of thin factors, or ""."""
-    f = jax.eval_shape(lifted_factors, node)
+    bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever it lies
+    f = jax.eval_shape(lifted_factors, jax.tree.map(bare, node.replace(key=None)))
     where, form = f"{node.site.path!r}: {node.adapter.name!r}", node.adapter.peft
     if f.phi is not None:
         return f"{where} depends on the input, so its change is no matrix"
@@ -74,9 +77,26 @@ def layer_products(nodes: Sequence[AdaptedKernel]) -> list[list[tuple]]:
         Groups of layers, in order; of each group ``(a [layers, d_in, r_i], b [layers,
         r_i, d_out], scale [layers])`` for each adapter.
     """
+    nodes = [_nameless(node) for node in nodes]
     if not any(padded(node) for node in nodes):
         return [[_stacked(node) for node in nodes]]
     return [list(each) for each in zip(*map(_apart, nodes), strict=True)]
+
+
+def _nameless(node: AdaptedKernel) -> AdaptedKernel:
+    """The node without its name: sites of one shape share a compiled program.
+
+    On an explicit mesh its leaves are gathered, which are thin; the kernel is where
+    its axes are to be joined.
+    """
+    joins = node.roles.count(IN) > 1 or node.roles.count(OUT) > 1
+    return node.replace(
+        base=gathered(node.base) if joins else node.base,
+        frozen={name: gathered(x) for name, x in node.frozen.items()},
+        trainable={name: gathered(x) for name, x in node.trainable.items()},
+        key=None,
+        site=dataclasses.replace(node.site, path="", pattern=""),
+    )
 
 
 def _bound(node: AdaptedKernel):
@@ -84,11 +104,13 @@ def _bound(node: AdaptedKernel):
     return functools.partial(_product, node.adapter, shared)
 
 
+@jax.jit  # a kernel that no factor depends on is not read
 def _stacked(node: AdaptedKernel):
     matrices = to_matrices(node.base, node.roles)
     return jax.vmap(_bound(node))(matrices, *layer_leaves(node))
 
 
+@jax.jit
 def _apart(node: AdaptedKernel) -> list[tuple]:
     """One layer at a time, without the padding of unequal ranks."""
     if not padded(node):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
-from jaxpeft.core._attach import attach, gathered, place_like, site_key
+from jaxpeft.core._attach import attach, place_like, site_key
 from jaxpeft.core._lift import dims_of, expand_leaf, matrix_shape
 from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, is_node, map_nodes, nodes
 from jaxpeft.core._products import is_plain, layer_products, not_low_rank
@@ -118,7 +118,6 @@ def weighted(
         problems += wrong
         if wrong:
             continue
-        each = [node.replace(base=gathered(node.base)) for node in each]
         products[path] = layer_products(each)
         ranks[path], more = _ranks(path, each[0], products[path], how, rank)
         problems += more or not_finite(path, products[path])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from adapt_toolbox import distance, numbers, perturb
 from contract_toolbox import METHODS, at_init, make_params, moved, same_bits
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
@@ -181,6 +183,26 @@ def test_nothing_of_the_kernel_s_shape_is_made(how):
 def settings(how):
     options = {} if how in ("cat", "svd", "linear") else {"density": 0.6}
     return options | ({"key": jax.random.key(3)} if how in RANDOM else {})
+
+
+@pytest.mark.parametrize("how", ["svd", "ties"])
+def test_sharded_kernels_on_an_explicit_mesh(params, how):
+    """Neither a QR decomposition nor a sort has a rule for sharded axes there."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    trees = [attach(params, jp.lora(2), seed) for seed in (2, 4)]
+    where = NamedSharding(mesh, P(None, "x", "y"))
+    spread = {"kernel": jax.device_put(params["up"]["kernel"], where)}
+    heads = jax.device_put(params["heads"]["kernel"], NamedSharding(mesh, P("x")))
+    base = params | {"up": spread, "heads": {"kernel": heads}}
+    many = [jp.graft(base, jp.extract(tree)) for tree in trees]
+    joined = jp.weighted(many, WEIGHTS, how, **settings(how))
+    leaves = joined["up"]["kernel"].trainable
+    assert leaves["a"].sharding.spec == P(None, "x", None)
+    expected = jp.extract(jp.weighted(trees, WEIGHTS, how, **settings(how)))
+    for path, node in jp.extract(joined).items():
+        for name, x in node.trainable.items():
+            want = np.asarray(expected[path].trainable[name])
+            np.testing.assert_allclose(np.asarray(x), want, atol=1e-5)
 
 
 def test_linear_has_cross_terms_and_padding_stays_zero(params):
