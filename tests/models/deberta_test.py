@@ -118,6 +118,19 @@ def test_hidden_states_and_logits(config, batch, tmp_path, case):
 
 
 @pytest.mark.interop
+@pytest.mark.parametrize("case", [None, *CASES])
+def test_what_a_config_leaves_out(config, case):
+    import transformers
+
+    raw = config(case) if case else {"model_type": "deberta-v2"}
+    theirs = transformers.AutoConfig.for_model(**raw).to_dict()
+    ours, same = (
+        dataclasses.replace(models.from_config(x).config, raw="") for x in (raw, theirs)
+    )
+    assert ours == same
+
+
+@pytest.mark.interop
 def test_buckets():
     import torch
     from transformers.models.deberta_v2 import modeling_deberta_v2 as theirs

@@ -7,6 +7,7 @@ import pytest
 from decoder_toolbox import CASES, content, texts
 
 from jaxpeft import models
+from jaxpeft.models._decoder_families import TRAITS
 
 pytestmark = pytest.mark.interop
 
@@ -127,6 +128,20 @@ def test_classification(case, tmp_path):
         model.apply({"params": params}, ids), run_torch(theirs, ids)[0], atol=1e-4
     )  # by pad_token_id alone
     assert np.abs(found["left"] - found["right"]).max() > 0.1  # texts differ
+
+
+@pytest.mark.parametrize("case", [*CASES, *(f"bare {kind}" for kind in sorted(TRAITS))])
+def test_what_a_config_leaves_out(case):
+    """Both spellings of transformers, and its defaults, read as one config."""
+    import transformers
+
+    bare = {"model_type": case.removeprefix("bare ")}
+    raw = content(case) if case in CASES else bare
+    theirs = transformers.AutoConfig.for_model(**raw).to_dict()
+    ours, same = (
+        dataclasses.replace(models.from_config(x).config, raw="") for x in (raw, theirs)
+    )
+    assert ours == same
 
 
 def test_old_gpt2_files(tmp_path):
