@@ -4,7 +4,10 @@ Runs without PyTorch. ``golden/make.py`` made the files.
 """
 
 import functools
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +66,28 @@ def test_their_adapters_merge_to_their_kernels(case, tmp_path):
     save_peft(adapted, tmp_path / "again", names=NAMES)
     again = load_peft(tmp_path / "again", base(), names=NAMES)
     assert worst(jp.merge(again), merged(case)) < 1e-5
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["peft"] = sys.modules["transformers"] = None
+sys.path.insert(0, {tests!r})
+import peft_golden_test as test
+from jaxpeft.interop import load_peft, save_hf, save_peft
+adapted = load_peft(test.GOLDEN / "dora", test.base(), names=test.NAMES)
+save_peft(adapted, {folder!r} + "/peft", names=test.NAMES)
+save_hf(adapted, {folder!r} + "/hf", names=test.NAMES, config=dict(model_type="x"))
+"""
+
+
+def test_no_pytorch_is_needed(tmp_path):
+    here = str(pathlib.Path(__file__).parent)
+    code = WITHOUT_TORCH.format(tests=here, folder=str(tmp_path))
+    root = str(pathlib.Path(__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    written = tree_of(load_file(tmp_path / "hf" / "model.safetensors"))
+    assert worst(written, merged("dora")) < 1e-5
 
 
 # --- rotary pairs side by side
