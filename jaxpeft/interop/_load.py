@@ -46,8 +46,9 @@ def load_adapter(
         folder: where ``save_adapter`` wrote.
         params: the plain parameter tree; it may carry adapters at other sites.
         check_base: compare each kernel's dtype and fingerprint with the kernel that
-            the adapter was trained with. ``False`` allows another base of the same
-            shapes, such as the same weights in another dtype.
+            the adapter was trained with; of leaves that were trained in full, the
+            dtype alone. ``False`` allows another base of the same shapes, such as the
+            same weights in another dtype.
 
     Returns:
         The adapted tree, equal in structure and leaves to the saved one.
@@ -79,7 +80,7 @@ def load_adapter(
     for entry in config["sites"]:
         names = [n for part in entry["leaves"].values() for n in part]
         wanted.update(f"{entry['path']}/{name}" for name in names)
-        wanted.update(entry["shared"].values())
+        wanted.update(entry.get("shared", {}).values())
         node = _load_site(entry, methods, kernels, file, check_base, problems, common)
         if node is not None:
             made[entry["path"]] = node
@@ -170,7 +171,10 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
     problems += _wide_leaves(node)
     if adapter.fold is not None:
         node = node.replace(base=_folded(node))
-    if check_base and not _same_base(node.base, base):
+    # Of a leaf that is trained in full, nothing of the base is left: a head that was
+    # drawn for the run need not be drawn again.
+    replaced = adapter.peft is not None and adapter.peft.whole
+    if check_base and not replaced and not _same_base(node.base, base):
         problems.append(
             f"{path!r} is not the kernel that the adapter was trained with (its "
             "fingerprint differs); check_base=False loads it all the same"
@@ -179,7 +183,7 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
         frozen=place_leaves(node, node.frozen),
         trainable=place_leaves(node, node.trainable),
     )
-    if shared := entry["shared"]:
+    if shared := entry.get("shared"):
         node = _with_shared(node, shared, file, problems, common)
     return node if len(problems) == count else None
 

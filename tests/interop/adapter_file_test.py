@@ -312,7 +312,8 @@ def test_everything_that_does_not_fit_is_listed(folder, params):
     other = {
         **params,
         "embed": {"embedding": params["embed"]["embedding"]},
-        "head": {"kernel": jnp.zeros((9, 6)), "bias": params["head"]["bias"] + 1},
+        "query": {"kernel": params["query"]["kernel"] + 1},
+        "head": {"kernel": jnp.zeros((9, 6)), "bias": params["head"]["bias"]},
     }
     with pytest.raises(ValueError) as raised:
         load_adapter(folder, other)
@@ -323,7 +324,7 @@ def test_everything_that_does_not_fit_is_listed(folder, params):
         "left over: 'query/kernel/surplus'",
         "'layers/mlp/kernel/sigma' has shape [3, 4], should have [3, 3]",
         "'head/kernel' has shape [9, 6], was [9, 5]",
-        "'head/bias' is not the kernel that the adapter was trained with",
+        "'query/kernel' is not the kernel that the adapter was trained with",
     ):
         assert part in message
 
@@ -385,6 +386,19 @@ def test_another_base_is_refused_unless_asked_for(change, folder, params, adapte
         loaded["query"]["kernel"].trainable["a"],
         adapted["query"]["kernel"].trainable["a"],
     )
+
+
+def test_a_head_trained_in_full_may_have_been_drawn_anew(tmp_path, keys):
+    draw = lambda: {"head": {"kernel": jax.random.normal(next(keys), (4, 3))}}
+    tree = jp.attach(draw(), jp.full(), ["head"], key=next(keys))
+    save_adapter(tree, tmp_path / "a")
+    other = draw()
+    loaded = load_adapter(tmp_path / "a", other)["head"]["kernel"]
+    assert np.array_equal(loaded.trainable["value"], tree["head"]["kernel"].base)
+    assert np.array_equal(loaded.base, other["head"]["kernel"])
+    narrow = {"head": {"kernel": other["head"]["kernel"].astype(jnp.bfloat16)}}
+    with pytest.raises(ValueError, match="has dtype bfloat16, was float32"):
+        load_adapter(tmp_path / "a", narrow)
 
 
 def test_wide_leaves_need_wide_numbers(tmp_path):
