@@ -11,6 +11,7 @@ from jaxpeft.models._deberta import Deberta as Deberta
 from jaxpeft.models._deberta_config import DebertaConfig as DebertaConfig
 from jaxpeft.models._decoder import Decoder as Decoder
 from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
+from jaxpeft.models._generate import generate as generate
 from jaxpeft.models._load import load as load
 from jaxpeft.models._load import tokenizer as tokenizer
 from jaxpeft.models._packaged import packaged as packaged

@@ -1,0 +1,216 @@
+"""Text from a decoder: prompts in, new tokens out, with a cache between the steps."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jaxpeft.core import adapt
+from jaxpeft.models._cache import init_cache
+from jaxpeft.models._decoder import Decoder
+
+SHORTEST = 16  # prompts and answers are padded to powers of two from here on
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: int | float = 0.0,
+    top_k: int | None = None,
+    top_p: int | float | None = None,
+    stop: Sequence[int] = (),
+    key: Key[Array, ""] | None = None,
+) -> list[list[int]]:
+    r"""Returns what the model goes on with, for a batch of prompts.
+
+    Prompts of unequal length are padded on the left to a power of two, prefilled at
+    once, and continued a token at a time until every row has stopped. One program is
+    compiled for each pair of padded lengths and each kind of choice; ``params`` may
+    be an adapted tree of any method, whose factors are computed once a call.
+
+    The next token is the likeliest (``temperature=0``), or is drawn from
+
+    .. math:: p_i \propto \exp(z_i / \tau)
+
+    over the ``top_k`` likeliest tokens and, of those, the fewest that together have a
+    probability of ``top_p``.
+
+    Args:
+        model: a decoder with ``head="causal_lm"``.
+        params: its parameters, plain or adapted, on any devices.
+        prompts: token ids of each row, at least one each.
+        max_new_tokens: the most tokens to add, at least 1.
+        temperature: tau, at least 0; 0 takes the likeliest token.
+        top_k: at least 1; ``None``: all tokens.
+        top_p: in (0, 1]; ``None``: 1.
+        stop: token ids that end a row, such as the tokenizer's end of text. They are
+            not returned.
+        key: a typed key, needed where ``temperature`` is not 0.
+
+    Returns:
+        The new tokens of each row.
+
+    Raises:
+        ValueError: an argument outside of what is allowed, or a prompt that leaves no
+            room for ``max_new_tokens`` in the model's context.
+
+    Example:
+        >>> from jaxpeft import models
+        >>> sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+        >>> heads = {"num_attention_heads": 2, "intermediate_size": 24}
+        >>> config = {"model_type": "llama", **sizes, **heads}
+        >>> model = models.from_config(config, head="causal_lm")
+        >>> params = models.init(model, jax.random.key(0))
+        >>> new = generate(model, params, [[1, 2, 3], [4]], max_new_tokens=5)
+        >>> [len(row) for row in new]
+        [5, 5]
+
+    References:
+        Top-p: Holtzman et al., arXiv 1904.09751, section 3.1.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
+    longest = max(map(len, prompts))
+    room = model.config.max_position_embeddings
+    if longest + max_new_tokens > room:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens; with max_new_tokens="
+            f"{max_new_tokens} that is more than the {room} the model allows. "
+            "Shorten one of them."
+        )
+    new = min(_padded(max_new_tokens), room - longest)
+    width = min(_padded(longest), room - new)
+    ids = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    ends = np.full((max(1, len(stop)),), -1, np.int32)
+    ends[: len(stop)] = stop
+    settings = {
+        "temperature": np.float32(temperature),
+        "top_k": np.int32(top_k or model.config.vocab_size),
+        "top_p": np.float32(1.0 if top_p is None else top_p),
+    }
+    run = _compiled(model, new, temperature > 0)
+    key = jax.random.key(0) if key is None else key  # of no use without a draw
+    limit = np.int32(max_new_tokens)
+    tokens = np.asarray(run(params, ids, mask, limit, ends, key, settings))
+    rows = []
+    for row in tokens[:, :max_new_tokens]:
+        ended = np.flatnonzero(np.isin(row, ends))
+        rows.append(row[: ended[0] if ended.size else None].tolist())
+    return rows
+
+
+def _padded(n: int) -> int:
+    return max(SHORTEST, 1 << (n - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(model: Decoder, new: int, draws: bool):
+    """The whole generation as one function of arrays, that takes adapted trees."""
+    body = model.clone(head=None)
+
+    def run(params, ids, mask, limit, ends, key, settings):
+        variables = {"params": params}
+        batch, width = ids.shape
+        lengths = jnp.sum(mask, axis=1)
+
+        def read(hidden):
+            return model.apply(variables, hidden[:, -1], method="logits")
+
+        def choose(logits, step):
+            if not draws:
+                return jnp.argmax(logits, -1).astype(jnp.int32)
+            own = jax.random.fold_in(key, step)
+            kept = keep_likely(logits / settings["temperature"], **_cut(settings))
+            return jax.random.categorical(own, kept).astype(jnp.int32)
+
+        cache = init_cache(model, batch, width + new)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        hidden, cache = body.apply(
+            variables, ids, mask, positions=positions, cache=cache
+        )
+        first = choose(read(hidden), 0)
+        out = jnp.full((batch, new), -1, jnp.int32).at[:, 0].set(first)
+        done = jnp.isin(first, ends)
+
+        def going(state):
+            step, _, done, _, _ = state
+            return (step < limit) & ~jnp.all(done)
+
+        def forward(state):
+            step, last, done, out, cache = state
+            hidden, cache = body.apply(
+                variables,
+                last[:, None],
+                positions=(lengths + step - 1)[:, None],
+                cache=cache,
+            )
+            token = choose(read(hidden), step)
+            out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
+            return step + 1, token, done | jnp.isin(token, ends), out, cache
+
+        state = (jnp.int32(1), first, done, out, cache)
+        return jax.lax.while_loop(going, forward, state)[3]
+
+    return adapt(run)
+
+
+def _cut(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("top_k", "top_p")}
+
+
+def keep_likely(
+    logits: Float[Array, "batch v"], top_k: Any, top_p: Any
+) -> Float[Array, "batch v"]:
+    """Minus infinity at all but the likeliest tokens; top-k first, then top-p."""
+    ordered = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(logits.shape[-1])[None]
+    cut = jnp.where(rank < top_k, ordered, -jnp.inf)
+    shares = jax.nn.softmax(cut, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier
+    kept = (rank < top_k) & (before < top_p)
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:
+    if not isinstance(model, Decoder) or model.head != "causal_lm":
+        raise ValueError(
+            "`model` must be a decoder with a language-model head; write "
+            "models.load(name, head='causal_lm')."
+        )
+    if not len(prompts) or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(
+            "`prompts` must be lists of at least one token id each; start an empty "
+            "text with the tokenizer's first token."
+        )
+    size = model.config.vocab_size
+    if any(not 0 <= token < size for prompt in prompts for token in prompt):
+        raise ValueError(f"`prompts` have token ids outside of 0 to {size - 1}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    if not temperature >= 0:
+        raise ValueError(f"`temperature` must be at least 0, got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1 or None, got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"`top_p` must be in (0, 1] or None, got {top_p}.")
+    if temperature > 0 and key is None:
+        raise ValueError(
+            f"`key` is needed to draw at temperature {temperature}; write "
+            "generate(..., key=jax.random.key(0)), or temperature=0."
+        )
+    if temperature == 0 and not (top_k is None and top_p is None):
+        raise ValueError(
+            "`top_k` and `top_p` change nothing at temperature 0; give a temperature, "
+            "or leave them out."
+        )
