@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxpeft.cli import _convert, _describe, _merge
+from jaxpeft.cli import _convert, _describe, _generate, _merge
 from jaxpeft.cli._console import note
 
-COMMANDS = (_describe, _merge, *_convert.DIRECTIONS)
+COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate)
 
 EPILOG = """\
 An adapter is a folder: jaxpeft's own (adapter.json) or HF PEFT's (adapter_config.json).
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser, with one sub-parser for each command."""
     top = argparse.ArgumentParser(
         prog="jaxpeft",
-        description="Adapters of jaxpeft and of HF PEFT: look, merge, convert.",
+        description="Adapters of jaxpeft and of HF PEFT: look, merge, convert, run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # Errors of the library name its arguments; here they are flags.
 _FLAGS = {
+    "`max_new_tokens`": "--max-new-tokens",
+    "`temperature`": "--temperature",
+    "`top_k`": "--top-k",
+    "`top_p`": "--top-p",
     "check_base=False": "--any-base",
     "untie=True": "--untie",
     "ignore=['target_modules']": "--ignore target_modules",

@@ -1,0 +1,76 @@
+"""``jaxpeft generate``: text from a base, with or without an adapter."""
+
+import argparse
+import sys
+
+from jaxpeft.cli._console import stage
+from jaxpeft.cli._open import Wanted, add_base, open_adapter, open_base
+
+NAME = "generate"
+SUMMARY = "go on with a prompt, with or without an adapter"
+DESCRIPTION = """\
+Continues prompts: those on the command line, or else every line of standard input, as
+one batch. The answers go to standard output, one a line unless there is only one. The
+likeliest token is taken, unless a temperature is given.
+"""
+EXAMPLE = 'jaxpeft generate "The capital of France is" --base smollm2 --chat'
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a text to go on")
+    parser.add_argument("--adapter", metavar="ADAPTER", help="an adapter's folder")
+    add_base(parser)
+    add = parser.add_argument
+    add("--chat", action="store_true", help="put prompts into the chat template")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="(default: 0)")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="draw among the likeliest P of all")
+    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Runs the command."""
+    import jax
+
+    from jaxpeft import models
+
+    prompts = given.prompts or [line.rstrip("\n") for line in sys.stdin]
+    if not any(prompts):
+        raise ValueError("there is no PROMPT, and nothing on standard input.")
+    if given.adapter is None:
+        if given.head == "auto":
+            given.head = "causal_lm"
+        folder, model, params = open_base(given, Wanted())
+    else:
+        opened = open_adapter(given)
+        folder, model, params = opened.folder, opened.model, opened.adapted
+    tokenizer = models.tokenizer(folder)
+    if given.chat:
+        ids = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=True,
+            )["input_ids"]
+            for prompt in prompts
+        ]
+    else:
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    end = tokenizer.eos_token_id
+    with stage(f"generating for {len(prompts)} prompt{'s' * (len(prompts) > 1)}"):
+        new = models.generate(
+            model,
+            params,
+            ids,
+            max_new_tokens=given.max_new_tokens,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            stop=[] if end is None else [end],
+            key=jax.random.key(given.seed) if given.temperature else None,
+        )
+    for row in new:
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        print(text if len(new) == 1 else " ".join(text.splitlines()))

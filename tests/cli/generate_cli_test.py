@@ -1,0 +1,93 @@
+"""``jaxpeft generate`` on a tiny random Llama with a tokenizer of its own."""
+
+import io
+
+import jax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import interop, models
+from jaxpeft.cli import main
+
+WORDS = ["<end>", "<unk>", *(f"w{i}" for i in range(62))]
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as parts
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    model = models.from_config(CONFIG, head="causal_lm")
+    params = models.init(model, jax.random.key(0))
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, params)
+    interop.save_hf(params, folder, names=model.names, config=model.hf_config)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(parts.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}"
+        "{% if add_generation_prompt %} w3{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def said(capsys, *argv):
+    capsys.readouterr()
+    status = main(["generate", *map(str, argv), "--max-new-tokens", "5"])
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err
+
+
+def test_with_and_without_an_adapter(base, capsys, tmp_path, monkeypatch):
+    status, [plain], _ = said(capsys, "w7 w9", "--base", base)
+    assert status == 0 and len(plain.split()) <= 5
+    model, params = models.load(base, head="causal_lm")
+    ids = [[WORDS.index("w7"), WORDS.index("w9")]]
+    new = models.generate(model, params, ids, max_new_tokens=5, stop=[0])[0]
+    assert plain.split() == [WORDS[i] for i in new]
+
+    adapted = jp.attach(
+        params, jp.lora(2), ["q_proj", "down_proj"], key=jax.random.key(1)
+    )
+    trainable, frozen = jp.partition(adapted)
+    moved = jp.combine(jax.tree.map(lambda x: x + 1.0, trainable), frozen)
+    interop.save_adapter(moved, tmp_path / "own")
+    adapter = ("--adapter", tmp_path / "own")
+    monkeypatch.setattr("sys.stdin", io.StringIO("w7 w9\nw8\n"))
+    status, lines, err = said(capsys, "--base", base, *adapter)
+    assert status == 0 and len(lines) == 2 and "generating for 2 prompts" in err
+    expected = models.generate(model, moved, ids, max_new_tokens=5, stop=[0])[0]
+    assert lines[0].split() == [WORDS[i] for i in expected] != plain.split()
+
+    _, [chat], _ = said(capsys, "w7", "--base", base, "--chat")
+    _, [whole], _ = said(capsys, "w1 w7 w2 w3", "--base", base)
+    assert chat == whole
+    draws = {
+        said(capsys, "w7", "--base", base, "--temperature", 5, "--seed", s)[1][0]
+        for s in (0, 0, 1)
+    }
+    assert len(draws) == 2
+
+
+def test_bad_input(base, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "there is no PROMPT" in said(capsys, "--base", base)[2]
+    status, _, err = said(capsys, "w7", "--base", base, "--top-k", 3)
+    assert status == 2 and "--top-k and --top-p change nothing at temperature 0" in err
