@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Integer
 from numpy import ndarray
 
-from jaxpeft.data._tokenize import Encoded
+from jaxpeft.data._encoded import Encoded
 
 # One batch of a plan: the rows in it and the length they are padded to.
 _Planned = tuple[Integer[ndarray, " _"], int]
@@ -58,7 +58,13 @@ def batches(
         input_ids: int32, [rows, length].
         attention_mask: int32, [rows, length], 1 on tokens, 0 on padding.
         token_type_ids: int32, [rows, length]; only if the tokenizer gives them.
-        label: int32 or float32, [rows].
+        label: int32 or float32, [rows]; of a writing task, its learnt tokens.
+        targets: int32, [rows, length], the token after each; and
+        target_weights: float32, [rows, length], 1 where that is to be learnt, else 0;
+          both only of a writing task.
+        segment_ids: int32, [rows, length], from 1, 0 on padding; and
+        positions: int32, [rows, length], of tokens in their own text; both only of a
+          packed split.
 
     Raises:
       ValueError: if the batch is larger than the split or is not divisible among the
@@ -266,5 +272,14 @@ def _gather(
     }
     if encoded.types is not None:
         batch["token_type_ids"] = np.where(mask, encoded.types[where], np.int32(0))
+    if encoded.segments is not None:
+        batch["segment_ids"] = np.where(mask, encoded.segments[where], np.int32(0))
+        batch["positions"] = np.where(mask, encoded.positions[where], np.int32(0))
+    if encoded.learn is not None:
+        follows = column + 1 < encoded.lengths[rows][:, None]
+        after = np.where(follows, where + 1, 0)
+        batch["targets"] = np.where(follows, encoded.ids[after], np.int32(0))
+        learnt = follows & encoded.learn[after]
+        batch["target_weights"] = learnt.astype(np.float32)
     batch["label"] = encoded.labels[rows]
     return batch

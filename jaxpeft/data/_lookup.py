@@ -6,9 +6,10 @@ from typing import Any
 
 from jaxpeft.data import tasks
 from jaxpeft.data._task import Task, near_misses
+from jaxpeft.data._texts import TextTask
 
 
-def task(config: str | Mapping[str, Any] | Any, **options: Any) -> Task:
+def task(config: str | Mapping[str, Any] | Any, **options: Any) -> Task | TextTask:
     """Returns the task of a name, or of a mapping with a "name" and its options.
 
     Args:

@@ -4,11 +4,6 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Shaped
-
-from jaxpeft.data import metrics as _metrics
-
 
 @runtime_checkable
 class Rows(Protocol):
@@ -55,6 +50,11 @@ class Task(NamedTuple):
     def regression(self) -> bool:
         """Whether the label is a number, not a class."""
         return self.labels is None
+
+    @property
+    def head(self) -> str:
+        """The head of the model for it."""
+        return "regression" if self.regression else "classification"
 
     @property
     def num_labels(self) -> int:
@@ -142,52 +142,6 @@ def make_task(
         for column in (*columns, label):
             value_of(rows[0], column, f"task {name!r}, split {split!r}, row 0")
     return Task(name, columns, label, labels, metrics, splits, dict(facts or {}))
-
-
-def score(
-    task: Task, outputs: Shaped[Any, " n *width"], labels: Shaped[Any, " n"]
-) -> dict[str, float]:
-    """Returns the task's metrics of predictions against labels.
-
-    Args:
-      task: the task; its `metrics` says which.
-      outputs: what the model's head gives, [n, num_labels]; or predictions, [n]: class
-        ids, for regression scores.
-      labels: the true ones, [n]. Leave padding rows out.
-
-    Returns:
-      One float a metric, by name, in the order of `task.metrics`.
-
-    Raises:
-      ValueError: if the two differ in length, are empty, hold a NaN or infinity, or the
-        head has another width than the task.
-
-    Example:
-      >>> rows = [{"text": "a", "label": 0}]
-      >>> task = make_task(
-      ...     "toy",
-      ...     {"train": rows, "validation": rows},
-      ...     text="text",
-      ...     label="label",
-      ...     labels=["no", "yes"],
-      ... )
-      >>> score(task, np.array([0, 1]), np.array([0, 0]))
-      {'accuracy': 0.5}
-      >>> score(task, np.array([[2.0, -1.0], [0.0, 3.0]]), np.array([0, 0]))
-      {'accuracy': 0.5}
-    """
-    outputs, labels = np.asarray(outputs), np.asarray(labels)
-    if outputs.ndim == 2:
-        if outputs.shape[1] != task.num_labels:
-            raise ValueError(
-                f"`outputs` has shape {outputs.shape}; for task {task.name!r} its "
-                f"width is {task.num_labels}."
-            )
-        if not np.all(np.isfinite(outputs)):
-            row = int(np.flatnonzero(~np.isfinite(outputs).all(1))[0])
-            raise ValueError(f"`outputs` must be finite; row {row} is {outputs[row]}.")
-        outputs = outputs[:, 0] if task.regression else np.argmax(outputs, axis=1)
-    return {name: getattr(_metrics, name)(outputs, labels) for name in task.metrics}
 
 
 def value_of(row: Mapping[str, Any], column: str, where: str) -> Any:

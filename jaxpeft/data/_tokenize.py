@@ -1,54 +1,25 @@
 """From rows of text to rows of token ids: once, up front, with every row checked."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Int32
 from numpy import ndarray
 
+from jaxpeft.data._encode_texts import encode_texts
+from jaxpeft.data._encoded import Encoded
 from jaxpeft.data._labels import label_of, text_of
+from jaxpeft.data._pack import pack
 from jaxpeft.data._task import Rows, Task, near_misses
+from jaxpeft.data._texts import TextTask
 
 _CHUNK = 1000  # rows handed to the tokenizer at once
 _LARGE = 5000  # rows from which a progress bar is worth its line
 
 
-class Encoded(NamedTuple):
-    """One split as token ids, rows end to end, nothing padded yet.
-
-    Attributes:
-      name: task and split, "trec/train", for messages.
-      ids: token ids of all rows, [tokens].
-      types: 0 for tokens of the first text, 1 for the second, [tokens]; None if the
-        tokenizer gives no such thing.
-      offsets: row i is `ids[offsets[i] : offsets[i + 1]]`, [rows + 1].
-      labels: class ids (int32) or scores (float32), [rows].
-      pad: the id that fills up short rows.
-      max_length: the most tokens a row may have.
-    """
-
-    name: str
-    ids: Int32[ndarray, " tokens"]
-    types: Int32[ndarray, " tokens"] | None
-    offsets: Int64[ndarray, " rows_and_one"]
-    labels: Int32[ndarray, " rows"] | Float32[ndarray, " rows"]
-    pad: int
-    max_length: int
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> Int64[ndarray, " rows"]:
-        """The number of tokens of each row."""
-        return np.diff(self.offsets)
-
-
 def tokenize(
-    task: Task,
+    task: Task | TextTask,
     tokenizer: Any,
     *,
     vocab_size: int,
@@ -63,7 +34,9 @@ def tokenize(
       tokenizer: a Hugging Face tokenizer (of transformers; no torch needed).
       vocab_size: rows of the model's embedding; each id must be below it.
       max_length: longer rows are cut to this many tokens, special ones included; of a
-        pair the longer text first.
+        pair the longer text first. In a writing task no row is cut: a text goes on in
+        another sequence, which repeats one token; a longer completion or chat is left
+        out. `facts` of the result counts both.
       splits: which to read; None: all.
       progress: whether to show a progress bar over large splits.
 
@@ -73,7 +46,9 @@ def tokenize(
     Raises:
       ValueError: if the tokenizer does not fit the vocabulary, has no padding token or
         no room within `max_length`, or a row has no such column, no text, or a label
-        outside the classes or not finite (naming split, row and value).
+        outside the classes or not finite (naming split, row and value), or, in a
+        writing task, the tokenizer has no end token or chat template where one is
+        needed, or nothing is left to learn.
 
     Example:
       >>> encoded = tokenize(task, tokenizer, vocab_size=30522)  # doctest: +SKIP
@@ -83,7 +58,7 @@ def tokenize(
         tokenizer,
         vocab_size=vocab_size,
         max_length=max_length,
-        pair=len(task.text) == 2,
+        pair=isinstance(task, Task) and len(task.text) == 2,
     )
     chosen = list(task.splits) if splits is None else list(splits)
     for split in chosen:
@@ -92,9 +67,16 @@ def tokenize(
             raise ValueError(
                 f"`splits` has {split!r}, not in task {task.name!r}.{near}"
             )
-    return {
-        split: _encode(task, split, tokenizer, max_length, progress) for split in chosen
-    }
+    encoded = {}
+    for split in chosen:
+        chunks = _chunks(
+            task.splits[split], f"Tokenising {task.name}/{split}", progress
+        )
+        encode = encode_texts if isinstance(task, TextTask) else _encode
+        encoded[split] = encode(task, split, tokenizer, max_length, chunks)
+        if split == "train" and isinstance(task, TextTask) and task.pack:
+            encoded[split] = pack(encoded[split])
+    return encoded
 
 
 def check_tokenizer(
@@ -142,15 +124,19 @@ def check_tokenizer(
 
 
 def _encode(
-    task: Task, split: str, tokenizer: Any, max_length: int, progress: bool
+    task: Task,
+    split: str,
+    tokenizer: Any,
+    max_length: int,
+    chunks: Iterable[range],
 ) -> Encoded:
     rows = task.splits[split]
     name = f"{task.name}/{split}"
     ids, types, lengths, labels = [], [], [], []
     has_types = "token_type_ids" in tokenizer.model_input_names
-    for start in _chunks(rows, f"Tokenising {name}", progress):
+    for chunk in chunks:
         texts: tuple[list[str], ...] = tuple([] for _ in task.text)
-        for number in range(start, min(start + _CHUNK, len(rows))):
+        for number in chunk:
             row = rows[number]
             where = f"Task {task.name!r}, split {split!r}, row {number}"
             for column, column_texts in zip(task.text, texts, strict=True):
@@ -184,12 +170,13 @@ def _joined(rows: Sequence[Sequence[int]]) -> Int32[ndarray, " tokens"]:
     return np.fromiter((i for row in rows for i in row), np.int32)
 
 
-def _chunks(rows: Rows, title: str, progress: bool) -> Iterator[int]:
-    """Yields the first row of each chunk, moving a progress bar if there are many."""
+def _chunks(rows: Rows, title: str, progress: bool) -> Iterator[range]:
+    """Yields the rows of each chunk, moving a progress bar if there are many."""
     starts: Iterable[int] = range(0, len(rows), _CHUNK)
     if progress and len(rows) >= _LARGE:
         from rich.console import Console
         from rich.progress import track
 
         starts = track(starts, title, console=Console(stderr=True))
-    yield from starts
+    for start in starts:
+        yield range(start, min(start + _CHUNK, len(rows)))

@@ -4,6 +4,9 @@ from jaxpeft.data.tasks._files import files as files
 from jaxpeft.data.tasks._packaged import movies as movies
 from jaxpeft.data.tasks._packaged import sms as sms
 from jaxpeft.data.tasks._packaged import trec as trec
+from jaxpeft.data.tasks._texts import asdiv as asdiv
+from jaxpeft.data.tasks._texts import texts as texts
+from jaxpeft.data.tasks._texts import tfds_texts as tfds_texts
 from jaxpeft.data.tasks._tfds import cola as cola
 from jaxpeft.data.tasks._tfds import mnli as mnli
 from jaxpeft.data.tasks._tfds import mrpc as mrpc

