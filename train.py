@@ -69,7 +69,7 @@ def _run(config, workdir, stack):
     head_key = next(keys)
     load_base = lambda: models.load(
         config.model.name,
-        head="regression" if task.regression else "classification",
+        head=task.head,
         num_labels=task.num_labels,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
@@ -129,8 +129,7 @@ def _run(config, workdir, stack):
     state = training.init_state(
         trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
     )
-    forward = training.model_forward(model, mesh=mesh, dropout=config.model.dropout)
-    loss = training.squared_error if task.regression else training.cross_entropy
+    forward, loss = training.objective(model, mesh=mesh, dropout=config.model.dropout)
     step_fn = training.train_step(
         *(forward, loss, optimizer, state, frozen),
         mesh=mesh,
@@ -142,7 +141,7 @@ def _run(config, workdir, stack):
     # ----------------------------------- Evaluation -----------------------------------
 
     eval_fn = training.eval_step(forward, loss, state, frozen, mesh=mesh)
-    metric = task.metrics[0]  # decides which checkpoint is the best
+    metric = task.best["metric"]  # decides which checkpoint is the best
     # GLUE keeps the labels of its test splits; there, validation is all there is.
     held_out = "test" if "test" in splits else "validation"
 
@@ -164,7 +163,7 @@ def _run(config, workdir, stack):
 
     checkpoints = stack.enter_context(
         training.Checkpointer(
-            folder / "checkpoints", config=config.to_dict(), metric=metric, free=FREE
+            folder / "checkpoints", config=config.to_dict(), free=FREE, **task.best
         )
     )
     first_step, carried = 0, {"seconds": 0.0}
@@ -277,7 +276,7 @@ def _run(config, workdir, stack):
         "steps": total_steps,
         **dict(zip(("trainable", "total"), sizes, strict=True)),
         "seconds": seconds(),
-        "data": dict(task.facts),
+        "data": task.facts | {name: s.facts for name, s in splits.items() if s.facts},
         **ranks,
     }
     return training.report(folder, results, config, title=title)

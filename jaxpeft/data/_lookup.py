@@ -28,7 +28,7 @@ def task(config: str | Mapping[str, Any] | Any, **options: Any) -> Task | TextTa
       >>> task("trec", progress=False)  # doctest: +SKIP
       >>> task("treck")
       Traceback (most recent call last):
-      ValueError: `name` 'treck' is no task. Did you mean 'trec'? There is: cola, ...
+      ValueError: `name` 'treck' is no task. Did you mean 'trec'? There is: asdiv, ...
     """
     if isinstance(config, str):
         config = {"name": config}

@@ -57,6 +57,11 @@ class Task(NamedTuple):
         return "regression" if self.regression else "classification"
 
     @property
+    def best(self) -> dict[str, str]:
+        """The score that says which checkpoint is best, and whether by max or min."""
+        return {"metric": self.metrics[0], "mode": "max"}
+
+    @property
     def num_labels(self) -> int:
         """The width of the model's head: the number of classes, 1 for a number."""
         return 1 if self.labels is None else len(self.labels)

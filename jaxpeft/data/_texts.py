@@ -44,6 +44,14 @@ class TextTask(NamedTuple):
         return "causal_lm"
 
     @property
+    def best(self) -> dict[str, str]:
+        """The score that says which checkpoint is best, and whether by max or min."""
+        return {
+            "metric": self.metrics[0],
+            "mode": "min" if self.metrics[0] == "perplexity" else "max",
+        }
+
+    @property
     def num_labels(self) -> None:
         """None: there are no classes."""
         return None

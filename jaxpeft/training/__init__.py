@@ -1,3 +1,6 @@
+from jaxpeft.training._causal import causal_forward as causal_forward
+from jaxpeft.training._causal import causal_loss as causal_loss
+from jaxpeft.training._causal import objective as objective
 from jaxpeft.training._checkpoint import Checkpointer as Checkpointer
 from jaxpeft.training._checkpoint import CheckpointError as CheckpointError
 from jaxpeft.training._checkpoint import Restored as Restored

@@ -23,10 +23,6 @@ Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
     """Returns the function that runs an adapted tree of a classifier's parameters.
 
-    What each module of the model returns keeps its rows where the batch has them:
-    left alone, the compiler may cut features in place of rows, because frozen kernels
-    are cut too (``param_specs``), and hold the whole batch on every device.
-
     Args:
         model: a Linen module called as ``apply({"params": params}, input_ids,
             attention_mask, token_type_ids=..., deterministic=...)``.
@@ -41,26 +37,11 @@ def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
 
     def forward(adapted, batch, key):
         deterministic = key is None or not dropout
-        rows = batch["input_ids"].shape[0]
-
-        def keep_rows(x):
-            if getattr(x, "ndim", 0) < 2 or x.shape[0] != rows:
-                return x
-            free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-            where = NamedSharding(mesh, PartitionSpec(BATCH_AXES, *free))
-            return jax.lax.with_sharding_constraint(x, where)
-
-        def intercept(method, args, kwargs, context):
-            outputs = method(*args, **kwargs)
-            if context.method_name != "__call__":
-                return outputs
-            return jax.tree.map(keep_rows, outputs)
 
         def apply(params, inputs, rngs):
-            with nn.intercept_methods(intercept):
-                return model.apply(
-                    {"params": params}, **inputs, deterministic=deterministic, rngs=rngs
-                )
+            return apply_model(
+                model, params, inputs, mesh=mesh, deterministic=deterministic, rngs=rngs
+            )
 
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if name in batch}
@@ -68,6 +49,41 @@ def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         return core.adapt(apply)(adapted, inputs, rngs)
 
     return forward
+
+
+def apply_model(
+    model: Any,
+    params: Any,
+    inputs: Batch,
+    *,
+    mesh: Mesh,
+    deterministic: bool,
+    rngs: Mapping[str, Any],
+) -> Any:
+    """Runs a model; what each of its modules returns keeps its rows where they are.
+
+    Left alone, the compiler may cut features in place of rows, because frozen kernels
+    are cut too (``param_specs``), and hold the whole batch on every device.
+    """
+    rows = inputs["input_ids"].shape[0]
+
+    def keep_rows(x):
+        if getattr(x, "ndim", 0) < 2 or x.shape[0] != rows:
+            return x
+        free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        where = NamedSharding(mesh, PartitionSpec(BATCH_AXES, *free))
+        return jax.lax.with_sharding_constraint(x, where)
+
+    def intercept(method, args, kwargs, context):
+        outputs = method(*args, **kwargs)
+        if context.method_name != "__call__":
+            return outputs
+        return jax.tree.map(keep_rows, outputs)
+
+    with nn.intercept_methods(intercept):
+        return model.apply(
+            {"params": params}, **inputs, deterministic=deterministic, rngs=rngs
+        )
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

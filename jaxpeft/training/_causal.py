@@ -1,0 +1,122 @@
+"""What a causal language model makes of a batch, and the loss of that."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxpeft import core, numerics
+from jaxpeft.training._mesh import BATCH_AXES
+from jaxpeft.training._step import (
+    Batch,
+    Forward,
+    Loss,
+    apply_model,
+    cross_entropy,
+    model_forward,
+    squared_error,
+)
+
+CHUNK = 256  # tokens of a device read out at a time: 0.25 GB at a vocabulary of 256k
+
+
+def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
+    """Returns the function that runs an adapted tree of a language model's parameters.
+
+    Logits of the whole batch are never held (``numerics.token_cross_entropy``). The
+    head may be adapted, and tied to the embedding.
+
+    Args:
+        model: a Linen module with ``head="causal_lm"``; without its head
+            (``model.clone(head=None)``) it gives hidden states, which
+            ``apply(..., method="logits")`` reads out.
+        mesh: the mesh.
+        dropout: whether the model's own dropout is on in training steps.
+
+    Returns:
+        ``forward(adapted, batch, key) -> [rows, 3]``, for ``train_step`` and
+        ``eval_step`` with ``causal_loss``, and for ``data.score``; float32. Of every
+        row: minus the log-probability of its targets, weighted by ``target_weights``
+        and summed up; the sum of these weights; and the sum of those whose target has
+        the highest logit. Batches are those of a writing task (``data.batches``).
+        A sequence longer than the model's positions is a ``ValueError``, also where
+        the texts packed into it are shorter.
+    """
+    body = model.clone(head=None)
+    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    longest = model.config.max_position_embeddings
+
+    def forward(adapted, batch, key):
+        deterministic = key is None or not dropout
+        names = ("input_ids", "attention_mask", "segment_ids", "positions")
+        inputs = {name: batch[name] for name in names if name in batch}
+        tokens = inputs["input_ids"].shape[1]
+        if tokens > longest:
+            raise ValueError(
+                f"`batch` has sequences of {tokens} tokens; the model allows {longest}."
+                f" Tokenise with max_length={longest}."
+            )
+
+        def apply(params, inputs, targets, rngs):
+            hidden = apply_model(
+                body, params, inputs, mesh=mesh, deterministic=deterministic, rngs=rngs
+            )
+            read_out = lambda h: model.apply({"params": params}, h, method="logits")
+            return numerics.token_cross_entropy(
+                read_out, hidden, targets, chunk=CHUNK * shards
+            )
+
+        rngs = {} if deterministic else {"dropout": key}
+        losses, hits = core.adapt(apply)(adapted, inputs, batch["targets"], rngs)
+        weights = batch["target_weights"]
+        sums = (losses * weights, weights, hits.astype(weights.dtype) * weights)
+        return jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1)
+
+    return forward
+
+
+def causal_loss(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The loss of a language model, for ``train_step``: every learnt token counts once.
+
+    Args:
+        outputs: ``[rows, 3]``, from ``causal_forward``.
+        batch: with ``"weight"`` (float, ``[rows]``).
+
+    Returns:
+        ``(values, weights)``, both float32 ``[rows]``: the mean loss of each row's
+        learnt tokens, and their number times the row's weight.
+    """
+    losses, counts = outputs[:, 0], outputs[:, 1]
+    none = counts == 0
+    return losses / jnp.where(none, 1.0, counts), counts * batch["weight"]
+
+
+def objective(model: Any, *, mesh: Mesh, dropout: bool = False) -> tuple[Forward, Loss]:
+    """Returns what ``train_step`` and ``eval_step`` need for a model's head.
+
+    Args:
+        model: a Linen module of ``jaxpeft.models``, with a head.
+        mesh: the mesh.
+        dropout: whether the model's own dropout is on in training steps.
+
+    Returns:
+        ``(forward, loss)``: ``causal_forward`` and ``causal_loss`` for
+        ``head="causal_lm"``, else ``model_forward`` and ``squared_error``
+        (``"regression"``) or ``cross_entropy`` (``"classification"``).
+
+    Raises:
+        ValueError: the model has none of these heads.
+    """
+    losses = {
+        "causal_lm": causal_loss,
+        "classification": cross_entropy,
+        "regression": squared_error,
+    }
+    if model.head not in losses:
+        raise ValueError(
+            f"`model` has head={model.head!r}, which has no loss; load it with one of "
+            f"head={', '.join(map(repr, losses))}."
+        )
+    make = causal_forward if model.head == "causal_lm" else model_forward
+    return make(model, mesh=mesh, dropout=dropout), losses[model.head]

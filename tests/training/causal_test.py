@@ -1,0 +1,171 @@
+"""A language model's forward and loss, on a mesh, against logits held whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import models, training
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.3,
+}
+
+
+def adapted_model(tied, targets):
+    config = {**LLAMA, "tie_word_embeddings": tied}
+    model = models.from_config(config, head="causal_lm")
+    params = models.init(model, jax.random.key(0))
+    adapted = jp.attach(params, jp.lora(rank=2), targets=targets, key=jax.random.key(1))
+    trainable, frozen = jp.partition(adapted)
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return model, jax.tree.unflatten(tree, moved), frozen
+
+
+def texts(count=16, seed=0):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 11, count)
+    return [(random.integers(1, 64, n), random.integers(1, n)) for n in lengths]
+
+
+def rows_of(texts, length=12):
+    """One text a row: the prompt's tokens are not learnt."""
+    names = ("input_ids", "attention_mask", "targets", "target_weights")
+    batch = {name: np.zeros((len(texts), length), np.int32) for name in names}
+    batch["target_weights"] = batch["target_weights"].astype(np.float32)
+    for row, (ids, prompt) in enumerate(texts):
+        n = len(ids)
+        batch["input_ids"][row, :n], batch["attention_mask"][row, :n] = ids, 1
+        batch["targets"][row, : n - 1] = ids[1:]
+        batch["target_weights"][row, prompt - 1 : n - 1] = 1
+    return batch | {"label": batch["target_weights"].sum(1).astype(np.int32)}
+
+
+def packed_of(texts):
+    """Two texts a row."""
+    single = rows_of(texts)
+    lengths = single["attention_mask"].sum(1)
+    columns = {n: single[n] for n in single if n != "label"}
+    columns["positions"] = np.tile(np.arange(12, dtype=np.int32), (len(texts), 1))
+    columns["segment_ids"] = single["attention_mask"] * (
+        1 + np.arange(len(texts), dtype=np.int32)[:, None] % 2
+    )
+    batch = {}
+    for name, column in columns.items():
+        batch[name] = np.zeros((len(texts) // 2, 24), column.dtype)
+        for row in range(len(texts) // 2):
+            a, b = (column[2 * row + i][: lengths[2 * row + i]] for i in (0, 1))
+            batch[name][row, : len(a) + len(b)] = np.concatenate([a, b])
+    return batch | {"label": batch["target_weights"].sum(1).astype(np.int32)}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_it_is_the_loss_of_the_logits(tied):
+    targets = ["q_proj", "down_proj", "embed_tokens" if tied else "lm_head"]
+    model, trainable, frozen = adapted_model(tied, targets)
+    mesh = training.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    forward = training.causal_forward(model, mesh=mesh)
+    single, packed = rows_of(texts()), packed_of(texts())
+
+    def plain(trainable, batch):
+        params = jp.merge(jp.combine(trainable, frozen))
+        logits = model.apply(
+            {"params": params}, batch["input_ids"], batch["attention_mask"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["targets"]
+        )
+        weights = batch["target_weights"]
+        hits = jnp.where(jnp.argmax(logits, -1) == batch["targets"], weights, 0)
+        value = jnp.sum(losses * weights) / jnp.sum(weights)
+        return value, (jnp.sum(losses * weights, 1), jnp.sum(weights, 1), hits.sum(1))
+
+    def ours(trainable, batch):
+        outputs = forward(jp.combine(trainable, frozen), batch, None)
+        values, weights = training.causal_loss(outputs, batch)
+        return jnp.sum(values * weights) / jnp.sum(weights), outputs
+
+    def run(f, batch):
+        return jax.jit(jax.value_and_grad(f, has_aux=True))(trainable, batch)
+
+    (value, sums), grads = run(plain, single)
+    outputs = {}
+    for name, batch in {"single": single, "packed": packed}.items():
+        placed = training.put_batch(batch, mesh)
+        (found, outputs[name]), gradients = run(ours, placed)
+        np.testing.assert_allclose(found, value, rtol=2e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            gradients,
+            grads,
+        )
+    np.testing.assert_allclose(outputs["single"], np.stack(sums, 1), rtol=1e-5)
+    pairs = np.asarray(outputs["single"]).reshape(-1, 2, 3).sum(1)
+    np.testing.assert_allclose(outputs["packed"], pairs, rtol=1e-5)
+    # Without segments a text sees the one before it.
+    packed.pop("segment_ids")
+    (found, _), _ = run(ours, training.put_batch(packed, mesh))
+    assert abs(found - value) > 1e-3
+
+
+def test_steps_and_evaluation():
+    """Rows of weight 0 and micro-batches change nothing; the loss goes down."""
+    model, trainable, frozen = adapted_model(False, ["v_proj", "down_proj"])
+    mesh = training.make_mesh(data=2, devices=jax.devices()[:2])
+    adapted = jp.combine(trainable, frozen)
+    specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
+    trainable, frozen = jp.partition(training.place(adapted, mesh, specs))
+    optimizer = training.adamw(trainable, total_steps=8, learning_rate=0.05)
+    forward, loss = training.objective(model, mesh=mesh)
+    new_state = lambda: training.init_state(
+        jax.tree.map(jnp.copy, trainable), optimizer, key=jax.random.key(0), mesh=mesh
+    )
+    rows = rows_of(texts())
+    losses = {}
+    for accumulate in (1, 2):
+        state = new_state()
+        step = training.train_step(
+            forward, loss, optimizer, state, frozen, mesh=mesh, accumulate=accumulate
+        )
+        losses[accumulate] = []
+        for _ in range(4):
+            batch = training.put_batch(rows, mesh, accumulate=accumulate)
+            state, metrics = step(state, frozen, batch)
+            losses[accumulate].append(float(metrics["loss"]))
+        assert metrics["weight"] == rows["target_weights"].sum()
+    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-3)
+    assert losses[1][-1] < 0.95 * losses[1][0]
+    evaluate = training.eval_step(forward, loss, state, frozen, mesh=mesh)
+    found = training.predict(
+        evaluate, state.trainable, frozen, [rows, rows_of(texts(4))], mesh=mesh, rows=16
+    )
+    assert found.outputs.shape == (20, 3)
+    np.testing.assert_array_equal(found.outputs[:, 1], found.labels)
+    total = found.outputs.sum(0)
+    np.testing.assert_allclose(found.loss, total[0] / total[1], rtol=1e-6)
+
+
+def test_bad_input():
+    model, trainable, frozen = adapted_model(False, ["v_proj"])
+    mesh = training.make_mesh(devices=jax.devices()[:1])
+    forward = training.causal_forward(model, mesh=mesh)
+    batch = rows_of(texts(), length=25)
+    with pytest.raises(ValueError, match="25 tokens; the model allows 24. Tokenise"):
+        forward(jp.combine(trainable, frozen), batch, None)
+    with pytest.raises(ValueError, match="head=None, which has no loss"):
+        training.objective(model.clone(head=None), mesh=mesh)
