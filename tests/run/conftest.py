@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from causal_toolbox import write_llama
 from flax.traverse_util import flatten_dict
 
 from jaxpeft import models, training
@@ -118,6 +119,14 @@ def tiny(tmp_path_factory):
         )
     )
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """The folder of a tiny Llama, and of sums for it."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_llama(folder)
+    return folder
 
 
 @pytest.fixture
