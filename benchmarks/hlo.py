@@ -127,12 +127,15 @@ def _own(shape, op: str, rest: str, shapes) -> float:
     return 2.0 * math.prod(shape) * width
 
 
-def made_of_shape(text: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
+def made_of_shape(
+    text: str, shapes: Iterable[tuple[int, ...]], *, inside: bool = False
+) -> list[str]:
     """Instructions that make an array of one of the given shapes in memory.
 
     Args:
         text: optimised HLO.
         shapes: shapes; the order of axes and axes of length one do not matter.
+        inside: whether what stays inside a fusion counts, too.
 
     Returns:
         ``"opcode[dims]"`` for each instruction that is not a mere carrier of its
@@ -153,7 +156,7 @@ def made_of_shape(text: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
         f"{op}{list(shape)}"
         for name, instructions in computations.items()
         for _, shape, op, _ in (
-            _returned(instructions) if name in fused else instructions
+            _returned(instructions) if name in fused and not inside else instructions
         )
         if shape is not None and core(shape) in wanted and op not in CARRIERS
     ]

@@ -261,7 +261,7 @@ def check(
     shapes = kernel_shapes(adapted, halves)
     formed = [x for x in made_of_shape(text, shapes) if x.split("[")[0] not in allow]
     assert not formed, f"arrays of a kernel's shape {shapes}: {formed}"
-    found = made_of_shape(merged_text, shapes)
+    found = made_of_shape(merged_text, shapes, inside=True)
     assert found or not shapes, "the search would not find a kernel"
     return adapted
 
