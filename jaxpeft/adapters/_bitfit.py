@@ -1,6 +1,6 @@
 """BitFit: train the biases, and nothing else (arXiv 2106.10199)."""
 
-from jaxpeft.core import Adapter, Factors, PeftForm, method
+from jaxpeft.core import Adapter, method, whole_leaf
 
 
 @method
@@ -32,13 +32,4 @@ def bitfit() -> Adapter:
     References:
         Ben Zaken et al., BitFit, arXiv 2106.10199, section 3.
     """
-
-    def init(key, kernel, rank, alpha):
-        del key, rank, alpha
-        return {}, {"value": kernel}
-
-    def factors(kernel, frozen, trainable):
-        del kernel, frozen
-        return Factors(kernel=trainable["value"])
-
-    return Adapter(init=init, factors=factors, leaves="bias", peft=PeftForm(whole=True))
+    return whole_leaf("bias")

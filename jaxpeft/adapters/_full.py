@@ -1,6 +1,6 @@
 """Full training of chosen leaves: heads, biases, norms, or whole kernels."""
 
-from jaxpeft.core import Adapter, Factors, PeftForm, method
+from jaxpeft.core import Adapter, method, whole_leaf
 
 
 @method
@@ -32,13 +32,4 @@ def full() -> Adapter:
         >>> jp.count(adapted)
         (8, 16)
     """
-
-    def init(key, kernel, rank, alpha):
-        del key, rank, alpha
-        return {}, {"value": kernel}
-
-    def factors(kernel, frozen, trainable):
-        del kernel, frozen
-        return Factors(kernel=trainable["value"])
-
-    return Adapter(init=init, factors=factors, leaves="any", peft=PeftForm(whole=True))
+    return whole_leaf("any")

@@ -34,3 +34,4 @@ from jaxpeft.core._tree import unflat as unflat
 from jaxpeft.core._tree import with_dropout as with_dropout
 from jaxpeft.core._weighted import scaled as scaled
 from jaxpeft.core._weighted import weighted as weighted
+from jaxpeft.core._whole import whole_leaf as whole_leaf
