@@ -129,9 +129,22 @@ def make_task(
     if metrics is None:
         metrics = REGRESSION_METRICS if labels is None else ("accuracy",)
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    kind = "regression" if labels is None else "classification"
+    check_parts(name, kind, metrics, allowed, splits, (*columns, label))
+    return Task(name, columns, label, labels, metrics, splits, dict(facts or {}))
+
+
+def check_parts(
+    name: str,
+    kind: str,
+    metrics: Sequence[str],
+    allowed: Sequence[str],
+    splits: Mapping[str, Rows],
+    columns: Sequence[str],
+) -> None:
+    """Raises unless a task has known metrics and splits with rows and columns."""
     for metric in metrics or ("",):
         if metric not in allowed:
-            kind = "regression" if labels is None else "classification"
             raise ValueError(
                 f"`metrics` of the {kind} task {name!r} has {metric!r}; it must name "
                 f"one or more of {', '.join(allowed)}."
@@ -144,9 +157,8 @@ def make_task(
     for split, rows in splits.items():
         if not len(rows):
             raise ValueError(f"Split {split!r} of task {name!r} is empty: no rows.")
-        for column in (*columns, label):
+        for column in columns:
             value_of(rows[0], column, f"task {name!r}, split {split!r}, row 0")
-    return Task(name, columns, label, labels, metrics, splits, dict(facts or {}))
 
 
 def value_of(row: Mapping[str, Any], column: str, where: str) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 from numpy import ndarray
 
-from jaxpeft.data._task import Rows, value_of
+from jaxpeft.data._task import Rows, check_parts
 
 TEXT_METRICS = ("perplexity", "token_accuracy", "exact_match")
 
@@ -116,22 +116,7 @@ def make_text_task(
         )
     metrics = TEXT_METRICS if metrics is None else metrics
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    for metric in metrics or ("",):
-        if metric not in TEXT_METRICS:
-            raise ValueError(
-                f"`metrics` of task {name!r} has {metric!r}; it must name one or more "
-                f"of {', '.join(TEXT_METRICS)}."
-            )
-    for split in ("train", "validation"):
-        if split not in splits:
-            raise ValueError(
-                f"`splits` of task {name!r} must have {split!r}; got {list(splits)}."
-            )
-    for split, rows in splits.items():
-        if not len(rows):
-            raise ValueError(f"Split {split!r} of task {name!r} is empty: no rows.")
-        for column in given.values():
-            value_of(rows[0], column, f"task {name!r}, split {split!r}, row 0")
+    check_parts(name, "writing", metrics, TEXT_METRICS, splits, [*given.values()])
     form, columns = forms[tuple(given)], tuple(given.values())
     return TextTask(name, form, columns, metrics, splits, pack, dict(facts or {}))
 
