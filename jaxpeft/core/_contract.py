@@ -5,7 +5,6 @@ wrote it, and adds two thin ones.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +46,18 @@ class Uses:
         """For the body of a loop or branch, whose statistics come out on their own."""
         return dataclasses.replace(self, tapped=[])
 
+    def record(self, path: str, statistics: Any) -> None:
+        """Keeps what the tap gave at a site, if it gave anything."""
+        if jax.tree.leaves(statistics):
+            self.tapped.append((path, statistics))
+
     def number(self, path: str) -> int:
         """Which use of the site this is, in the order of the program."""
         seen = self.numbers.setdefault(path, {})
         return seen.setdefault(tuple(map(id, self.trail)), len(seen))
 
 
-def _dot(x, x_labels, w, w_labels, out_labels, precision=None):
+def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None):
     """Contracts labelled arrays: labels in both and not in ``out`` are summed."""
     both = [l for l in x_labels if l in w_labels]
     batch = [l for l in both if l in out_labels]
@@ -74,7 +78,7 @@ def _dot(x, x_labels, w, w_labels, out_labels, precision=None):
     return y if order == list(range(len(order))) else y.transpose(order)
 
 
-def _spread(x, labels, out_labels):
+def spread_along(x, labels, out_labels):
     """Transposes and reshapes ``x`` so that it broadcasts along ``out_labels``."""
     order = sorted(range(len(labels)), key=lambda i: out_labels.index(labels[i]))
     x = x.transpose(order)
@@ -82,7 +86,7 @@ def _spread(x, labels, out_labels):
     return x.reshape(tuple(sizes.get(l, 1) for l in out_labels))
 
 
-def _times(x, scale):
+def times(x, scale):
     """Multiplies in the wider dtype, returns ``x``'s own."""
     wide = wider(x.dtype, scale.dtype)
     shape = jnp.broadcast_shapes(x.shape, scale.shape)
@@ -133,39 +137,42 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         for role in (IN, OUT, BATCH)
     )
     if w.leaves is not None and uses.tap is not None:
-        statistics = _tapped(w, x, x_labels, batch, ins, uses.tap)
-        if jax.tree.leaves(statistics):
-            uses.tapped.append((w.path, statistics))
+        uses.record(w.path, tap_rows(w, x, x_labels, batch, ins, uses.tap))
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
         x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
-        x = _times(x, _spread(w.c, batch + ins, spelled))
+        x = times(x, spread_along(w.c, batch + ins, spelled))
         if spelled == x_labels:
             y = run(x, w.base)
         else:
-            y = _dot(x, spelled, w.base, w_labels, out, _precision(params))
+            y = labelled_dot(x, spelled, w.base, w_labels, out, precision_of(params))
             y = y.astype(params["preferred_element_type"] or y.dtype)
         x_labels = spelled
     else:
         y = run(x, w.base)
 
-    precision = _precision(params)
-    h_labels = batch + x_free + [("r", 0)]
+    precision = precision_of(params)
+    rank = [("r", 0)]
+    h_labels = batch + x_free + rank
     delta = None
     if w.a is not None:
         if h is None:
             z = dropped(x, w, uses)
-            h = _dot(z, x_labels, w.a, batch + ins + [("r", 0)], h_labels, precision)
+            h = labelled_dot(
+                z, x_labels, w.a, batch + ins + [("r", 0)], h_labels, precision
+            )
         if w.phi is not None:
-            h = _gated(w.phi, x, x_labels, h, batch, ins)
-        delta = _dot(h, h_labels, w.b, batch + [("r", 0)] + outs, out, precision)
+            h = gated(w.phi, x, x_labels, h, batch, ins)
+        delta = labelled_dot(
+            h, h_labels, w.b, batch + [("r", 0)] + outs, out, precision
+        )
     if w.fixed is not None:
         a, b = w.fixed
-        h = _dot(x, x_labels, a, batch + ins + [("r", 0)], h_labels, precision)
-        more = _dot(h, h_labels, b, batch + [("r", 0)] + outs, out, precision)
+        h = labelled_dot(x, x_labels, a, batch + ins + rank, h_labels, precision)
+        more = labelled_dot(h, h_labels, b, batch + rank + outs, out, precision)
         delta = more if delta is None else delta + more
-    return finish(y, delta, w.o, lambda o: _spread(o, batch + outs, out))
+    return finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
 
 
 def oriented(w: Bound, summed, batch) -> Bound:
@@ -204,11 +211,11 @@ def finish(y, delta, o, spread):
         y = y.astype(wide) + delta.astype(wide)
     if o is not None:
         y = checkpoint_name(y, UNSCALED)
-        y = _times(y, spread(o))
+        y = times(y, spread(o))
     return y.astype(dtype)
 
 
-def _precision(params):
+def precision_of(params):
     """The model's precision, unless it is an algorithm for other dtypes."""
     precision = params.get("precision")
     plain = precision is None or isinstance(precision, lax.Precision | tuple)
@@ -224,7 +231,7 @@ def _rows(x, labels, batch, ins):
     return x.reshape(*flat, -1), [l in labels for l in batch]
 
 
-def _gated(phi, x, x_labels, h, batch, ins):
+def gated(phi, x, x_labels, h, batch, ins):
     """Applies phi to ``(x, h)`` for each batch entry."""
     rows, present = _rows(x, x_labels, batch, ins)
     apply = lambda p, x, h: p(x, h)
@@ -233,7 +240,7 @@ def _gated(phi, x, x_labels, h, batch, ins):
     return apply(phi, rows, h)
 
 
-def _tapped(w: Bound, x, x_labels, batch, ins, tap):
+def tap_rows(w: Bound, x, x_labels, batch, ins, tap):
     rows, present = _rows(x, x_labels, batch, ins)
     apply = lambda x, leaves: tap(x, *leaves)
     for here in reversed(present):
@@ -271,7 +278,7 @@ def down_projections(kernels: list[Bound], x, params, kernel_first) -> list | No
     wide = jnp.concatenate([w.a for w in kernels], -1)
     out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
     labels = [("w", i) for i in ins] + [("r", 0)]
-    h = _dot(x, x_labels, wide, labels, out, _precision(params))
+    h = labelled_dot(x, x_labels, wide, labels, out, precision_of(params))
     parts, at = [], 0
     for w in kernels:
         parts.append(lax.slice_in_dim(h, at, at + w.a.shape[-1], axis=-1))
@@ -306,13 +313,13 @@ def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: in
     out = y.ndim - index_ndim
     if rows.c is not None:
         c = rows.c.reshape(rows.c.shape + (1,) * out)
-        y = _times(y, c)
+        y = times(y, c)
     for pair in ((rows.a, rows.b), rows.fixed or (None, None)):
         if pair[0] is None:
             continue
         a, b = pair
         if rows.c is not None:
-            a = _times(a, rows.c[..., None])
+            a = times(a, rows.c[..., None])
         more = jnp.tensordot(a, b, 1)
         delta = more if delta is None else delta + more
     return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
@@ -339,44 +346,12 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
         jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows
     )
     if w.c is not None:
-        x = _times(x, w.c[expert])
-    y, delta = run(x, w.base, group_sizes), None
+        x = times(x, w.c[expert])
+    y, delta, precision = run(x, w.base, group_sizes), None, precision_of(params)
     for a, b in ((w.a, w.b), w.fixed or (None, None)):
         if a is not None:
             z = x.astype(wider(x.dtype, a.dtype))
-            h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes, _precision(params))
-            more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes, _precision(params))
+            h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes, precision)
+            more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes, precision)
             delta = more if delta is None else delta + more
     return finish(y, delta, w.o, lambda o: o[expert])
-
-
-def convolution(w: Bound, x, params, uses: Uses, run, run_with):
-    """A convolution: with ``a`` in the kernel's place, then one by one with ``b``."""
-    spec = params["dimension_numbers"]
-    out_axis = spec.rhs_spec[0]
-    names = tuple(OUT if i == out_axis else IN for i in range(w.base.ndim))
-    if w.roles != names:
-        raise NoRule(
-            f"a convolution's kernel needs roles {' '.join(names)!r}, got "
-            f"{' '.join(w.roles)!r}"
-        )
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        raise NoRule("a grouped convolution has no low-rank form")
-    if w.c is not None or w.phi is not None or w.leaves is not None:
-        raise NoRule("its method has no convolution form")
-    y, delta = run(x, w.base), None
-    z = dropped(x, w, uses)
-    channel = spec.out_spec[1]
-    for source, (a, b) in ((z, (w.a, w.b)), (x, w.fixed or (None, None))):
-        if a is None:
-            continue
-        wide = wider(source.dtype, a.dtype)
-        a = jnp.moveaxis(a, -1, out_axis).astype(wide)
-        h = run_with(source.astype(wide), a)
-        more = jnp.moveaxis(
-            jnp.tensordot(h, b.astype(wide), ((channel,), (0,))), -1, channel
-        )
-        delta = more if delta is None else delta + more
-    shape = [1] * y.ndim
-    shape[channel] = math.prod(w.dims(OUT))
-    return finish(y, delta, w.o, lambda o: o.reshape(shape))

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
-from jaxpeft.core import _bound, _compat, _contract, _control, _relabel
+from jaxpeft.core import _bound, _compat, _contract, _control, _convolve, _relabel
 from jaxpeft.core._bound import Bound, NoRule
 from jaxpeft.core._contract import Uses
 from jaxpeft.core._node import BATCH
@@ -197,7 +197,7 @@ class Evaluator:
             return eqn.primitive.bind(x, a, **(params | changes))
 
         issue = lambda x, base: _issue(eqn, x, base)
-        return _contract.convolution(w, x, params, uses, issue, run_with)
+        return _convolve.convolution(w, x, params, uses, issue, run_with)
 
 
 def _issue(eqn, *vals):

@@ -164,7 +164,7 @@ def _equation(eqn, operands: list, seen: dict) -> list:
     if name == "optimization_barrier":
         return operands
     track = max((t for t in operands if t), key=lambda t: len(t.shape))
-    if name in ON_BASE or name == "neg":
+    if name in ON_BASE or name in ("neg", "rev"):
         return [track]
     if name in ("mul", "div"):
         other = eqn.invars[1 if operands[0] is track else 0]

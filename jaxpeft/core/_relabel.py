@@ -183,9 +183,17 @@ def gather_batch(w: Bound, axis: int, take, index_ndim: int) -> Bound:
     return _bound.along(w, 0, take).replace(names=names)
 
 
+def rev(w: Bound, params: dict) -> Bound:
+    """A kernel read backwards, as some transposed convolutions do."""
+    for axis in params["dimensions"]:
+        w = _bound.along(w, axis, lambda x, i: lax.rev(x, (i,)))
+    return w
+
+
 RELABEL = {
     "transpose": transpose,
     "reshape": reshape,
+    "rev": rev,
     "squeeze": squeeze,
     "expand_dims": expand_dims,
     "broadcast_in_dim": broadcast_in_dim,

@@ -1,0 +1,162 @@
+"""Where a kernel meets its input in a convolution.
+
+A convolution is a contraction of windows: at each position of the output the kernel
+``[*spatial, channels, d_out]`` is a matrix whose in axis runs over all that the window
+shows. The windows themselves are laid out in memory only for what needs them.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxpeft.core._bound import Bound, NoRule, assign
+from jaxpeft.core._contract import (
+    Uses,
+    dropped,
+    finish,
+    gated,
+    labelled_dot,
+    precision_of,
+    spread_along,
+    tap_rows,
+    times,
+)
+from jaxpeft.core._node import IN, OUT, wider
+
+
+def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
+    """A convolution of any stride, padding, dilation and number of feature groups.
+
+    The low-rank part is the model's own convolution with ``a`` in the kernel's place
+    (the rank as its output channels), then one by one with ``b``; so HF PEFT has it.
+    Groups share ``a`` and have their own columns of ``b``, as the kernel's matrix
+    says, so that a grouped kernel merges too. (PEFT's ``a`` mixes the groups, which
+    no grouped kernel does.)
+
+    An input scale differs from place to place within the window, so ``c``, ``phi`` and
+    taps read the input as windows: its size times the kernel's over the stride's,
+    which is nothing more where windows do not overlap (patch embeddings).
+
+    Args:
+        w: the kernel.
+        x: the input.
+        params: the equation's parameters.
+        uses: what the call gathers.
+        run: ``run(x, base)`` issues the model's own convolution.
+        run_with: ``run_with(x, kernel)`` issues it with another kernel.
+
+    Returns:
+        The convolution's output, in its own layout.
+    """
+    spec = params["dimension_numbers"]
+    out_axis, groups = spec.rhs_spec[0], params["feature_group_count"]
+    if params["batch_group_count"] != 1:
+        raise NoRule("a convolution grouped over its batch has no low-rank form")
+    w = assign(w, tuple(OUT if i == out_axis else IN for i in range(w.base.ndim)))
+    # Positions of the output, its groups where there are any, then what is contracted.
+    group = [("g", 0)] if groups > 1 else []
+    front = [("x", i) for i in range(x.ndim - 1)] + group
+    ins = [("w", i) for i, role in enumerate(w.roles) if role == IN]
+    rank, out = [("r", 0)], [("o", 0)]
+    precision = precision_of(params)
+    widths = (groups,) * len(group) + (w.base.shape[out_axis] // groups,)
+
+    def rows(z):
+        z = windows(z, w.base.shape, params)
+        return z if w.c is None else times(z, spread_along(w.c, ins, front + ins))
+
+    def down(z, a):
+        if w.c is not None:
+            return labelled_dot(rows(z), front + ins, a, ins + rank, front + rank)
+        wide = wider(z.dtype, a.dtype)
+        each = jnp.broadcast_to(
+            a[..., None, :], (*a.shape[:-1], groups, a.shape[-1])
+        ).reshape(*a.shape[:-1], -1)
+        h = run_with(z.astype(wide), jnp.moveaxis(each.astype(wide), -1, out_axis))
+        h = h.transpose((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
+        return h.reshape(*h.shape[:-1], *widths[:-1], a.shape[-1])
+
+    def up(h, b):
+        b = b.reshape(b.shape[0], *widths)
+        y = labelled_dot(h, front + rank, b, rank + group + out, front + out, precision)
+        return _in_layout(y, len(group), spec)
+
+    if w.leaves is not None and uses.tap is not None:
+        seen = windows(x, w.base.shape, params)
+        uses.record(w.path, tap_rows(w, seen, front + ins, [], ins, uses.tap))
+    if w.c is None:
+        y = run(x, w.base)
+    else:
+        base = jnp.moveaxis(w.base, out_axis, -1)
+        base = base.reshape(*base.shape[:-1], *widths)
+        y = labelled_dot(
+            rows(x), front + ins, base, ins + group + out, front + out, precision
+        )
+        y = y.astype(params["preferred_element_type"] or x.dtype)
+        y = _in_layout(y, len(group), spec)
+    delta = None
+    if w.a is not None:
+        z = dropped(x, w, uses)
+        h = down(z, w.a)
+        if w.phi is not None:
+            h = gated(w.phi, rows(x), front + ins, h, [], ins)
+        delta = up(h, w.b)
+    if w.fixed is not None:
+        more = up(down(x, w.fixed[0]), w.fixed[1])
+        delta = more if delta is None else delta + more
+    shape = [1] * y.ndim
+    shape[spec.out_spec[1]] = math.prod(w.dims(OUT))
+    return finish(y, delta, w.o, lambda o: o.reshape(shape))
+
+
+def _in_layout(y, group_axes: int, spec):
+    """``[batch, *spatial, (groups,) d_out]`` in the convolution's own layout."""
+    y = y.reshape(*y.shape[: y.ndim - 1 - group_axes], -1)
+    places = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    return y.transpose(tuple(places.index(i) for i in range(y.ndim)))
+
+
+def windows(x, kernel_shape: tuple[int, ...], params: dict):
+    """What a convolution's kernel sees at each position of the output.
+
+    Args:
+        x: the input.
+        kernel_shape: the kernel's.
+        params: the equation's parameters.
+
+    Returns:
+        ``[batch, *output's spatial axes, (groups,) *in]``; ``in`` are the kernel's
+        spatial axes and its input channels, in the kernel's order.
+    """
+    spec, groups = params["dimension_numbers"], params["feature_group_count"]
+    out_axis, channel, *spatial = spec.rhs_spec
+    x = x.transpose((spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+    pads = [
+        (low, high, dilation - 1)
+        for (low, high), dilation in zip(
+            params["padding"], params["lhs_dilation"], strict=True
+        )
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    n = len(spatial)
+    for d in reversed(range(n)):
+        stride, dilation = params["window_strides"][d], params["rhs_dilation"][d]
+        x = _windowed(x, 1 + d, kernel_shape[spatial[d]], stride, dilation)
+    x = x.reshape(*x.shape[:-1], *(groups,) * (groups > 1), -1)
+    last = x.ndim - 1
+    seen = {channel: last} | {axis: 2 + 2 * d for d, axis in enumerate(spatial)}
+    middle = (last - 1,) if groups > 1 else ()
+    ins = tuple(seen[axis] for axis in sorted(seen))
+    return x.transpose((0, *(1 + 2 * d for d in range(n)), *middle, *ins))
+
+
+def _windowed(x, axis: int, size: int, stride: int, dilation: int):
+    """One axis as two: the window, and the place in it."""
+    count = max(0, (x.shape[axis] - (size - 1) * dilation - 1) // stride + 1)
+    if stride == size and dilation == 1:  # a reshape: windows that do not overlap
+        x = lax.slice_in_dim(x, 0, count * size, axis=axis)
+        return x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    places = stride * np.arange(count)[:, None] + dilation * np.arange(size)
+    return jnp.take(x, places, axis=axis, mode="clip")
