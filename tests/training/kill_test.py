@@ -19,7 +19,7 @@ def start(folder):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "PYTHONPATH": str(PROGRAM.parents[2]),
     }

@@ -19,10 +19,11 @@ def run(folder, steps, processes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+        "XLA_FLAGS": flags.replace("count=8", f"count={8 // processes}"),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "PYTHONPATH": str(PROGRAM.parents[2]),
     }
