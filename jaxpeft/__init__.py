@@ -3,6 +3,7 @@
 from jaxpeft.adapters import *  # noqa: F403 (every method, as registered there)
 from jaxpeft.core import adapt as adapt
 from jaxpeft.core import attach as attach
+from jaxpeft.core import capture as capture
 from jaxpeft.core import combine as combine
 from jaxpeft.core import count as count
 from jaxpeft.core import describe as describe

@@ -5,6 +5,7 @@ from jaxpeft.core._adapter import Adapter as Adapter
 from jaxpeft.core._adapter import Factors as Factors
 from jaxpeft.core._adapter import method as method
 from jaxpeft.core._attach import attach as attach
+from jaxpeft.core._capture import capture as capture
 from jaxpeft.core._contract import UNSCALED as UNSCALED
 from jaxpeft.core._describe import Description as Description
 from jaxpeft.core._describe import describe as describe

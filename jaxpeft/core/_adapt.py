@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -51,8 +51,9 @@ def adapt(
         closes over is read once, and arguments that are no arrays are static: pass a
         number that changes from call to call as an array. With ``taps`` it returns
         ``(out, {site: statistics})``: a scan over layers puts a layer axis in front,
-        several uses of one site a use axis. Sites of ``full`` have no contraction of
-        their own and emit nothing.
+        several uses of one site a use axis. Where a convolution contracts, ``x`` are
+        its windows, ``[batch, *spatial, (groups,) d_in]``. Sites of ``full`` have no
+        contraction of their own and emit nothing.
 
     Raises:
         UnsupportedError: as above (a ``NotImplementedError``), when called.
@@ -78,11 +79,7 @@ def adapt(
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
-        nodes((args, kwargs))  # whole ones only
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
-        arrays = [x for x in leaves if _is_array(x)]
-        rest = tuple(None if _is_array(x) else _Box(x) for x in leaves)
-        return call(_Static(treedef, rest), arrays)
+        return call(*split_call(args, kwargs))
 
     return wrapped
 
@@ -105,13 +102,22 @@ def _call(fn, unsupported: str, taps: Tap | None):
 def _compiled(fn, unsupported: str, taps: Tap | None):
 
     @functools.partial(jax.jit, static_argnums=0)
-    def call(static: "_Static", arrays: list):
-        return _run(fn, static, arrays, unsupported, taps)
+    def call(static: "Static", arrays: list):
+        return run(fn, static, arrays, Evaluator(unsupported), taps)
 
     return call
 
 
 _compiled_once = functools.lru_cache(maxsize=64)(_compiled)
+
+
+def split_call(args: tuple, kwargs: dict) -> tuple["Static", list]:
+    """A call's arguments as what is static and what is traced."""
+    nodes((args, kwargs))  # whole ones only
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    arrays = [x for x in leaves if _is_array(x)]
+    rest = tuple(None if _is_array(x) else _Box(x) for x in leaves)
+    return Static(treedef, rest), arrays
 
 
 def _is_array(x: Any) -> bool:
@@ -141,18 +147,25 @@ class _Box:
         return self.value is other.value or bool(self.value == other.value)
 
 
-class _Static:
+class Static:
     """All of a call's arguments that are not arrays."""
 
     def __init__(self, treedef, rest: tuple):
         self.treedef, self.rest = treedef, rest
+
+    def whole(self, arrays: list) -> Any:
+        """``(args, kwargs)`` with arrays in their places."""
+        given = iter(arrays)
+        return self.treedef.unflatten(
+            next(given) if box is None else box.value for box in self.rest
+        )
 
     def __hash__(self) -> int:
         return hash((self.treedef, self.rest))
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, _Static)
+            isinstance(other, Static)
             and self.treedef == other.treedef
             and self.rest == other.rest
         )
@@ -169,11 +182,9 @@ def _returned(x, values: list, arrays: list, evaluate: Evaluator):
     return evaluate.arrays(x, "return", "its end", reason)
 
 
-def _with_scaled_biases(static: _Static, arrays: list, values: list) -> list:
+def _with_scaled_biases(static: Static, arrays: list, values: list) -> list:
     """The values, with each bias scaled that lies beside a kernel which says so."""
-    given = iter(arrays)
-    leaves = [next(given) if box is None else box.value for box in static.rest]
-    tree = static.treedef.unflatten(leaves)
+    tree = static.whole(arrays)
     scaled = scaled_biases(tree)
     paths = [path for path, _ in leaves_with_path(tree)]
     paths = [p for p, box in zip(paths, static.rest, strict=True) if box is None]
@@ -183,23 +194,42 @@ def _with_scaled_biases(static: _Static, arrays: list, values: list) -> list:
     ]
 
 
-def _run(fn, static: _Static, arrays: list, unsupported: str, taps: Tap | None):
-    """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels."""
+def run(
+    fn,
+    static: Static,
+    arrays: list,
+    evaluate: Evaluator,
+    taps: Tap | None,
+    sites: Collection[str] | None = None,
+):
+    """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels.
+
+    Args:
+        fn: the user's function.
+        static: what ``split_call`` made of its arguments.
+        arrays: the same.
+        evaluate: the interpreter.
+        taps: as in ``adapt``.
+        sites: paths of the sites that are tapped; ``None`` for all.
+
+    Returns:
+        ``fn``'s result; with taps ``(result, {site: statistics})``.
+    """
+
+    def tapped(node):
+        return taps is not None and (sites is None or node.site.path in sites)
 
     def flat_fn(plain: list):
-        values = iter(plain)
-        leaves = [next(values) if box is None else box.value for box in static.rest]
-        args, kwargs = static.treedef.unflatten(leaves)
+        args, kwargs = static.whole(plain)
         return fn(*args, **kwargs)
 
     flat_fn.__name__ = getattr(fn, "__name__", type(fn).__name__)
     plain = [x.base if is_node(x) else x for x in arrays]
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
-    values = [bind(x, taps is not None) if is_node(x) else x for x in arrays]
+    values = [bind(x, tapped(x)) if is_node(x) else x for x in arrays]
     if any(is_node(x) and x.adapter.scales_bias for x in arrays):
         values = _with_scaled_biases(static, arrays, values)
-    evaluate = Evaluator(unsupported)
     uses = Uses(taps, {})
     outs = evaluate(jaxpr, consts, values, uses)
     outs = [_returned(x, values, arrays, evaluate) for x in outs]

@@ -77,13 +77,15 @@ def bind(node: AdaptedKernel, taps: bool):
     """Computes a node's factors; returns a ``Bound`` or, where it suffices, an array.
 
     Without dropout and phi the fixed pair joins the trained one: two thin matmuls
-    at the site instead of four.
+    at the site instead of four. A site with nothing to add is followed all the same
+    where it is tapped.
     """
     f = lifted_factors(node)
     base = node.base if f.kernel is None else f.kernel
     a, b, fixed = f.a, f.b, f.fixed
     if all(x is None for x in (a, b, f.c, f.o, fixed)):
-        return base
+        if not taps or node.adapter.leaves != "kernel":
+            return base
     batch = dims_of(base.shape, node.roles, BATCH)
     if fixed is not None and node.key is None and f.phi is None:
         a, b = _join((a, b), fixed, rank_axis=len(batch))

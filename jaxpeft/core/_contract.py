@@ -241,10 +241,12 @@ def gated(phi, x, x_labels, h, batch, ins):
 
 
 def tap_rows(w: Bound, x, x_labels, batch, ins, tap):
+    """The tap's statistics of ``(x, leaves)`` for each batch entry."""
     rows, present = _rows(x, x_labels, batch, ins)
     apply = lambda x, leaves: tap(x, *leaves)
-    for here in reversed(present):
-        apply = jax.vmap(apply, in_axes=(0 if here else None, 0))
+    for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
+        in_axes = (0 if here else None, 0)
+        apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)
     return apply(rows, w.leaves)
 
 

@@ -31,7 +31,8 @@ CONTROL = {
 }
 
 _WAYS_OUT = (
-    "Two ways out: leave the site out of `targets` (or name it in `exclude`), or write "
+    "jaxpeft.adapt has no rule for that. Two ways out: leave the site out of `targets` "
+    "(or name it in `exclude`), or write "
     'jaxpeft.adapt(fn, unsupported="materialise") to form the merged kernel there.'
 )
 
@@ -46,10 +47,12 @@ class Evaluator:
 
     Attributes:
         unsupported: ``"error"`` or ``"materialise"``.
+        ways_out: what the error advises.
         warned: places that were warned about in this call.
     """
 
     unsupported: Literal["error", "materialise"]
+    ways_out: str = _WAYS_OUT
     warned: set = dataclasses.field(default_factory=set)
 
     def __call__(self, jaxpr: Any, consts: list, args: list, uses: Uses) -> list:
@@ -114,9 +117,7 @@ class Evaluator:
             return x
         what = f"site {x.path!r} reaches `{primitive}` at {place}: {reason}."
         if self.unsupported == "error":
-            raise UnsupportedError(
-                f"{what} jaxpeft.adapt has no rule for that. {_WAYS_OUT}"
-            )
+            raise UnsupportedError(f"{what} {self.ways_out}")
         if x.phi is not None:
             raise UnsupportedError(
                 f"{what} Its method depends on the input, so it cannot be materialised."
