@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxpeft.models._decoder_config import DecoderConfig
+from jaxpeft.models._rope import grows
 
 
 def init_cache(
@@ -33,18 +34,18 @@ def init_cache(
       all layers of a scanned stack [L, B, S, K, h].
 
     Raises:
-      ValueError: if ``length`` is more than the model allows, or the model is no
-        decoder.
+      ValueError: if ``length`` is more than the model allows (with rope_type
+        ``"longrope"``: in its original length), or the model is no decoder.
     """
     config = model.config
     if not isinstance(config, DecoderConfig):
         raise ValueError(
             f"`model` is a {config.model_type!r}, which has no cache; only decoders do."
         )
-    if not 0 < length <= config.max_position_embeddings:
+    if not 0 < length <= room(config):
         raise ValueError(
-            f"`length` is {length}; write at least 1 and at most the "
-            f"{config.max_position_embeddings} tokens the model allows."
+            f"`length` is {length}; write at least 1 and at most the {room(config)} "
+            f"tokens {_reason(config)}."
         )
     dtype = model.dtype if dtype is None else dtype
     layers = config.num_hidden_layers
@@ -60,6 +61,22 @@ def init_cache(
         if model.scan_layers
         else {f"layer_{i}": one() for i in range(layers)},
     }
+
+
+def room(config: DecoderConfig) -> int:
+    """The most slots of a cache.
+
+    Where a longer text has other frequencies, all its tokens have other keys, also
+    those in the cache: then a text with a cache stays within the original length.
+    """
+    originals = [rope.original for _, rope in config.rope if grows(rope)]
+    return min([config.max_position_embeddings, *originals])
+
+
+def _reason(config: DecoderConfig) -> str:
+    if room(config) == config.max_position_embeddings:
+        return "the model allows"
+    return "up to which its rotary positions have one scale (original length)"
 
 
 def advance(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxpeft.core import adapt
-from jaxpeft.models._cache import init_cache
+from jaxpeft.models._cache import init_cache, room
 from jaxpeft.models._decoder import Decoder
 
 SHORTEST = 16  # prompts and answers are padded to powers of two from here on
@@ -59,7 +59,8 @@ def generate(
 
     Raises:
         ValueError: an argument outside of what is allowed, or a prompt that leaves no
-            room for ``max_new_tokens`` in the model's context.
+            room for ``max_new_tokens`` in the model's context, or in its original
+            length where rotary positions change beyond it.
 
     Example:
         >>> from jaxpeft import models
@@ -77,15 +78,15 @@ def generate(
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
     longest = max(map(len, prompts))
-    room = model.config.max_position_embeddings
-    if longest + max_new_tokens > room:
+    slots = room(model.config)
+    if longest + max_new_tokens > slots:
         raise ValueError(
             f"the longest prompt has {longest} tokens; with max_new_tokens="
-            f"{max_new_tokens} that is more than the {room} the model allows. "
+            f"{max_new_tokens} that is more than the {slots} the model allows. "
             "Shorten one of them."
         )
-    new = min(_padded(max_new_tokens), room - longest)
-    width = min(_padded(longest), room - new)
+    new = min(_padded(max_new_tokens), slots - longest)
+    width = min(_padded(longest), slots - new)
     ids = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):

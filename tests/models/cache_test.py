@@ -88,6 +88,10 @@ def test_refusals():
     ids = np.full((2, 3), 5, np.int32)
     with pytest.raises(ValueError, match="`length` is 41.*at most the 40 tokens"):
         models.init_cache(model, 2, 41)
+    longer = models.from_config(content("phi3-longrope-long"), head="causal_lm")
+    assert models.init_cache(longer, 2, 10)["mask"].shape == (2, 10)
+    with pytest.raises(ValueError, match="`length` is 11.*10 tokens up to which its"):
+        models.init_cache(longer, 2, 11)
     with pytest.raises(ValueError, match="`model` is a 'bert', which has no cache"):
         models.init_cache(models.from_config({"model_type": "bert"}), 2, 8)
     for rows, slots in ((2, 2), (3, 8)):

@@ -56,15 +56,19 @@ def test_hidden_states_and_logits(case, tmp_path):
     wanted, expected = run_torch(theirs, ids, mask)
     real = mask.astype(bool)
     twice = case in ("llama", "gemma3", "qwen2-windows-above", "gpt2")
+    where = {"positions": np.arange(ids.shape[1])[None]} if "beyond" in case else {}
     for scan_layers in (True, False) if twice else (False,):
         model, params = models.load(tmp_path, head="causal_lm", scan_layers=scan_layers)
-        logits, states = model.apply({"params": params}, ids, mask, hidden_states=True)
+        logits, states = model.apply(
+            {"params": params}, ids, mask, hidden_states=True, **where
+        )
         assert len(states) == len(expected) == model.config.num_hidden_layers + 1
         for i, (ours, other) in enumerate(zip(states, expected, strict=True)):
             assert_close(ours[real], other[real], f"{i} {scan_layers}")
         assert_close(logits[real], wanted[real], f"{scan_layers}")
     plain, _ = run_torch(theirs, ids)
-    logits = model.apply({"params": params}, ids)  # causal and windows by kind alone
+    # causal and windows by kind alone
+    logits = model.apply({"params": params}, ids, **where)
     assert_close(logits, plain)
     assert np.abs(wanted).max() > 1 and np.abs(plain - wanted)[-1].max() > 0.01
 
@@ -75,6 +79,11 @@ MISTAKES = {
     "half of the heads' features": ("llama", {"rope": "dims"}),
     "llama3": ("llama-tied-llama3-rope", {"rope": "rope_type"}),
     "linear": ("llama-linear-rope-old-spelling", {"rope": "rope_type"}),
+    "dynamic": ("llama-dynamic-rope-beyond", {"rope": "rope_type"}),
+    "yarn": ("qwen2-yarn", {"rope": "rope_type"}),
+    "yarn's amplitude": ("qwen2-yarn", {"rope": "amplitude"}),
+    "yarn's bounds": ("qwen3-yarn-deepseek-form", {"rope": "truncate"}),
+    "longrope's lists": ("phi3-longrope-long", {"rope": "original"}),
     "epsilon": ("llama", {"layer_norm_eps": 1e-2}),
     "window one longer": ("mistral", {"sliding_window": 5}),
     "windows in the wrong layers": (
@@ -100,12 +109,22 @@ def test_negative_controls(mistake, tmp_path):
     config = model.config
     if "rope" in changes:
         field = changes["rope"]
-        value = {"theta": 50.0, "dims": 2, "rope_type": "default"}[field]
+        value = {
+            "theta": 50.0,
+            "dims": 2,
+            "rope_type": "default",
+            "amplitude": 1.0,
+            "truncate": True,
+            "original": 11,
+        }[field]
         changes = {
             "rope": tuple((k, r._replace(**{field: value})) for k, r in config.rope)
         }
     wrong = model.clone(config=dataclasses.replace(config, **changes)).apply(
-        {"params": params}, ids, None if mistake == "mask" else mask
+        {"params": params},
+        ids,
+        None if mistake == "mask" else mask,
+        positions=np.arange(ids.shape[1])[None],
     )
     gap = np.abs(wrong - wanted)[mask.astype(bool)].max()
     # measured, relative: the activation 1.7e-4, all others above 0.1

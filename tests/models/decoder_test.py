@@ -372,7 +372,21 @@ def test_dropout(made):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_type 'yarn'"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "proportional", "factor": 2}},
+            "rope_type 'proportional', which is not implemented; known are .*'yarn'",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic"}},
+            "rope_type 'dynamic' with 'factor' None; write a number",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            r"'longrope' with 'short_factor' \[1.0\]; write a list of 2 numbers",
+        ),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
         ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config' is"),
         ("llama", {"auto_map": {"AutoModel": "x"}}, "'auto_map' is"),
@@ -395,6 +409,14 @@ def test_dropout(made):
 def test_configs_that_are_refused(case, changes, message):
     with pytest.raises(ValueError, match=message):
         models.from_config(content(case, **changes))
+
+
+def test_early_names_of_longrope():
+    config = content("phi3-longrope-long")
+    wanted = models.from_config(config).config.rope
+    for name in ("su", "yarn"):
+        config["rope_scaling"] = {**config["rope_scaling"], "rope_type": name}
+        assert models.from_config(config).config.rope == wanted
 
 
 def test_arguments_that_are_refused(made):

@@ -35,6 +35,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}
+LONG = {"short_factor": [1.0, 1.2], "long_factor": [2.0, 3.5]}
 
 CASES = {
     "llama": ("llama", {}),
@@ -50,6 +52,17 @@ CASES = {
         "llama",
         {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     ),
+    "llama-dynamic-rope-beyond": (
+        "llama",
+        {
+            "max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 100.0,
+                "factor": 2.0,
+            },
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": 4}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-windows-above": (
@@ -61,7 +74,22 @@ CASES = {
             "max_window_layers": 1,
         },
     ),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": {**YARN, "rope_theta": 500.0}}),
     "qwen3": ("qwen3", {"head_dim": 6, "attention_bias": True}),
+    "qwen3-yarn-deepseek-form": (
+        "qwen3",
+        {
+            "head_dim": 12,
+            "rope_scaling": {
+                **YARN,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.3,
+                "beta_fast": 2,
+                "beta_slow": 0.3,
+                "truncate": False,
+            },
+        },
+    ),
     "gemma": ("gemma", {**GEMMA, "num_key_value_heads": 1}),
     "gemma2": (
         "gemma2",
@@ -88,6 +116,33 @@ CASES = {
     ),
     "phi3": ("phi3", {"sliding_window": 5}),
     "phi3-partial-rotary": ("phi3", {"partial_rotary_factor": 0.5}),
+    "phi3-longrope-short": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 11,
+            "rope_scaling": {"type": "longrope", **LONG},
+        },
+    ),
+    "phi3-longrope-long": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 10,
+            "rope_scaling": {"rope_type": "longrope", **LONG},
+        },
+    ),
+    "llama-longrope-own-amplitude": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "original_max_position_embeddings": 10,
+                "attention_factor": 1.7,
+                "factor": 2.0,
+                **LONG,
+            }
+        },
+    ),
     "gpt2": ("gpt2", {}),
     "gpt2-wide-relu": ("gpt2", {"n_inner": 24, "activation_function": "relu"}),
 }
