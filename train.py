@@ -9,7 +9,6 @@ this file calls can be imported; ``run(config, workdir)`` is the whole of it.
 """
 
 import contextlib
-import functools
 import logging
 import sys
 import time
@@ -143,21 +142,23 @@ def _run(config, workdir, stack):
     eval_fn = training.eval_step(forward, loss, state, frozen, mesh=mesh)
     metric = task.best["metric"]  # decides which checkpoint is the best
     # GLUE keeps the labels of its test splits; there, validation is all there is.
-    held_out = "test" if "test" in splits else "validation"
+    held_out = "test" if "test" in task.splits else "validation"
 
     def evaluate(trainable, frozen, split, bar):
-        rows, lengths = config.eval_batch_size, config.lengths
-        with bar.phase(split, splits[split].rows) as advance:
-            return training.evaluate(
-                eval_fn,
-                trainable,
-                frozen,
-                data.evaluation_batches(splits[split], rows, lengths=lengths),
-                mesh=mesh,
-                rows=rows // jax.process_count(),
-                score=functools.partial(data.score, task),
-                advance=advance,
-            )
+        rows, lengths, scores = config.eval_batch_size, config.lengths, {}
+        for name, (encoded, score) in data.held_out(task, splits, split).items():
+            with bar.phase(f"{split} {name}".strip(), encoded.rows) as advance:
+                scores[name] = training.evaluate(
+                    eval_fn,
+                    trainable,
+                    frozen,
+                    data.evaluation_batches(encoded, rows, lengths=lengths),
+                    mesh=mesh,
+                    rows=rows // jax.process_count(),
+                    score=score,
+                    advance=advance,
+                )
+        return data.gather_scores(task, scores)
 
     # ----------------------------- Resume, or start anew ------------------------------
 

@@ -8,6 +8,11 @@ from jaxpeft.data._batches import bucket_lengths as bucket_lengths
 from jaxpeft.data._batches import evaluation_batches as evaluation_batches
 from jaxpeft.data._encoded import Encoded as Encoded
 from jaxpeft.data._lookup import task as task
+from jaxpeft.data._mixed import MixedTask as MixedTask
+from jaxpeft.data._mixed import gather_scores as gather_scores
+from jaxpeft.data._mixed import held_out as held_out
+from jaxpeft.data._mixed import mix as mix
+from jaxpeft.data._mixed import mixture_shares as mixture_shares
 from jaxpeft.data._pack import pack as pack
 from jaxpeft.data._score import score as score
 from jaxpeft.data._sources import read_csv as read_csv

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Integer
 from numpy import ndarray
 
-from jaxpeft.data._encoded import Encoded
+from jaxpeft.data._encoded import Encoded, Mixed
 
 # One batch of a plan: the rows in it and the length they are padded to.
 _Planned = tuple[Integer[ndarray, " _"], int]
@@ -40,7 +40,9 @@ def batches(
     Rows of like length stand together: each is padded to the smallest of `lengths`
     that holds it, and what does not fill a batch moves up to the next. An epoch has
     `batches_per_epoch` batches, whatever the lengths; the rows % batch_size rows that
-    would not fill the last one sit this epoch out, others the next time.
+    would not fill the last one sit this epoch out, others the next time. Of a mixture
+    of tasks an epoch has each task's quota of rows; none comes again before all others
+    of its task have come.
 
     Args:
       encoded: the split, from `jaxpeft.data.tokenize`.
@@ -65,6 +67,9 @@ def batches(
         segment_ids: int32, [rows, length], from 1, 0 on padding; and
         positions: int32, [rows, length], of tokens in their own text; both only of a
           packed split.
+        task_id: int32, [rows], which task of a mixture; and
+        label_mask: bool, [rows, classes], which classes are that task's, where it has
+          classes; both only of a mixture.
 
     Raises:
       ValueError: if the batch is larger than the split or is not divisible among the
@@ -89,7 +94,7 @@ def batches(
         epoch, position = divmod(int(index), each)
         plan = dict(recent).get(epoch)
         if plan is None:
-            plan = _plan_epoch(sizes, batch_size, seed, epoch)
+            plan = _plan_epoch(encoded, sizes, batch_size, seed, epoch)
             recent[:] = [(epoch, plan), *recent[:1]]
         rows, length = plan[position]
         return _gather(encoded, rows[share], length)
@@ -105,7 +110,7 @@ def batches_per_epoch(encoded: Encoded, batch_size: int) -> int:
       batch_size: rows in a batch of all processes together.
 
     Returns:
-      rows // batch_size.
+      rows of an epoch // batch_size.
 
     Raises:
       ValueError: if not even one batch can be filled.
@@ -113,12 +118,13 @@ def batches_per_epoch(encoded: Encoded, batch_size: int) -> int:
     Example:
       >>> batches_per_epoch(encoded, 32)  # doctest: +SKIP
     """
-    if not 1 <= batch_size <= encoded.rows:
+    rows = encoded.epoch_rows
+    if not 1 <= batch_size <= rows:
         raise ValueError(
-            f"`batch_size` {batch_size} must lie between 1 and the {encoded.rows} rows "
-            f"of {encoded.name}."
+            f"`batch_size` {batch_size} must lie between 1 and the {rows} rows of "
+            f"{encoded.name}."
         )
-    return encoded.rows // batch_size
+    return rows // batch_size
 
 
 def evaluation_batches(
@@ -228,18 +234,48 @@ def _row_sizes(
 
 
 def _plan_epoch(
-    sizes: Integer[ndarray, " rows"], batch_size: int, seed: int, epoch: int
+    encoded: Encoded,
+    sizes: Integer[ndarray, " rows"],
+    batch_size: int,
+    seed: int,
+    epoch: int,
 ) -> list[_Planned]:
+    draws = _draws(seed, epoch, encoded.epoch_rows * 2)
+    order = np.argsort(draws[: encoded.epoch_rows], kind="stable")
+    if encoded.mixed:
+        order = _drawn(encoded.mixed, seed, epoch)[order]
+    plan = _plan(order[: len(order) // batch_size * batch_size], sizes, batch_size)
+    shuffled = np.argsort(draws[len(order) :][: len(plan)], kind="stable")
+    return [plan[i] for i in shuffled]  # else the short rows would come first
+
+
+def _drawn(mixed: Mixed, seed: int, epoch: int) -> Integer[ndarray, " epoch_rows"]:
+    """Returns the rows of a mixture's epoch, in no useful order.
+
+    A task's rows are shuffled again and again, one shuffle after the other; an epoch
+    takes the next quota of them.
+    """
+    drawn = []
+    for task, quota in enumerate(mixed.quotas):
+        rows = np.flatnonzero(mixed.task_ids == task)
+        first, last = epoch * quota // len(rows), -(-(epoch + 1) * quota // len(rows))
+        shuffles = [
+            rows[np.argsort(_draws(seed, i, len(rows), task=task), kind="stable")]
+            for i in range(first, last)
+        ]
+        start = epoch * quota - first * len(rows)
+        drawn.append(np.concatenate([rows[:0], *shuffles])[start : start + quota])
+    return np.concatenate(drawn)
+
+
+def _draws(
+    seed: int, epoch: int, count: int, task: int = -1
+) -> Integer[ndarray, " count"]:
     # The raw stream of a bit generator, sorted: numpy keeps that the same for ever,
     # and says of Generator.permutation that it may change between versions.
-    draws = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(
-        len(sizes) * 2
-    )
-    order = np.argsort(draws[: len(sizes)], kind="stable")
-    order = order[: len(sizes) // batch_size * batch_size]
-    plan = _plan(order, sizes, batch_size)
-    shuffled = np.argsort(draws[len(sizes) :][: len(plan)], kind="stable")
-    return [plan[i] for i in shuffled]  # else the short rows would come first
+    counter = np.array([0, 0, 0, task + 1], np.uint64)  # streams that never meet
+    key = np.array([seed, epoch], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def _plan(
@@ -282,4 +318,8 @@ def _gather(
         learnt = follows & encoded.learn[after]
         batch["target_weights"] = learnt.astype(np.float32)
     batch["label"] = encoded.labels[rows]
+    if encoded.mixed:
+        batch["task_id"] = encoded.mixed.task_ids[rows]
+        if encoded.mixed.label_mask is not None:
+            batch["label_mask"] = encoded.mixed.label_mask[batch["task_id"]]
     return batch

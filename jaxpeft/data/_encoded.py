@@ -1,11 +1,28 @@
 """A split as token ids."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 from numpy import ndarray
+
+
+class Mixed(NamedTuple):
+    """Which rows of a split are of which task, and how often each is drawn.
+
+    Attributes:
+      names: of the tasks, in order.
+      task_ids: the task of each row, [rows], rising.
+      quotas: rows of each task in an epoch; fewer or more than it has.
+      label_mask: of tasks with classes, which of all classes are a task's own,
+        [tasks, classes]; None for writing tasks.
+    """
+
+    names: tuple[str, ...]
+    task_ids: Int32[ndarray, " rows"]
+    quotas: tuple[int, ...]
+    label_mask: Bool[ndarray, "tasks classes"] | None
 
 
 class Encoded(NamedTuple):
@@ -27,6 +44,7 @@ class Encoded(NamedTuple):
         packed.
       positions: of a token in its own text, [tokens]; None: not packed.
       facts: what became of the rows, JSON-able; None: each is there, cut if need be.
+      mixed: how the rows of several tasks are mixed; None: they are of one.
     """
 
     name: str
@@ -39,12 +57,18 @@ class Encoded(NamedTuple):
     learn: Bool[ndarray, " tokens"] | None = None
     segments: Int32[ndarray, " tokens"] | None = None
     positions: Int32[ndarray, " tokens"] | None = None
-    facts: Mapping[str, int] | None = None
+    facts: Mapping[str, Any] | None = None
+    mixed: Mixed | None = None
 
     @property
     def rows(self) -> int:
         """The number of rows."""
         return len(self.labels)
+
+    @property
+    def epoch_rows(self) -> int:
+        """The number of rows drawn in an epoch."""
+        return sum(self.mixed.quotas) if self.mixed else self.rows
 
     @property
     def lengths(self) -> Int64[ndarray, " rows"]:

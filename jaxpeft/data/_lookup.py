@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.data import tasks
+from jaxpeft.data._mixed import MixedTask
 from jaxpeft.data._task import Task, near_misses
 from jaxpeft.data._texts import TextTask
 
 
-def task(config: str | Mapping[str, Any] | Any, **options: Any) -> Task | TextTask:
+def task(
+    config: str | Mapping[str, Any] | Any, **options: Any
+) -> Task | TextTask | MixedTask:
     """Returns the task of a name, or of a mapping with a "name" and its options.
 
     Args:
@@ -43,13 +46,15 @@ def task(config: str | Mapping[str, Any] | Any, **options: Any) -> Task | TextTa
     if name not in names:
         raise ValueError(f"`name` {name!r} is no task.{near_misses(name, names)}")
     function = getattr(tasks, name)
-    known = inspect.signature(function).parameters
+    known = dict(inspect.signature(function).parameters)
+    rest = [n for n, p in known.items() if p.kind is p.VAR_KEYWORD]  # takes any option
     for option in given:
-        if option not in known:
+        if option not in known and not rest:
             near = near_misses(option, known)
             raise ValueError(f"Task {name!r} has no option {option!r}.{near}")
     for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in given:
+        required = parameter.default is parameter.empty and option not in rest
+        if required and option not in given:
             raise ValueError(
                 f"Task {name!r} needs the option {option!r}; given: {sorted(given)}."
             )

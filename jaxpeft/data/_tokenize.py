@@ -10,6 +10,7 @@ from numpy import ndarray
 from jaxpeft.data._encode_texts import encode_texts
 from jaxpeft.data._encoded import Encoded
 from jaxpeft.data._labels import label_of, text_of
+from jaxpeft.data._mixed import MixedTask, join, of_part
 from jaxpeft.data._pack import pack
 from jaxpeft.data._task import Rows, Task, near_misses
 from jaxpeft.data._texts import TextTask
@@ -19,7 +20,7 @@ _LARGE = 5000  # rows from which a progress bar is worth its line
 
 
 def tokenize(
-    task: Task | TextTask,
+    task: Task | TextTask | MixedTask,
     tokenizer: Any,
     *,
     vocab_size: int,
@@ -41,7 +42,8 @@ def tokenize(
       progress: whether to show a progress bar over large splits.
 
     Returns:
-      `Encoded` by split.
+      `Encoded` by split; of a mixture "train" for all tasks, and each task's others
+      by themselves: "validation/trec".
 
     Raises:
       ValueError: if the tokenizer does not fit the vocabulary, has no padding token or
@@ -54,6 +56,22 @@ def tokenize(
       >>> encoded = tokenize(task, tokenizer, vocab_size=30522)  # doctest: +SKIP
       >>> encoded["train"].rows  # doctest: +SKIP
     """
+    if isinstance(task, MixedTask):
+        chosen = task.splits if splits is None else splits
+        options = dict(vocab_size=vocab_size, max_length=max_length, progress=progress)
+        parts = {
+            name: tokenize(part, tokenizer, splits=list(chosen), **options)
+            for name, part in task.parts.items()
+        }
+        found = {
+            f"{split}/{name}": of_part(task, name, encoded[split])
+            for name, encoded in parts.items()
+            for split in chosen
+            if split != "train"
+        }
+        if "train" in chosen:
+            found["train"] = join(task, {n: part["train"] for n, part in parts.items()})
+        return found
     check_tokenizer(
         tokenizer,
         vocab_size=vocab_size,

@@ -91,7 +91,9 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
 
     Args:
         logits: ``[rows, classes]``.
-        batch: with ``"label"`` (int, ``[rows]``) and ``"weight"`` (float, ``[rows]``).
+        batch: with ``"label"`` (int, ``[rows]``), ``"weight"`` (float, ``[rows]``), and
+            where not every class is open to every row ``"label_mask"`` (bool,
+            ``[rows, classes]``): the others have probability 0 and no gradient.
 
     Returns:
         ``(values, weights)``, both float32 ``[rows]``: minus the log-probability of
@@ -107,9 +109,10 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
             f"{logits.shape} and {label.dtype} {label.shape}; for numbers as labels "
             "take training.squared_error"
         )
-    values = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), label
-    )
+    logits = logits.astype(jnp.float32)
+    if "label_mask" in batch:
+        logits = jnp.where(batch["label_mask"], logits, -jnp.inf)
+    values = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     return values, batch["weight"]
 
 

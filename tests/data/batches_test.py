@@ -244,3 +244,15 @@ def test_impossible_batches_are_refused(encoded):
         data.batches(encoded, 8, seed=-1)
     with pytest.raises(ValueError, match="`epochs` must be at least 1"):
         data.batches(encoded, 8, seed=0, epochs=0)
+
+
+def test_the_order_of_a_seed_is_the_same_for_ever():
+    """A run that is resumed after an update of the library reads the same rows."""
+    ids, offsets = np.arange(30, dtype=np.int32), np.arange(31, dtype=np.int64)
+    labels = np.zeros(30, np.int32)
+    encoded = data.Encoded("toy/train", ids, None, offsets, labels, 0, 4)
+    batches = data.batches(encoded, 10, seed=3, lengths=(4,))
+    first = [24, 2, 7, 10, 21, 28, 25, 22, 9, 23]
+    assert batches[0]["input_ids"][:, 0].tolist() == first
+    second_epoch = [9, 27, 7, 8, 3, 19, 5, 21, 26, 6]
+    assert batches[4]["input_ids"][:, 0].tolist() == second_epoch

@@ -1,7 +1,9 @@
 """Tasks by name. This namespace is the registry that `jaxpeft.data.task` looks in."""
 
 from jaxpeft.data.tasks._files import files as files
+from jaxpeft.data.tasks._mixture import mixture as mixture
 from jaxpeft.data.tasks._packaged import movies as movies
+from jaxpeft.data.tasks._packaged import opinions as opinions
 from jaxpeft.data.tasks._packaged import sms as sms
 from jaxpeft.data.tasks._packaged import trec as trec
 from jaxpeft.data.tasks._texts import asdiv as asdiv

