@@ -209,7 +209,26 @@ def report(
         "checkpoints": folder / "checkpoints",
     }
     print_table(rows, title=title, console=console)
+    if tasks := _task_rows(results):
+        print_table(tasks, title=f"{title}: before, after", console=console)
     return results
+
+
+def _task_rows(results: dict[str, Any]) -> dict[str, str]:
+    """The scores of each task of a mixture, which are called "trec/accuracy".
+
+    Example:
+        >>> scores = {"mean": 0.5, "trec/accuracy": 0.5, "trec/loss": 1.0}
+        >>> _task_rows({"before": scores, "after": scores})
+        {'trec': 'accuracy 0.5000, 0.5000;  loss 1.0000, 1.0000'}
+    """
+    shown: dict[str, list[str]] = {}
+    for name, after in results["after"].items():
+        task, slash, metric = name.rpartition("/")
+        if slash:
+            before = results["before"][name]
+            shown.setdefault(task, []).append(f"{metric} {before:.4f}, {after:.4f}")
+    return {task: ";  ".join(scores) for task, scores in shown.items()}
 
 
 def _rows(results: dict[str, Any]) -> dict[str, str]:
