@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from jaxpeft.data._encoded import Encoded, Mixed
 from jaxpeft.data._score import score
-from jaxpeft.data._task import Rows, Task
+from jaxpeft.data._task import Rows, Task, near_misses
 from jaxpeft.data._texts import TextTask
 
 
@@ -26,6 +26,7 @@ class MixedTask(NamedTuple):
       parts: the tasks by name, in order.
       temperature: how equal their shares are, see `mixture_shares`.
       cap: the most rows of a task that count for its share; None: all.
+      only: the tasks whose rows are trained on; the others are evaluated alone.
       facts: of each task, JSON-able, for reports.
     """
 
@@ -33,6 +34,7 @@ class MixedTask(NamedTuple):
     parts: Mapping[str, Task | TextTask]
     temperature: float
     cap: int | None
+    only: tuple[str, ...]
     facts: Mapping[str, Any]
 
     @property
@@ -42,7 +44,7 @@ class MixedTask(NamedTuple):
 
     @property
     def best(self) -> dict[str, str]:
-        """The mean of the tasks' deciding metrics, and whether by max or min."""
+        """The mean of the deciding metrics of what is trained; by max or by min."""
         return {
             "metric": "mean",
             "mode": next(iter(self.parts.values())).best["mode"],
@@ -74,6 +76,7 @@ def mix(
     *,
     temperature: float = 1.0,
     cap: int | None = None,
+    only: Sequence[str] | None = None,
     name: str | None = None,
 ) -> MixedTask:
     """Returns several tasks as one, checked.
@@ -83,6 +86,8 @@ def mix(
       temperature: 1 draws each row as often as any other, infinity each task as often
         as any other; see `mixture_shares`.
       cap: the most rows of a task that count for its share; None: all.
+      only: the tasks whose rows are trained on; the others keep their place in the
+        head and are evaluated, without counting in the mean. None: all.
       name: short name; None: the tasks' names with "+" between them.
 
     Returns:
@@ -128,12 +133,19 @@ def mix(
                 f"({other.head}, best by {other.best}) cannot be mixed: neither one "
                 f"model nor one mean score would do for both."
             )
-    mixture_shares([1] * len(parts), temperature=temperature, cap=cap)
+    only = tuple(parts) if only is None else tuple(only)
+    if not only or len(set(only)) < len(only):
+        raise ValueError(f"`only` must be different names of tasks; got {only}.")
+    for part in only:
+        if part not in parts:
+            raise ValueError(f"`only` has {part!r}.{near_misses(part, parts)}")
+    mixture_shares([1] * len(only), temperature=temperature, cap=cap)
     return MixedTask(
         name="+".join(parts) if name is None else name,
         parts=dict(parts),
         temperature=temperature,
         cap=cap,
+        only=only,
         facts={part: dict(task.facts) for part, task in parts.items()},
     )
 
@@ -178,22 +190,24 @@ def mixture_shares(
 def join(task: MixedTask, encoded: Mapping[str, Encoded]) -> Encoded:
     """Returns the training splits of a mixture's tasks as one.
 
-    An epoch has as many rows as all tasks together, capped ones counted as `cap`,
-    and of each task its share, rounded by largest remainders.
+    An epoch has as many rows as all trained tasks together, capped ones counted as
+    `cap`, and of each its share, rounded by largest remainders.
 
     Raises:
       ValueError: if a task is never drawn.
     """
     parts = [of_part(task, name, encoded[name]) for name in task.parts]
     rows = [part.rows for part in parts]
-    shares = mixture_shares(rows, temperature=task.temperature, cap=task.cap)
-    total = sum(n if task.cap is None else min(n, task.cap) for n in rows)
-    quotas = [math.floor(share * total + 1e-9) for share in shares]
-    by_rest = sorted(range(len(quotas)), key=lambda i: quotas[i] - shares[i] * total)
+    drawn = [n for name, n in zip(task.parts, rows, strict=True) if name in task.only]
+    shares = iter(mixture_shares(drawn, temperature=task.temperature, cap=task.cap))
+    total = sum(n if task.cap is None else min(n, task.cap) for n in drawn)
+    exact = [next(shares) * total if name in task.only else 0.0 for name in task.parts]
+    quotas = [math.floor(each + 1e-9) for each in exact]
+    by_rest = sorted(range(len(quotas)), key=lambda i: quotas[i] - exact[i])
     for index in by_rest[: total - sum(quotas)]:
         quotas[index] += 1
     for name, quota in zip(task.parts, quotas, strict=True):
-        if not quota:
+        if name in task.only and not quota:
             raise ValueError(
                 f"`temperature` {task.temperature} and `cap` {task.cap} leave task "
                 f"{name!r} with no row of an epoch's {total}; raise the temperature."
@@ -293,8 +307,8 @@ def gather_scores(
       scores: by the names of `held_out`, what each scored and its "loss".
 
     Returns:
-      The scores; of a mixture "trec/accuracy" and so on, and of all tasks "mean", the
-      mean of their deciding metrics, and "loss", the mean of their losses.
+      The scores; of a mixture "trec/accuracy" and so on, and of those trained on
+      "mean", the mean of their deciding metrics, and "loss", the mean of their losses.
 
     Example:
       >>> rows = [{"q": "2 + 2 =", "a": " 4"}]
@@ -314,8 +328,8 @@ def gather_scores(
     """
     if not isinstance(task, MixedTask):
         return dict(scores[""])
-    each = [scores[name][part.best["metric"]] for name, part in task.parts.items()]
+    each = [scores[name][task.parts[name].best["metric"]] for name in task.only]
     mean = lambda values: math.fsum(values) / len(values)
     flat = {f"{name}/{k}": v for name in task.parts for k, v in scores[name].items()}
-    losses = [scores[name]["loss"] for name in task.parts]
+    losses = [scores[name]["loss"] for name in task.only]
     return {"mean": mean(each), "loss": mean(losses), **flat}

@@ -152,6 +152,20 @@ def test_scores_are_of_each_task_and_their_mean(three):
         data.held_out(mixed, splits, "test")
 
 
+def test_some_tasks_may_be_there_for_evaluation_alone(three):
+    mixed = data.mix(three, only=("large", "small"))
+    splits = encoded(mixed)
+    assert splits["train"].epoch_rows == 230 and mixed.num_labels == 7
+    seen = stream(splits["train"], 23)
+    assert set(np.concatenate([b["task_id"] for b in seen])) == {0, 2}
+    values = {"small": 0.0, "middle": 5.0, "large": 2.0}
+    found = {name: {"accuracy": v, "loss": v} for name, v in values.items()}
+    scores = data.gather_scores(mixed, found)
+    assert scores["mean"] == scores["loss"] == 1 and scores["middle/accuracy"] == 5
+    with pytest.raises(ValueError, match="`only` has 'midle'. Did you mean 'middle'"):
+        data.mix(three, only=["midle"])
+
+
 def test_the_loss_asks_a_row_about_its_own_classes_alone():
     import jax
 

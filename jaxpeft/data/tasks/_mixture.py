@@ -11,6 +11,7 @@ def mixture(
     *,
     temperature: float = 1.0,
     cap: int | None = None,
+    only: Sequence[str] | None = None,
     **options: Any,
 ) -> MixedTask:
     """Returns several tasks as one.
@@ -20,6 +21,7 @@ def mixture(
         `jaxpeft.data.task` takes it: `{"nyt": "opinions/nyt", "trec": "trec"}`.
       temperature: as in `jaxpeft.data.mix`.
       cap: as in `jaxpeft.data.mix`.
+      only: as in `jaxpeft.data.mix`.
       **options: of every task, such as `pack=True`.
 
     Returns:
@@ -39,4 +41,4 @@ def mixture(
             raise ValueError(f"`tasks` must be different names; got {tasks!r}.")
         tasks = {name: name for name in tasks}
     parts = {name: task(config, **options) for name, config in tasks.items()}
-    return mix(parts, temperature=temperature, cap=cap)
+    return mix(parts, temperature=temperature, cap=cap, only=only)
