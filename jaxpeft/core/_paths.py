@@ -9,7 +9,7 @@ import jax
 
 # A module's own names for its weights: "query" finds "query/kernel".
 BIASES = ("bias", "b")
-PARAMETERS = ("kernel", "embedding", "weight", "w", "scale", *BIASES)
+PARAMETERS = ("kernel", "embedding", "embeddings", "weight", "w", "scale", *BIASES)
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 

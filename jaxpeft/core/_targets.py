@@ -1,7 +1,7 @@
 """Which leaves a user means: targets, exclusions, and errors that show the way."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,19 +19,22 @@ from jaxpeft.core._paths import (
 
 # A linear layer's weight among the standard names; heads that predict tokens are
 # left out of "all-linear", as in HF PEFT.
-_NOT_LINEAR = ("embedding", "bias", "scale", "b")
+_NOT_LINEAR = ("embedding", "embeddings", "bias", "scale", "b")
 _OUTPUT_HEADS = ("lm_head",)
 
 
-def _is_weight(path: str, leaf: Any, adapter: Adapter) -> bool:
+def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -> bool:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
         return False
     if adapter.leaves == "any":
         return True
     if adapter.leaves == "bias":
         return path.rpartition("/")[2] in BIASES
-    # A stacked bias or norm scale has two axes and is no matrix all the same.
-    return leaf.ndim >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
+    # A stacked bias or norm scale has two axes and is no matrix all the same. Haiku's
+    # bias is "b" beside "w"; alone, a kernel may have that name.
+    head, _, last = path.rpartition("/")
+    own = last in ("bias", "scale", "offset") or (last == "b" and f"{head}/w" in paths)
+    return leaf.ndim >= 2 and not own
 
 
 def _floating(leaf: Any) -> bool:
@@ -40,7 +43,8 @@ def _floating(leaf: Any) -> bool:
 
 def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
-    if not any(_is_weight(p, leaf, adapter) for p, leaf in leaves):
+    paths = {p for p, _ in leaves}
+    if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):
         what = "biases" if adapter.leaves == "bias" else "weights"
         raise ValueError(
             f"`params` has no {what}: none of its {len(leaves)} leaves is an array "
@@ -51,7 +55,7 @@ def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
             p: targets
             for p, leaf in leaves
             if not (is_node(leaf) and leaf.adapter.leaves != "kernel")
-            and _is_weight(p, leaf, adapter)
+            and _is_weight(p, leaf, adapter, paths)
             and leaf.ndim >= 2
             and _floating(leaf)
             and p.rpartition("/")[2] not in _NOT_LINEAR
@@ -88,7 +92,8 @@ def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
 
 
 def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
-    eligible = [(p, leaf) for p, leaf in leaves if _is_weight(p, leaf, adapter)]
+    every = {p for p, _ in leaves}
+    eligible = [(p, leaf) for p, leaf in leaves if _is_weight(p, leaf, adapter, every)]
     paths = [p for p, _ in eligible]
     if callable(patterns):
         name = getattr(patterns, "__name__", "callable")
