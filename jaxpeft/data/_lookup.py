@@ -17,7 +17,9 @@ def task(
 
     Args:
       config: a name out of `jaxpeft.data.tasks`; or a mapping (a ConfigDict too) whose
-        "name" is one and whose other entries are the arguments of that function.
+        "name" is one and whose other entries are the arguments of that function. What
+        stands behind a "/" is its first argument, where it takes one without a name:
+        "reasoning_gym/chain_sum", "tfds_texts/gsm8k".
       **options: further arguments, before those of the mapping.
 
     Returns:
@@ -35,19 +37,27 @@ def task(
     """
     if isinstance(config, str):
         config = {"name": config}
-    given = {**{name: config[name] for name in config}, **options}
+    # A ConfigDict inside another is no Mapping.
+    plain = lambda value: value.to_dict() if hasattr(value, "to_dict") else value
+    given = {**{name: plain(config[name]) for name in config}, **options}
     if "name" not in given:
         raise ValueError(
             f"`config` of a task must have a 'name'; got {sorted(given)}. "
             f'For example {{"name": "trec"}}.'
         )
-    name = given.pop("name")
+    name, _, first = given.pop("name").partition("/")
     names = [n for n, _ in inspect.getmembers(tasks, inspect.isfunction)]
     if name not in names:
         raise ValueError(f"`name` {name!r} is no task.{near_misses(name, names)}")
     function = getattr(tasks, name)
     known = dict(inspect.signature(function).parameters)
     rest = [n for n, p in known.items() if p.kind is p.VAR_KEYWORD]  # takes any option
+    if first:
+        option, parameter = next(iter(known.items()))
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or option in given:
+            reason = f"{option!r} is given" if option in given else "it takes none"
+            raise ValueError(f"Task {name!r} cannot be given {first!r}: {reason}.")
+        given[option] = first
     for option in given:
         if option not in known and not rest:
             near = near_misses(option, known)

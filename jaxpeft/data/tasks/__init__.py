@@ -1,11 +1,17 @@
 """Tasks by name. This namespace is the registry that `jaxpeft.data.task` looks in."""
 
+from jaxpeft.data.tasks._choices import choices as choices
+from jaxpeft.data.tasks._choices import tfds_choices as tfds_choices
+from jaxpeft.data.tasks._commonsense import boolq as boolq
+from jaxpeft.data.tasks._commonsense import openbookqa as openbookqa
+from jaxpeft.data.tasks._commonsense import socialiqa as socialiqa
 from jaxpeft.data.tasks._files import files as files
 from jaxpeft.data.tasks._mixture import mixture as mixture
 from jaxpeft.data.tasks._packaged import movies as movies
 from jaxpeft.data.tasks._packaged import opinions as opinions
 from jaxpeft.data.tasks._packaged import sms as sms
 from jaxpeft.data.tasks._packaged import trec as trec
+from jaxpeft.data.tasks._reasoning_gym import reasoning_gym as reasoning_gym
 from jaxpeft.data.tasks._texts import asdiv as asdiv
 from jaxpeft.data.tasks._texts import texts as texts
 from jaxpeft.data.tasks._texts import tfds_texts as tfds_texts
