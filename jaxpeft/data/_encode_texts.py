@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.data._choices import choices_of
 from jaxpeft.data._encoded import Encoded
 from jaxpeft.data._labels import text_of
 from jaxpeft.data._task import value_of
@@ -43,7 +44,8 @@ def encode_texts(
             f"`tokenizer` has no chat template, and task {task.name!r} is of messages. "
             "Write tokenizer.chat_template = ..., or give prompts and completions."
         )
-    encode = {"text": _text, "completion": _completion, "chat": _chat}[task.form]
+    forms = {"text": _text, "completion": _completion, "chat": _chat, "choice": _choice}
+    encode = forms[task.form]
     ids: list[int] = []
     learnt: list[bool] = []
     lengths: list[int] = []
@@ -90,19 +92,20 @@ def _pieces(sequence: _Sequence, max_length: int) -> Iterator[_Sequence]:
         yield ids[piece], [False, *learnt[piece][1:]]
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def plain(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text, and none that a tokenizer puts around one."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _opened(tokenizer: Any, text: str) -> list[int]:
+def opened(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text, behind the token that the tokenizer opens one with, if any."""
-    ids, begin = _plain(tokenizer, text), tokenizer.bos_token_id
+    ids, begin = plain(tokenizer, text), tokenizer.bos_token_id
     opens = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
     return [begin, *ids] if opens and ids[:1] != [begin] else ids
 
 
 def _text(tokenizer: Any, row: Any, columns: tuple[str, ...], where: str) -> _Sequence:
-    ids = _opened(tokenizer, text_of(row, columns[0], where))
+    ids = opened(tokenizer, text_of(row, columns[0], where))
     ids.append(tokenizer.eos_token_id)
     if len(ids) < 2:
         raise ValueError(f"{where}: column {columns[0]!r} has no text.")
@@ -113,15 +116,28 @@ def _completion(
     tokenizer: Any, row: Any, columns: tuple[str, ...], where: str
 ) -> _Sequence:
     prompt, completion = (text_of(row, column, where) for column in columns)
-    # Apart, because a prompt will stand alone when the model is used.
-    before = _opened(tokenizer, prompt)
+    before = prompt_ids(tokenizer, prompt, columns[0], where)
+    after = [*plain(tokenizer, completion), tokenizer.eos_token_id]
+    return before + after, [False] * len(before) + [True] * len(after)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, column: str, where: str) -> list[int]:
+    """Tokens of a prompt: apart, because alone it stands when the model is used."""
+    before = opened(tokenizer, prompt)
     if not before:
         raise ValueError(
-            f"{where}: column {columns[0]!r} has no text; without prompts, give the "
+            f"{where}: column {column!r} has no text; without prompts, give the "
             "completions as `text`."
         )
-    after = [*_plain(tokenizer, completion), tokenizer.eos_token_id]
-    return before + after, [False] * len(before) + [True] * len(after)
+    return before
+
+
+def _choice(
+    tokenizer: Any, row: Any, columns: tuple[str, ...], where: str
+) -> _Sequence:
+    prompt, choices, right = choices_of(row, columns, where)
+    texts = {columns[0]: prompt, columns[1]: choices[right]}
+    return _completion(tokenizer, texts, columns[:2], where)
 
 
 def _chat(tokenizer: Any, row: Any, columns: tuple[str, ...], where: str) -> _Sequence:

@@ -35,7 +35,9 @@ class Encoded(NamedTuple):
         tokenizer gives no such thing.
       offsets: row i is `ids[offsets[i] : offsets[i + 1]]`, [rows + 1].
       labels: class ids (int32) or scores (float32), [rows]; of a writing task, how
-        many tokens of the row are learnt.
+        many tokens of the row are learnt; of held-out choices, a row each, [rows, 5]:
+        their tokens, which question they belong to, which of its choices they are, of
+        how many, and whether it is the right one (1 or 0).
       pad: the id that fills up short rows.
       max_length: the most tokens a row may have.
       learn: whether a token is to be predicted from those before it, [tokens]; None:
@@ -51,7 +53,7 @@ class Encoded(NamedTuple):
     ids: Int32[ndarray, " tokens"]
     types: Int32[ndarray, " tokens"] | None
     offsets: Int64[ndarray, " rows_and_one"]
-    labels: Int32[ndarray, " rows"] | Float32[ndarray, " rows"]
+    labels: Int32[ndarray, " rows *columns"] | Float32[ndarray, " rows"]
     pad: int
     max_length: int
     learn: Bool[ndarray, " tokens"] | None = None

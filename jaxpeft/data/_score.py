@@ -11,7 +11,9 @@ from jaxpeft.data._texts import TextTask, score_texts
 
 
 def score(
-    task: Task | TextTask, outputs: Shaped[Any, " n *width"], labels: Shaped[Any, " n"]
+    task: Task | TextTask,
+    outputs: Shaped[Any, " n *width"],
+    labels: Shaped[Any, " n *columns"],
 ) -> dict[str, float]:
     """Returns the task's metrics of predictions against labels.
 
@@ -21,8 +23,9 @@ def score(
         ids, for regression scores. Of a writing task, [n, 3]: of every row, minus the
         log-probability of its learnt tokens summed up, their number, and of how many
         the model has a higher opinion than of any other (`training.causal_forward`).
-      labels: the true ones, [n]; of a writing task, the numbers of learnt tokens. Leave
-        padding rows out.
+      labels: the true ones, [n]; of a writing task, the numbers of learnt tokens; of a
+        multiple-choice task, [n, 5], all choices of every question in any order
+        (`jaxpeft.data.Encoded`). Leave padding rows out.
 
     Returns:
       One float a metric, by name, in the order of `task.metrics`. Of a writing task:
@@ -32,10 +35,15 @@ def score(
           given those before it.
         exact_match: the share of rows whose learnt tokens all are so: writing
           greedily, the model writes them as they stand, end token and all.
+      Of a multiple-choice task, whose tokens are those of a choice, without an end:
+        accuracy: the share of questions whose right choice has the highest sum of its
+          tokens' log-probabilities, given the prompt; of equal ones the first counts.
+        accuracy_per_token: the same with their mean in place of the sum.
 
     Raises:
       ValueError: if the two differ in length, are empty, hold a NaN or infinity, or the
-        head has another width than the task, or the tokens are not those of `labels`.
+        head has another width than the task, or the tokens are not those of `labels`,
+        or a question lacks a choice.
 
     Example:
       >>> from jaxpeft.data import make_task

@@ -1,4 +1,4 @@
-"""Tasks of writing: rows of text, of prompt and completion, or of messages."""
+"""Tasks of writing: texts, prompts and completions, messages, or choices."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 from numpy import ndarray
 
+from jaxpeft.data._choices import CHOICE_METRICS, score_choices
 from jaxpeft.data._task import Rows, check_parts
 
 TEXT_METRICS = ("perplexity", "token_accuracy", "exact_match")
@@ -21,10 +22,13 @@ class TextTask(NamedTuple):
     Attributes:
       name: short name, for reports and messages.
       form: "text" (all of it is learnt), "completion" (a prompt, which is only read,
-        and what follows it) or "chat" (what the assistant says is learnt).
-      columns: the columns of that: the text; prompt and completion; the messages.
-      metrics: "perplexity", "token_accuracy", "exact_match"; the first decides which
-        checkpoint is best.
+        and what follows it), "chat" (what the assistant says is learnt) or "choice"
+        (the right one of some completions is learnt; held-out rows are scored by which
+        of them the model finds likeliest).
+      columns: the columns of that: the text; prompt and completion; the messages;
+        prompt, choices and answer.
+      metrics: "perplexity", "token_accuracy", "exact_match"; of choices "accuracy",
+        "accuracy_per_token"; the first decides which checkpoint is best.
       splits: rows by split, at least "train" and "validation".
       pack: whether several training rows share a sequence (`jaxpeft.data.pack`).
       facts: where the rows come from, JSON-able, for reports.
@@ -65,13 +69,16 @@ def make_text_task(
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
+    choices: str | None = None,
+    answer: str | None = None,
     metrics: Sequence[str] | None = None,
     pack: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> TextTask:
     """Returns the `TextTask` with these rows and columns, checked.
 
-    Give `text`; or `prompt` and `completion`; or `messages`.
+    Give `text`; or `prompt` and `completion`; or `messages`; or `prompt`, `choices`
+    and `answer`.
 
     Args:
       name: short name, for reports and messages.
@@ -82,8 +89,12 @@ def make_text_task(
         there is one; an end token is put behind.
       messages: the column of lists of {"role": ..., "content": ...}, which go through
         the tokenizer's chat template.
-      metrics: out of "perplexity", "token_accuracy", "exact_match", the deciding one
-        first; None: all, in this order.
+      choices: the column of lists of two or more different completions, each with its
+        own leading space.
+      answer: the column of the right one: its place in the list, from 0, or its text.
+      metrics: out of "perplexity", "token_accuracy", "exact_match", with choices out of
+        "accuracy", "accuracy_per_token"; the deciding one first; None: all, in this
+        order.
       pack: whether several training rows share a sequence.
       facts: where the rows come from, JSON-able.
 
@@ -103,28 +114,33 @@ def make_text_task(
       ('completion', ('q', 'a'))
     """
     given = {"text": text, "prompt": prompt, "completion": completion}
-    given = {k: v for k, v in (given | {"messages": messages}).items() if v is not None}
+    given |= {"messages": messages, "choices": choices, "answer": answer}
+    given = {k: v for k, v in given.items() if v is not None}
     forms = {
         ("text",): "text",
         ("prompt", "completion"): "completion",
         ("messages",): "chat",
+        ("prompt", "choices", "answer"): "choice",
     }
     if tuple(given) not in forms:
         raise ValueError(
             f"Task {name!r} needs the columns `text`, or `prompt` and `completion`, or "
-            f"`messages`; got {given}."
+            f"`messages`, or `prompt`, `choices` and `answer`; got {given}."
         )
-    metrics = TEXT_METRICS if metrics is None else metrics
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    check_parts(name, "writing", metrics, TEXT_METRICS, splits, [*given.values()])
     form, columns = forms[tuple(given)], tuple(given.values())
+    kind, allowed = "writing", TEXT_METRICS
+    if form == "choice":
+        kind, allowed = "multiple-choice", CHOICE_METRICS
+    metrics = allowed if metrics is None else metrics
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    check_parts(name, kind, metrics, allowed, splits, columns)
     return TextTask(name, form, columns, metrics, splits, pack, dict(facts or {}))
 
 
 def score_texts(
     task: TextTask,
     outputs: Shaped[ndarray, " n *width"],
-    labels: Shaped[ndarray, " n"],
+    labels: Shaped[ndarray, " n *columns"],
 ) -> dict[str, float]:
     """Returns the task's metrics; `jaxpeft.data.score` says which they are."""
     if outputs.ndim != 2 or outputs.shape[1] != 3 or not len(outputs):
@@ -133,11 +149,14 @@ def score_texts(
             f"hits; got {outputs.shape}."
         )
     losses, counts, hits = outputs.astype(np.float64).T
-    if not np.array_equal(counts, labels):
+    wanted = labels[:, 0] if task.form == "choice" and labels.ndim == 2 else labels
+    if not np.array_equal(counts, wanted):
         raise ValueError(
             f"`outputs` of task {task.name!r} count {counts.sum():.0f} learnt tokens, "
-            f"`labels` {np.sum(labels)}: they are not of the same rows."
+            f"`labels` {np.sum(wanted)}: they are not of the same rows."
         )
+    if task.form == "choice":
+        return score_choices(task.name, task.metrics, losses, labels)
     with np.errstate(over="ignore"):
         scores = {
             "perplexity": float(np.exp(losses.sum() / counts.sum())),

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
 
+from jaxpeft.data._encode_choices import encode_choices
 from jaxpeft.data._encode_texts import encode_texts
 from jaxpeft.data._encoded import Encoded
 from jaxpeft.data._labels import label_of, text_of
@@ -37,7 +38,8 @@ def tokenize(
       max_length: longer rows are cut to this many tokens, special ones included; of a
         pair the longer text first. In a writing task no row is cut: a text goes on in
         another sequence, which repeats one token; a longer completion or chat is left
-        out. `facts` of the result counts both.
+        out. `facts` of the result counts both. A held-out row of choices that is too
+        long is an error.
       splits: which to read; None: all.
       progress: whether to show a progress bar over large splits.
 
@@ -91,6 +93,9 @@ def tokenize(
             task.splits[split], f"Tokenising {task.name}/{split}", progress
         )
         encode = encode_texts if isinstance(task, TextTask) else _encode
+        # In training the right choice is a completion like any other.
+        if split != "train" and isinstance(task, TextTask) and task.form == "choice":
+            encode = encode_choices
         encoded[split] = encode(task, split, tokenizer, max_length, chunks)
         if split == "train" and isinstance(task, TextTask) and task.pack:
             encoded[split] = pack(encoded[split])

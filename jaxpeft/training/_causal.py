@@ -81,7 +81,9 @@ def causal_loss(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]
 
     Args:
         outputs: ``[rows, 3]``, from ``causal_forward``.
-        batch: with ``"weight"`` (float, ``[rows]``).
+        batch: with ``"weight"`` (float, ``[rows]``) and ``"label"``; where that is
+            ``[rows, 5]``, of a multiple-choice task (``data.Encoded``), the tokens of
+            right choices alone count.
 
     Returns:
         ``(values, weights)``, both float32 ``[rows]``: the mean loss of each row's
@@ -89,7 +91,10 @@ def causal_loss(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]
     """
     losses, counts = outputs[:, 0], outputs[:, 1]
     none = counts == 0
-    return losses / jnp.where(none, 1.0, counts), counts * batch["weight"]
+    weights = counts * batch["weight"]
+    if batch["label"].ndim == 2:
+        weights = weights * batch["label"][:, -1].astype(weights.dtype)
+    return losses / jnp.where(none, 1.0, counts), weights
 
 
 def objective(model: Any, *, mesh: Mesh, dropout: bool = False) -> tuple[Forward, Loss]:
