@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 import jaxpeft as jp
+from benchmarks.hlo import made_of_shape
 
 D, F, L = 12, 20, 3
 
@@ -211,3 +212,19 @@ def test_refusals(params, x):
 
     with pytest.raises(jp.core.UnsupportedError, match="while.*capture cannot follow"):
         jp.capture(loop, ["up"], covariance)(params, x)
+
+
+def test_no_activation_is_kept(x):
+    """The program holds every layer's result, and no stack of their inputs."""
+    params = {"w": numbers(L, D, D, seed=1, scale=0.2)}
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    fn = lambda p, x: lax.scan(step, x, p["w"])[0]
+    stack = {tuple(sorted((L, *x.shape)))}
+
+    def stacks(reduce):
+        call = jax.jit(jp.capture(fn, ["w"], reduce))
+        text = call.lower(params, x).compile().as_text()
+        return made_of_shape(text, stack, inside=True)
+
+    assert not stacks(covariance)
+    assert stacks(lambda x: x)  # control: the search would find one

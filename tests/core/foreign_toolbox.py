@@ -11,9 +11,9 @@ import jaxpeft as jp
 
 METHODS = (jp.lora(rank=3), jp.bora(rank=2), jp.kasa(rank=2))
 
-# Float32 through a few blocks with norms and softmax, gradients through `merge` on one
-# side: the largest seen are 2e-6 and 2e-5. A forgotten term moves both by > 1e-2.
-SAME, SAME_GRADIENT = 2e-5, 2e-4
+# Float32 through a few blocks with norms and softmax: the largest distance seen, of
+# values and of gradients, is 4e-7. The adapters move the values by 0.1 and more.
+SAME = 1e-5
 
 
 def fine_tunes(fn, params, *inputs, axes, targets, keys, rate=0.1):
@@ -64,7 +64,7 @@ def fine_tunes(fn, params, *inputs, axes, targets, keys, rate=0.1):
     (_, expected), expected_grads = merged_step(trainable, frozen, inputs)
     assert distance(out, expected) < SAME
     assert distance(jax.jit(fn)(params, *inputs), expected) > 1e-2, "nothing happened"
-    assert distance(grads, expected_grads) < SAME_GRADIENT
+    assert distance(grads, expected_grads) < SAME
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         assert np.any(np.asarray(gradient) != 0), f"{path} never learns"
     moved = jax.tree.map(lambda x, g: x - rate * g, trainable, grads)
