@@ -111,10 +111,10 @@ def write_model(folder: Path, kind: str, size: Size) -> None:
 
 
 class Worker:
-    """A process that trains when told to."""
+    """A process that trains, or writes, when told to."""
 
     def __init__(self, module: str, settings: dict):
-        """Starts it and waits for its first loss."""
+        """Starts it and waits for the result of its first step."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
@@ -123,7 +123,7 @@ class Worker:
             text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
         )
-        self.first_loss = self.ask(settings)["loss"]
+        self.first = self.ask(settings)["result"]
 
     def ask(self, command: dict) -> dict:
         """Sends one command and waits for its answer."""
@@ -162,7 +162,7 @@ def compare(
     }
     modules = ("benchmarks.peers.with_jaxpeft", "benchmarks.peers.with_peft")
     workers = [Worker(module, settings) for module in modules]
-    losses = [w.first_loss for w in workers]
+    losses = [w.first for w in workers]
     if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[1]):
         raise RuntimeError(f"the first losses differ: {losses}; not the same step")
     each = workers[1].ask({"steps": 2})["seconds"] / 2

@@ -1,6 +1,6 @@
 """The protocol of a worker: commands as JSON lines in, answers as JSON lines out.
 
-``{"steps": n}`` runs n training steps and answers ``{"seconds": ..., "loss": ...}``;
+``{"steps": n}`` runs n steps and answers ``{"seconds": ..., "result": ...}``;
 ``{"memory": true}`` answers the peak of the process's memory since it was built, over
 what it held before the model was there.
 """
@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 
 def resident(what: str = "VmRSS") -> int:
@@ -20,11 +21,12 @@ def resident(what: str = "VmRSS") -> int:
     raise RuntimeError(f"no {what} in /proc/self/status: this benchmark needs Linux")
 
 
-def serve(build: Callable[[dict], Callable[[], float]]) -> None:
+def serve(build: Callable[[dict], Callable[[], Any]]) -> None:
     """Builds the step that the first line describes, then answers commands.
 
     Args:
-        build: ``settings -> step``; ``step()`` trains once and returns the loss.
+        build: ``settings -> step``; ``step()`` trains once and returns the loss, or
+            writes once and returns the tokens.
     """
     out = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
@@ -34,7 +36,7 @@ def serve(build: Callable[[dict], Callable[[], float]]) -> None:
     first = step()
     step()
     say = lambda answer: print(json.dumps(answer), file=out, flush=True)
-    say({"loss": first})
+    say({"result": first})
     for line in sys.stdin:
         command = json.loads(line)
         if "memory" in command:
@@ -42,5 +44,5 @@ def serve(build: Callable[[dict], Callable[[], float]]) -> None:
             continue
         start = time.perf_counter()
         for _ in range(command["steps"]):
-            loss = step()
-        say({"seconds": time.perf_counter() - start, "loss": loss})
+            result = step()
+        say({"seconds": time.perf_counter() - start, "result": result})

@@ -27,7 +27,7 @@ def test_both_sides_take_the_same_step(tmp_path, monkeypatch, capsys):
 def test_another_step_is_not_compared(tmp_path, monkeypatch):
     class Worker:
         def __init__(self, module, settings):
-            self.first_loss = 1.0 if module.endswith("jaxpeft") else 1.01
+            self.first = 1.0 if module.endswith("jaxpeft") else 1.01
 
     monkeypatch.setattr(against_peers, "Worker", Worker)
     with pytest.raises(RuntimeError, match="first losses differ"):
