@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxpeft.models._decoder_config import FULL, SLIDING, DecoderConfig
 from jaxpeft.models._parts import wide
 from jaxpeft.models._rope import turns
+from jaxpeft.models._splash import is_home, obstacle, splash
 
-IMPLEMENTATIONS = (None, "xla", "cudnn")
+IMPLEMENTATIONS = (None, "xla", "cudnn", "splash")
 
 
 class Context(NamedTuple):
@@ -26,11 +27,14 @@ class Context(NamedTuple):
         kind alone says so (causal, with its window).
       rope: cosines and sines for each kind of layer; empty for learned positions.
       index: the first slot of the cache that this call fills, or None.
+      segments: what the masks say beyond the kind, by a number for each token:
+        it sees only those of its own; None where they say more, or nothing.
     """
 
     masks: dict[str, Bool[Array, "b 1 t s"]] | None
     rope: dict[str, tuple[Array, Array]]
     index: Int[Array, ""] | None
+    segments: Int[Array, "b t"] | None = None
 
     def of(self, kind: str | None, sliding: Any) -> tuple[Any, Any]:
         """The mask and the angles of a layer: of its kind, or, traced, by a flag."""
@@ -93,7 +97,21 @@ def make_context(
     masks = {FULL: seen}
     if SLIDING in kinds:
         masks[SLIDING] = seen & (key > query - config.sliding_window)
-    return Context({kind: masks[kind] for kind in kinds}, made, index)
+    segments = None
+    if index is None and not explicit:
+        segments = _segments(attention_mask, segment_ids)
+    return Context({kind: masks[kind] for kind in kinds}, made, index, segments)
+
+
+def _segments(attention_mask: Any, segment_ids: Any) -> Int[Array, "b t"]:
+    """A number for each token; padding is on its own, whatever segment it is in."""
+    if segment_ids is None:
+        return jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
+    ids = jnp.asarray(segment_ids).astype(jnp.int32)
+    if attention_mask is None:
+        return ids
+    real = jnp.asarray(attention_mask).astype(bool)
+    return jnp.where(real, ids, jnp.min(ids) - 1)
 
 
 def attend(
@@ -107,6 +125,7 @@ def attend(
     cap: float | None = None,
     dropout: Any = None,
     implementation: str | None = None,
+    segments: Int[Array, "batch tokens"] | None = None,
 ) -> Float[Array, "batch tokens heads h"]:
     r"""Returns causal attention; scores and softmax in float32 at least.
 
@@ -122,8 +141,21 @@ def attend(
       cap: c; None: without tanh.
       dropout: a function of the probabilities, or None.
       implementation: of ``jax.nn.dot_product_attention``, which has no caps, no
-        dropout and no float64; with those the program below runs.
+        dropout and no float64; with those the program below runs. Or ``"splash"``;
+        None takes that on a TPU where nothing stands against it.
+      segments: what ``mask`` says within ``window``, as a number for each token.
     """
+    if implementation == "splash" or (implementation is None and is_home()):
+        reason = obstacle(query, mask, segments, dropout)
+        if reason is None:
+            return splash(
+                query, key, value, segments, scale=scale, window=window, cap=cap
+            )
+        if implementation == "splash":
+            raise ValueError(
+                f"`attention` is 'splash', which {reason}; write attention=None, "
+                "which takes it where it can be."
+            )
     if cap is None and dropout is None and wide(query.dtype) == jnp.float32:
         # It asks JAX which dtype bfloat16 and float32 make; what it does is strict.
         with jax.numpy_dtype_promotion("standard"):

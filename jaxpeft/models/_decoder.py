@@ -54,9 +54,12 @@ class Decoder(nn.Module):
         ``"dots_no_batch"`` those without batch dimensions (not the attention
         scores), ``"names"`` only what projections return, also before an
         adapter scales it, ``"unscaled"`` only the latter.
-      attention: of ``jax.nn.dot_product_attention``, its ``implementation``:
-        None, ``"xla"`` or ``"cudnn"`` (flash attention on NVIDIA GPUs, in
-        bfloat16 or float16): ``model.clone(attention="cudnn")``.
+      attention: None, ``"xla"``, ``"cudnn"`` (flash attention on NVIDIA GPUs, in
+        bfloat16 or float16) or ``"splash"`` (the same on TPUs, in bfloat16 or
+        float32, for multiples of 128 tokens without a cache; not where full and
+        sliding layers alternate in one scan): ``model.clone(attention="cudnn")``. None
+        takes splash attention on a TPU where it can (of several, where a mesh is in
+        context), else what ``jax.nn.dot_product_attention`` takes.
     """
 
     config: DecoderConfig

@@ -108,7 +108,9 @@ class Attention(Part):
             window=config.sliding_window if self.kind == SLIDING else None,
             cap=config.attn_logit_softcapping,
             dropout=dropout,
-            implementation=self.attention,
+            # Parameters are drawn with a single token, which no kernel would take.
+            implementation=None if self.is_initializing() else self.attention,
+            segments=context.segments,
         )
         project = dense(
             self, config.hidden_size, self.output, use_bias=config.output_bias

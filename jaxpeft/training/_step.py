@@ -63,7 +63,8 @@ def apply_model(
     """Runs a model; what each of its modules returns keeps its rows where they are.
 
     Left alone, the compiler may cut features in place of rows, because frozen kernels
-    are cut too (``param_specs``), and hold the whole batch on every device.
+    are cut too (``param_specs``), and hold the whole batch on every device. The model
+    finds the mesh in context: a kernel such as splash attention needs it.
     """
     rows = inputs["input_ids"].shape[0]
 
@@ -80,7 +81,8 @@ def apply_model(
             return outputs
         return jax.tree.map(keep_rows, outputs)
 
-    with nn.intercept_methods(intercept):
+    context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with context, nn.intercept_methods(intercept):
         return model.apply(
             {"params": params}, **inputs, deterministic=deterministic, rngs=rngs
         )

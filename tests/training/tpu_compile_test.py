@@ -18,7 +18,7 @@ CHIP_BYTES = 16e9  # HBM of a TPU v5e
     importlib.util.find_spec("libtpu") is None,
     reason='needs libtpu: pip install "jaxpeft[tpu]"',
 )
-@pytest.mark.parametrize("name", ["quickstart", "toy"])
+@pytest.mark.parametrize("name", ["quickstart", "toy", "splash"])
 def test_the_train_step_compiles_for_a_pod(name):
     environment = {
         **os.environ,
@@ -46,6 +46,8 @@ def test_the_train_step_compiles_for_a_pod(name):
     assert report["bytes"]["temporaries"] < 200e6
     # The trained state is donated, so it is there once.
     assert report["bytes"]["aliased"] > 0
+    # Pallas kernels: forward, made again, and two backward.
+    assert report["kernels"] == (4 if name == "splash" else 0)
     # It is one program for the whole mesh, not 256 copies.
     assert report["collectives"]["all-reduce"] > 0
     assert report["collectives"]["all-gather"] > 0
