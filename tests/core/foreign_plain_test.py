@@ -1,10 +1,12 @@
-"""Fine-tuning models of other libraries and of none, unchanged."""
+"""Fine-tuning models of several libraries and of none, unchanged."""
 
 import equinox as eqx
+import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from adapt_toolbox import fill, numbers
+import pytest
+from adapt_toolbox import CLOSE, distance, everything, fill, numbers, prepare
 from flax import nnx
 from foreign_toolbox import fine_tunes
 from jax import lax
@@ -188,3 +190,72 @@ def test_haiku(keys):
     }
     targets = [["embed", "query"], ["up", "head"], ["down"]]
     fine_tunes(model.apply, params, tokens, axes=axes, targets=targets, keys=keys)
+
+
+def init_and_apply(layer, x):
+    params = fill(jax.eval_shape(layer.init, jax.random.key(7), x))
+    return layer.apply, params
+
+
+def equinox_layer(layer, x):
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    return (lambda params, x: jax.vmap(eqx.combine(params, static))(x)), params
+
+
+def haiku_layer(layer, x):
+    model = hk.without_apply_rng(hk.transform(lambda x: layer()(x)))
+    return init_and_apply(model, x)
+
+
+SEQUENCE, IMAGE, CHANNELS_FIRST = (2, 5, 4), (2, 7, 5, 4), (2, 4, 7, 5)
+# Layers that use their kernels in an odd way: flipped, shared over positions or not,
+# in a recurrence.
+LAYER_KINDS = {
+    "Linen, transposed": (
+        lambda x: init_and_apply(
+            nn.ConvTranspose(4, (3, 2), strides=(2, 2), transpose_kernel=True), x
+        ),
+        IMAGE,
+        {"params/kernel": "in in out in"},
+    ),
+    "Linen, circular": (
+        lambda x: init_and_apply(nn.Conv(6, (3, 2), padding="CIRCULAR"), x),
+        IMAGE,
+        {"params/kernel": "in in in out"},
+    ),
+    "Linen, local": (
+        lambda x: init_and_apply(nn.ConvLocal(6, (3,), padding="VALID"), x),
+        SEQUENCE,
+        {"params/kernel": "batch in out"},
+    ),
+    "Linen, recurrent": (
+        lambda x: init_and_apply(nn.RNN(nn.SimpleCell(6)), x),
+        SEQUENCE,
+        {"params/cell/i/kernel": "in out", "params/cell/h/kernel": "in out"},
+    ),
+    "Equinox, transposed": (
+        lambda x: equinox_layer(
+            eqx.nn.ConvTranspose2d(4, 6, 3, stride=2, key=jax.random.key(7)), x
+        ),
+        CHANNELS_FIRST,
+        {"weight": "out in in in"},
+    ),
+    "Haiku, transposed": (
+        lambda x: haiku_layer(lambda: hk.Conv2DTranspose(6, 3, 2), x),
+        IMAGE,
+        {"conv2_d_transpose/w": "in in out in"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYER_KINDS)
+def test_layers(name, keys):
+    make, shape, sites = LAYER_KINDS[name]
+    x = numbers(*shape)
+    fn, params = make(x)
+    adapted = prepare(params, everything(), list(sites), keys, axes=sites)
+    assert jp.infer_axes(fn, params, x) == sites
+    got = jax.jit(jp.adapt(fn))(adapted, x)
+    expected = jax.jit(fn)(jp.merge(adapted), x)
+    assert distance(got, expected) < CLOSE
+    assert distance(jax.jit(fn)(params, x), expected) > 1e-2
