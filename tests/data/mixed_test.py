@@ -198,7 +198,11 @@ def test_a_config_names_its_tasks():
     task = data.task(config, progress=False)
     assert list(task.parts) == ["trec", "sms"] and task.num_labels == 8
     assert list(task.splits) == ["train", "validation", "test"]
-    with pytest.raises(ValueError, match="`tasks` must be different names"):
+    mixed = dict(name="mixture", tasks=("sms", "opinions/nyt"), progress=False)
+    assert list(data.task(mixed).parts) == ["sms", "nyt"]
+    named = data.task(mixed | dict(tasks=dict(b="sms", a="opinions/tweets")))
+    assert list(named.parts) == ["a", "b"] and named.classes("b") == slice(2, 4)
+    with pytest.raises(ValueError, match="two or more names that differ"):
         data.task(dict(name="mixture", tasks=("sms", "sms")))
     with pytest.raises(ValueError, match="'treck' is no task. Did you mean 'trec'"):
         data.task(dict(name="mixture", tasks=("treck", "sms")))
