@@ -13,7 +13,7 @@ ORDER = [
     ["core", "dimension"],
     ["adapters", "allocate"],
     ["models", "interop"],
-    ["data", "training"],
+    ["data", "training", "serving"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -1,5 +1,6 @@
 """What a method is: a tuple of pure functions on one two-dimensional kernel."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,6 +9,35 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["a", "b", "scale", "index"],
+    meta_fields=["how"],
+)
+@dataclasses.dataclass(frozen=True)
+class RowFactors:
+    r"""Several low-rank pairs beside one kernel, and which of them each row takes.
+
+    .. math:: y_i = x_i W + s_{k_i} (x_i a_{k_i})\, b_{k_i}
+
+    for row i of the input's first axis. Pair 0 stands for none: those rows are
+    ``x W``, bit for bit.
+
+    Attributes:
+        a: ``[S, d_in, r]``.
+        b: ``[S, r, d_out]``.
+        scale: ``[S]``.
+        index: ``[rows]`` of k, integers; empty while it has not been said.
+        how: ``"gather"`` or ``"ragged"``, two ways to the same numbers.
+    """
+
+    a: Any
+    b: Any
+    scale: Any
+    index: Any
+    how: str
 
 
 class Factors(NamedTuple):
@@ -29,6 +59,7 @@ class Factors(NamedTuple):
         fixed: a second pair ``([d_in, m], [m, d_out])`` that neither dropout nor
             ``phi`` touches.
         kernel: ``[d_in, d_out]``, takes the place of the base kernel.
+        rows: pairs that rows of the input choose among, in place of ``a`` and ``b``.
     """
 
     a: Float[Array, "d_in r"] | None = None
@@ -38,6 +69,12 @@ class Factors(NamedTuple):
     phi: jax.tree_util.Partial | None = None
     fixed: tuple[Float[Array, "d_in m"], Float[Array, "m d_out"]] | None = None
     kernel: Float[Array, "d_in d_out"] | None = None
+    rows: RowFactors | None = None
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the change depends on the input, so that no kernel has its effect."""
+        return self.phi is not None or self.rows is not None
 
 
 def _no_penalty(frozen: Mapping[str, Array], trainable: Mapping[str, Array]):

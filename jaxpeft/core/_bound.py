@@ -32,6 +32,7 @@ class Bound:
         fixed: a pair like ``(a, b)`` that neither dropout nor phi touches, or ``None``.
         c, o: ``[*batch, *in]`` and ``[*batch, *out]``, or ``None``.
         phi: a ``Partial`` whose arrays have the batch axes first, or ``None``.
+        rows: ``RowFactors`` with the batch axes first, or ``None``.
         key: dropout keys ``[*batch]``, or ``None``.
         leaves: ``(frozen, trainable)`` for taps, batch axes first, or ``None``.
         names: the roles of the base's axes when it was bound; slicing a leading axis
@@ -47,6 +48,7 @@ class Bound:
     c: Any
     o: Any
     phi: Any
+    rows: Any
     key: Any
     leaves: Any
     names: tuple[str, ...]
@@ -55,12 +57,17 @@ class Bound:
 
     def tree_flatten(self):
         arrays = (self.base, self.a, self.b, self.fixed, self.c, self.o)
-        arrays += (self.phi, self.key, self.leaves)
+        arrays += (self.phi, self.rows, self.key, self.leaves)
         return arrays, (self.names, self.path, self.dropout)
 
     @classmethod
     def tree_unflatten(cls, static, arrays):
         return cls(*arrays, *static)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether no kernel has the effect of this one and its factors."""
+        return self.phi is not None or self.rows is not None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -83,7 +90,7 @@ def bind(node: AdaptedKernel, taps: bool):
     f = lifted_factors(node)
     base = node.base if f.kernel is None else f.kernel
     a, b, fixed = f.a, f.b, f.fixed
-    if all(x is None for x in (a, b, f.c, f.o, fixed)):
+    if all(x is None for x in (a, b, f.c, f.o, fixed, f.rows)):
         if not taps or node.adapter.leaves != "kernel":
             return base
     batch = dims_of(base.shape, node.roles, BATCH)
@@ -103,6 +110,7 @@ def bind(node: AdaptedKernel, taps: bool):
         c=f.c,
         o=f.o,
         phi=f.phi,
+        rows=f.rows,
         key=node.key,
         leaves=leaves,
         names=node.roles,
@@ -152,12 +160,14 @@ def _order(roles) -> tuple[int, ...]:
 
 # --- the axes of each factor --------------------------------------------------------
 
-_RANK = "rank"
+_RANK, _SLOT = _OWN = ("rank", "slot")  # axes that no axis of the kernel lies behind
 _LAYOUT = {
     "a": (BATCH, IN, _RANK),
     "b": (BATCH, _RANK, OUT),
     "c": (BATCH, IN),
     "o": (BATCH, OUT),
+    "row a": (BATCH, _SLOT, IN, _RANK),
+    "row b": (BATCH, _SLOT, _RANK, OUT),
     "rest": (BATCH,),
 }
 
@@ -171,6 +181,11 @@ def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
     fixed = None
     if w.fixed is not None:
         fixed = (each("a", w.fixed[0]), each("b", w.fixed[1]))
+    rows = w.rows
+    if rows is not None:
+        rows = dataclasses.replace(
+            each("rest", rows), a=each("row a", rows.a), b=each("row b", rows.b)
+        )
     return w.replace(
         a=each("a", w.a),
         b=each("b", w.b),
@@ -178,6 +193,7 @@ def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
         c=each("c", w.c),
         o=each("o", w.o),
         phi=each("rest", w.phi),
+        rows=rows,
         key=each("rest", w.key),
         leaves=each("rest", w.leaves),
         **base,
@@ -188,7 +204,7 @@ def _positions(w: Bound, layout) -> list[int | None]:
     """The base's axis behind each axis of a factor; ``None`` for the rank."""
     where: list[int | None] = []
     for role in layout:
-        if role == _RANK:
+        if role in _OWN:
             where.append(None)
         else:
             where += [i for i, r in enumerate(w.roles) if r == role]
@@ -204,7 +220,7 @@ def transpose(w: Bound, permutation: tuple[int, ...]) -> Bound:
         old = _positions(w, layout)
         spots, at = [], 0
         for role in layout:  # each role's axes, in their new order
-            count = 1 if role == _RANK else w.roles.count(role)
+            count = 1 if role in _OWN else w.roles.count(role)
             spots += sorted(range(at, at + count), key=lambda i: after.get(old[i], 0))
             at += count
         spots += range(at, x.ndim)  # a leaf's own axes, behind the batch axes
@@ -220,7 +236,7 @@ def _reroled(w: Bound, base, names: tuple[str, ...]) -> Bound:
     def reshape(x, layout):
         shape, at = (), 0
         for role in layout:
-            if role == _RANK:
+            if role in _OWN:
                 shape, at = (*shape, x.shape[at]), at + 1
             else:
                 shape, at = shape + dims[role], at + w.roles.count(role)
@@ -306,12 +322,13 @@ def scaled(w: Bound, f: Callable[[Any], Any]) -> Bound:
     """Applies a linear ``f`` (times a number, negation) to the kernel."""
     fixed = None if w.fixed is None else (w.fixed[0], f(w.fixed[1]))
     b = None if w.b is None else f(w.b)
-    return w.replace(base=f(w.base), b=b, fixed=fixed)
+    rows = w.rows and dataclasses.replace(w.rows, b=f(w.rows.b))
+    return w.replace(base=f(w.base), b=b, fixed=fixed, rows=rows)
 
 
 def swapped(w: Bound) -> Bound:
     """The same kernel for its transposed use: in and out change places."""
-    if w.phi is not None:
+    if w.reads_input:
         raise NoRule("its method depends on the input and is used transposed")
     n = len(w.dims(BATCH))
 

@@ -5,6 +5,7 @@ wrote it, and adds two thin ones.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft.core import _compat
 from jaxpeft.core._bound import Bound, NoRule, along, assign, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
+from jaxpeft.core._rows import check_rows, row_changes
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
@@ -172,7 +174,43 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         h = labelled_dot(x, x_labels, a, batch + ins + rank, h_labels, precision)
         more = labelled_dot(h, h_labels, b, batch + rank + outs, out, precision)
         delta = more if delta is None else delta + more
-    return finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
+    y = finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
+    if w.rows is not None:
+        y = _each_row(w, x, x_labels, y, out, precision)
+    return y
+
+
+def _each_row(w: Bound, x, x_labels, y, out, precision):
+    """Adds to each row of the input, along its first axis, what that row chose."""
+    ins, outs, batch = (
+        [("w", i) for i, r in enumerate(w.roles) if r == role]
+        for role in (IN, OUT, BATCH)
+    )
+    rest = [l for l in x_labels if l not in batch and l not in ins]
+    if math.prod(w.dims(BATCH)) != 1 or rest[:1] != [("x", 0)]:
+        raise NoRule(
+            "rows of its input choose an adapter, but here the input's first axis is "
+            "no row, or the kernel is a stack"
+        )
+    count, rank = w.rows.scale.shape[-1], w.rows.a.shape[-1]
+    factors = dataclasses.replace(
+        w.rows,
+        a=w.rows.a.reshape(count, -1, rank),
+        b=w.rows.b.reshape(count, rank, -1),
+        scale=w.rows.scale.reshape(count),
+        index=w.rows.index.reshape(-1),
+    )
+    check_rows(factors, x.shape, w.path)
+    rows = x.shape[0]
+    flat = _rows(x, x_labels, batch, ins)[0].reshape(rows, -1, math.prod(w.dims(IN)))
+    delta = row_changes(factors, flat, precision)
+    labels = batch + rest + outs
+    delta = delta.reshape(
+        [1] * len(batch) + [x.shape[i] for _, i in rest] + list(w.dims(OUT))
+    )
+    delta = delta.transpose([labels.index(l) for l in out])
+    chosen = (factors.index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
+    return jnp.where(chosen, finish(y, delta, None, None), y)
 
 
 def oriented(w: Bound, summed, batch) -> Bound:
@@ -308,7 +346,7 @@ def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: in
             f"rows are looked up along axis {axis}, but its roles are "
             f"{' '.join(w.roles)!r}: a table is 'in out'"
         )
-    if w.phi is not None:
+    if w.reads_input:
         raise NoRule("its method depends on the input, and a look-up has none")
     rows = along(w, axis, lambda x, position: take(x, position))
     y, delta = rows.base, None
@@ -341,8 +379,8 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
             f"ragged_dot needs a kernel 'expert in out' and its plain form; roles are "
             f"{' '.join(w.roles)!r}"
         )
-    if w.phi is not None or w.key is not None or w.leaves is not None:
-        raise NoRule("phi, dropout and taps have no form in a ragged_dot")
+    if w.reads_input or w.key is not None or w.leaves is not None:
+        raise NoRule("phi, rows, dropout and taps have no form in a ragged_dot")
     rows = x.shape[0]
     expert = jnp.repeat(
         jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows

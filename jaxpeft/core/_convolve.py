@@ -54,6 +54,8 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     out_axis, groups = spec.rhs_spec[0], params["feature_group_count"]
     if params["batch_group_count"] != 1:
         raise NoRule("a convolution grouped over its batch has no low-rank form")
+    if w.rows is not None:
+        raise NoRule("rows of a convolution's input cannot choose an adapter")
     w = assign(w, tuple(OUT if i == out_axis else IN for i in range(w.base.ndim)))
     # Positions of the output, its groups where there are any, then what is contracted.
     group = [("g", 0)] if groups > 1 else []

@@ -118,7 +118,7 @@ class Evaluator:
         what = f"site {x.path!r} reaches `{primitive}` at {place}: {reason}."
         if self.unsupported == "error":
             raise UnsupportedError(f"{what} {self.ways_out}")
-        if x.phi is not None:
+        if x.reads_input:
             raise UnsupportedError(
                 f"{what} Its method depends on the input, so it cannot be materialised."
             )

@@ -5,6 +5,7 @@ own in and out axes in place of ``d_in`` and ``d_out`` and its batch axes in fro
 and layers of unequal rank are padded with zeros to a common shape.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -314,6 +315,15 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
     fixed = flat.fixed
     if fixed is not None:
         fixed = (expand(fixed[0], (IN, None)), expand(fixed[1], (None, OUT)))
+    rows = flat.rows
+    if rows is not None:
+        rows = dataclasses.replace(
+            rows,
+            a=expand(rows.a, (None, IN, None)),
+            b=expand(rows.b, (None, None, OUT)),
+            scale=expand(rows.scale, (None,)),
+            index=expand(rows.index, (None,)),
+        )
     kernel = flat.kernel
     if kernel is not None:
         kernel = from_matrices(kernel, shape, roles).astype(node.base.dtype)
@@ -325,4 +335,5 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
         phi=phi,
         fixed=fixed,
         kernel=kernel,
+        rows=rows,
     )

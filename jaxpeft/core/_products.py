@@ -35,7 +35,7 @@ def not_low_rank(node: AdaptedKernel) -> str:
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever it lies
     f = jax.eval_shape(lifted_factors, jax.tree.map(bare, node.replace(key=None)))
     where, form = f"{node.site.path!r}: {node.adapter.name!r}", node.adapter.peft
-    if f.phi is not None:
+    if f.reads_input:
         return f"{where} depends on the input, so its change is no matrix"
     if f.kernel is not None or node.adapter.leaves != "kernel":
         return f"{where} trains the leaf itself, not a low-rank change of it; {_LEAVE}"

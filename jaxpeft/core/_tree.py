@@ -97,7 +97,7 @@ def mergeable(adapted: PyTree) -> bool:
     """Whether ``merge`` is possible: no site's method depends on the input."""
 
     def free(node):
-        return jax.eval_shape(lifted_factors, node).phi is None
+        return not jax.eval_shape(lifted_factors, node).reads_input
 
     return all(free(node) for node in nodes(adapted))
 
@@ -137,7 +137,7 @@ def _merge_node(node: AdaptedKernel):
     bound = bind(node.replace(key=None), taps=False)
     if not isinstance(bound, Bound):
         return bound
-    if bound.phi is not None:
+    if bound.reads_input:
         raise ValueError(
             f"site {node.site.path!r}: {node.adapter.name!r} depends on the input, so "
             "no kernel has its effect; keep the adapted tree and call it through "

@@ -1,0 +1,126 @@
+"""Many low-rank pairs beside one kernel, a different one for each row of a batch.
+
+The pairs lie in slots of fixed size. What each row adds is computed in one of two
+ways: "gather" takes each row's pair out of the slots, "ragged" sorts the rows by slot
+and gives every pair the rows that are its own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpeft.core._adapter import Adapter, Factors, RowFactors, method
+from jaxpeft.core._node import wider
+
+WAYS = ("gather", "ragged")
+
+
+@method
+def slotted(slots: int, rank: int, how: str) -> Adapter:
+    """Returns the method of a kernel with slots: all of them empty, none trained.
+
+    Args:
+        slots: S, with slot 0, which stands for the base alone.
+        rank: r, the most that an adapter may have.
+        how: one of ``WAYS``.
+
+    Returns:
+        An ``Adapter`` with the frozen leaves of ``RowFactors``; ``index`` has no
+        entries until the rows of a batch are known.
+    """
+
+    def init(key, kernel, rank, alpha):
+        del key, alpha
+        d_in, d_out = kernel.shape
+        return {
+            "a": jnp.zeros((slots, d_in, rank), kernel.dtype),
+            "b": jnp.zeros((slots, rank, d_out), kernel.dtype),
+            "scale": jnp.zeros((slots,), kernel.dtype),
+            "index": jnp.zeros((0,), jnp.int32),
+        }, {}
+
+    def factors(kernel, frozen, trainable):
+        del kernel, trainable
+        return Factors(rows=RowFactors(**frozen, how=how))
+
+    return Adapter(init=init, factors=factors, rank=rank)
+
+
+def check_rows(factors: RowFactors, shape: tuple[int, ...], path: str) -> None:
+    """Raises unless there is one choice for each row of an input."""
+    said = factors.index.shape[0]
+    if said == shape[0]:
+        return
+    if not said:
+        raise ValueError(
+            f"site {path!r} has slots, and nothing says which of them each row takes; "
+            "write serving.with_rows(slots.tree, serving.rows(slots, names))"
+        )
+    raise ValueError(
+        f"`index` says which adapter {said} rows take, but the input of site {path!r} "
+        f"has shape {list(shape)}: its first axis must be those rows. Give one index "
+        "for each row of the batch."
+    )
+
+
+def row_changes(factors: RowFactors, x, precision):
+    """What each row's pair adds.
+
+    Args:
+        factors: two-dimensional pairs.
+        x: ``[rows, tokens, d_in]``.
+        precision: of the contractions.
+
+    Returns:
+        ``[rows, tokens, d_out]`` in the wider of the two dtypes. Rows of slot 0 hold
+        anything; rows whose index is no slot are NaN.
+    """
+    count = factors.scale.shape[0]
+    index = jnp.clip(factors.index, 0, count - 1)
+    scale = jnp.where(index == factors.index, factors.scale[index], jnp.nan)
+    way = {"gather": _gather, "ragged": _ragged}[factors.how]
+    return way(factors.a, factors.b, scale.reshape(-1, 1, 1), index, x, precision)
+
+
+def _gather(a, b, scale, index, x, precision):
+    def each(x, w):
+        return lax.dot_general(
+            x,
+            w,
+            (((2,), (1,)), ((0,), (0,))),
+            precision=precision,
+            preferred_element_type=wider(x.dtype, w.dtype),
+        )
+
+    # No index is out of range here; "clip" spares the check of every entry.
+    take = functools.partial(jnp.take, indices=index, axis=0, mode="clip")
+    h = each(x, take(a))
+    return each(h * scale.astype(h.dtype), take(b))
+
+
+def _ragged(a, b, scale, index, x, precision):
+    rows, tokens, d_in = x.shape
+    wide = wider(x.dtype, a.dtype)
+    order = jnp.argsort(index, stable=True)
+    sizes = jnp.bincount(index, length=a.shape[0]).astype(jnp.int32) * tokens
+    z = x[order].reshape(rows * tokens, d_in).astype(wide)
+    h = lax.ragged_dot(z, a.astype(wide), sizes, precision)
+    h = h.reshape(rows, tokens, -1) * scale[order].astype(wide)
+    h = h.reshape(rows * tokens, -1)
+    y = lax.ragged_dot(h, b.astype(wide), sizes, precision)
+    back = jnp.argsort(order)
+    return y.reshape(rows, tokens, -1)[back]
+
+
+def is_slotted(node) -> bool:
+    """Whether an adapted kernel has slots."""
+    return node.adapter.name == slotted.__name__
+
+
+def set_index(node, index: jax.Array):
+    """The node with ``index [rows]`` for every layer of its stack."""
+    batch = node.frozen["scale"].shape[:-1]
+    index = jnp.broadcast_to(index, (*batch, *index.shape))
+    return node.replace(frozen=node.frozen | {"index": index})

@@ -1,0 +1,8 @@
+"""Many adapters over one base, a different one for each row of a batch."""
+
+from jaxpeft.serving._slots import Slots as Slots
+from jaxpeft.serving._slots import drop as drop
+from jaxpeft.serving._slots import load as load
+from jaxpeft.serving._slots import rows as rows
+from jaxpeft.serving._slots import slots as slots
+from jaxpeft.serving._slots import with_rows as with_rows
