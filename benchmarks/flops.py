@@ -66,11 +66,11 @@ class Row:
 
 
 def methods() -> dict[str, Parts]:
-    """The methods of ``jaxpeft.adapters`` that sit on kernels, by name."""
+    """The methods of ``jaxpeft.adapters`` that sit on kernels, by name; no mixtures."""
     found = {}
     for name in sorted(n for n in dir(jp.adapters) if not n.startswith("_")):
         constructor = getattr(jp.adapters, name)
-        if callable(constructor):
+        if callable(constructor) and not constructor().experts:
             parts = parts_of(constructor(), rank=2)
             if parts is not None:
                 found[name] = parts

@@ -107,7 +107,8 @@ def test_dropout_is_on_only_under_a_key(name, params, x):
     adapter = make(name, dropout=0.5)
     adapted = perturb(attach(params, name, jax.random.key(1), adapter=adapter))
     off = jp.adapt(net)(adapted, x)
-    assert distance(off, net(jp.merge(adapted), x)) < CLOSE
+    if jp.mergeable(adapted):
+        assert distance(off, net(jp.merge(adapted), x)) < CLOSE
     on = jp.adapt(net)(jp.with_dropout(adapted, jax.random.clone(key)), x)
     assert distance(on, off) > FAR
     same = jp.adapt(net)(jp.with_dropout(adapted, key), x)

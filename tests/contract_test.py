@@ -32,6 +32,7 @@ from contract_toolbox import (
     at_init,
     attach,
     constructor,
+    folded,
     loss,
     make,
     make_params,
@@ -50,6 +51,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
 from jaxpeft.core._lift import shared_names
+from jaxpeft.core._node import is_node
 
 P = PartitionSpec
 
@@ -91,6 +93,9 @@ def test_the_output_at_init_is_the_bases_or_that_of_a_declared_truncation(
     name, params, x
 ):
     adapted = at_init(name)
+    if not jp.mergeable(adapted):
+        assert np.array_equal(jp.adapt(net)(adapted, x), jax.jit(net)(params, x))
+        return
     merged = jp.merge(adapted)
     assert distance(jp.adapt(net)(adapted, x), net(merged, x)) < CLOSE
     site = node_in(adapted, "dense").site.path
@@ -241,16 +246,22 @@ def test_training_moves_what_is_trained_and_nothing_else(name, params, x):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 def test_dtypes_are_kept(dtype, name, x):
     low = make_params(dtype)
-    adapted = perturb(attach(low, name, jax.random.key(3)), scale=0.1)
+    init = lambda p, k: jp.attach(p, make(name), KERNELS, key=k, axes=AXES)
+    shapes = jp.partition(jax.eval_shape(init, low, jax.random.key(3)))[0]
+    assert {t.dtype for t in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    # Its leaves over a base that is rounded now: nothing is drawn and compiled anew.
+    rounded = lambda x, w: x.replace(base=w) if is_node(x) else w
+    adapted = jax.tree.map(rounded, moved(name), low, is_leaf=is_node)
     trainable, frozen = jp.partition(adapted)
-    assert {t.dtype for t in jax.tree.leaves(trainable)} == {jnp.dtype(jnp.float32)}
     x = x.astype(dtype)
     got, expected = jp.adapt(net)(adapted, x), net(low, x)
     assert got.dtype == expected.dtype == dtype and bool(jnp.all(jnp.isfinite(got)))
-    merged = jp.merge(adapted)
-    assert {w.dtype for w in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
+    if jp.mergeable(adapted):
+        merged = jp.merge(adapted)
+        assert {w.dtype for w in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
     # Eight bits of precision through six matmuls: 5e-2 of the largest output.
-    assert distance(got.astype(jnp.float32), net(merged, x).astype(jnp.float32)) < 5e-2
+    expected = folded(adapted, x).astype(jnp.float32)
+    assert distance(got.astype(jnp.float32), expected) < 5e-2
     _, gradient = value_and_grad(trainable, frozen, x)
     assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     same_bits(jp.detach(adapted), low)
@@ -269,9 +280,10 @@ def test_float64_is_exact(name):
         adapted = perturb(adapted, scale=0.1)
         trainable, frozen = jp.partition(adapted)
         assert {t.dtype for t in jax.tree.leaves(trainable)} == {jnp.dtype("float64")}
-        got, expected = jp.adapt(net)(adapted, x), net(jp.merge(adapted), x)
+        got = jp.adapt(net)(adapted, x)
         assert got.dtype == jnp.float64
-        assert distance(got, expected) < 1e-12
+        if jp.mergeable(adapted):
+            assert distance(got, net(jp.merge(adapted), x)) < 1e-12
         # The gradient against a central difference along one direction.
         way = jax.tree.map(lambda t: rng.normal(size=t.shape), trainable)
         move = lambda h: jax.tree.map(lambda t, d: t + h * d, trainable, way)

@@ -21,6 +21,8 @@ AXES = {
     "layers/down": "layer in out",
 }
 RANK = 3  # a method's default may not fit kernels this small
+# Options that must fit the net, and keep mixtures small: it has no numbered layers.
+SMALL = {"rank": RANK, "experts": 3, "domains": ("one", "two"), "rank_universal": 4}
 
 
 def layer(x, p):
@@ -74,10 +76,9 @@ def accepts(name, *options):
 
 
 def make(name, **options):
-    """The method at its defaults, but for a rank that fits these small kernels."""
-    if accepts(name, "rank"):
-        options = {"rank": RANK} | options
-    return constructor(name)(**options)
+    """The method at its defaults, but for sizes that fit these small kernels."""
+    small = {option: value for option, value in SMALL.items() if accepts(name, option)}
+    return constructor(name)(**(small | options))
 
 
 def attach(params, name, key, adapter=None, **kwargs):
@@ -95,6 +96,21 @@ def at_init(name):
 @functools.cache
 def moved(name):
     return perturb(at_init(name), scale=0.1)
+
+
+def folded(adapted, x):
+    """The net on the merged tree; of a method that has none, on its own in float64.
+
+    What depends on the input has no merged kernel to be compared with: its own tests
+    compare it with a loop over tokens and experts.
+    """
+    if jp.mergeable(adapted):
+        return net(jp.merge(adapted), x)
+    with jax.enable_x64(True):
+        floating = lambda v: jnp.issubdtype(v.dtype, jnp.floating)
+        wide = lambda v: v.astype("float64") if floating(v) else v
+        tree, x = jax.tree.map(wide, (adapted, x))
+        return jp.adapt(net)(tree, x)
 
 
 def loss(trainable, frozen, x, fn=net):

@@ -9,8 +9,11 @@ from jaxpeft.core._capture import capture as capture
 from jaxpeft.core._contract import UNSCALED as UNSCALED
 from jaxpeft.core._describe import Description as Description
 from jaxpeft.core._describe import describe as describe
+from jaxpeft.core._domain_mixture import UNIVERSAL as UNIVERSAL
+from jaxpeft.core._domain_mixture import domain_mixture as domain_mixture
 from jaxpeft.core._evaluate import UnsupportedError as UnsupportedError
 from jaxpeft.core._infer import infer_axes as infer_axes
+from jaxpeft.core._mixture import mixture as mixture
 from jaxpeft.core._names import ModuleName as ModuleName
 from jaxpeft.core._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.core._node import Site as Site
@@ -33,6 +36,7 @@ from jaxpeft.core._tree import partition as partition
 from jaxpeft.core._tree import penalty as penalty
 from jaxpeft.core._tree import unflat as unflat
 from jaxpeft.core._tree import with_dropout as with_dropout
+from jaxpeft.core._tree import with_inputs as with_inputs
 from jaxpeft.core._weighted import scaled as scaled
 from jaxpeft.core._weighted import weighted as weighted
 from jaxpeft.core._whole import whole_leaf as whole_leaf

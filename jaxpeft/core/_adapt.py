@@ -23,7 +23,7 @@ def adapt(
     fn: Callable[..., Any],
     *,
     unsupported: Literal["error", "materialise"] = "error",
-    taps: Tap | None = None,
+    taps: Tap | Literal["own"] | None = None,
 ) -> Callable[..., Any]:
     r"""Makes a function understand adapted trees; its code stays as it is.
 
@@ -43,7 +43,9 @@ def adapt(
             there and warns.
         taps: ``(x [..., d_in], frozen, trainable) -> pytree``, a pure function of the
             input and of the adapter's two-dimensional leaves, evaluated at every
-            contraction of an adapted kernel (not at look-ups); ``None`` for none.
+            contraction of an adapted kernel (not at look-ups); ``"own"`` for what each
+            method says of its input (the mixtures: sums over their gates); ``None``
+            for none.
 
     Returns:
         A function of the same signature. Adapted kernels may be anywhere among its
@@ -57,8 +59,8 @@ def adapt(
 
     Raises:
         UnsupportedError: as above (a ``NotImplementedError``), when called.
-        ValueError: ``unsupported`` is neither word, or an argument is one half of a
-            partition.
+        ValueError: ``unsupported`` is neither word, ``taps`` is another string, or an
+            argument is one half of a partition.
         TypeError: an argument is neither an array nor hashable.
 
     Example:
@@ -72,6 +74,8 @@ def adapt(
         raise ValueError(
             f'`unsupported` must be "error" or "materialise", got {unsupported!r}'
         )
+    if isinstance(taps, str) and taps != "own":
+        raise ValueError(f'`taps` must be a function, "own" or None, got {taps!r}')
     if not callable(fn):
         raise TypeError(f"`fn` must be a function, got {type(fn).__name__}")
 
@@ -84,7 +88,7 @@ def adapt(
     return wrapped
 
 
-def _call(fn, unsupported: str, taps: Tap | None):
+def _call(fn, unsupported: str, taps: Tap | str | None):
     """The jitted call; one for a model's method, however often it is adapted.
 
     ``model.apply`` is a new object each time, and compiling anew each time would be a
@@ -99,7 +103,7 @@ def _call(fn, unsupported: str, taps: Tap | None):
     return _compiled(fn, unsupported, taps)
 
 
-def _compiled(fn, unsupported: str, taps: Tap | None):
+def _compiled(fn, unsupported: str, taps: Tap | str | None):
 
     @functools.partial(jax.jit, static_argnums=0)
     def call(static: "Static", arrays: list):
@@ -199,7 +203,7 @@ def run(
     static: Static,
     arrays: list,
     evaluate: Evaluator,
-    taps: Tap | None,
+    taps: Tap | str | None,
     sites: Collection[str] | None = None,
 ):
     """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -55,7 +55,8 @@ class Factors(NamedTuple):
         o: ``[d_out]``, scale of the output.
         phi: a function in rank space, as a ``jax.tree_util.Partial`` whose bound
             arrays belong to this kernel: ``phi(x [..., d_in], h [..., r])`` returns
-            ``[..., r]``. A method with ``phi`` cannot be merged.
+            ``[..., r]``, or another width, that of ``b``. A method with ``phi`` cannot
+            be merged.
         fixed: a second pair ``([d_in, m], [m, d_out])`` that neither dropout nor
             ``phi`` touches.
         kernel: ``[d_in, d_out]``, takes the place of the base kernel.
@@ -104,6 +105,9 @@ class Adapter(NamedTuple):
             without one.
         alpha: the numerator of the scale where no pattern says another.
         dropout: probability of dropping an entry of the low-rank path's input.
+        dropout_on: ``"input"``, or ``"leaves"`` for methods that drop entries of their
+            own leaves: ``factors`` then finds the layer's key under ``"key"`` among
+            ``frozen``, once a step, and nothing else is dropped.
         reduction: how the penalties of all sites of this method are joined.
         leaves: ``"kernel"`` for methods on the matrix of a contraction, ``"any"``
             for methods on leaves of any shape, biases included, ``"bias"`` for
@@ -117,9 +121,17 @@ class Adapter(NamedTuple):
         unfold: its inverse, for ``detach``.
         report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
             ``describe`` shows.
+        per_layer: ``(number of layers) -> the options that differ, for each layer``,
+            for methods whose layers may differ in more than their rank. Leaves are
+            padded with zeros in a stack.
+        observe: ``(x [..., d_in], frozen, trainable) -> pytree``, what the method says
+            of an input, gathered by ``adapt(fn, taps="own")``. As in ``factors``, what
+            ``with_inputs`` added is among ``frozen``.
+        experts: names of the parts that gates weigh, in the order of the gates.
         peft: the method's form in HF PEFT's files; ``None``: it has none.
         name: the constructor's name, filled in by ``method``.
         options: the constructor's arguments, filled in by ``method``.
+        rebuild: the same method with some options changed, filled in by ``method``.
     """
 
     init: Callable[..., tuple[dict[str, Array], dict[str, Array]]]
@@ -128,6 +140,7 @@ class Adapter(NamedTuple):
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
+    dropout_on: Literal["input", "leaves"] = "input"
     reduction: Literal["sum", "mean"] = "sum"
     leaves: Literal["kernel", "any", "bias"] = "kernel"
     scales_bias: bool = False
@@ -135,9 +148,13 @@ class Adapter(NamedTuple):
     fold: Callable[..., Array] | None = None
     unfold: Callable[..., Array] | None = None
     report: Callable[..., dict[str, Array]] | None = None
+    per_layer: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
+    observe: Callable[..., Any] | None = None
+    experts: tuple[str, ...] = ()
     peft: Any = None
     name: str = ""
     options: tuple[tuple[str, Any], ...] = ()
+    rebuild: Callable[..., "Adapter"] | None = None
 
     # By identity: `method` gives one object to equal calls.
     __hash__ = object.__hash__
@@ -173,7 +190,10 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
     def build(arguments: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]):
         del kinds  # 1, 1.0 and True are equal keys, but not equal options
         adapter = constructor(**dict(arguments))
-        return adapter._replace(name=constructor.__name__, options=arguments)
+        rebuild = lambda **changes: wrapper(**(dict(arguments) | changes))
+        return adapter._replace(
+            name=constructor.__name__, options=arguments, rebuild=rebuild
+        )
 
     @functools.wraps(constructor)
     def wrapper(*args, **kwargs) -> Adapter:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
+from jaxpeft.core._layers import site_methods
 from jaxpeft.core._lift import (
     from_matrices,
     init_shapes,
@@ -112,13 +113,14 @@ def attach(
     ranks = _per_layer("rank", rank_pattern, adapter.rank, by_path, roles)
     alphas = _per_layer("alpha", alpha_pattern, adapter.alpha, by_path, roles)
     _check(adapter, by_path, roles, ranks)
+    methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
     made, show = {}, Progress(adapter.name or "adapter", sum(layers))
     for path in paths:
         site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
         own = site_key(key, path)
-        made[path] = _make(by_path[path], adapter, site, own, shared, show)
+        made[path] = _make(by_path[path], methods[path], site, own, shared, show)
     show.close()
     _, treedef = jax.tree.flatten(params, is_leaf=is_node)
     return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
@@ -314,13 +316,13 @@ def _by_layer(kernel, adapter: Adapter, site: Site, key, show):
     """A stack's leaves, one layer at a time: the workspace of one, and progress."""
     layers = matrix_shape(kernel.shape, site.roles)[0]
     keys, each = jax.random.split(key, layers), []
-    settings = layer_settings(layers, site.ranks, site.alphas)
-    for i, (rank, alpha) in enumerate(settings):
+    settings = layer_settings(adapter, layers, site.ranks, site.alphas)
+    for i, (method, rank, alpha) in enumerate(settings):
         made = initialise_layer(
             keys[i],
             kernel,
             i,
-            adapter=adapter,
+            adapter=method,
             roles=site.roles,
             rank=rank,
             alpha=alpha,

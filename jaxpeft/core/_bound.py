@@ -39,6 +39,7 @@ class Bound:
             leaves the last ``base.ndim`` of them valid.
         path: the site.
         dropout: the probability of dropping an entry of the input.
+        observe: what its method says of an input, or ``None``.
     """
 
     base: Any
@@ -54,11 +55,12 @@ class Bound:
     names: tuple[str, ...]
     path: str
     dropout: float
+    observe: Callable[..., Any] | None
 
     def tree_flatten(self):
         arrays = (self.base, self.a, self.b, self.fixed, self.c, self.o)
         arrays += (self.phi, self.rows, self.key, self.leaves)
-        return arrays, (self.names, self.path, self.dropout)
+        return arrays, (self.names, self.path, self.dropout, self.observe)
 
     @classmethod
     def tree_unflatten(cls, static, arrays):
@@ -94,7 +96,8 @@ def bind(node: AdaptedKernel, taps: bool):
         if not taps or node.adapter.leaves != "kernel":
             return base
     batch = dims_of(base.shape, node.roles, BATCH)
-    if fixed is not None and node.key is None and f.phi is None:
+    key = node.key if node.adapter.dropout_on == "input" else None
+    if fixed is not None and key is None and f.phi is None:
         a, b = _join((a, b), fixed, rank_axis=len(batch))
         fixed = None
     leaves = None
@@ -111,11 +114,12 @@ def bind(node: AdaptedKernel, taps: bool):
         o=f.o,
         phi=f.phi,
         rows=f.rows,
-        key=node.key,
+        key=key,
         leaves=leaves,
         names=node.roles,
         path=node.site.path,
         dropout=node.adapter.dropout,
+        observe=node.adapter.observe,
     )
 
 

@@ -28,14 +28,14 @@ class Uses:
     """What one call of an adapted function gathers at its sites.
 
     Attributes:
-        tap: the user's function of ``(x, frozen, trainable)``, or ``None``.
+        tap: the user's function, ``"own"`` for each method's, or ``None``.
         numbers: the uses of each site, by the equations that lead to them; shared by
             all bodies of one trace, so that tracing a body twice changes nothing.
         tapped: ``(path, statistics)`` in order.
         trail: the equations that lead here, outermost first.
     """
 
-    tap: Callable[..., Any] | None
+    tap: Callable[..., Any] | str | None
     numbers: dict[str, dict[tuple[int, ...], int]]
     tapped: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     trail: tuple[Any, ...] = ()
@@ -47,6 +47,11 @@ class Uses:
     def child(self) -> "Uses":
         """For the body of a loop or branch, whose statistics come out on their own."""
         return dataclasses.replace(self, tapped=[])
+
+    def tap_of(self, w: Bound) -> Callable[..., Any] | None:
+        """The function that is evaluated at this kernel, if one is."""
+        tap = w.observe if self.tap == "own" else self.tap
+        return None if w.leaves is None else tap
 
     def record(self, path: str, statistics: Any) -> None:
         """Keeps what the tap gave at a site, if it gave anything."""
@@ -138,8 +143,9 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         [w_labels[i] for i, r in enumerate(w.roles) if r == role]
         for role in (IN, OUT, BATCH)
     )
-    if w.leaves is not None and uses.tap is not None:
-        uses.record(w.path, tap_rows(w, x, x_labels, batch, ins, uses.tap))
+    tap = uses.tap_of(w)
+    if tap is not None:
+        uses.record(w.path, tap_rows(w, x, x_labels, batch, ins, tap))
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
@@ -161,14 +167,10 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
     if w.a is not None:
         if h is None:
             z = dropped(x, w, uses)
-            h = labelled_dot(
-                z, x_labels, w.a, batch + ins + [("r", 0)], h_labels, precision
-            )
+            h = labelled_dot(z, x_labels, w.a, batch + ins + rank, h_labels, precision)
         if w.phi is not None:
             h = gated(w.phi, x, x_labels, h, batch, ins)
-        delta = labelled_dot(
-            h, h_labels, w.b, batch + [("r", 0)] + outs, out, precision
-        )
+        delta = labelled_dot(h, h_labels, w.b, batch + rank + outs, out, precision)
     if w.fixed is not None:
         a, b = w.fixed
         h = labelled_dot(x, x_labels, a, batch + ins + rank, h_labels, precision)

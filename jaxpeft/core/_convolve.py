@@ -85,9 +85,10 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         y = labelled_dot(h, front + rank, b, rank + group + out, front + out, precision)
         return _in_layout(y, len(group), spec)
 
-    if w.leaves is not None and uses.tap is not None:
+    tap = uses.tap_of(w)
+    if tap is not None:
         seen = windows(x, w.base.shape, params)
-        uses.record(w.path, tap_rows(w, seen, front + ins, [], ins, uses.tap))
+        uses.record(w.path, tap_rows(w, seen, front + ins, [], ins, tap))
     if w.c is None:
         y = run(x, w.base)
     else:

@@ -156,10 +156,11 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     """
     matrices = to_matrices(kernel, roles)
     layers = matrices.shape[0]
-    settings = layer_settings(layers, ranks, alphas)
+    settings = layer_settings(adapter, layers, ranks, alphas)
 
     def init(key, matrix, setting):
-        return adapter.init(key, matrix.astype(working_dtype(kernel.dtype)), *setting)
+        own, *rest = setting
+        return own.init(key, matrix.astype(working_dtype(kernel.dtype)), *rest)
 
     if BATCH not in roles:
         parts = jax.tree.map(lambda x: x[None], init(key, matrices[0], settings[0]))
@@ -173,10 +174,18 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     return _in_place(parts, kernel, adapter, roles, ranks)
 
 
-def layer_settings(layers: int, ranks, alphas) -> list[tuple]:
-    """``(rank, alpha)`` of each layer."""
+def layer_settings(adapter: Adapter, layers: int, ranks, alphas) -> list[tuple]:
+    """``(method, rank, alpha)`` of each layer."""
     none = (None,) * layers
-    return list(zip(ranks or none, alphas or none, strict=True))
+    methods = layer_methods(adapter, layers)
+    return list(zip(methods, ranks or none, alphas or none, strict=True))
+
+
+def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
+    """The method of each layer of a stack: one, unless its layers differ."""
+    if adapter.per_layer is None:
+        return (adapter,) * layers
+    return tuple(adapter.rebuild(**its) for its in adapter.per_layer(layers))
 
 
 @functools.partial(jax.jit, static_argnames=("adapter", "roles", "rank", "alpha"))
@@ -234,9 +243,12 @@ def _padded_to(x, shape: tuple[int, ...]):
 
 
 def layer_leaves(node: AdaptedKernel, layers: bool = True):
-    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis."""
+    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis.
+
+    What a call added is among the frozen ones.
+    """
     axes = leaf_axes(node.adapter, _top_rank(node))
-    return tuple(
+    frozen, trainable = tuple(
         {
             name: _flatten(x, names[name], node.roles, layers)
             for name, x in part.items()
@@ -244,11 +256,24 @@ def layer_leaves(node: AdaptedKernel, layers: bool = True):
         }
         for part, names in zip((node.frozen, node.trainable), axes, strict=True)
     )
+    added = dict(node.call or {})
+    if node.key is not None and node.adapter.dropout_on == "leaves":
+        added["key"] = node.key
+    for name, x in added.items():
+        own = (None,) * (x.ndim - len(axes_of(node.roles, BATCH)))
+        frozen[name] = _flatten(x, own, node.roles, layers)
+    return frozen, trainable
 
 
 def padded(node: AdaptedKernel) -> bool:
-    """Whether the layers of a stack have unequal ranks."""
-    return node.site.ranks is not None and len(set(node.site.ranks)) > 1
+    """Whether the layers of a stack have unequal ranks, or differ in other ways."""
+    ranks = node.site.ranks
+    return ranks is not None and len(set(_methods(node, ranks))) > 1
+
+
+def _methods(node: AdaptedKernel, ranks) -> list[tuple]:
+    """``(method, rank)`` of each layer that the node was attached to."""
+    return list(zip(layer_methods(node.adapter, len(ranks)), ranks, strict=True))
 
 
 def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
@@ -258,12 +283,12 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
     if layers != len(node.site.ranks):
         raise ValueError(
             f"site {node.site.path!r} was attached to {len(node.site.ranks)} layers of "
-            f"unequal rank and now has {layers}: which ranks they have is not known. "
+            f"unequal sizes and now has {layers}: which ones they are is not known. "
             "Take penalties and counts of the whole stack."
         )
     result = []
-    for i, rank in enumerate(node.site.ranks):
-        shapes = init_shapes(node.adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
+    for i, (adapter, rank) in enumerate(_methods(node, node.site.ranks)):
+        shapes = init_shapes(adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
         result.append(
             tuple(
                 {n: p[n][i][tuple(slice(s) for s in x.shape)] for n, x in like.items()}

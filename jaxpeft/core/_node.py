@@ -56,6 +56,7 @@ class AdaptedKernel:
         key: a dropout key for each layer, or ``None`` for evaluation.
         adapter: the method. Static.
         site: the place. Static.
+        call: what ``with_inputs`` added for a call, batch axes first, or ``None``.
     """
 
     base: Any
@@ -64,12 +65,14 @@ class AdaptedKernel:
     key: Any
     adapter: Adapter
     site: Site
+    call: dict[str, Any] | None = None
 
     def tree_flatten_with_keys(self):
         key = LeafKey
         names = (sorted(self.frozen), sorted(self.trainable))
         children = (
             [(key("base"), self.base), (key("key"), self.key)]
+            + [(key("call"), self.call)]
             + [(key(n), self.frozen[n]) for n in names[0]]
             + [(key(n), self.trainable[n]) for n in names[1]]
         )
@@ -78,7 +81,7 @@ class AdaptedKernel:
     @classmethod
     def tree_unflatten(cls, static, children):
         frozen, trainable, adapter, site = static
-        base, key, *rest = children
+        base, key, call, *rest = children
         return cls(
             base=base,
             frozen=dict(zip(frozen, rest[: len(frozen)], strict=True)),
@@ -86,6 +89,7 @@ class AdaptedKernel:
             key=key,
             adapter=adapter,
             site=site,
+            call=call,
         )
 
     def replace(self, **changes) -> "AdaptedKernel":

@@ -95,6 +95,7 @@ def _nameless(node: AdaptedKernel) -> AdaptedKernel:
         frozen={name: gathered(x) for name, x in node.frozen.items()},
         trainable={name: gathered(x) for name, x in node.trainable.items()},
         key=None,
+        call=None,
         site=dataclasses.replace(node.site, path="", pattern=""),
     )
 

@@ -57,7 +57,9 @@ def extract(adapted: PyTree) -> dict[str, AdaptedKernel]:
             "`adapted` has no adapters; give a tree that jaxpeft.attach made, before "
             "merge or detach."
         )
-    return {node.site.path: node.replace(base=None, key=None) for node in found}
+    return {
+        node.site.path: node.replace(base=None, key=None, call=None) for node in found
+    }
 
 
 def graft(params: PyTree, adapter: Mapping[str, AdaptedKernel]) -> PyTree:

@@ -57,7 +57,7 @@ def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
     def trained(x):
         if not is_node(x):
             return None
-        return x.replace(base=None, key=None, frozen=dict.fromkeys(x.frozen))
+        return x.replace(base=None, key=None, call=None, frozen=dict.fromkeys(x.frozen))
 
     def fixed(x):
         return x.replace(trainable=dict.fromkeys(x.trainable)) if is_node(x) else x
@@ -253,6 +253,36 @@ def with_dropout(adapted: PyTree, key: Key[Array, ""]) -> PyTree:
     return map_nodes(add, adapted)
 
 
+def with_inputs(adapted: PyTree, **inputs: Array | None) -> PyTree:
+    """Adds arrays that methods with experts read beside the input, for one call.
+
+    Args:
+        adapted: a tree made by ``attach``.
+        **inputs: arrays by name, each for all sites; ``None`` takes one off again.
+            ``"mask"`` and ``"gates"`` are read (see ``jaxpeft.mixtures``).
+
+    Returns:
+        The tree with them in each node whose method has experts, repeated for each
+        layer of a stack. They are no part of the adapter: partitions keep them with
+        the frozen half, files and checkpoints leave them out.
+    """
+    nodes(adapted)  # whole ones only
+
+    def add(node):
+        if not node.adapter.experts:
+            return node
+        batch = tuple(node.base.shape[i] for i in leaf_entries(node)["key"])
+        call = {n: x for n, x in (node.call or {}).items() if n not in inputs}
+        call |= {
+            name: jnp.broadcast_to(x, batch + x.shape)
+            for name, x in inputs.items()
+            if x is not None
+        }
+        return node.replace(call=call or None)
+
+    return map_nodes(add, adapted)
+
+
 def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
     """Gives every leaf of an adapted tree the sharding of its kernel.
 
@@ -277,6 +307,7 @@ def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
         return node.replace(
             base=spec,
             key=None if node.key is None else along("key"),
+            call=jax.tree.map(lambda _: PartitionSpec(), node.call),
             frozen={n: None if x is None else along(n) for n, x in node.frozen.items()},
             trainable={
                 n: None if x is None else along(n) for n, x in node.trainable.items()

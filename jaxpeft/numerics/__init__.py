@@ -6,6 +6,13 @@ from jaxpeft.numerics._factored import factored_square_norms as factored_square_
 from jaxpeft.numerics._factored import live_features as live_features
 from jaxpeft.numerics._factored import magnitude_ratio as magnitude_ratio
 from jaxpeft.numerics._factored import square_norms as square_norms
+from jaxpeft.numerics._gates import balance_and_z as balance_and_z
+from jaxpeft.numerics._gates import gated as gated
+from jaxpeft.numerics._gates import gated_copies as gated_copies
+from jaxpeft.numerics._gates import kept_experts as kept_experts
+from jaxpeft.numerics._gates import router_logits as router_logits
+from jaxpeft.numerics._gates import routing_sums as routing_sums
+from jaxpeft.numerics._gates import softmax_gates as softmax_gates
 from jaxpeft.numerics._join import JOINS as JOINS
 from jaxpeft.numerics._join import MAJORITIES as MAJORITIES
 from jaxpeft.numerics._join import cut_product as cut_product

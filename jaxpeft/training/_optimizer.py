@@ -21,6 +21,7 @@ ADAPTER, FAST, EMBEDDING, HEAD = "adapter", "adapter_fast", "embedding", "head"
 LEAF_KINDS: dict[str, str] = {
     "a": "down",
     "core": "down",
+    "router": "down",
     "b": "up",
     "sigma": "vector",
     "e": "vector",
@@ -290,7 +291,9 @@ def _leaf_kinds(trainable: Any, given: Mapping[str, str]) -> dict[tuple[str, str
         # name, the end of the path, is what tells a matrix from a bias.
         own = node.site.path.rpartition("/")[2] if _whole(node) else name
         table = PARAMETER_KINDS if _whole(node) else LEAF_KINDS
-        kind = {**table, **given}.get(own)
+        kinds = {**table, **given}
+        # An expert's leaf is called after it: "a.code" is an a.
+        kind = kinds.get(own, kinds.get(own.partition(".")[0]))
         if kind is None:
             unknown.add(own)
         found[node.site.path, name] = kind

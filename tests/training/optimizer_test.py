@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_toolbox import METHODS, make
 
 import jaxpeft as jp
 from jaxpeft import core, training
@@ -181,12 +182,7 @@ def test_trees_that_are_not_trainable_are_refused(trainable):
         )
 
 
-def every_method():
-    found = [getattr(jp.adapters, n) for n in dir(jp.adapters) if n[0] != "_"]
-    return [constructor() for constructor in found if callable(constructor)]
-
-
-@pytest.mark.parametrize("adapter", every_method(), ids=lambda a: a.name)
+@pytest.mark.parametrize("adapter", [*map(make, METHODS)], ids=lambda a: a.name)
 def test_every_method_has_groups_and_decay(adapter, keys):
     """By names, never by axes: a stack's vectors have two and are not decayed."""
     params = {"up": {"kernel": jnp.ones((2, 400, 300)), "bias": jnp.ones((2, 300))}}
