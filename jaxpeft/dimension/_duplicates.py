@@ -1,0 +1,159 @@
+"""Points that stand twice in a cloud, exactly or nearly."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from jaxpeft.dimension._fit import twonn_fit
+from jaxpeft.dimension._neighbours import check_points, neighbours
+
+DUPLICATES = ("merge", "raise", "keep")
+_REACH = 10  # near copies are seen against the distance to this neighbour
+_PASSES = 5
+
+
+class DuplicateWarning(UserWarning):
+    """A cloud has points that stand in it twice; they were merged."""
+
+
+class DegenerateError(ValueError):
+    """A cloud has fewer than three distinct points: it has no dimension."""
+
+
+class Cloud(NamedTuple):
+    """Neighbours of the points that are left when copies are merged.
+
+    Attributes:
+        r: distances to the nearest other points, nearest first.
+        rows: which rows of the points are left, rising.
+        n_exact: how many rows were left out as equal to an earlier one.
+        n_near: how many as nearly equal to one.
+    """
+
+    r: Float[np.ndarray, "n k"]
+    rows: Int[np.ndarray, " n"]
+    n_exact: int
+    n_near: int
+
+
+def cloud(
+    x: Shaped[Any, "rows d"],
+    k: int,
+    *,
+    duplicates: str = "merge",
+    near_tol: int | float = 0.01,
+    backend: str = "jax",
+    block: int = 512,
+) -> Cloud:
+    r"""Finds neighbours, once copies of points are merged.
+
+    A copy makes the distance to the nearest neighbour (nearly) 0 and estimates of a
+    dimension collapse; leaving out only the points concerned would bias the rest.
+    A point is suspicious where its nearest neighbour is nearer than ``near_tol`` times
+    its tenth. A continuous cloud of dimension d has about
+    :math:`N (1 - (1 - \mathrm{near\_tol}^d)^9)` such points; only where there are more
+    than five times as many and five, the second of each pair is left out. That is done
+    again, five times at most. Groups of more than ten near copies are not seen.
+
+    Args:
+        x: points, a row each.
+        k: how many neighbours.
+        duplicates: ``"merge"``: leave copies out, with a ``DuplicateWarning``;
+            ``"raise"``: raise instead; ``"keep"``: look for none.
+        near_tol: how near is suspicious; 0: only exact copies are looked for.
+        backend: as in ``neighbours``.
+        block: as in ``neighbours``.
+
+    Returns:
+        The neighbours among the points that are left.
+
+    Raises:
+        DegenerateError: fewer than three distinct points.
+        ValueError: an argument outside of what is allowed, too few points for k, or
+            copies with ``duplicates="raise"``.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(50, 3))
+        >>> cloud(x, 2).n_exact
+        0
+    """
+    x = check_points(x)
+    if duplicates not in DUPLICATES:
+        raise ValueError(
+            f"`duplicates` must be one of {DUPLICATES}, got {duplicates!r}"
+        )
+    if not 0 <= near_tol < 1:
+        raise ValueError(f"`near_tol` must be in [0, 1), got {near_tol}")
+    rows, n_near = np.arange(len(x)), 0
+    if duplicates != "keep":
+        rows = _distinct(x)
+    n_exact = len(x) - len(rows)
+    if len(rows) < 3:
+        raise DegenerateError(
+            f"`x` has {len(rows)} distinct rows of {len(x)}; a dimension needs at "
+            "least 3. (The last token of a prompt is often the same in every row: "
+            "pool by 'mean', or leave layer 0 out.)"
+        )
+    options = {"backend": backend, "block": block}
+    for left in reversed(range(_PASSES + 1)):
+        # A search more is needed only where something was merged.
+        reach = min(max(k, _REACH), len(rows) - 1)
+        r, indices = neighbours(x if len(rows) == len(x) else x[rows], reach, **options)
+        looks = duplicates != "keep" and near_tol > 0 and left
+        copies = _near(r, indices, near_tol, 0 if n_near else 5) if looks else []
+        if not len(copies):
+            break
+        n_near += len(copies)
+        rows = np.delete(rows, copies)
+        if len(rows) < 3:
+            raise DegenerateError(
+                f"`x` has {len(x)} rows, of which {n_exact} are equal to another and "
+                f"{n_near} nearly so; a dimension needs at least 3 distinct ones."
+            )
+    if n_exact + n_near:
+        said = (
+            f"{n_exact} of {len(x)} points are equal to an earlier one and {n_near} "
+            "nearly so"
+        )
+        if duplicates == "raise":
+            raise ValueError(
+                f"{said}; write duplicates='merge' to leave them out, or remove "
+                "repeated inputs before the forward pass."
+            )
+        warnings.warn(
+            f"{said}; they were left out. Remove repeated inputs before the forward "
+            "pass to be rid of this.",
+            DuplicateWarning,
+            stacklevel=4,
+        )
+    if r.shape[1] < k:
+        raise ValueError(
+            f"`k` is {k}, but there are {len(rows)} distinct points; give more points, "
+            f"or k up to {len(rows) - 1}."
+        )
+    return Cloud(r[:, :k], rows, n_exact, n_near)
+
+
+def _distinct(x: np.ndarray) -> np.ndarray:
+    """The first row of every set of equal ones."""
+    first: dict[bytes, int] = {}
+    for i, row in enumerate(np.ascontiguousarray(x + x.dtype.type(0))):  # no -0
+        first.setdefault(row.tobytes(), i)
+    return np.array(list(first.values()))
+
+
+def _near(r, indices, near_tol, chance: int) -> np.ndarray:
+    """Which points to leave out as near copies; none where there are few."""
+    n, last = len(r), min(_REACH, r.shape[1])
+    close = r[:, 0] < near_tol * r[:, last - 1]
+    expected = 0.0
+    if np.count_nonzero(~close) >= 3:
+        clean = r[~close]
+        d = twonn_fit(clean[:, 0], clean[:, 1])
+        expected = n * (1 - (1 - near_tol**d) ** 9)
+    if np.count_nonzero(close) <= 5 * expected + chance:
+        return np.array([], int)
+    suspicious = np.flatnonzero(close)
+    return np.unique(np.maximum(suspicious, indices[suspicious, 0]))

@@ -1,0 +1,165 @@
+"""Dimensions layer by layer, the area below them, and how two such profiles differ."""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxpeft.dimension._duplicates import DegenerateError
+from jaxpeft.dimension._estimate import IdEstimate, no_dimension, twonn
+
+Dims = Sequence[IdEstimate | float]
+
+
+def id_profile(
+    states: Iterable[Any], estimator: Callable[[Any], IdEstimate] = twonn
+) -> list[IdEstimate]:
+    """Estimates the dimension of each layer's states, one layer after the other.
+
+    Args:
+        states: for each of L + 1 layers points [N, D], as one array or one by one;
+            those that ``collect`` left in a folder are read one at a time.
+        estimator: ``x -> IdEstimate``, ``functools.partial(mle, k=50)``.
+
+    Returns:
+        One estimate a layer; where a layer has fewer than three distinct points,
+        ``dim`` is nan and ``degenerate`` True.
+
+    Example:
+        >>> states = np.random.default_rng(0).normal(size=(2, 200, 3))
+        >>> states[0] = 1.0  # the same token in every row
+        >>> [estimate.degenerate for estimate in id_profile(states)]
+        [True, False]
+    """
+    found = []
+    for x in states:
+        try:
+            found.append(estimator(x))
+        except DegenerateError:
+            found.append(no_dimension(len(x), "none"))
+    named = next((e.method for e in found if not e.degenerate), "none")
+    return [e._replace(method=named) for e in found]
+
+
+def dims_of(profile: Dims) -> np.ndarray:
+    """The dimensions of a profile, as given or of its estimates."""
+    return np.array([getattr(each, "dim", each) for each in profile], np.float64)
+
+
+def normalized_auc(profile: Dims, *, include_layer0: bool = False) -> float:
+    """Returns the mean height of a profile: its area over layers scaled to [0, 1].
+
+    Args:
+        profile: dimensions or estimates of layers 0 to L.
+        include_layer0: whether the input of the first block counts, too. The last
+            token of a prompt is often the same in all texts and has no dimension
+            there.
+
+    Returns:
+        The area by trapezoids; of a constant profile the constant.
+
+    Raises:
+        ValueError: fewer than two layers count, or one of them has no dimension.
+
+    Example:
+        >>> normalized_auc([9.0, 1.0, 2.0, 3.0])
+        2.0
+
+    References:
+        Janapati and Ji, A comparative study of learning paradigms in large language
+        models via intrinsic dimension, arXiv 2412.06245.
+    """
+    first = 0 if include_layer0 else 1
+    dims = dims_of(profile)[first:]
+    if len(dims) < 2:
+        raise ValueError(
+            f"`profile` has {len(dims)} layers from layer {first} on; an area needs 2."
+        )
+    if len(bad := np.flatnonzero(~np.isfinite(dims))):
+        raise ValueError(
+            f"`profile` has no dimension at layers {(bad + first).tolist()}: fewer "
+            "than three distinct points there."
+        )
+    return float(np.trapezoid(dims, np.linspace(0.0, 1.0, len(dims))))
+
+
+def id_difference(p: Dims, q: Dims) -> float:
+    """Returns by how much the normalised area of one profile is above another's.
+
+    Args:
+        p: a profile.
+        q: another, of the same texts for a difference that means something.
+
+    Returns:
+        ``normalized_auc(p) - normalized_auc(q)``.
+
+    Example:
+        >>> id_difference([0.0, 4.0, 4.0], [0.0, 3.0, 3.0])
+        1.0
+    """
+    return normalized_auc(p) - normalized_auc(q)
+
+
+def difference_sd(p: Sequence[IdEstimate], q: Sequence[IdEstimate]) -> float:
+    """Returns the standard deviation of ``id_difference``, from the same halves.
+
+    Errors that both share cancel, so this is far below the two combined.
+
+    Args:
+        p: a profile estimated with ``sd="subsample"``.
+        q: another, of the same texts and with the same seed.
+
+    Returns:
+        The spread of the difference over the halves.
+
+    Raises:
+        ValueError: a profile has no halves from layer 1 on.
+
+    Example:
+        >>> half = IdEstimate(3.0, 0.1, 9, 0, 0, False, "mle", (3.0, 3.1))
+        >>> difference_sd([half] * 3, [half] * 3)
+        0.0
+    """
+    each = []
+    for name, profile in (("p", p), ("q", q)):
+        halves = [e.halves for e in profile[1:]]
+        if not all(halves):
+            raise ValueError(f"`{name}` has no halves; estimate with sd='subsample'")
+        each.append(
+            [normalized_auc([0.0, *dims]) for dims in zip(*halves, strict=True)]
+        )
+    return float(np.std(np.subtract(*each), ddof=1))
+
+
+def difference_map(
+    runs: Mapping[Hashable, Mapping[str, Dims]], paradigms: Sequence[str]
+) -> tuple[Float[np.ndarray, "p p"], list[Hashable]]:
+    """Returns how much higher each paradigm's dimension is than each other's.
+
+    Args:
+        runs: ``{(model, data set): {paradigm: profile}}``.
+        paradigms: their order in the matrix.
+
+    Returns:
+        ``(H, used)``: H[p, q], the mean of ``id_difference`` over the runs that have
+        every paradigm, antisymmetric; and the keys of these runs.
+
+    Raises:
+        ValueError: no run has every paradigm.
+
+    Example:
+        >>> run = {"icl-5": [0.0, 4.0, 4.0], "sft": [0.0, 3.0, 3.0]}
+        >>> difference_map({("gpt2", "sst2"): run}, ["icl-5", "sft"])[0].tolist()
+        [[0.0, 1.0], [-1.0, 0.0]]
+    """
+    used = [key for key, run in runs.items() if set(paradigms) <= set(run)]
+    if not used:
+        raise ValueError(
+            f"`runs` has none of {len(runs)} with all of the paradigms "
+            f"{list(paradigms)}; it has {[sorted(run) for run in runs.values()][:3]}"
+        )
+    areas = np.array(
+        [[normalized_auc(runs[key][p]) for p in paradigms] for key in used]
+    )
+    return np.mean(areas[:, :, None] - areas[:, None], axis=0), used
