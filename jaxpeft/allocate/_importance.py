@@ -17,7 +17,7 @@ from jaxpeft.core._components import component_sites
 from jaxpeft.core._node import is_node, map_nodes, wider
 
 
-class Allocation(NamedTuple):
+class Allocator(NamedTuple):
     """What decides about ranks during training; its functions are pure.
 
     Attributes:
@@ -188,7 +188,7 @@ def importance(
     every: int = 1,
     b1: int | float = 0.85,
     b2: int | float = 0.85,
-) -> Allocation:
+) -> Allocator:
     r"""Returns AdaLoRA's allocation: fewer and fewer components, the best of all.
 
     After each update, with every entry ``w`` of ``a``, ``b`` and ``e`` and its
@@ -223,7 +223,7 @@ def importance(
         b2: decay of the mean of the uncertainty, in (0, 1).
 
     Returns:
-        An ``Allocation``, for ``training.train_step`` or a loop of your own. Its
+        An ``Allocator``, for ``training.train_step`` or a loop of your own. Its
         ``init`` raises ``ValueError`` where no site can be pruned, or none needs it.
 
     Raises:
@@ -346,4 +346,4 @@ def importance(
 
         return state._replace(keep=keep), map_nodes(prune, trainable, keep)
 
-    return Allocation(init, update, settled=last)
+    return Allocator(init, update, settled=last)

@@ -4,6 +4,10 @@ from jaxpeft.core._adapt import adapt as adapt
 from jaxpeft.core._adapter import Adapter as Adapter
 from jaxpeft.core._adapter import Factors as Factors
 from jaxpeft.core._adapter import method as method
+from jaxpeft.core._allocation import Allocation as Allocation
+from jaxpeft.core._allocation import KernelShape as KernelShape
+from jaxpeft.core._allocation import SiteRank as SiteRank
+from jaxpeft.core._allocation import kernel_shapes as kernel_shapes
 from jaxpeft.core._attach import attach as attach
 from jaxpeft.core._capture import capture as capture
 from jaxpeft.core._contract import UNSCALED as UNSCALED

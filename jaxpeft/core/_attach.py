@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
+from jaxpeft.core._allocation import Allocation, attach_arguments
 from jaxpeft.core._layers import site_methods
 from jaxpeft.core._lift import (
     from_matrices,
@@ -47,7 +48,7 @@ PerSite = Mapping[str, Any] | Sequence[int | float]
 def attach(
     params: PyTree,
     adapter: Adapter,
-    targets: Targets,
+    targets: Targets | Allocation,
     *,
     key: Key[Array, ""],
     rank_pattern: PerSite | None = None,
@@ -69,7 +70,8 @@ def attach(
             "/" (``"query"`` finds ``encoder/layer_3/attention/query/kernel``); a
             string, a regular expression that must match the whole module path;
             ``"all-linear"``, every weight but embeddings, output heads and what is
-            already trained in full; or a callable ``(path, leaf) -> bool``.
+            already trained in full; a callable ``(path, leaf) -> bool``; or an
+            ``Allocation``, with the rank and alpha of each of its sites.
         key: a typed key (``jax.random.key``). Each site and each layer draws from
             its own part of it.
         rank_pattern: ``{pattern: rank}`` where ranks differ from the adapter's, or
@@ -104,6 +106,15 @@ def attach(
         )
     check_key(key)
     leaves = leaves_with_path(params)
+    if isinstance(targets, Allocation):
+        if rank_pattern is not None or alpha_pattern is not None:
+            raise ValueError(
+                "`targets` is an allocation, which has ranks and alphas already; "
+                "leave `rank_pattern` and `alpha_pattern` out"
+            )
+        targets, rank_pattern, alpha_pattern = attach_arguments(
+            targets, [path for path, _ in leaves]
+        )
     chosen = choose(leaves, adapter, targets, exclude)
     by_path = dict(leaves)
     paths = list(chosen)

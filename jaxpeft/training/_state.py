@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxpeft.allocate import Allocation
+from jaxpeft.allocate import Allocator
 from jaxpeft.core import flat, unflat
 from jaxpeft.training._mesh import replicated
 from jaxpeft.training._optimizer import Optimizer
@@ -58,7 +58,7 @@ def init_state(
     *,
     key: Any,
     mesh: Mesh,
-    allocation: Allocation | None = None,
+    allocation: Allocator | None = None,
 ) -> TrainState:
     """Makes the state of step 0.
 

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import core
-from jaxpeft.allocate import Allocation
+from jaxpeft.allocate import Allocator
 from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
 from jaxpeft.training._optimizer import Optimizer
 from jaxpeft.training._state import TrainState
@@ -151,7 +151,7 @@ def train_step(
     mesh: Mesh,
     accumulate: int = 1,
     clip_norm: float | None = None,
-    allocation: Allocation | None = None,
+    allocation: Allocator | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     r"""Compiles (at its first call) one update of the trainable leaves.
 
