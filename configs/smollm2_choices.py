@@ -1,7 +1,8 @@
 """LoRA on SmolLM2-135M-Instruct, multiple choice by log-likelihood.
 
 python train.py --config configs/smollm2_choices.py:task=openbookqa
-(Not run yet.)
+(Not run yet.) Without training, of the 98 held-out questions of openbookqa 29 are
+right by the mean and 10 by the sum, which likes short choices; chance is a quarter.
 
 A question is read, the right choice is learnt as what follows it; held-out questions
 are scored by which choice the model finds likeliest, by the sum and by the mean of
