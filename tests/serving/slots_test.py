@@ -174,6 +174,8 @@ def test_refusals_name_the_way_out(trees, slots):
         tree=trained(jp.dora(2)),
     )
     refused("trains the leaf itself", tree=trained(jp.full(), ["out"]))
+    mixture = trained(jp.molora(2, experts=2), ["out"])
+    refused("depends on the input, so its change is no matrix", tree=mixture)
     refused("a tree without adapters", tree=base())
     other = {"out": {"kernel": numbers(D, 7)}}
     other = jp.attach(other, jp.lora(2), ["out"], key=jax.random.key(0))
