@@ -12,6 +12,7 @@ ORDER = [
     ["numerics"],
     ["core", "dimension"],
     ["adapters", "allocate"],
+    ["mixtures"],
     ["models", "interop"],
     ["data", "training", "serving"],
     ["cli"],
@@ -62,7 +63,7 @@ def test_imports_point_down(path):
             assert LEVEL.get(theirs, 99) < LEVEL[mine], where
 
 
-@pytest.mark.parametrize("room", ["numerics", "core", "adapters"])
+@pytest.mark.parametrize("room", ["numerics", "core", "adapters", "mixtures"])
 def test_the_core_needs_nothing_heavy(room):
     for path in (ROOT / room).rglob("*.py"):
         heavy = set(at_the_top(path)) - LIGHT - {"jaxpeft"} - sys.stdlib_module_names

@@ -21,7 +21,6 @@ from jaxpeft.core._lift import (
 )
 from jaxpeft.core._node import leaves_with_path, working_dtype
 from jaxpeft.core._paths import nearest
-from jaxpeft.interop._fingerprint import PROJECTION_TOLERANCE, checksum, projection
 from jaxpeft.interop._format import (
     CONFIG,
     TENSORS,
@@ -30,6 +29,7 @@ from jaxpeft.interop._format import (
     method_names,
 )
 from jaxpeft.interop._tensors import TensorFile
+from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
 
 
 def load_adapter(

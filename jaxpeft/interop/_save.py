@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 from jaxpeft.core import AdaptedKernel, Adapter
 from jaxpeft.core._lift import shared_names
 from jaxpeft.core._node import leaves_with_path
-from jaxpeft.interop._fingerprint import checksum, projection
 from jaxpeft.interop._format import (
     CONFIG,
     FORMAT,
@@ -26,6 +25,7 @@ from jaxpeft.interop._format import (
     version,
 )
 from jaxpeft.interop._tensors import on_host, write_tensors
+from jaxpeft.numerics import checksum, projection
 
 
 def save_adapter(

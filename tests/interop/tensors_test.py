@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxpeft
 from jaxpeft.interop import write_tensors
-from jaxpeft.interop._fingerprint import checksum, projection
 from jaxpeft.interop._tensors import TensorFile
+from jaxpeft.numerics import checksum, projection
 
 ROOT = Path(jaxpeft.__file__).parent
 WRITERS = {"save_file", "save", "serialize", "serialize_file"}

@@ -1,0 +1,15 @@
+"""Mixtures of experts over adapted trees: stages, domains, gates and their losses."""
+
+from jaxpeft.mixtures._domains import add_domain as add_domain
+from jaxpeft.mixtures._domains import remove_domain as remove_domain
+from jaxpeft.mixtures._domains import rename_domain as rename_domain
+from jaxpeft.mixtures._files import export_domain as export_domain
+from jaxpeft.mixtures._files import import_domain as import_domain
+from jaxpeft.mixtures._gates import BASE as BASE
+from jaxpeft.mixtures._gates import auxiliary as auxiliary
+from jaxpeft.mixtures._gates import fix_gates as fix_gates
+from jaxpeft.mixtures._gates import with_gates as with_gates
+from jaxpeft.mixtures._gates import with_mask as with_mask
+from jaxpeft.mixtures._stages import fold_universal as fold_universal
+from jaxpeft.mixtures._stages import stage as stage
+from jaxpeft.mixtures._stages import stage_sizes as stage_sizes

@@ -1,0 +1,177 @@
+"""Gates that are given, tokens that do not count, and the losses of routers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxpeft.core import UNIVERSAL, with_inputs
+from jaxpeft.core._node import AdaptedKernel, map_nodes, nodes
+from jaxpeft.mixtures._nodes import is_residual, options_of
+from jaxpeft.numerics import balance_and_z
+
+BASE = "__base__"  # a row whose gates are all 0
+
+
+def _mixtures(adapted: PyTree) -> list[AdaptedKernel]:
+    found = [node for node in nodes(adapted) if node.adapter.experts]
+    if not found:
+        raise ValueError("`adapted` has no site with experts; attach a mixture first.")
+    return found
+
+
+def _check_names(node: AdaptedKernel, names: Sequence[str], known) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(
+            f"`gates` names {unknown}, which are no experts at {node.site.path!r}; "
+            f"there are {list(known)}."
+        )
+
+
+def fix_gates(adapted: PyTree, gates: Mapping[str, float] | None) -> PyTree:
+    """Gives all tokens the same gates, in place of the router's or the stage's.
+
+    The numbers are known when the model is traced: experts with gate 0 are not
+    computed, and the tree can be merged (not with domains behind a universal expert).
+
+    Args:
+        adapted: a tree with mixtures.
+        gates: ``{expert: weight}``; others get 0, but a universal expert that others
+            stand behind 1. Experts without names are "0", "1", ... ``None``: the
+            router's again, or the stage's.
+
+    Returns:
+        The tree; its leaves are the same arrays.
+
+    Raises:
+        ValueError: an expert is unknown, or sites have other numbers of experts.
+    """
+    _mixtures(adapted)
+
+    def change(node):
+        experts = node.adapter.experts
+        if not experts:
+            return node
+        if gates is None:
+            return node.replace(adapter=node.adapter.rebuild(gates=None))
+        _check_names(node, list(gates), experts)
+        weights = {UNIVERSAL: 1.0} if is_residual(node) else {}
+        weights |= {name: float(g) for name, g in gates.items()}
+        fixed = tuple(weights.get(e, 0.0) for e in experts)
+        return node.replace(adapter=node.adapter.rebuild(gates=fixed))
+
+    return map_nodes(change, adapted)
+
+
+def with_gates(adapted: PyTree, gates: Array | np.ndarray | Sequence[str] | None):
+    """Gives each row of the batch gates of its own, for one call.
+
+    Args:
+        adapted: a tree with mixtures, all of the same experts.
+        gates: ``[batch, N]`` in the order of ``adapter.experts``, with the universal
+            expert first where there is one; or the name of one expert for each row,
+            ``"__base__"`` for none. ``None`` takes them off again.
+
+    Returns:
+        The tree with the gates beside its leaves. Rows of zeros give the base model's
+        output, bit for bit. All experts are computed.
+
+    Raises:
+        ValueError: a name or a shape does not fit.
+    """
+    if gates is None:
+        return with_inputs(adapted, gates=None)
+    found = _mixtures(adapted)
+    experts = found[0].adapter.experts
+    for node in found:
+        if node.adapter.experts != experts:
+            raise ValueError(
+                f"`gates` need the same experts everywhere; {found[0].site.path!r} has "
+                f"{list(experts)}, {node.site.path!r} {list(node.adapter.experts)}."
+            )
+    if not hasattr(gates, "shape"):
+        _check_names(found[0], list(gates), (*experts, BASE))
+        behind = is_residual(found[0])
+        rows = np.zeros((len(gates), len(experts)), np.float32)
+        for row, name in zip(rows, gates, strict=True):
+            if name != BASE:
+                row[experts.index(name)] = 1
+                row[0] = 1 if behind else row[0]
+        gates = rows
+    if gates.ndim != 2 or gates.shape[1] != len(experts):
+        raise ValueError(
+            f"`gates` must be [batch, {len(experts)}], for {list(experts)}, got shape "
+            f"{list(gates.shape)}."
+        )
+    return with_inputs(adapted, gates=jnp.asarray(gates))
+
+
+def with_mask(adapted: PyTree, mask: Array | np.ndarray | None) -> PyTree:
+    """Says which tokens count in the sums over gates; outputs stay the same.
+
+    Args:
+        adapted: a tree with mixtures.
+        mask: 1 for tokens, 0 for padding, of the shape of the leading axes of the
+            sites' inputs, mostly ``[batch, length]``; ``None`` takes it off again.
+
+    Returns:
+        The tree with the mask beside its leaves.
+    """
+    return with_inputs(adapted, mask=None if mask is None else jnp.asarray(mask))
+
+
+def auxiliary(adapted: PyTree, statistics: Mapping[str, Any]) -> dict[str, Array]:
+    r"""Returns the routers' balance and z-losses, and what to add to the task loss.
+
+    .. math::
+        \text{penalty} = c_b \sum_{sites} N \sum_k f_k P_k + c_z \sum_{sites} z
+
+    with each method's own ``balance_coef`` and ``z_coef``; ``aux_reduce="mean"`` takes
+    means in place of sums. Each layer of a stack is a site.
+
+    Args:
+        adapted: the tree that was run.
+        statistics: the second result of ``jaxpeft.adapt(fn, taps="own")``.
+
+    Returns:
+        Scalars: ``"penalty"``; ``"balance"`` and ``"z"``, means over all sites (1 is
+        an even balance), 0 where no router ran.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((2, 3, 6))
+        >>> adapter = jp.mosld(rank=1, experts=2)
+        >>> adapted = jp.attach(params, adapter, ["w"], key=jax.random.key(0))
+        >>> forward = jp.adapt(lambda params, x: x @ params["w"], taps="own")
+        >>> y, statistics = forward(with_mask(adapted, jnp.ones((2, 3))), x)
+        >>> round(float(auxiliary(adapted, statistics)["penalty"]), 6)
+        0.001
+
+    References:
+        Fedus et al., arXiv 2101.03961, eq. 4 to 6; Zoph et al., arXiv 2202.08906,
+        eq. 5.
+    """
+    by_path = {node.site.path: node for node in nodes(adapted)}
+    groups: dict[Any, list] = {}
+    for path, sums in statistics.items():
+        balance, z = (jnp.ravel(x) for x in balance_and_z(sums))
+        options = options_of(by_path[path])
+        kind = tuple(options[n] for n in ("balance_coef", "z_coef", "aux_reduce"))
+        groups.setdefault((by_path[path].adapter.name, *kind), []).append((balance, z))
+    zero = jnp.zeros((), jnp.float32)
+    if not groups:
+        return {"penalty": zero, "balance": zero, "z": zero}
+    penalty, every = zero, []
+    for (_, balance_coef, z_coef, reduce), each in groups.items():
+        joined = [
+            jnp.concatenate(x).astype(jnp.float32) for x in zip(*each, strict=True)
+        ]
+        every.append(joined)
+        take = jnp.mean if reduce == "mean" else jnp.sum
+        for coef, x in zip((balance_coef, z_coef), joined, strict=True):
+            penalty = penalty + jnp.float32(coef) * take(x)
+    balance, z = (jnp.mean(jnp.concatenate(x)) for x in zip(*every, strict=True))
+    return {"penalty": penalty, "balance": balance, "z": z}
