@@ -65,7 +65,7 @@ class AdaptedKernel:
     key: Any
     adapter: Adapter
     site: Site
-    call: dict[str, Any] | None = None
+    call: Any = None  # a dict; any leaf where JAX rebuilds the node with its own
 
     def tree_flatten_with_keys(self):
         key = LeafKey
