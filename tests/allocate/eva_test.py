@@ -1,0 +1,201 @@
+"""EVA by hand, against scikit-learn's PCA, and against HF PEFT's own."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import allocate
+from jaxpeft.allocate import KernelShape, Spectrum, eva
+
+FLAT, STEEP = np.array([5, 5, 3, 3]) / 16, np.array([13, 1, 1, 1]) / 16
+
+
+def spectrum_of(ratios):
+    eye = np.broadcast_to(np.eye(ratios.shape[-1]), (*ratios.shape, ratios.shape[-1]))
+    return Spectrum(ratios, eye, np.sqrt(ratios))
+
+
+def test_by_hand():
+    shapes = {name: KernelShape(None, 4, 4) for name in ("q", "v")}
+    spectra = {"q": spectrum_of(STEEP), "v": spectrum_of(FLAT)}
+    allocation = eva(shapes, spectra, rank=2, alpha=6)
+    assert allocation.ranks() == {"q": 1, "v": 3}
+    assert [s.alpha / s.rank for s in allocation.values()] == [3, 3]
+    assert eva(shapes, spectra, rank=2, rho=1).ranks() == {"q": 2, "v": 2}
+    fixed = eva(shapes, spectra, rank=2, alpha=6, adjust_alpha=False)
+    assert [s.alpha for s in fixed.values()] == [6, 6]
+    assert eva(shapes, spectra, rank=2, r_min=2).ranks() == {"q": 2, "v": 2}
+    # The same two as layers of a stack; and a budget that takes the last one away.
+    stack = {"s": KernelShape(2, 4, 4)}
+    both = {"s": spectrum_of(np.stack([STEEP, FLAT]))}
+    assert eva(stack, both, rank=2).ranks() == {"s": (1, 3)}
+    assert eva(stack, both, rank=2, budget=3 * 8).ranks() == {"s": (1, 2)}
+    assert eva(stack, both, budget=33).count(stack) == 32
+    one = {"q": spectrum_of(np.array([1.0, 0, 0, 0])), "v": spectrum_of(FLAT)}
+    assert eva(shapes, one, rank=1).ranks() == {"q": 1, "v": 1}
+    assert eva(shapes, one | {"q": spectrum_of(np.full(4, 0.25))}, rank=1).ranks() == {
+        "q": 0,
+        "v": 2,
+    }
+
+
+def inputs(seed, rows=40, d=6, decay=0.5):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(rows, d)) * decay ** np.arange(d)[None]
+    return (x @ np.linalg.qr(generator.normal(size=(d, d)))[0] + 3).astype(np.float32)
+
+
+def test_spectra_are_those_of_a_pca():
+    """Any split into batches; padding does not count, whatever it holds."""
+    from sklearn.decomposition import PCA
+
+    x, mask = inputs(0), np.ones(40, np.int32)
+    mask[::4] = 0
+    x[::4] = np.nan
+    expected = PCA().fit(x[mask == 1])
+    step = jax.jit(lambda batch: {"q": allocate.input_moments(*batch)})
+    for size in (10, 20, 40):
+        parts = [(x[i : i + size], mask[i : i + size]) for i in range(0, 40, size)]
+        found = allocate.spectrum(allocate.gather_moments(step, parts)["q"])
+        np.testing.assert_allclose(
+            found.ratios, expected.explained_variance_ratio_, atol=1e-5
+        )
+        np.testing.assert_allclose(found.singular, expected.singular_values_, rtol=1e-4)
+        cosines = np.sum(found.directions.T[:4] * expected.components_[:4], 1)
+        np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-4)
+    raw = np.linalg.svd(x[mask == 1])[1] ** 2  # control: not centred
+    assert np.max(np.abs(raw / raw.sum() - found.ratios)) > 0.1
+
+
+WIDTHS = {"up": (6, 8), "mid": (8, 8), "down": (8, 5)}
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_equal_to_pefts():
+    """Ranks, alphas and directions on the same data, on one full batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+        import torch
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, sizes in WIDTHS.items():
+                setattr(self, name, torch.nn.Linear(*sizes))
+
+        def forward(self, x):
+            for name in WIDTHS:
+                x = torch.tanh(getattr(self, name)(x))
+            return x
+
+    net, x = Net(), torch.tensor(inputs(1, rows=64, decay=0.8)) - 3
+    net.up.weight.data[1:] *= 0.01  # the others' inputs have one direction
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=list(WIDTHS),
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0, tau=0.99, use_label_mask=False),
+    )
+    model = peft.get_peft_model(net, config)
+    simple = lambda layer_input, *_: (
+        layer_input[0] if isinstance(layer_input, tuple) else layer_input
+    )
+    peft.initialize_lora_eva_weights(
+        model,
+        dataloader=[x],
+        forward_fn=lambda model, batch: model(batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=simple,
+        show_progress_bar=False,
+    )
+    theirs = {}
+    for name in WIDTHS:
+        layer = getattr(model.base_model.model, name)
+        adapted = hasattr(layer, "r")
+        theirs[name] = (layer.r["default"], layer.lora_alpha["default"]) * adapted
+
+    params = {
+        name: {
+            "kernel": jnp.asarray(getattr(net, name).weight.detach().numpy().T)
+            if not hasattr(getattr(net, name), "base_layer")
+            else jnp.asarray(getattr(net, name).base_layer.weight.detach().numpy().T),
+            "bias": jnp.asarray(getattr(net, name).bias.detach().numpy()),
+        }
+        for name in WIDTHS
+    }
+
+    def fn(p, x):
+        for name in WIDTHS:
+            x = jnp.tanh(x @ p[name]["kernel"] + p[name]["bias"][None])
+        return x
+
+    reduce = lambda x: allocate.input_moments(x, jnp.ones(x.shape[:-1]))
+    call = jp.capture(fn, list(WIDTHS), reduce)
+    step = lambda batch: call(params, batch)[1]
+    moments = allocate.gather_moments(step, [jnp.asarray(x.numpy())])
+    spectra = {path: allocate.spectrum(m) for path, m in moments.items()}
+    shapes = allocate.kernel_shapes(params, list(WIDTHS))
+    allocation = eva(shapes, spectra, rank=2, alpha=4)
+    ours = {p.partition("/")[0]: (s.rank, s.alpha) for p, s in allocation.sites}
+    assert ours == theirs
+    assert len({rank for rank, _ in ours.values()}) > 1  # control: not uniform
+    adapted = jp.attach(params, jp.lora(), allocation, key=jax.random.key(0))
+    started = allocate.eva_start(adapted, spectra)
+    out = jp.adapt(fn)(started, jnp.asarray(x.numpy()))
+    assert jnp.array_equal(out, fn(params, jnp.asarray(x.numpy())))
+    for name, (rank, _) in ours.items():
+        if rank:
+            layer = getattr(model.base_model.model, name)
+            a = layer.lora_A["default"].weight.detach().numpy()
+            mine = np.asarray(started[name]["kernel"].trainable["a"])
+            cosines = np.abs(np.sum(a * mine.T, 1))
+            assert np.min(cosines) > 0.99
+            before = np.asarray(adapted[name]["kernel"].trainable["a"])
+            assert np.min(np.abs(np.sum(a * before.T, 1))) < 0.9  # control
+
+
+def test_start_of_a_stack():
+    """Layers of unequal rank: what is padding stays 0; whitened on request."""
+    params = {"s": {"kernel": jnp.ones((2, 4, 5))}}
+    allocation = allocate.Allocation.of(
+        {"s/kernel": allocate.SiteRank((1, 3), (1.0, 3.0))}
+    )
+    adapted = jp.attach(
+        params, jp.lora(), allocation, key=jax.random.key(0), axes={"s": "layer in out"}
+    )
+    spectra = {"s/kernel": spectrum_of(np.stack([STEEP, FLAT]))}
+    a = allocate.eva_start(adapted, spectra)["s"]["kernel"].trainable["a"]
+    expected = np.stack([np.eye(4)[:, :3] * [1, 0, 0], np.eye(4)[:, :3]])
+    assert np.array_equal(a, expected)
+    a = allocate.eva_start(adapted, spectra, whiten=True)["s"]["kernel"].trainable["a"]
+    assert a[0, 0, 0] == pytest.approx((13 / 16) ** -0.25)
+    with pytest.raises(ValueError, match="no site of the tree"):
+        allocate.eva_start(adapted, {"x": spectra["s/kernel"]})
+
+
+def test_refusals():
+    shapes = {"q": KernelShape(None, 4, 4)}
+    spectra = {"q": spectrum_of(FLAT)}
+    with pytest.raises(ValueError, match="`spectra` has none of site 'v'"):
+        eva({"v": KernelShape(None, 4, 4)}, spectra)
+    with pytest.raises(ValueError, match=r"shares of shape \(4,\), not \(2, 4\)"):
+        eva({"q": KernelShape(2, 4, 4)}, spectra)
+    with pytest.raises(ValueError, match="`rho` must be at least 1"):
+        eva(shapes, spectra, rho=0.5)
+    with pytest.raises(ValueError, match="takes a `budget` of 8"):
+        eva(shapes, spectra, budget=7)
+    with pytest.raises(ValueError, match="no batch"):
+        allocate.gather_moments(lambda batch: {}, [])
+    one = allocate.Moments(np.float64(1), np.zeros(2), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="counts 1 inputs"):
+        allocate.spectrum(one)
+    with pytest.raises(ValueError, match="no variance"):
+        allocate.spectrum(one._replace(count=np.float64(3)))
