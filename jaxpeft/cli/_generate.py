@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from jaxpeft.cli._console import stage
-from jaxpeft.cli._open import Wanted, add_base, open_adapter, open_base
+from jaxpeft.cli._open import Wanted, add_base, open_adapter, open_adapters, open_base
 
 NAME = "generate"
 SUMMARY = "go on with a prompt, with or without an adapter"
@@ -19,7 +20,17 @@ EXAMPLE = 'jaxpeft generate "The capital of France is" --base smollm2 --chat'
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a text to go on")
-    parser.add_argument("--adapter", metavar="ADAPTER", help="an adapter's folder")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="[NAME=]ADAPTER",
+        help="an adapter's folder; with --rows several, each with a name",
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="NAMES",
+        help="the adapter of each prompt by name, with commas; __base__ for none",
+    )
     add_base(parser)
     add = parser.add_argument
     add("--chat", action="store_true", help="put prompts into the chat template")
@@ -39,11 +50,20 @@ def run(given: argparse.Namespace) -> None:
     prompts = given.prompts or [line.rstrip("\n") for line in sys.stdin]
     if not any(prompts):
         raise ValueError("there is no PROMPT, and nothing on standard input.")
-    if given.adapter is None:
+    if given.rows is not None:
+        folders, rows = _named(given, len(prompts))
+        folder, model, params = open_adapters(given, folders, rows)
+    elif given.adapter is None:
         if given.head == "auto":
             given.head = "causal_lm"
         folder, model, params = open_base(given, Wanted())
     else:
+        if len(given.adapter) > 1:
+            raise ValueError(
+                "several adapters need names, --adapter NAME=FOLDER, and --rows "
+                "NAME,NAME,... to say which one each prompt is for."
+            )
+        (given.adapter,) = given.adapter
         opened = open_adapter(given)
         folder, model, params = opened.folder, opened.model, opened.adapted
     tokenizer = models.tokenizer(folder)
@@ -74,3 +94,24 @@ def run(given: argparse.Namespace) -> None:
     for row in new:
         text = tokenizer.decode(row, skip_special_tokens=True)
         print(text if len(new) == 1 else " ".join(text.splitlines()))
+
+
+def _named(given: argparse.Namespace, prompts: int) -> tuple[dict[str, Path], list]:
+    """The adapters' folders by name, and the name that each prompt goes to."""
+    folders: dict[str, Path] = {}
+    for entry in given.adapter or ():
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder) or name in folders:
+            raise ValueError(
+                f"--adapter {entry!r}: with --rows every adapter needs a name of its "
+                "own; write --adapter NAME=FOLDER."
+            )
+        folders[name] = Path(folder)
+    if not folders:
+        raise ValueError("--rows names adapters; add --adapter NAME=FOLDER.")
+    rows = given.rows.split(",")
+    if len(rows) != prompts:
+        raise ValueError(
+            f"--rows has {len(rows)} names for {prompts} prompts; give one for each."
+        )
+    return folders, rows

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,34 +127,92 @@ def open_adapter(given: argparse.Namespace, *, whole: bool = True) -> Opened:
         whole: refuse a model a part of which is neither in the base's files nor in
             the adapter's: it would be drawn at random.
     """
-    from jaxpeft import interop
-
     folder = Path(given.adapter)
+    kind, wanted = _wanted(given, folder)
+    base, model, params = open_base(given, wanted)
+    adapted = _read(given, folder, kind, model, params)
+    if whole:
+        _check_whole(given, model, adapted, given.adapter)
+    return Opened(model, adapted, kind, base)
+
+
+def _wanted(given: argparse.Namespace, folder: Path) -> tuple[str, Wanted]:
+    """The sort of an adapter's folder, and what it says of its model."""
     kind = kind_of(folder)
     if kind == MODEL:
-        raise ValueError(f"{given.adapter!r} holds a model, not an adapter.")
+        raise ValueError(f"{str(folder)!r} holds a model, not an adapter.")
     if kind == PEFT and given.any_base:
         raise ValueError("--any-base is for jaxpeft's own adapters; PEFT names none.")
     if kind == OWN and given.ignore:
         raise ValueError("--ignore is for PEFT's configs, and this adapter has none.")
-    wanted = _own(folder) if kind == OWN else _peft(folder)
-    base, model, params = open_base(given, wanted)
-    with stage(f"reading the adapter {given.adapter}"):
+    return kind, _own(folder) if kind == OWN else _peft(folder)
+
+
+def _read(given: argparse.Namespace, folder: Path, kind: str, model, params):
+    """The parameters with an adapter on them."""
+    from jaxpeft import interop
+
+    with stage(f"reading the adapter {folder}"):
         if kind == OWN:
-            adapted = interop.load_adapter(
-                folder, params, check_base=not given.any_base
-            )
-        else:
-            adapted = interop.load_peft(
-                folder, params, names=model.names, axes=model.axes, ignore=given.ignore
-            )
-    if whole and (drawn := _drawn(model, adapted)):
+            return interop.load_adapter(folder, params, check_base=not given.any_base)
+        return interop.load_peft(
+            folder, params, names=model.names, axes=model.axes, ignore=given.ignore
+        )
+
+
+def _check_whole(given: argparse.Namespace, model, adapted, name: str) -> None:
+    if drawn := _drawn(model, adapted):
         raise ValueError(
-            f"{', '.join(drawn)}: neither {given.base!r} nor {given.adapter!r} has "
+            f"{', '.join(drawn)}: neither {given.base!r} nor {name!r} has "
             "this part of the head, and drawn at random it would not be the model that "
             "was trained. Name a base that has it, or leave the head out: --head none."
         )
-    return Opened(model, adapted, kind, base)
+
+
+def open_adapters(
+    given: argparse.Namespace, folders: Mapping[str, Path], rows: Sequence[str]
+):
+    """Reads the base and puts several adapters beside it.
+
+    Args:
+        given: the parsed arguments.
+        folders: the adapters, by name.
+        rows: the name of each row's adapter; ``"__base__"`` for none.
+
+    Returns:
+        ``(the base's folder, model, parameters of which each row uses its own)``.
+    """
+    from jaxpeft import serving
+    from jaxpeft.core._node import nodes
+    from jaxpeft.core._products import not_low_rank
+    from jaxpeft.serving._write import change_rank
+
+    found = {name: _wanted(given, folder) for name, folder in folders.items()}
+    sites: dict[str, list[int]] = {}
+    for _, wanted in found.values():
+        sites |= wanted.sites or {}
+    heads = [wanted.head for _, wanted in found.values() if wanted.head]
+    base, model, params = open_base(
+        given, Wanted(heads[0] if heads else None, sites=sites or None)
+    )
+    trees = {
+        name: _read(given, folders[name], kind, model, params)
+        for name, (kind, _) in found.items()
+    }
+    each = [node for tree in trees.values() for node in nodes(tree)]
+    paths = {node.site.path for node in each}
+    slots = serving.slots(
+        params,
+        lambda path, leaf: path in paths,
+        capacity=len(trees),
+        # What has no rank is refused by name when it is loaded.
+        rank=max([change_rank(n) for n in each if not not_low_rank(n)], default=1),
+        axes=model.axes,
+    )
+    for name, tree in trees.items():
+        slots = serving.load(slots, name, tree)
+    _check_whole(given, model, slots.tree, ", ".join(map(str, folders.values())))
+    return base, model, serving.with_rows(slots.tree, serving.rows(slots, rows))
 
 
 def open_base(given: argparse.Namespace, wanted: Wanted):

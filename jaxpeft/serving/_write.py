@@ -39,7 +39,7 @@ def misfits(own: Mapping[str, AdaptedKernel], node: AdaptedKernel) -> list[str]:
             f"{' '.join(node.roles)!r}; the slots' kernel has {tuple(slot.shape)} and "
             f"{' '.join(slot.roles)!r}"
         ]
-    rank, most = _rank(node), slot.frozen["a"].shape[-1]
+    rank, most = change_rank(node), slot.frozen["a"].shape[-1]
     if rank > most:
         return [
             f"{path!r}: its change has rank {rank}, and the slots have room for "
@@ -50,7 +50,8 @@ def misfits(own: Mapping[str, AdaptedKernel], node: AdaptedKernel) -> list[str]:
     return []
 
 
-def _rank(node: AdaptedKernel) -> int:
+def change_rank(node: AdaptedKernel) -> int:
+    """The rank of a site's change, as the room that it needs in a slot."""
     if is_plain(node.adapter):
         return node.trainable["a"].shape[-1]
     groups = jax.eval_shape(lambda n: layer_products([n]), _abstract(node))

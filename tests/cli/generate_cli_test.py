@@ -91,3 +91,39 @@ def test_bad_input(base, capsys, monkeypatch):
     assert "there is no PROMPT" in said(capsys, "--base", base)[2]
     status, _, err = said(capsys, "w7", "--base", base, "--top-k", 3)
     assert status == 2 and "--top-k and --top-p change nothing at temperature 0" in err
+
+
+def test_every_prompt_has_its_own_adapter(base, capsys, tmp_path):
+    model, params = models.load(base, head="causal_lm")
+    trees = {}
+    for i, (name, targets) in enumerate(
+        {"one": ["q_proj", "down_proj"], "two": ["v_proj"]}.items()
+    ):
+        key = jax.random.key(i)
+        adapted = jp.attach(params, jp.lora(2 + i), targets, key=key)
+        trainable, frozen = jp.partition(adapted)
+        moved = jax.tree.map(lambda x: x + 1.0 + i, trainable)  # noqa: B023
+        trees[name] = jp.combine(moved, frozen)
+    interop.save_adapter(trees["one"], tmp_path / "one")
+    interop.save_peft(trees["two"], tmp_path / "two", names=model.names)
+    both = [f"--adapter={name}={tmp_path / name}" for name in trees]
+    prompt = "w7 w9"
+    rows = ["--rows", "two,__base__,one"]
+    status, lines, _ = said(capsys, *[prompt] * 3, "--base", base, *both, *rows)
+    ids = [[WORDS.index(word) for word in prompt.split()]]
+    assert status == 0
+    for line, tree in zip(lines, (trees["two"], params, trees["one"]), strict=True):
+        new = models.generate(model, tree, ids, max_new_tokens=5, stop=[0])[0]
+        assert line.split() == [WORDS[i] for i in new]
+    assert len(set(lines)) == 3
+
+    for more, message in (
+        (both, "several adapters need names"),
+        ([*both, "--rows", "one,two"], "2 names for 1 prompts"),
+        ([*both, "--rows", "three"], "no adapter 'three'"),
+        ([both[0], both[0], "--rows", "one"], "needs a name of its own"),
+        ([f"--adapter={tmp_path / 'one'}", "--rows", "one"], "write --adapter NAME="),
+        (["--rows", "one"], "add --adapter NAME=FOLDER"),
+    ):
+        status, _, err = said(capsys, prompt, "--base", base, *more)
+        assert status != 0 and message in " ".join(err.split()), err
