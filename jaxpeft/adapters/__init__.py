@@ -18,5 +18,6 @@ from jaxpeft.adapters._mola import mola as mola
 from jaxpeft.adapters._molora import molora as molora
 from jaxpeft.adapters._mosld import mosld as mosld
 from jaxpeft.adapters._olora import olora as olora
+from jaxpeft.adapters._pc import pc as pc
 from jaxpeft.adapters._pissa import pissa as pissa
 from jaxpeft.adapters._vera import vera as vera
