@@ -76,8 +76,10 @@ def slots(
             adapters come from HF PEFT's files.
         how: ``"gather"`` takes each row's pair out of the slots, a copy of
             rows x (d_in + d_out) x r numbers at each kernel; ``"ragged"`` sorts the
-            rows by slot and multiplies group by group (``jax.lax.ragged_dot``). Both
-            give the same numbers. ``None``: "ragged" on TPUs, else "gather".
+            rows by slot and multiplies group by group (``jax.lax.ragged_dot``, which
+            JAX cannot ``vmap`` over the input alone, and makes a masked dense product
+            on a CPU). Both give the same numbers. ``None``: "ragged" on TPUs, else
+            "gather".
 
     Returns:
         Empty slots: S = capacity + 1 with slot 0, which is the base. Beside a kernel
