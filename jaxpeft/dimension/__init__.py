@@ -1,5 +1,8 @@
 """Intrinsic dimension: points in, a number out."""
 
+from jaxpeft.dimension._collect import LayerFiles as LayerFiles
+from jaxpeft.dimension._collect import collect as collect
+from jaxpeft.dimension._collect import pool as pool
 from jaxpeft.dimension._duplicates import Cloud as Cloud
 from jaxpeft.dimension._duplicates import DegenerateError as DegenerateError
 from jaxpeft.dimension._duplicates import DuplicateWarning as DuplicateWarning

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array | np.ndarray, "batch tokens"] | None = None,
         cache: dict[str, Any] | None = None,
         deterministic: bool = True,
-        hidden_states: bool = False,
+        hidden_states: bool | str = False,
     ) -> Any:
         """Returns logits, or the last hidden state when the model has no head.
 
@@ -138,7 +138,8 @@ class Decoder(nn.Module):
             are written behind those in it, and see them.
           deterministic: without dropout. With False, ``apply`` needs
             ``rngs={"dropout": key}``.
-          hidden_states: whether to return the hidden states as well.
+          hidden_states: whether to return the hidden states as well; ``"pre_norm"``:
+            with the last of them as the last layer gives it.
 
         Returns:
           In float32 at least, logits [batch, tokens, V] of the next token, or
@@ -178,10 +179,10 @@ class Decoder(nn.Module):
         gpt2 = self.config.model_type == "gpt2"
         stack, last_norm = (self.h, self.ln_f) if gpt2 else (self.layers, self.norm)
         x, states, layers = stack(
-            x, context, cache and cache["layers"], deterministic, hidden_states
+            x, context, cache and cache["layers"], deterministic, bool(hidden_states)
         )
         x = last_norm(x)
-        if hidden_states:
+        if hidden_states is True:
             states = jnp.concatenate([states[:-1], x[None]])
         if self.head == "causal_lm":
             x = self.logits(x)
