@@ -10,6 +10,14 @@ from jaxpeft.dimension._duplicates import cloud as cloud
 from jaxpeft.dimension._estimate import IdEstimate as IdEstimate
 from jaxpeft.dimension._estimate import mle as mle
 from jaxpeft.dimension._estimate import twonn as twonn
+from jaxpeft.dimension._figures import plot_against as plot_against
+from jaxpeft.dimension._figures import plot_agreement as plot_agreement
+from jaxpeft.dimension._figures import plot_areas as plot_areas
+from jaxpeft.dimension._figures import plot_differences as plot_differences
+from jaxpeft.dimension._figures import plot_fit as plot_fit
+from jaxpeft.dimension._figures import plot_profiles as plot_profiles
+from jaxpeft.dimension._figures import plot_ranks as plot_ranks
+from jaxpeft.dimension._figures import plot_scale as plot_scale
 from jaxpeft.dimension._fit import mle_fit as mle_fit
 from jaxpeft.dimension._fit import twonn_fit as twonn_fit
 from jaxpeft.dimension._fit import twonn_points as twonn_points
