@@ -9,6 +9,7 @@ from jaxpeft.dimension._duplicates import DuplicateWarning as DuplicateWarning
 from jaxpeft.dimension._duplicates import cloud as cloud
 from jaxpeft.dimension._estimate import IdEstimate as IdEstimate
 from jaxpeft.dimension._estimate import mle as mle
+from jaxpeft.dimension._estimate import plateau as plateau
 from jaxpeft.dimension._estimate import twonn as twonn
 from jaxpeft.dimension._figures import plot_against as plot_against
 from jaxpeft.dimension._figures import plot_agreement as plot_agreement

@@ -200,3 +200,51 @@ def _nearest(x: np.ndarray, k: int, search: dict[str, Any]) -> np.ndarray:
             f"got {len(x)}; give more points, or sd='analytic'."
         )
     return neighbours(x, k, **search)[0]
+
+
+def plateau(
+    x: Shaped[Any, "n d"],
+    estimator: Callable[[Any], IdEstimate] = twonn,
+    *,
+    least: int = 128,
+    seed: int = 0,
+) -> IdEstimate:
+    """Estimates at n, n / 2, n / 4, ... points, and takes where that changes least.
+
+    Noise makes a cloud look larger at small distances, curvature at large ones; where
+    two neighbouring scales agree, neither is felt.
+
+    Args:
+        x: points, a row each.
+        estimator: what to estimate with.
+        least: the fewest points to estimate from.
+        seed: of the subsets, each half of the one before.
+
+    Returns:
+        The mean of the two neighbouring scales that differ least, with the larger
+        one's counts, the smaller one's uncertainty, and no halves.
+
+    Raises:
+        ValueError: fewer than ``2 * least`` points.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(600, 2))
+        >>> round(plateau(x).dim)
+        2
+    """
+    x = check_points(x)
+    if least < 4 or len(x) < 2 * least:
+        raise ValueError(
+            f"`x` has {len(x)} points; two scales need {2 * max(least, 4)}, with "
+            f"`least` at least 4, got {least}"
+        )
+    order = np.random.default_rng(seed).permutation(len(x))
+    sizes = [len(x)]
+    while sizes[-1] // 2 >= least:
+        sizes.append(sizes[-1] // 2)
+    each = [estimator(x[np.sort(order[:size])]) for size in sizes]
+    steps = [abs(a.dim - b.dim) for a, b in zip(each, each[1:], strict=False)]
+    at = int(np.argmin(steps))
+    large, small = each[at : at + 2]
+    dim, method = (large.dim + small.dim) / 2, f"{large.method}-plateau"
+    return large._replace(dim=dim, sd=small.sd, method=method, halves=())

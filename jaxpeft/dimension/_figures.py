@@ -52,6 +52,7 @@ def plot_profiles(
         if scores:
             axes[2].bar(name, scores[name], color=colour)
     axes[0].set(xlabel="layer", ylabel="intrinsic dimension")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
     axes[1].set(ylabel="normalised area")
     if scores:
@@ -205,7 +206,7 @@ def plot_scale(draws: Mapping[int, Sequence[float]], file: str | Path) -> Path:
     sizes = sorted(draws)
     means = [np.mean(draws[n]) for n in sizes]
     axis.errorbar(sizes, means, [np.std(draws[n]) for n in sizes], capsize=2)
-    axis.set(xlabel="points", ylabel="intrinsic dimension", xscale="log")
+    axis.set(xlabel="points", ylabel="intrinsic dimension")
     rows = [[n, x] for n in sizes for x in draws[n]]
     return _save(figure, file, ["points", "dim"], rows)
 

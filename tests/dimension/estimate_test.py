@@ -167,3 +167,23 @@ def test_refusals():
         twonn(x, sd="bootstrap")
     with pytest.raises(ValueError, match="a lattice"):
         exact(np.stack(np.meshgrid(*[np.arange(6.0)] * 2), -1).reshape(-1, 2))
+
+
+def test_plateau():
+    """A planted course over scales: the two that agree, whatever else there is."""
+    seen = {400: 9.0, 200: 6.0, 100: 5.75, 50: 3.0}
+    subsets = []
+
+    def planted(x):
+        subsets.append(set(x[:, 0].tolist()))
+        n = len(x)
+        return dimension.IdEstimate(seen[n], 1 / n, n, 0, 0, False, "planted")
+
+    x = np.arange(400.0)[:, None]
+    found = dimension.plateau(x, planted, least=50)
+    assert found[:3] == (5.875, 1 / 100, 200)
+    assert found.method == "planted-plateau"
+    assert [len(s) for s in subsets] == list(seen)
+    assert all(b < a for a, b in zip(subsets, subsets[1:], strict=False))
+    with pytest.raises(ValueError, match="400 points; two scales need 402"):
+        dimension.plateau(x, planted, least=201)
