@@ -169,9 +169,10 @@ def eva(
     Args:
         shapes: the sites, of ``kernel_shapes``.
         spectra: of each site's inputs, of ``spectrum``.
-        rank: r_0, the mean rank; by default 8, or what the budget allows.
-        budget: parameters of plain low-rank pairs in all: kernels differ in width, so
-            fewer directions are kept where those chosen would need more.
+        rank: r_0, the mean rank; by default 8, or what the budget allows, which need
+            not be whole.
+        budget: parameters of plain low-rank pairs in all: directions are kept as long
+            as they fit. For a comparison at equal size, ``other.count(shapes)``.
         alpha: the alpha of a site of rank r_0, r_0 by default.
         rho: how much of a mean rank one site may have, at least 1; 1: ``uniform``.
         adjust_alpha: alpha in proportion to a site's rank, so that all have one scale;
@@ -204,8 +205,12 @@ def eva(
         turn no more; here all batches count, exactly.
     """
     each = sum((s.layers or 1) * (s.d_in + s.d_out) for s in shapes.values())
-    if rank is None:
-        rank = 8 if budget is None else budget // max(each, 1)
+    count = sum(s.layers or 1 for s in shapes.values())
+    if rank is None and budget is not None:
+        left, rank = None, budget / max(each, 1)  # the budget alone decides
+    else:
+        rank = 8 if rank is None else rank
+        left = count * rank
     if not shapes or rank < 1:
         raise ValueError(
             f"`rank` must be at least 1 and `shapes` have sites, got {rank} and "
@@ -228,11 +233,8 @@ def eva(
             rows += [(j >= r_min, -x, number, layer, j) for j, x in enumerate(e)]
     # What r_min asks for first, then by share; ties by site, layer and direction.
     rows.sort()
-    sites, kept = (
-        list(shapes),
-        {path: [0] * (s.layers or 1) for path, s in shapes.items()},
-    )
-    left = rank * sum(s.layers or 1 for s in shapes.values())
+    sites = list(shapes)
+    kept = {path: [0] * (shape.layers or 1) for path, shape in shapes.items()}
     for _, _, number, layer, _ in rows[:left]:
         shape = shapes[sites[number]]
         if budget is not None:

@@ -34,7 +34,10 @@ def test_by_hand():
     both = {"s": spectrum_of(np.stack([STEEP, FLAT]))}
     assert eva(stack, both, rank=2).ranks() == {"s": (1, 3)}
     assert eva(stack, both, rank=2, budget=3 * 8).ranks() == {"s": (1, 2)}
-    assert eva(stack, both, budget=33).count(stack) == 32
+    all_of_it = eva(stack, both, budget=41)  # a mean rank of 2.56
+    assert all_of_it.count(stack) == 40
+    assert all_of_it["s"].rank == (1, 4)
+    assert {a / r for r, a in all_of_it["s"].layers()} == {1.0}
     one = {"q": spectrum_of(np.array([1.0, 0, 0, 0])), "v": spectrum_of(FLAT)}
     assert eva(shapes, one, rank=1).ranks() == {"q": 1, "v": 1}
     assert eva(shapes, one | {"q": spectrum_of(np.full(4, 0.25))}, rank=1).ranks() == {
