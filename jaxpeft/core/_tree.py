@@ -221,12 +221,19 @@ def trainable_size(node: AdaptedKernel) -> int:
     return sum(math.prod(x.shape) for _, part in layers for x in part.values())
 
 
-def with_dropout(adapted: PyTree, key: Key[Array, ""]) -> PyTree:
+def with_dropout(
+    adapted: PyTree,
+    key: Key[Array, ""],
+    *,
+    leaves_key: Key[Array, ""] | None = None,
+) -> PyTree:
     """Turns dropout on, for one step.
 
     Args:
         adapted: a tree made by ``attach``.
         key: this step's key; each site and each layer gets a part of its own.
+        leaves_key: for methods that drop entries of their own leaves, whose mask is
+            one for all micro-batches of a step; ``None``: ``key``.
 
     Returns:
         The tree with a key leaf in each node whose method has dropout. Without one
@@ -236,14 +243,17 @@ def with_dropout(adapted: PyTree, key: Key[Array, ""]) -> PyTree:
         A model that differentiates itself (forces from energies) contracts with a
         kernel in both passes, and each draws a mask of its own.
     """
-    check_key(key)
+    leaves_key = key if leaves_key is None else leaves_key
+    for given in (key, leaves_key):
+        check_key(given)
     nodes(adapted)  # whole ones only
+    keys = {"input": key, "leaves": leaves_key}
 
     def add(node):
         if not node.adapter.dropout:
             return node
         layers = matrix_shape(node.base.shape, node.roles)[0]
-        own = site_key(key, node.site.path)
+        own = site_key(keys[node.adapter.dropout_on], node.site.path)
         entries = leaf_entries(node)["key"]
         batch = tuple(node.base.shape[i] for i in entries)
         if not batch:

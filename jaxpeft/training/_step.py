@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -197,21 +198,23 @@ def train_step(
             f"`clip_norm` must be positive, or None for no clipping; got {clip_norm}"
         )
 
-    def task(trainable, frozen, batch, key):
+    def task(trainable, frozen, batch, key, leaves_key):
         adapter_key, model_key = jax.random.split(key)
-        adapted = core.with_dropout(core.combine(trainable, frozen), adapter_key)
+        adapted = core.with_dropout(
+            core.combine(trainable, frozen), adapter_key, leaves_key=leaves_key
+        )
         values, weights = loss(forward(adapted, batch, model_key), batch)
         return jnp.sum(values * weights), jnp.sum(weights)
 
     task_grad = jax.value_and_grad(task, has_aux=True)
 
-    def accumulated(trainable, frozen, batch, key):
+    def accumulated(trainable, frozen, batch, key, leaves_key):
         """The sums over all micro-batches: loss, weight, gradient."""
 
         def body(sums, part):
             number, micro = part
             (value, weight), grads = task_grad(
-                trainable, frozen, micro, jax.random.fold_in(key, number)
+                trainable, frozen, micro, jax.random.fold_in(key, number), leaves_key
             )
             return jax.tree.map(jnp.add, sums, (value, weight, grads)), None
 
@@ -225,10 +228,14 @@ def train_step(
     def step(state, frozen, batch):
         trainable = state.trainable
         key = jax.random.fold_in(state.key, state.step)
+        # What drops entries of its own leaves does so once a step: apart from the
+        # micro-batches' keys, whose numbers are small.
+        leaves_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+        inputs = (trainable, frozen, batch, key, leaves_key)
         if accumulate == 1:
-            (value, weight), grads = task_grad(trainable, frozen, batch, key)
+            (value, weight), grads = task_grad(*inputs)
         else:
-            value, weight, grads = accumulated(trainable, frozen, batch, key)
+            value, weight, grads = accumulated(*inputs)
         penalty, penalty_grads = jax.value_and_grad(
             lambda t: core.penalty(core.combine(t, frozen))
         )(trainable)

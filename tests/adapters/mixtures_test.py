@@ -372,6 +372,9 @@ def test_weight_dropout_in_use():
         | {"a": jnp.where(mask, 2 * on["w"].trainable["a"], 0.0)},
     )
     assert distance(adapted_use({"w": alone}, x), out) < 1e-6
+    # Micro-batches of one step: other keys for inputs, one for the leaves.
+    again = jp.with_dropout(adapted, jax.random.key(8), leaves_key=jax.random.key(1))
+    assert np.array_equal(jp.core._lift.lifted_factors(again["w"]).a != 0, mask)
     for where in ("b", "input"):
         other = on["w"].adapter.rebuild(dropout_on=where)
         got = adapted_use({"w": on["w"].replace(adapter=other)}, x)
