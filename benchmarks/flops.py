@@ -16,6 +16,11 @@ The gradient of an output scale needs the unscaled output again: methods with on
 held to 1.03 without rematerialisation or with those outputs kept (``unscaled``), and
 to 1.08 under full rematerialisation.
 
+Mixtures of N experts of rank r are held to 1.05 of the FLOPs and 1.1 of the temporaries
+of one LoRA of rank N r at the same sites (``--mixtures``; their ratios are over it):
+
+    python -m benchmarks.flops --mixtures
+
 FLOPs are counted in the optimised HLO with loops multiplied out (``hlo.py``) and
 divided by the minimum (``programs.py``). Temporaries are XLA's for this machine.
 """
@@ -178,6 +183,62 @@ def measure(
             yield _row(program, name, "merge", merged_loss, args, minimum)
 
 
+def mixtures(
+    program: Program, rank: int, experts: int, names: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Compiles a step of every mixture, and of one LoRA of their width.
+
+    Args:
+        program: what to measure.
+        rank: of each expert.
+        experts: their number, a universal one included.
+        names: the methods; ``None`` means all mixtures.
+
+    Yields:
+        A ``Row`` each, the LoRA's first; ratios and limits are over it, and
+        ``kernel_temporaries`` counts arrays with a place for each expert and output.
+    """
+    ids = jax.ShapeDtypeStruct((program.batch, program.length), jnp.int32)
+    rows, alone = (program.batch, program.length), program.batch * program.length
+    shapes = [
+        (*lead, experts, w.d_out) for w in program.linears for lead in (rows, (alone,))
+    ]
+    one = None
+    found = [a for a in _mixtures(rank, experts) if names is None or a.name in names]
+    for adapter in (jp.lora(rank * experts), *found):
+
+        def loss(trainable, frozen, ids):
+            return jp.adapt(program.loss)(jp.combine(trainable, frozen), ids)
+
+        halves = jp.partition(_attached(program, adapter))
+        step = jax.jit(jax.value_and_grad(loss)).lower(*halves, ids).compile()
+        flops = matmul_flops(step.as_text())
+        one = one or flops
+        yield Row(
+            program=program.name,
+            remat=program.remat,
+            method=adapter.name,
+            way="adapt",
+            flops=flops,
+            ratio=flops / one,
+            temporary_bytes=step.memory_analysis().temp_size_in_bytes,
+            kernel_temporaries=len(made_of_shape(step.as_text(), shapes)),
+            limit=1.05,
+        )
+
+
+def _mixtures(rank: int, experts: int) -> Iterator[jp.core.Adapter]:
+    """Every method with experts, at one number of experts of one rank."""
+    names = tuple(f"domain_{i}" for i in range(experts - 1))
+    sizes = {"experts": experts, "domains": names, "rank_universal": rank}
+    for name in sorted(n for n in dir(jp.adapters) if not n.startswith("_")):
+        constructor = getattr(jp.adapters, name)
+        if callable(constructor) and constructor().experts:
+            options = dict(constructor().options)
+            fitting = {n: v for n, v in sizes.items() if n in options}
+            yield constructor(**(options | fitting | {"rank": rank, "dropout": 0.0}))
+
+
 def _made(name: str, rank: int) -> jp.core.Adapter:
     """A method at its defaults but for the rank, if it has one."""
     constructor = getattr(jp.adapters, name)
@@ -222,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--mixtures", action="store_true", help="mixtures alone")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     # A feed-forward of 4 widths in BERT, of 8/3 and three matrices in Llama.
@@ -230,6 +292,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for make, remat in itertools.product(hidden, REMATS):
         program = make(args.width, hidden[make], *size, remat=remat)
+        if args.mixtures:
+            if remat != "unscaled":
+                rows += mixtures(program, args.rank, experts=8)
+            continue
         names = [
             name
             for name, parts in methods().items()

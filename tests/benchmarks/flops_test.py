@@ -88,6 +88,25 @@ def test_adapters_cost_the_minimum(make, remat):
             assert row.ratio > 1.1 and row.kernel_temporaries > 0
 
 
+def test_mixtures_cost_what_one_lora_of_their_width_does():
+    """The smallest net; ``python -m benchmarks.flops --mixtures`` measures at size."""
+    program = programs.decoder(128, 320, 2, 4, 64, remat="none")
+    names = ("molora", "modula_res")  # the most matmuls, the most arrays
+    lora, *rows = flops.mixtures(program, rank=4, experts=4, names=names)
+    assert lora.method == "lora" and {r.method for r in rows} == set(names)
+    for row in rows:
+        assert 0.8 < row.ratio <= row.limit, row
+        assert row.temporary_bytes <= 1.1 * lora.temporary_bytes, row
+        assert row.kernel_temporaries == 0, row
+
+    def naive(x, gates, a, b):  # control: what the search must find
+        each = jnp.einsum("td,ndr,nro->tno", x, a, b)
+        return jnp.einsum("tn,tno->to", gates, each)
+
+    shapes = [jnp.ones(s) for s in ((64, 128), (64, 4), (4, 128, 4), (4, 4, 96))]
+    assert hlo.made_of_shape(compiled(naive, *shapes), [(64, 4, 96)])
+
+
 def test_methods_are_read_off_the_factors():
     found = flops.methods()
     assert set(found) <= set(dir(jp.adapters)) and len(found) >= 2
