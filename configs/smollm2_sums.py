@@ -9,9 +9,10 @@ rows), afterwards
 
 lora  300 steps  0.748 (on validation rows 0.793, and 0.627 after 200 of them)
 kasa  200 steps  0.585 (on validation rows 0.611)  --config.train_for="200 steps"
+bora  200 steps  0.639 (on validation rows 0.689)  --config.train_for="200 steps"
 
-29 and 23 minutes on 2 CPU cores that had four times as much to do (load 9), of 11 and
-10 minutes of processor time; so alone it takes less. One learning rate was tried,
+29, 23 and 24 minutes on 2 CPU cores that had four times as much to do (load 9), of 11,
+10 and 12 minutes of processor time; so alone it takes less. One learning rate was tried,
 2e-3 for all methods; test rows decided nothing.
 
 "Calculate 34 - 71." is read and " -37" is to be written, end token and all: the exact
