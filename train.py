@@ -103,8 +103,8 @@ def _run(config, workdir, stack):
         adapter,
         targets=config.targets,
         exclude=config.exclude or None,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
+        rank_pattern=dict(config.rank_pattern) or None,
+        alpha_pattern=dict(config.alpha_pattern) or None,
         axes=model.axes,
         key=next(keys),
     )
@@ -209,6 +209,15 @@ def _run(config, workdir, stack):
         waiting.append((step, metrics))  # still on the device: fetched all at once
         bar.advance()
 
+        if allocation and allocation.decide and step == settled:
+            state, chosen = training.decide(allocation, state)
+            if main_process:
+                chosen.save(folder / "allocation.json")
+            kept = {
+                n: chosen.facts[n] for n in ("nodes", "chosen", "trained", "stored")
+            }
+            writer.write("decided", step, **kept)
+            bar.note(f"After step {step}: {kept}; allocation.json says which.")
         evaluates = step % evaluate_every == 0 or step == total_steps
         saves = evaluates or step % save_every == 0
         if not saves and step % config.log.every:
@@ -262,7 +271,11 @@ def _run(config, workdir, stack):
     writer.write("after", total_steps, best_step=best.step, **after)
     bar.note(f"the adapter, saved and read onto a fresh base, scores the same: {after}")
     bar.close()
-    ranks = {"ranks": allocate.kept_ranks(reloaded)} if allocation else {}
+    ranks = {}
+    if allocation and allocation.decide:
+        ranks["ranks"] = allocate.Allocation.load(folder / "allocation.json").ranks()
+    elif allocation:
+        ranks["ranks"] = allocate.kept_ranks(reloaded)
 
     # ------------------------------------- Report -------------------------------------
 

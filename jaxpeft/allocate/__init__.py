@@ -11,7 +11,8 @@ from jaxpeft.allocate._finalise import finalise as finalise
 from jaxpeft.allocate._finalise import kept_ranks as kept_ranks
 from jaxpeft.allocate._gelora import Block as Block
 from jaxpeft.allocate._gelora import gelora as gelora
-from jaxpeft.allocate._importance import Allocator as Allocator
+from jaxpeft.allocate._ggm import GraphState as GraphState
+from jaxpeft.allocate._ggm import ggm as ggm
 from jaxpeft.allocate._importance import ImportanceState as ImportanceState
 from jaxpeft.allocate._importance import budgets as budgets
 from jaxpeft.allocate._importance import importance as importance
@@ -21,6 +22,7 @@ from jaxpeft.allocate._peft_patterns import from_peft as from_peft
 from jaxpeft.allocate._peft_patterns import to_peft as to_peft
 from jaxpeft.allocate._uniform import uniform as uniform
 from jaxpeft.core import Allocation as Allocation
+from jaxpeft.core import Allocator as Allocator
 from jaxpeft.core import KernelShape as KernelShape
 from jaxpeft.core import SiteRank as SiteRank
 from jaxpeft.core import kernel_shapes as kernel_shapes

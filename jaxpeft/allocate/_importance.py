@@ -13,24 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxpeft.core import Allocator
 from jaxpeft.core._components import component_sites
 from jaxpeft.core._node import is_node, map_nodes, wider
-
-
-class Allocator(NamedTuple):
-    """What decides about ranks during training; its functions are pure.
-
-    Attributes:
-        init: ``(trainable) -> state``, from the first half of ``jaxpeft.partition``.
-        update: ``(state, trainable, gradients, step) -> (state, trainable)``, after
-            each update of the optimiser: with the updated leaves, that update's
-            gradients, and the number of updates done, this one included.
-        settled: the number of updates after which ranks change no more.
-    """
-
-    init: Callable[[PyTree], Any]
-    update: Callable[[Any, PyTree, PyTree, Any], tuple[Any, PyTree]]
-    settled: int
 
 
 class ImportanceState(NamedTuple):
@@ -294,7 +279,8 @@ def importance(
             _only(trainable, pruned, lambda x: jnp.ones(x.shape, bool)),
         )
 
-    def update(state, trainable, gradients, step):
+    def update(state, trainable, gradients, step, before=None):
+        del before
         sites = component_sites(trainable)
         step = jnp.asarray(step, jnp.int32)
 

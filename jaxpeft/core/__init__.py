@@ -8,6 +8,7 @@ from jaxpeft.core._allocation import Allocation as Allocation
 from jaxpeft.core._allocation import KernelShape as KernelShape
 from jaxpeft.core._allocation import SiteRank as SiteRank
 from jaxpeft.core._allocation import kernel_shapes as kernel_shapes
+from jaxpeft.core._allocator import Allocator as Allocator
 from jaxpeft.core._attach import attach as attach
 from jaxpeft.core._capture import capture as capture
 from jaxpeft.core._contract import UNSCALED as UNSCALED

@@ -47,6 +47,7 @@ from jaxpeft.training._report import versions as versions
 from jaxpeft.training._state import NonFiniteError as NonFiniteError
 from jaxpeft.training._state import TrainState as TrainState
 from jaxpeft.training._state import check_finite as check_finite
+from jaxpeft.training._state import decide as decide
 from jaxpeft.training._state import init_state as init_state
 from jaxpeft.training._step import cross_entropy as cross_entropy
 from jaxpeft.training._step import model_forward as model_forward

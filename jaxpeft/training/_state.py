@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxpeft.allocate import Allocator
+from jaxpeft.allocate import Allocation, Allocator
 from jaxpeft.core import flat, unflat
 from jaxpeft.training._mesh import replicated
 from jaxpeft.training._optimizer import Optimizer
@@ -128,6 +128,32 @@ def _beside(allocation: Any, where: Any, whole: NamedSharding) -> Any:
     mine = flat(where)
     named = {n: mine.get(n.partition("/")[2], whole) for n in flat(allocation)}
     return unflat(allocation, named)
+
+
+def decide(allocation: Allocator, state: TrainState) -> tuple[TrainState, Allocation]:
+    """Calls what an allocator does on the host, after update ``allocation.settled``.
+
+    Args:
+        allocation: such as ``allocate.ggm``; one that has a ``decide``.
+        state: the state of just that update; every process has the same.
+
+    Returns:
+        ``(state, chosen)``; leaves lie where they lay.
+
+    Raises:
+        ValueError: it is another update, or the allocator has nothing to decide.
+        NonFiniteError: an update so far was not finite.
+    """
+    if allocation.decide is None:
+        raise ValueError("`allocation` has nothing to decide: it does all in the step")
+    check_finite(state)
+    if int(state.step) != allocation.settled:
+        raise ValueError(
+            f"`allocation` decides after update {allocation.settled}, and `state` is "
+            f"that of update {int(state.step)}"
+        )
+    ranks, trainable, chosen = allocation.decide(state.allocation, state.trainable)
+    return state._replace(allocation=ranks, trainable=trainable), chosen
 
 
 def check_finite(state: TrainState) -> None:

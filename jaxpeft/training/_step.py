@@ -177,8 +177,9 @@ def train_step(
         accumulate: cut the batch into so many micro-batches, run one after another.
         clip_norm: the largest global norm of the gradient; ``None``: no clipping.
         allocation: what decides about ranks (``allocate.importance``), the one that
-            ``init_state`` was given. It sees the updated leaves and the gradient of
-            the loss and the penalty, clipped as the optimiser has it.
+            ``init_state`` was given. It sees the leaves before and after the update
+            and the gradient of the loss and the penalty, clipped as the optimiser has
+            it.
 
     Returns:
         ``step(state, frozen, batch) -> (state, metrics)``, a ``jax.jit`` object.
@@ -255,7 +256,9 @@ def train_step(
             updated = optax.apply_updates(trainable, updates)
         ranks = state.allocation
         if allocation is not None:
-            ranks, updated = allocation.update(ranks, updated, grads, state.step + 1)
+            ranks, updated = allocation.update(
+                ranks, updated, grads, state.step + 1, trainable
+            )
         total = value + penalty
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         good = finite & (state.bad_step < 0)

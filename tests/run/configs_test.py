@@ -67,16 +67,23 @@ def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path):
         config.model.name = str(tiny_llama) if writes else small.model.name
         config.batch_size = config.eval_batch_size = 64
         config.train_for = config.evaluate_every = config.save_every = "1 step"
-        if config.allocate is not None:  # one step is the last pruning's
-            config.allocate.initial_steps = config.allocate.final_steps = 0
+        steps = 1
+        if config.allocate is not None:
+            config.allocate.initial_steps = 0
+            if collects := "collect_steps" in config.allocate:
+                config.allocate.collect_steps, steps = 2, 3
+                config.train_for, config.evaluate_every = "3 steps", "3 steps"
+            else:  # one step is the last pruning's
+                config.allocate.final_steps = 0
         config.log.tensorboard = False
         if config.data.name.partition("/")[0] not in AT_HAND:
             config.data, config.head = small.data, small.head
         config.max_length = min(config.max_length, 64)
         config.lengths = (config.max_length,)
     results = train.run(config, tmp_path / "run")
-    assert results["steps"] == results["best_step"] == 1
+    assert results["steps"] == results["best_step"] == steps
     assert results["after"].keys() == results["before"].keys()
     if config.allocate is not None:
         ranks = results["ranks"].values()
-        assert sum(ranks) == config.allocate.target_rank * len(ranks)
+        mean = None if collects else config.allocate.target_rank
+        assert sum(ranks) == (mean * len(ranks) if mean else config.allocate.n_select)

@@ -101,3 +101,84 @@ def test_a_step_that_is_not_finite_leaves_the_scores(
     after = numpy_leaves(state.allocation)
     assert int(state.bad_step) == 3
     assert all(np.array_equal(after[name], before[name]) for name in after)
+
+
+# --- decided on the host
+
+
+@pytest.fixture
+def make_chosen(make_run):
+    def make(**options):
+        allocation = allocate.ggm(
+            *(3, 1), total_steps=30, initial_steps=1, collect_steps=4
+        )
+        return allocation, make_run(jp.pc(rank=4), allocation=allocation, **options)
+
+    return make
+
+
+def trained(allocation, run, state, make_batch, start, stop):
+    """Steps ``start + 1`` to ``stop`` as ``train.py`` takes them."""
+    chosen = None
+    for seed in range(start, stop):
+        state, metrics = run.step(state, run.frozen, run.put(make_batch(seed=seed)))
+        if seed + 1 == allocation.settled:
+            state, chosen = training.decide(allocation, state)
+    return state, chosen, float(metrics["loss"])
+
+
+def test_after_the_choice_the_others_do_not_move(make_chosen, make_batch, numpy_leaves):
+    allocation, run = make_chosen()
+    state, chosen, _ = trained(allocation, run, run.state, make_batch, 0, 5)
+    before = jp.core.flat(jax.tree.map(np.array, state.trainable))
+    keep = {path: np.asarray(x)[0] for path, x in state.allocation.keep.items()}
+    state, _, _ = trained(allocation, run, state, make_batch, 5, 25)  # with decay
+    after = jp.core.flat(jax.tree.map(np.array, state.trainable))
+    assert sum(chosen.ranks().values()) == 3
+    for path, kept in keep.items():
+        assert chosen[path].components == tuple(np.flatnonzero(kept))
+        a, b = (after[f"{path}/{n}"] == before[f"{path}/{n}"] for n in "ab")
+        assert np.all(a[:, ~kept]) and np.all(b[~kept])
+        assert not np.any(a[:, kept].all(0)) and not np.any(b[kept].all(1))
+    assert not np.any(
+        after["classifier/kernel/value"] == before["classifier/kernel/value"]
+    )
+    assert run.step._cache_size() == 1  # masks are arguments
+
+
+def test_a_resumed_run_chooses_the_same(
+    tmp_path, make_chosen, make_batch, numpy_leaves
+):
+    allocation, run = make_chosen()
+    state, _, _ = trained(allocation, run, run.state, make_batch, 0, 3)
+    with training.Checkpointer(tmp_path, config={"seed": 0}) as checkpoints:
+        checkpoints.save(state, run.frozen)
+    expected, chosen, _ = trained(allocation, run, state, make_batch, 3, 7)
+    allocation, again = make_chosen()
+    with training.Checkpointer(tmp_path, config={"seed": 0}) as checkpoints:
+        restored = checkpoints.restore(again.state, again.frozen).state
+    got, same, _ = trained(allocation, again, restored, make_batch, 3, 7)
+    got, expected = numpy_leaves(got), numpy_leaves(expected)
+    assert same == chosen
+    assert all(np.array_equal(got[name], expected[name]) for name in expected)
+
+
+def test_eight_devices_choose_as_one(make_chosen, make_batch):
+    found = []
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        allocation, run = make_chosen(mesh=mesh)
+        before = [(x.sharding, x.ndim) for x in jax.tree.leaves(run.state)]
+        state, chosen, _ = trained(allocation, run, run.state, make_batch, 0, 6)
+        for x, (where, ndim) in zip(jax.tree.leaves(state), before, strict=True):
+            assert x.sharding.is_equivalent_to(where, ndim)
+        found.append((np.asarray(state.allocation.samples), chosen))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=2e-3)
+    assert found[0][1] == found[1][1]
+
+
+def test_a_choice_at_the_wrong_time(make_chosen):
+    allocation, run = make_chosen()
+    with pytest.raises(ValueError, match="decides after update 5, .* of update 0"):
+        training.decide(allocation, run.state)
+    with pytest.raises(ValueError, match="nothing to decide"):
+        training.decide(allocate.importance(2, total_steps=4), run.state)
