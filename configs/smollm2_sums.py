@@ -12,8 +12,8 @@ kasa  200 steps  0.585 (on validation rows 0.611)  --config.train_for="200 steps
 bora  200 steps  0.639 (on validation rows 0.689)  --config.train_for="200 steps"
 
 29, 23 and 24 minutes on 2 CPU cores that had four times as much to do (load 9), of 11,
-10 and 12 minutes of processor time; so alone it takes less. One learning rate was tried,
-2e-3 for all methods; test rows decided nothing.
+10 and 12 minutes of processor time, more than which it should not take alone. One
+learning rate was tried, 2e-3 for all methods; test rows decided nothing.
 
 "Calculate 34 - 71." is read and " -37" is to be written, end token and all: the exact
 match is that of writing greedily. No test or validation row is among the training
