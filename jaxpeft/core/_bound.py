@@ -218,6 +218,12 @@ def _positions(w: Bound, layout) -> list[int | None]:
 def transpose(w: Bound, permutation: tuple[int, ...]) -> Bound:
     """Permutes the kernel's axes; factors keep batch first, then in or out."""
     names = tuple(w.roles[p] for p in permutation)
+    ins = [p for p in permutation if w.roles[p] == IN and w.base.shape[p] > 1]
+    if (w.phi is not None or w.leaves is not None) and ins != sorted(ins):
+        raise NoRule(
+            "its method, or a tap, reads the input in the order of the kernel's in "
+            "axes, and here they change places"
+        )
     after = {old: new for new, old in enumerate(permutation)}
 
     def permute(x, layout):
