@@ -17,7 +17,12 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxpeft.core._adapter import Adapter, Factors
-from jaxpeft.core._mixture import Routing, check_routing, row_gates
+from jaxpeft.core._mixture import (
+    Routing,
+    check_routing,
+    row_gates,
+    warn_of_idle_router,
+)
 from jaxpeft.core._options import check_options
 from jaxpeft.numerics import gated
 
@@ -196,6 +201,8 @@ def domain_mixture(
             "domains or lower it."
         )
     routing = Routing(top_k, True, temperature)
+    trained_by = balance_coef + z_coef
+    warn_of_idle_router(name, routing, len(columns), trained_by, stacklevel=5)
     names = _trained(stage, columns, domains)
 
     def init(key, kernel, rank, alpha):

@@ -109,6 +109,20 @@ def check_routing(
         raise ValueError(f"`router_std` of {name} must be at least 0, got {router_std}")
 
 
+def warn_of_idle_router(
+    name: str, routing: Routing, experts: int, trained_by: float, stacklevel: int
+) -> None:
+    """Warns where every gate is 1 and no loss but the task's reaches the router."""
+    if routing.top_k == 1 and experts > 1 and routing.renormalise and not trained_by:
+        warnings.warn(
+            f"{name}(top_k=1) without `balance_coef`: the gates of the kept experts "
+            "add up to 1, so every gate is 1 and the router never learns; write a "
+            "balance_coef, keep more experts, or, where there is that option, "
+            "renormalise=False",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def _check_experts(name, experts, top_k, gates) -> None:
     each = experts if isinstance(experts, tuple) else (experts,)
     for n in each:
@@ -216,13 +230,8 @@ def mixture(
             "under a router of zeros get equal gradients for ever, and stay one plain "
             f"LoRA; write {name}(router_std=0.02)."
         )
-    if top_k == 1 and most > 1 and renormalise and not (balance_coef or z_coef):
-        warnings.warn(
-            f"{name}(top_k=1, renormalise=True) without `balance_coef`: every gate is "
-            "1, so the router never learns; write renormalise=False or a balance_coef",
-            stacklevel=5,
-        )
     routing = Routing(top_k, renormalise, temperature)
+    warn_of_idle_router(name, routing, most, balance_coef + z_coef, stacklevel=5)
 
     def init(key, kernel, rank, alpha):
         if rank < 1:

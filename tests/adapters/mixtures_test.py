@@ -213,6 +213,22 @@ def test_gates_by_row():
         adapted_use(wrong, x)
 
 
+def test_in_axes_that_change_places_are_refused():
+    """A router reads them in the kernel's order; so do taps."""
+    x, w = numbers(4, 3, 2, seed=5), numbers(3, 2, 5, seed=6)
+    flipped = lambda p, x: jnp.tensordot(x.swapaxes(1, 2), p["w"].swapaxes(0, 1), 2)
+    attach = lambda method: jp.attach(
+        {"w": w}, method, ["w"], key=jax.random.key(0), axes={"w": "in in out"}
+    )
+    plain = attach(jp.lora(rank=1))
+    assert distance(jp.adapt(flipped)(plain, x), jnp.tensordot(x, w, 2)) < 1e-5
+    routed = attach(jp.molora(rank=1, experts=2))
+    with pytest.raises(jp.UnsupportedError, match="'w'.*transpose.*change places"):
+        jp.adapt(flipped)(routed, x)
+    with pytest.raises(jp.UnsupportedError, match="a tap, reads the input"):
+        jp.adapt(flipped, taps=lambda x, *leaves: x.sum(0))(plain, x)
+
+
 # --- stacks whose layers have other numbers of experts ---
 
 L = 2
@@ -449,5 +465,9 @@ def test_bad_arguments(make, message):
 def test_a_lone_kept_expert_without_a_balance_loss_is_warned_of():
     with pytest.warns(UserWarning, match=r"mola\(top_k=1.*never learns"):
         jp.mola(experts=4, top_k=1)
+    with pytest.warns(UserWarning, match=r"modula_flan\(top_k=1.*never learns"):
+        jp.modula_flan(TWO, top_k=1)
+    jp.modula_flan(("law",), route_universal=False, top_k=1)
+    jp.modula_res(TWO, top_k=1, z_coef=0.01)
     jp.mola(experts=4, top_k=1, balance_coef=0.01)
     jp.mola(experts=4, top_k=1, renormalise=False)
