@@ -168,7 +168,7 @@ def routing_sums(
     "probabilities"   :math:`\sum_t m_t p_{tk}`, ``[rows, n]``
     "entropy"         :math:`-\sum_t m_t \sum_k g_{tk} \log g_{tk}`, ``[rows]``
     "z"               :math:`\sum_t m_t\, \mathrm{logsumexp}(l_t)^2`, ``[rows]``
-    "active"          1 for each expert that there is, ``[n]``
+    "active"          above 0 for each expert that there is, ``[n]``
     ================  ======================================================
 
     Sums of several batches or devices may be added. "gates", "load" and "entropy" have
@@ -244,6 +244,7 @@ def balance_and_z(sums: dict[str, Array]) -> tuple[Array, Array]:
     tokens = jnp.maximum(jnp.sum(sums["tokens"], -1), 1.0)
     f = lax.stop_gradient(jnp.sum(sums["load"], -2)) / tokens[..., None]
     p = jnp.sum(sums["probabilities"], -2) / tokens[..., None]
-    experts = jnp.sum(sums["active"], -1)
+    # A number above 0 where sums of several batches were added.
+    experts = jnp.sum((sums["active"] > 0).astype(p.dtype), -1)
     balance = experts * jnp.sum(f * p, -1)
     return balance, jnp.sum(sums["z"], -1) / tokens

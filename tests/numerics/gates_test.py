@@ -93,6 +93,9 @@ def test_balance_at_its_ends():
     np.testing.assert_allclose(losses(even, k=1)[0][0], 1, rtol=1e-5)
     np.testing.assert_allclose(losses(one, k=1)[0][0], 3, rtol=1e-5)
     np.testing.assert_allclose(losses(one, k=None)[0][0], 3, rtol=1e-5)
+    sums = losses(TOKENS, MASK)[1]
+    added = numerics.balance_and_z(jax.tree.map(jnp.add, sums, sums))
+    np.testing.assert_allclose(added[0], 1.125, rtol=1e-6)
     twice = jnp.concatenate([TOKENS, TOKENS])
     masks = jnp.concatenate([MASK, MASK])
     np.testing.assert_allclose(losses(twice, masks)[0][0], 1.125, rtol=1e-6)
