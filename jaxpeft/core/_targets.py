@@ -32,8 +32,9 @@ def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -
         return path.rpartition("/")[2] in BIASES
     # A stacked bias or norm scale has two axes and is no matrix all the same. Haiku's
     # bias is "b" beside "w"; alone, a kernel may have that name.
-    head, _, last = path.rpartition("/")
-    own = last in ("bias", "scale", "offset") or (last == "b" and f"{head}/w" in paths)
+    head, slash, last = path.rpartition("/")
+    beside = last == "b" and f"{head}{slash}w" in paths
+    own = last in ("bias", "scale", "offset") or beside
     return leaf.ndim >= 2 and not own
 
 

@@ -163,10 +163,10 @@ def test_haikus_names():
         "own": {"a": numbers(D, D), "b": numbers(D, D)},
     }
 
-    def sites(targets):
+    def sites(targets, params=params, stacked="up"):
         adapted = jax.eval_shape(
             lambda key: jp.attach(
-                params, jp.lora(), targets, key=key, axes={"up": "layer in out"}
+                params, jp.lora(), targets, key=key, axes={stacked: "layer in out"}
             ),
             jax.random.key(0),
         )
@@ -175,6 +175,7 @@ def test_haikus_names():
     assert sites("all-linear") == ["own/a/base", "stack/up/w/base"]
     assert sites(["up", "embed"]) == ["embed/embeddings/base", "stack/up/w/base"]
     assert sites(["own/b", "up"]) == ["own/b/base", "stack/up/w/base"]
+    assert sites(".*", params["stack/up"], "w") == ["w/base"]
 
 
 def test_haiku(keys):
