@@ -197,6 +197,8 @@ def join(task: MixedTask, encoded: Mapping[str, Encoded]) -> Encoded:
       ValueError: if a task is never drawn.
     """
     parts = [of_part(task, name, encoded[name]) for name in task.parts]
+    if any(part.segments is not None for part in parts):
+        parts = [_one_a_sequence(part) for part in parts]
     rows = [part.rows for part in parts]
     drawn = [n for name, n in zip(task.parts, rows, strict=True) if name in task.only]
     shares = iter(mixture_shares(drawn, temperature=task.temperature, cap=task.cap))
@@ -238,6 +240,17 @@ def join(task: MixedTask, encoded: Mapping[str, Encoded]) -> Encoded:
         positions=column("positions"),
         facts={"rows_of_an_epoch": shown, **facts},
         mixed=Mixed(names, ids, tuple(quotas), masks),
+    )
+
+
+def _one_a_sequence(encoded: Encoded) -> Encoded:
+    """Returns a split that is not packed as one whose sequences hold a text each."""
+    if encoded.segments is not None:
+        return encoded
+    starts = np.repeat(encoded.offsets[:-1], encoded.lengths)
+    return encoded._replace(
+        segments=np.ones(len(encoded.ids), np.int32),
+        positions=(np.arange(len(encoded.ids)) - starts).astype(np.int32),
     )
 
 

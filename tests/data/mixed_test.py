@@ -191,6 +191,19 @@ def test_writing_tasks_mix_too_packed_and_not():
     assert batch["segment_ids"].max() > 1
     assert splits["train"].facts["large"]["sequences"] > 0
     assert {*splits} == {"train", "validation/small", "validation/large"}
+    # One packed and one not: the other's sequences are a text each.
+    batch = next(
+        batch
+        for batch in stream(
+            encoded(data.mix(parts | {"large": sums("b", 200)}))["train"], 2
+        )
+        if set(batch["task_id"]) == {0, 1}
+    )
+    alone, mask = batch["task_id"] == 1, batch["attention_mask"]
+    assert batch["segment_ids"][~alone].max() > 1
+    assert np.array_equal(batch["segment_ids"][alone], mask[alone])
+    steps = np.arange(mask.shape[1]) * mask[alone]
+    assert np.array_equal(batch["positions"][alone], steps)
 
 
 def test_a_config_names_its_tasks():
