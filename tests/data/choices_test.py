@@ -178,6 +178,7 @@ def test_files_of_several_kinds(tmp_path):
     for options, message in [
         ({"choices": "one"}, "'one' must be a list of texts; got 'w2'. Of columns"),
         ({"answers": ("A", "B")}, r"one of `answers` \('A', 'B'\); got '2'"),
+        ({"answers": "12", "answer": "q"}, r"one of `answers` \('1', '2'\); got 'w1'"),
         ({"prompt": "q"}, "`prompt` 'q' must have columns in braces"),
         ({"prompt": "{q:9}"}, "no more than their names"),
         ({"prompt": "{q"}, "is no template: expected '}'"),

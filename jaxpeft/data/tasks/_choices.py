@@ -214,8 +214,9 @@ def _place(value: Any, answers: Sequence[str], where: str) -> int:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     value = value.decode(errors="replace") if isinstance(value, bytes) else value
-    if str(value) not in answers:
+    said = [str(answer) for answer in answers]
+    if str(value) not in said:
         raise ValueError(
-            f"{where} must be one of `answers` {tuple(answers)}; got {value!r}."
+            f"{where} must be one of `answers` {tuple(said)}; got {value!r}."
         )
-    return list(answers).index(str(value))
+    return said.index(str(value))
