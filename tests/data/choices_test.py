@@ -175,10 +175,15 @@ def test_files_of_several_kinds(tmp_path):
     )
     expected = {"prompt": "w1", "choices": ["w2", "w3"], "answer": 1}
     assert task.splits["validation"] == [expected]
+    options = dict(prompt="{q}", choices=("one", "two"), answers=(1, 2))
+    assert data.tasks.choices(**given, **options).splits == task.splits
+    csv.write_text("q,one,two,label\nw1,w2,w3,AB\n")
+    with pytest.raises(ValueError, match=r"one of `answers` \('A', 'B'\); got 'AB'"):
+        data.tasks.choices(**given, **(options | {"answers": "AB"}))
+    csv.write_text("q,one,two,label\nw1,w2,w3,2\n")
     for options, message in [
         ({"choices": "one"}, "'one' must be a list of texts; got 'w2'. Of columns"),
         ({"answers": ("A", "B")}, r"one of `answers` \('A', 'B'\); got '2'"),
-        ({"answers": "12", "answer": "q"}, r"one of `answers` \('1', '2'\); got 'w1'"),
         ({"prompt": "q"}, "`prompt` 'q' must have columns in braces"),
         ({"prompt": "{q:9}"}, "no more than their names"),
         ({"prompt": "{q"}, "is no template: expected '}'"),

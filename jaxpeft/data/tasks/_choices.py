@@ -25,7 +25,7 @@ def choices(
     prompt: str,
     choices: str | Sequence[str],
     answer: str,
-    answers: Sequence[str] | None = None,
+    answers: Sequence[str | int] | None = None,
     lead: str = " ",
     metrics: Sequence[str] | None = None,
     pack: bool = False,
@@ -90,7 +90,7 @@ def tfds_choices(
     prompt: str,
     choices: str | Sequence[str],
     answer: str,
-    answers: Sequence[str] | None = None,
+    answers: Sequence[str | int] | None = None,
     lead: str = " ",
     metrics: Sequence[str] | None = None,
     pack: bool = False,
@@ -145,7 +145,7 @@ def _rows(
     prompt: str,
     choices: str | Sequence[str],
     answer: str,
-    answers: Sequence[str] | None,
+    answers: Sequence[str | int] | None,
     lead: str,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of any columns as rows of a prompt, choices and an answer."""
@@ -210,7 +210,7 @@ def _inside(row: Mapping[str, Any], column: str, where: str) -> Any:
     return _inside(value, rest, where)
 
 
-def _place(value: Any, answers: Sequence[str], where: str) -> int:
+def _place(value: Any, answers: Sequence[str | int], where: str) -> int:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     value = value.decode(errors="replace") if isinstance(value, bytes) else value
