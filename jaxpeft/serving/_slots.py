@@ -302,7 +302,7 @@ def _known(slots: Slots) -> str:
     return ", ".join(repr(n) for n in slots.names if n is not None)
 
 
-def with_rows(tree: PyTree, index: Array | np.ndarray) -> PyTree:
+def with_rows(tree: PyTree, index: Array | np.ndarray | Sequence[int]) -> PyTree:
     """Says which adapter each row of the next batch takes.
 
     A function of arrays, which may be called inside of ``jit`` too: a new index of the
@@ -323,6 +323,7 @@ def with_rows(tree: PyTree, index: Array | np.ndarray) -> PyTree:
     found = [node for node in nodes(tree) if is_slotted(node)]
     if not found:
         raise ValueError("`tree` has no slots; give slots.tree of serving.slots(...).")
+    index = index if hasattr(index, "dtype") else np.asarray(index)
     shape = jnp.shape(index)
     if len(shape) != 1 or not shape[0] or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(

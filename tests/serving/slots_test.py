@@ -141,6 +141,8 @@ def test_numbers_that_are_no_slot(slots):
     index = np.array([2, 0, 7, -1, 1, 0, 0])
     with pytest.raises(ValueError, match=r"`index` has \[-1, 7\], but slots go .* 5"):
         serving.with_rows(slots.tree, index)
+    with pytest.raises(ValueError, match=r"`index` has \[7\], but slots go"):
+        serving.with_rows(slots.tree, [2, 0, 7])
     for how in ("gather", "ragged"):
         same = filled(how, large=trained(jp.lora(4), seed=2))
         run = jax.jit(lambda i, t=same.tree: forward(serving.with_rows(t, i), X))
