@@ -263,6 +263,9 @@ def with_dropout(
     return map_nodes(add, adapted)
 
 
+_READ = ("mask", "gates")  # what methods with experts look for
+
+
 def with_inputs(adapted: PyTree, **inputs: Array | None) -> PyTree:
     """Adds arrays that methods with experts read beside the input, for one call.
 
@@ -275,7 +278,12 @@ def with_inputs(adapted: PyTree, **inputs: Array | None) -> PyTree:
         The tree with them in each node whose method has experts, repeated for each
         layer of a stack. They are no part of the adapter: partitions keep them with
         the frozen half, files and checkpoints leave them out.
+
+    Raises:
+        ValueError: an input of another name, which no method would read.
     """
+    if unknown := sorted(set(inputs) - set(_READ)):
+        raise ValueError(f"inputs are {' and '.join(_READ)}, got {', '.join(unknown)}")
     nodes(adapted)  # whole ones only
 
     def add(node):

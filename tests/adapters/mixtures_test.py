@@ -208,6 +208,8 @@ def test_gates_by_row():
             fixed = node.adapter.rebuild(gates=tuple(map(float, rows[i])))
             one_row = adapted_use({"w": node.replace(adapter=fixed)}, x[i])
             assert distance(got[i], one_row) < 1e-5
+    with pytest.raises(ValueError, match="inputs are mask and gates, got gate"):
+        with_inputs(adapted, gate=rows)
     wrong = with_inputs(adapted, gates=rows[:2])
     with pytest.raises(ValueError, match="`gates` are for a batch of 2 rows.*3, 4"):
         adapted_use(wrong, x)
