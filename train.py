@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 import jaxpeft as jp
-from jaxpeft import adapters, allocate, data, interop, models, training
+from jaxpeft import adapters, allocate, data, interop, mixtures, models, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
@@ -41,6 +41,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         training.WorkdirError: the folder is in use, or of another run.
         training.NonFiniteError: the loss was not finite; the last checkpoint is kept.
     """
+    if config.stages:
+        return training.run_stages(config, workdir, run, free=FREE)
     with contextlib.ExitStack() as stack:
         return _run(config, workdir, stack)
 
@@ -98,18 +100,25 @@ def _run(config, workdir, stack):
     # ---------------------------------- The adapter -----------------------------------
 
     adapter = training.call_named(adapters, config.adapter, "adapter")
-    adapted = jp.attach(
-        params,
-        adapter,
-        targets=config.targets,
-        exclude=config.exclude or None,
-        rank_pattern=dict(config.rank_pattern) or None,
-        alpha_pattern=dict(config.alpha_pattern) or None,
-        axes=model.axes,
-        key=next(keys),
-    )
-    if config.head:  # trained whole: nothing a pre-trained model has fits the new task
-        adapted = jp.attach(adapted, jp.full(), targets=config.head, key=next(keys))
+    adapter_key = next(keys)
+    whole_key = next(keys) if config.head else None
+    if config.start:  # what another run saved, head and all
+        adapted = interop.load_adapter(config.start, params)
+    else:
+        adapted = jp.attach(
+            params,
+            adapter,
+            targets=config.targets,
+            exclude=config.exclude or None,
+            rank_pattern=dict(config.rank_pattern) or None,
+            alpha_pattern=dict(config.alpha_pattern) or None,
+            axes=model.axes,
+            key=adapter_key,
+        )
+        if config.head:  # trained whole: no pre-trained one fits the new task
+            adapted = jp.attach(adapted, jp.full(), targets=config.head, key=whole_key)
+    if config.stage:
+        adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
     specs = training.param_specs(params, mesh, axes=model.axes)
     adapted = training.place(adapted, mesh, specs)
     trainable, frozen = jp.partition(adapted)
@@ -144,20 +153,23 @@ def _run(config, workdir, stack):
     # GLUE keeps the labels of its test splits; there, validation is all there is.
     held_out = "test" if "test" in task.splits else "validation"
 
+    routing = {}  # of the last evaluation, by task
+
     def evaluate(trainable, frozen, split, bar):
         rows, lengths, scores = config.eval_batch_size, config.lengths, {}
         for name, (encoded, score) in data.held_out(task, splits, split).items():
             with bar.phase(f"{split} {name}".strip(), encoded.rows) as advance:
-                scores[name] = training.evaluate(
+                found = training.predict(
                     eval_fn,
                     trainable,
                     frozen,
                     data.evaluation_batches(encoded, rows, lengths=lengths),
                     mesh=mesh,
                     rows=rows // jax.process_count(),
-                    score=score,
                     advance=advance,
                 )
+            scores[name] = training.scores_of(found, score)
+            routing[name or task.name] = found.routing
         return data.gather_scores(task, scores)
 
     # ----------------------------- Resume, or start anew ------------------------------
@@ -255,7 +267,9 @@ def _run(config, workdir, stack):
 
     last = evaluate(state.trainable, frozen, held_out, bar)
     best = checkpoints.restore(state, frozen, step="best")
-    after = evaluate(best.state.trainable, best.frozen, held_out, bar)
+    after = last
+    if best.step != total_steps:
+        after = evaluate(best.state.trainable, best.frozen, held_out, bar)
     saved = folder / "adapter"
     interop.save_adapter(
         jp.combine(best.state.trainable, best.frozen),
@@ -276,6 +290,9 @@ def _run(config, workdir, stack):
         ranks["ranks"] = allocate.Allocation.load(folder / "allocation.json").ranks()
     elif allocation:
         ranks["ranks"] = allocate.kept_ranks(reloaded)
+    if any(routing.values()):  # the adapters have routers
+        routes = mixtures.routing_report(reloaded, routing)
+        ranks["routing"] = training.save_routing(folder, routes, title=title)
 
     # ------------------------------------- Report -------------------------------------
 

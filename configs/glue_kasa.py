@@ -76,6 +76,10 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
         orthogonality="official",
         reduction="mean",
     )
+    config.start = ""  # the folder of a saved one to go on from instead
+    config.stage = ""  # of a method with stages (jaxpeft.mixtures)
+    config.stages = ()  # or several, one run after the other
+    config.stage_changes = {}  # fields that differ in a kind of stage
     config.targets = ("query", "value")
     config.exclude = ()
     config.rank_pattern = ()

@@ -76,6 +76,10 @@ def get_config(method: str = "lora") -> ml_collections.ConfigDict:
 
     # The adapter: a name of jaxpeft.adapters and that function's arguments.
     config.adapter = dict(name=method, rank=8, alpha=16.0, **METHODS[method])
+    config.start = ""  # the folder of a saved one to go on from instead
+    config.stage = ""  # of a method with stages (jaxpeft.mixtures)
+    config.stages = ()  # or several, one run after the other
+    config.stage_changes = {}  # fields that differ in a kind of stage
     config.targets = "all-linear"
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank

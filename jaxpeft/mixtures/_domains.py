@@ -165,3 +165,15 @@ def rename_domain(adapted: PyTree, name: str, new: str) -> PyTree:
         return with_adapter(node, node.adapter.rebuild(**changes), leaves)
 
     return rebuilt(adapted, change)
+
+
+def domain_names(adapted: PyTree) -> tuple[str, ...]:
+    """Returns the tree's domains, in the order of their gates.
+
+    Args:
+        adapted: a tree with a method that has domains.
+
+    Raises:
+        ValueError: the tree has none.
+    """
+    return options_of(domain_nodes(adapted)[0])["domains"]

@@ -18,6 +18,7 @@ from jaxpeft.training._evaluate import Predictions as Predictions
 from jaxpeft.training._evaluate import eval_step as eval_step
 from jaxpeft.training._evaluate import evaluate as evaluate
 from jaxpeft.training._evaluate import predict as predict
+from jaxpeft.training._evaluate import scores_of as scores_of
 from jaxpeft.training._mesh import TENSOR_RULES as TENSOR_RULES
 from jaxpeft.training._mesh import batch_sharding as batch_sharding
 from jaxpeft.training._mesh import leaf_spec as leaf_spec
@@ -44,6 +45,10 @@ from jaxpeft.training._report import plot_curves as plot_curves
 from jaxpeft.training._report import print_table as print_table
 from jaxpeft.training._report import report as report
 from jaxpeft.training._report import versions as versions
+from jaxpeft.training._routed import Routed as Routed
+from jaxpeft.training._stages import enter_stage as enter_stage
+from jaxpeft.training._stages import run_stages as run_stages
+from jaxpeft.training._stages import save_routing as save_routing
 from jaxpeft.training._state import NonFiniteError as NonFiniteError
 from jaxpeft.training._state import TrainState as TrainState
 from jaxpeft.training._state import check_finite as check_finite

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpeft import core, numerics
+from jaxpeft import numerics
 from jaxpeft.training._mesh import BATCH_AXES
+from jaxpeft.training._routed import Routed, call_adapted, split_routed
 from jaxpeft.training._step import (
     Batch,
     Forward,
@@ -68,10 +69,12 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
             )
 
         rngs = {} if deterministic else {"dropout": key}
-        losses, hits = core.adapt(apply)(adapted, inputs, batch["targets"], rngs)
+        found = call_adapted(apply, adapted, batch, inputs, batch["targets"], rngs)
+        (losses, hits), routing = split_routed(found)
         weights = batch["target_weights"]
         sums = (losses * weights, weights, hits.astype(weights.dtype) * weights)
-        return jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1)
+        outputs = jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1)
+        return outputs if routing is None else Routed(outputs, routing)
 
     return forward
 

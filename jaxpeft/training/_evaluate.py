@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxpeft import core
 from jaxpeft.training._mesh import batch_sharding, put_batch, replicated
+from jaxpeft.training._routed import add_sums, split_routed, sum_rows
 from jaxpeft.training._state import TrainState
 from jaxpeft.training._step import Batch, Forward, Loss
 
@@ -23,6 +24,7 @@ class EvalOutput(NamedTuple):
         weight: ``[rows]``, 0 for padding.
         loss_sum: the weighted sum of the losses.
         weight_sum: the sum of their weights.
+        routing: by site, the sums of its router over the batch; None: there is none.
     """
 
     outputs: Any
@@ -30,6 +32,7 @@ class EvalOutput(NamedTuple):
     weight: Any
     loss_sum: Any
     weight_sum: Any
+    routing: Any
 
 
 class Predictions(NamedTuple):
@@ -39,11 +42,14 @@ class Predictions(NamedTuple):
         outputs: ``[rows, ...]``, numpy.
         labels: ``[rows]``, numpy.
         loss: the weighted mean of the losses.
+        routing: by site, the sums of its router over all rows, for
+            ``mixtures.routing_report``; None: there is none.
     """
 
     outputs: np.ndarray
     labels: np.ndarray
     loss: float
+    routing: dict[str, Any] | None
 
 
 def eval_step(
@@ -64,9 +70,10 @@ def eval_step(
     """
 
     def step(trainable, frozen, batch):
-        outputs = forward(core.combine(trainable, frozen), batch, None)
+        adapted = core.combine(trainable, frozen)
+        outputs, routing = split_routed(forward(adapted, batch, None))
         values, weights = loss(outputs, batch)
-        sums = jnp.sum(values * weights), jnp.sum(weights)
+        sums = jnp.sum(values * weights), jnp.sum(weights), sum_rows(routing)
         return EvalOutput(outputs, batch["label"], batch["weight"], *sums)
 
     where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
@@ -109,10 +116,12 @@ def predict(
     """
     outputs, labels = [], []
     loss_sum = weight_sum = 0.0
+    routing = None
 
     def take(result: EvalOutput) -> None:
-        nonlocal loss_sum, weight_sum
+        nonlocal loss_sum, weight_sum, routing
         result = jax.device_get(result)
+        routing = add_sums(routing, result.routing)
         real = result.weight > 0
         outputs.append(np.asarray(result.outputs)[real])
         labels.append(np.asarray(result.label)[real])
@@ -133,7 +142,10 @@ def predict(
     if not sum(map(len, labels)):
         raise ValueError("`batches` has no row of non-zero weight: nothing to evaluate")
     return Predictions(
-        np.concatenate(outputs), np.concatenate(labels), loss_sum / weight_sum
+        outputs=np.concatenate(outputs),
+        labels=np.concatenate(labels),
+        loss=loss_sum / weight_sum,
+        routing=routing,
     )
 
 
@@ -167,10 +179,26 @@ def evaluate(
     Raises:
         ValueError: there is no row, or ``score`` returns a ``"loss"`` of its own.
     """
-    outputs, labels, loss = predict(
+    found = predict(
         step, trainable, frozen, batches, mesh=mesh, rows=rows, advance=advance
     )
-    scores = {name: float(value) for name, value in score(outputs, labels).items()}
+    return scores_of(found, score)
+
+
+def scores_of(
+    found: Predictions, score: Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
+) -> dict[str, float]:
+    """Returns the scores of predictions and ``"loss"``, as ``evaluate`` does.
+
+    Args:
+        found: from ``predict``.
+        score: as for ``evaluate``.
+
+    Raises:
+        ValueError: ``score`` returns a ``"loss"`` of its own.
+    """
+    scores = score(found.outputs, found.labels).items()
+    scores = {name: float(value) for name, value in scores}
     if "loss" in scores:
         raise ValueError("`score` must not return 'loss': that name is the mean loss's")
-    return {**scores, "loss": loss}
+    return {**scores, "loss": found.loss}

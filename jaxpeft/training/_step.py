@@ -10,10 +10,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft import core
+from jaxpeft import core, mixtures
 from jaxpeft.allocate import Allocator
 from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
 from jaxpeft.training._optimizer import Optimizer
+from jaxpeft.training._routed import call_adapted, split_routed
 from jaxpeft.training._state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -33,7 +34,8 @@ def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
 
     Returns:
         ``forward(adapted, batch, key) -> logits``, for ``train_step`` and
-        ``eval_step``; ``key`` is ``None`` in evaluation.
+        ``eval_step``; ``key`` is ``None`` in evaluation. Where adapters have routers
+        ``Routed``: the logits, and what the routers say of the rows.
     """
 
     def forward(adapted, batch, key):
@@ -47,7 +49,7 @@ def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if name in batch}
         rngs = {} if deterministic else {"dropout": key}
-        return core.adapt(apply)(adapted, inputs, rngs)
+        return call_adapted(apply, adapted, batch, inputs, rngs)
 
     return forward
 
@@ -159,7 +161,10 @@ def train_step(
     .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i} + \text{penalty}
 
     Sums run over the whole batch, whatever ``accumulate`` and the mesh are, so rows
-    of weight 0 are as if they were not there. The penalty is taken once a step.
+    of weight 0 are as if they were not there. The penalty is taken once a step. Of
+    adapters with routers it has their balance and z-losses too
+    (``mixtures.auxiliary``); these are no sums over rows, so of micro-batches their
+    weighted mean is taken.
 
     If the loss or the gradient's norm is not finite, nothing is changed but
     ``bad_step``, and nothing ever after: the state is good whenever it is saved, and
@@ -204,8 +209,14 @@ def train_step(
         adapted = core.with_dropout(
             core.combine(trainable, frozen), adapter_key, leaves_key=leaves_key
         )
-        values, weights = loss(forward(adapted, batch, model_key), batch)
-        return jnp.sum(values * weights), jnp.sum(weights)
+        outputs, sums = split_routed(forward(adapted, batch, model_key))
+        values, weights = loss(outputs, batch)
+        weight = jnp.sum(weights)
+        auxiliary = jnp.zeros((), jnp.float32)
+        if sums is not None:
+            auxiliary = mixtures.auxiliary(adapted, sums)["penalty"]
+        value = jnp.sum(values * weights)
+        return value + auxiliary * weight, (weight, auxiliary * weight)
 
     task_grad = jax.value_and_grad(task, has_aux=True)
 
@@ -214,16 +225,16 @@ def train_step(
 
         def body(sums, part):
             number, micro = part
-            (value, weight), grads = task_grad(
+            (value, parts), grads = task_grad(
                 trainable, frozen, micro, jax.random.fold_in(key, number), leaves_key
             )
-            return jax.tree.map(jnp.add, sums, (value, weight, grads)), None
+            return jax.tree.map(jnp.add, sums, (value, parts, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         parts = jax.tree.map(lambda x: _micro_batches(x, accumulate, mesh), batch)
         numbers = jnp.arange(accumulate, dtype=jnp.uint32)
-        sums, _ = jax.lax.scan(body, (zero, zero, zeros), (numbers, parts))
+        sums, _ = jax.lax.scan(body, (zero, (zero, zero), zeros), (numbers, parts))
         return sums
 
     def step(state, frozen, batch):
@@ -234,16 +245,18 @@ def train_step(
         leaves_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
         inputs = (trainable, frozen, batch, key, leaves_key)
         if accumulate == 1:
-            (value, weight), grads = task_grad(*inputs)
+            (value, parts), grads = task_grad(*inputs)
         else:
-            value, weight, grads = accumulated(*inputs)
+            value, parts, grads = accumulated(*inputs)
+        weight, auxiliary = parts
         penalty, penalty_grads = jax.value_and_grad(
             lambda t: core.penalty(core.combine(t, frozen))
         )(trainable)
         grads = jax.tree.map(
             lambda g, p: g / weight.astype(g.dtype) + p, grads, penalty_grads
         )
-        value = value / weight
+        value, auxiliary = (value - auxiliary) / weight, auxiliary / weight
+        penalty = penalty + auxiliary
         norm = optax.tree.norm(grads)
         if clip_norm is not None:
             scale = clip_norm / jnp.maximum(norm, clip_norm)

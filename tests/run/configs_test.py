@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "configs").glob("*.py"))
 QUICKSTART = ROOT / "configs/quickstart.py"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")
-AT_HAND = ("trec", "sms", "movies", "reasoning_gym", "openbookqa")
+AT_HAND = ("trec", "sms", "movies", "reasoning_gym", "openbookqa", "mixture")
 SETTINGS = list(itertools.product(GLUE, ("base", "large")))
 
 
@@ -23,7 +23,7 @@ def test_it_is_locked_and_has_every_field(path):
     config, quickstart = training.load_config(path), training.load_config(QUICKSTART)
     assert config.is_locked
     # These hold what the method, its allocation and the task take.
-    sections = {"adapter", "allocate", "data"}
+    sections = {"adapter", "allocate", "data", "stage_changes"}
     fields = lambda c: {
         name for name in training.flat_config(c) if name.split(".")[0] not in sections
     }
@@ -75,6 +75,8 @@ def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path):
                 config.train_for, config.evaluate_every = "3 steps", "3 steps"
             else:  # one step is the last pruning's
                 config.allocate.final_steps = 0
+        config.stages = config.stages[:2]
+        config.stage_changes = {kind: {} for kind in config.stage_changes}
         config.log.tensorboard = False
         if config.data.name.partition("/")[0] not in AT_HAND:
             config.data, config.head = small.data, small.head

@@ -1,0 +1,98 @@
+"""Mixtures of LoRA on MiniLM, three text domains and a fourth: five methods.
+
+python train.py --config configs/modula_domains.py:method=res
+(Not run yet.)
+"""
+
+import ml_collections
+
+# At each 384 x 384 kernel about 26,000 trained values, as LoRA of rank 34 has.
+METHODS = {
+    "lora": dict(name="lora", rank=34, alpha=34.0),
+    "molora": dict(name="molora", rank=8, alpha=8, experts=4),
+    "mosld": dict(name="mosld", rank=13, alpha=13, experts=4),
+    "flan": dict(name="modula_flan", rank=8, rank_universal=8),
+    "res": dict(name="modula_res", rank=8, rank_universal=8),
+}
+STAGED = ("flan", "res")
+DOMAINS = ("trec", "sms", "movies")
+ADDED = "nyt"
+
+
+def get_config(method: str = "res") -> ml_collections.ConfigDict:
+    """Returns the config of a method; every field is explained in quickstart.py."""
+    if method not in METHODS:
+        raise ValueError(f"`--config` of method={method!r}: it is one of {[*METHODS]}.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of the head, the adapters, the order of the rows and dropout
+
+    # The base model; it stays frozen.
+    config.model = dict(
+        name="minilm",  # a packaged model, a Hugging Face folder, or a hub name
+        dtype="float32",  # of activations; bfloat16 on TPU and recent GPUs
+        param_dtype="float32",  # of the base; the adapters are always float32
+        scan_layers=False,  # one compiled layer for all: compiles faster when deep
+        remat=None,  # or what a layer keeps for its backward pass, "full": nothing
+        dropout=False,  # the model's own dropout, in training
+    )
+
+    # The tasks: questions by answer, spam, opinions on films; in newspapers.
+    config.data = dict(
+        name="mixture",
+        tasks=("trec", "sms", "opinions/movies", "opinions/nyt"),
+        temperature=1e6,  # as many rows of each task
+        only=DOMAINS,  # are trained on; the others keep their place in the head
+    )
+    config.max_length = 32  # tokens; longer rows are cut
+    config.lengths = (16, 32)  # rows of like length are padded to one of these
+    config.batch_size = 32  # rows, of all devices together
+    config.eval_batch_size = 64
+    config.accumulate = 1  # micro-batches a step
+
+    # The adapter: a name of jaxpeft.adapters and that function's arguments.
+    config.adapter = METHODS[method]
+    config.start = ""  # the folder of a saved one to go on from instead
+    config.targets = ("query", "key", "value", "attention/output/dense")
+    config.exclude = ()  # sites left out, in the same form
+    config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
+    config.alpha_pattern = ()
+    config.head = ("classifier",)  # trained whole (jaxpeft.full)
+
+    # The stages of MoDULA, one run after the other; 240 steps in all.
+    config.stage = ""
+    config.stages = ()
+    config.stage_changes = {}
+    if method in STAGED:
+        config.stages = ("universal", *(f"domain:{n}" for n in DOMAINS), "router")
+        config.stage_changes = dict(
+            universal=dict(train_for="80 steps"),
+            domain=dict(train_for="40 steps"),
+            router=dict(train_for="40 steps", optimizer=dict(head_learning_rate=0.0)),
+        )
+
+    # AdamW.
+    config.optimizer = dict(
+        learning_rate=1e-3,
+        head_learning_rate=1e-3,
+        schedule="linear",  # linear, cosine or constant, after the warm-up
+        warmup_ratio=0.06,  # of all steps
+        final_ratio=0.0,  # the last rate, as a part of the highest
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,  # of matrices only, where it is not zero
+    )
+    config.allocate = None
+    config.clip_norm = 1.0  # of the whole gradient; None: off
+    config.train_for = "240 steps"  # or epochs
+    config.evaluate_every = "240 steps"  # on the validation rows; saves a checkpoint
+    config.save_every = "120 steps"  # saves one in between, too
+
+    # Where and how it is watched: these alone may differ when a run is resumed.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left
+    config.log = dict(
+        every=10,  # steps between two looks at the device
+        tensorboard=True,
+        compilation_cache="",  # a folder that keeps compiled programs; "": none
+    )
+    return config.lock()

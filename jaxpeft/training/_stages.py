@@ -1,0 +1,139 @@
+"""A run in stages: each goes on from the adapter that the one before it saved."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from jaxpeft import mixtures
+from jaxpeft.training._report import REPORT_FILE, print_table
+from jaxpeft.training._workdir import open_workdir
+
+
+def stage_config(
+    config: ml_collections.ConfigDict, index: int, folder: Path
+) -> ml_collections.ConfigDict:
+    """Returns the config of one stage: an ordinary run's.
+
+    Args:
+        config: the config of the whole. ``stages`` names the stages in order:
+            "universal", "domain:NAME" or "router" (see ``jaxpeft.mixtures.stage``).
+            ``stage_changes`` has a section for each kind of stage, with the fields of
+            the config that are different there.
+        index: which stage, from 0.
+        folder: the folder of the whole run.
+
+    Returns:
+        the config: ``stage`` names it, ``start`` is the folder of the adapter of the
+        stage before, and of a mixture of tasks "domain:NAME" trains on NAME alone,
+        "router" on all domains that there are by then.
+
+    Raises:
+        ValueError: a stage or a field that there is none of.
+    """
+    name = config.stages[index]
+    kind, _, domain = name.partition(":")
+    if kind not in config.stage_changes or (kind == "domain") != bool(domain):
+        raise ValueError(
+            f"`config.stages` has {name!r}; write 'universal', 'domain:NAME' or "
+            f"'router'. Of these, `config.stage_changes` has "
+            f"{sorted(config.stage_changes)}."
+        )
+    changed = config.copy_and_resolve_references().unlock()
+    known = [n.partition(":")[2] for n in config.stages[:index]]
+    only = {"domain": (domain,), "router": tuple(filter(None, dict.fromkeys(known)))}
+    if kind in only:
+        changed.data.only = only[kind]
+    changed.stages, changed.stage, changed.stage_changes = (), name, {}
+    if index:
+        changed.start = str(stage_folder(config, index - 1, folder) / "adapter")
+    changed.lock()
+    try:
+        changed.update(config.stage_changes[kind])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"`config.stage_changes.{kind}`: {error.args[0]}") from error
+    return changed
+
+
+def stage_folder(config: ml_collections.ConfigDict, index: int, folder: Path) -> Path:
+    """Returns the folder of a stage, "02_domain_code"."""
+    return folder / f"{index + 1:02}_{config.stages[index].replace(':', '_')}"
+
+
+def run_stages(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    run: Callable[[ml_collections.ConfigDict, Path], dict[str, Any]],
+    *,
+    free: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs all stages of a config, each in a folder of its own below ``workdir``.
+
+    A stage that is complete is not run again; one that was stopped goes on where it
+    stood. More stages may be added at the end of ``config.stages``.
+
+    Args:
+        config: see ``stage_config``.
+        workdir: the folder of the whole.
+        run: runs one stage.
+        free: fields that may differ when a stage is resumed.
+
+    Returns:
+        the results of the last stage, with those of all under ``"stages"``.
+
+    Raises:
+        ValueError: see ``stage_config``.
+        WorkdirError: a stage's folder is in use, or of another config.
+    """
+    folder = Path(workdir).absolute()
+    configs = [stage_config(config, i, folder) for i in range(len(config.stages))]
+    results = {}
+    for index, changed in enumerate(configs):
+        own = stage_folder(config, index, folder)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with open_workdir(own, changed, free=free):
+            done = own / REPORT_FILE
+            found = json.loads(done.read_text())["results"] if done.exists() else None
+        results[own.name] = run(changed, own) if found is None else found
+    metric = results[own.name]["metric"]
+    show = lambda r: f"{r['before'][metric]:.4f}, {r['after'][metric]:.4f}"
+    rows = {name: show(result) for name, result in results.items()}
+    print_table(rows, title=f"{folder.name}: {metric} before and after each stage")
+    return results[own.name] | {"stages": results}
+
+
+def enter_stage(adapted: Any, stage: str, *, seed: int) -> Any:
+    """Returns the tree in a stage; a domain that it does not have yet is added.
+
+    Args:
+        adapted: a tree of a method with stages.
+        stage: "universal", "domain:NAME" or "router".
+        seed: of a new domain's leaves, which its name decides with it.
+
+    Raises:
+        ValueError: as ``mixtures.stage``.
+    """
+    _, _, domain = stage.partition(":")
+    if domain and domain not in mixtures.domain_names(adapted):
+        key = jax.random.fold_in(jax.random.key(seed), 4)  # the run's own are 0 to 3
+        adapted = mixtures.add_domain(adapted, domain, key=key)
+    return mixtures.stage(adapted, stage)
+
+
+def save_routing(
+    folder: Path, routes: mixtures.RoutingReport, *, title: str
+) -> dict[str, Any]:
+    """Writes ``routing.png``, prints the routing's table and returns it as plain data.
+
+    Args:
+        folder: the run's folder.
+        routes: from ``mixtures.routing_report``.
+        title: stands above picture and table.
+    """
+    if jax.process_index() == 0:
+        mixtures.plot_routing(routes, folder / "routing.png", title=title)
+        print_table(routes.summary(), title=f"{title}: routing, held out")
+    return routes.to_json()

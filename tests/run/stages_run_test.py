@@ -1,0 +1,145 @@
+"""train.py on a mixture of tasks: methods with routers, in one go and in stages."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import train
+from jaxpeft import training
+
+DOMAINS = ("one", "two", "three")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Three tasks on the same words: which third, odd or even, long or short."""
+    folder = tmp_path_factory.mktemp("tasks")
+    random = np.random.default_rng(0)
+    found = {}
+    for name, labels in zip(DOMAINS, ("abc", "xy", "xy"), strict=True):
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for _ in range(120):
+                first, length = random.integers(0, 60), random.integers(3, 12)
+                kind = {"one": first // 20, "two": first % 2, "three": length > 7}[name]
+                text = " ".join(
+                    f"w{w}" for w in [first, *random.integers(0, 60, length)]
+                )
+                row = {"text": text, "label": labels[int(kind)]}
+                print(json.dumps(row), file=file)
+        found[name] = dict(
+            name="files",
+            train=str(folder / f"{name}.jsonl"),
+            text="text",
+            label="label",
+            labels=tuple(labels),
+        )
+    return found
+
+
+@pytest.fixture
+def config(tiny_config, tasks):
+    config = tiny_config()
+    with config.unlocked():
+        config.data = dict(name="mixture", tasks=tasks, only=("one", "two"))
+        config.head, config.log.tensorboard = ("classifier",), False
+        config.train_for = config.evaluate_every = config.save_every = "8 steps"
+        config.batch_size, config.accumulate = 16, 2
+    return config
+
+
+@pytest.mark.slow
+def test_stages_train_one_expert_after_the_other(config, tmp_path, monkeypatch):
+    with config.unlocked():
+        config.adapter = dict(name="modula_res", rank=2, rank_universal=2)
+        config.stages = ("universal", "domain:one", "domain:two", "router")
+        still = dict(optimizer=dict(head_learning_rate=0.0))
+        config.stage_changes = dict(universal={}, domain=dict(train_for="4 steps"))
+        config.stage_changes.router = still
+    results = train.run(config, tmp_path)
+    names = ["01_universal", "02_domain_one", "03_domain_two", "04_router"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert list(results["stages"]) == names and results["steps"] == 8
+    assert results["stages"]["02_domain_one"]["steps"] == 4
+
+    read = lambda name: safetensors.numpy.load_file(
+        next((tmp_path / name / "adapter").glob("*.safetensors"))
+    )
+    leaves = {name: read(name) for name in names}
+    changed = [
+        {k for k in old.keys() & new.keys() if not np.array_equal(old[k], new[k])}
+        for old, new in zip(
+            map(leaves.get, names[:-1]), map(leaves.get, names[1:]), strict=True
+        )
+    ]
+    assert [{".".join(k.split("/")[-1:]) for k in x} for x in changed[:2]] == [
+        {"value"},
+        {"value"},
+    ]
+    new = leaves[names[1]].keys() - leaves[names[0]].keys()
+    assert {k.split("/")[-1] for k in new} == {"a.one", "b.one", "router.one"}
+    # The router's stage moves routers and nothing else.
+    moved = {k.split("/")[-1] for k in changed[2]}
+    assert moved == {"router.one", "router.two"}
+    # A domain's stage moves the columns of its own classes in the head, no others.
+    heads = [
+        next(v for k, v in leaves[n].items() if "classifier/kernel" in k) for n in names
+    ]
+    differs = [
+        np.any(a != b, axis=0).tolist() for a, b in zip(heads, heads[1:], strict=False)
+    ]
+    assert differs == [
+        [True] * 3 + [False] * 4,  # of task "one"; alphabetic: one, three, two
+        [False] * 5 + [True] * 2,
+        [False] * 7,
+    ]
+    routing = results["routing"]
+    assert routing["tasks"] == ["one", "three", "two"]
+    assert set(map(tuple, routing["experts"])) == {("one", "two")}
+    assert (tmp_path / "04_router/routing.png").stat().st_size > 5000
+
+    # What is complete is not run again; a stage added at the end is.
+    runs = []
+    monkeypatch.setattr(
+        train, "_run", lambda config, *_: runs.append(config.stage) or results
+    )
+    with config.unlocked():
+        config.stages += ("domain:three",)
+        config.stage_changes.domain.train_for = "4 steps"
+    train.run(config, tmp_path)
+    assert runs == ["domain:three"]
+
+
+@pytest.mark.slow
+def test_a_router_is_penalised_and_reported(config, tmp_path):
+    with config.unlocked():
+        config.adapter = dict(name="mosld", rank=2, experts=3, balance_coef=0.5)
+    results = train.run(config, tmp_path / "run")
+    steps = training.read_metrics(tmp_path / "run", "train")
+    sites = 8  # query, key, value and output of two layers, each at 1 or more
+    assert all(0.5 * sites * 0.99 < e["penalty"] < 0.5 * sites * 3 for e in steps)
+    assert all(e["total"] == pytest.approx(e["loss"] + e["penalty"]) for e in steps)
+    routing = results["routing"]
+    assert len(routing["routers"]) == sites and len(routing["tokens"]) == 3
+    assert np.allclose(np.sum(routing["gates"], -1), 1, atol=1e-4)
+    scores = results["after"]
+    assert {"mean", "one/accuracy", "three/accuracy", "two/loss"} <= scores.keys()
+    assert scores["mean"] == (scores["one/accuracy"] + scores["two/accuracy"]) / 2
+
+
+def test_what_is_no_stage_is_refused(config, tmp_path):
+    with config.unlocked():
+        config.adapter = dict(name="modula_flan", rank=2)
+        config.stages = ("universal", "domain")
+        config.stage_changes = dict(universal={}, domain={})
+    with pytest.raises(ValueError, match="`config.stages` has 'domain'; write"):
+        train.run(config, tmp_path)
+    with config.unlocked():
+        config.stages = ("universal",)
+        config.stage_changes.universal = dict(train_four="1 step")
+    with pytest.raises(
+        ValueError, match="`config.stage_changes.universal`.*train_four"
+    ):
+        train.run(config, tmp_path)
+    assert not list(tmp_path.iterdir())
