@@ -146,6 +146,17 @@ def test_after_the_choice_the_others_do_not_move(make_chosen, make_batch, numpy_
     assert run.step._cache_size() == 1  # masks are arguments
 
 
+def test_the_loss_falls_through_all_phases(make_chosen, make_batch):
+    allocation, run = make_chosen()
+    state, losses = run.state, []
+    for step in range(1, 21):
+        state, metrics = run.step(state, run.frozen, run.put(make_batch()))
+        if step == allocation.settled:
+            state, _ = training.decide(allocation, state)
+        losses.append(float(metrics["loss"]))
+    assert losses[5] < losses[4] < losses[0] and losses[-1] < 0.7 * losses[5]
+
+
 def test_a_resumed_run_chooses_the_same(
     tmp_path, make_chosen, make_batch, numpy_leaves
 ):
