@@ -6,13 +6,15 @@ python train.py --config configs/modula_domains.py:method=res
 
 import ml_collections
 
-# At each 384 x 384 kernel about 26,000 trained values, as LoRA of rank 34 has.
+# At each 384 x 384 kernel about 26,000 trained values, as LoRA of rank 34 has. With one
+# alpha for all, a step of Adam moves their outputs about as far: experts of lower rank
+# have a larger scale, and gates that add up to 1.
 METHODS = {
     "lora": dict(name="lora", rank=34, alpha=34.0),
-    "molora": dict(name="molora", rank=8, alpha=8, experts=4),
-    "mosld": dict(name="mosld", rank=13, alpha=13, experts=4),
-    "flan": dict(name="modula_flan", rank=8, rank_universal=8),
-    "res": dict(name="modula_res", rank=8, rank_universal=8),
+    "molora": dict(name="molora", rank=8, alpha=34.0, experts=4),
+    "mosld": dict(name="mosld", rank=13, alpha=34.0, experts=4),
+    "flan": dict(name="modula_flan", rank=8, rank_universal=8, alpha=34.0),
+    "res": dict(name="modula_res", rank=8, rank_universal=8, alpha=34.0),
 }
 STAGED = ("flan", "res")
 DOMAINS = ("trec", "sms", "movies")
@@ -58,7 +60,7 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
     config.alpha_pattern = ()
     config.head = ("classifier",)  # trained whole (jaxpeft.full)
 
-    # The stages of MoDULA, one run after the other; 240 steps in all.
+    # The stages of MoDULA, one run after the other; 400 steps in all.
     config.stage = ""
     config.stages = ()
     config.stage_changes = {}
@@ -66,8 +68,8 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
         config.stages = ("universal", *(f"domain:{n}" for n in DOMAINS), "router")
         config.stage_changes = dict(
             universal=dict(train_for="80 steps"),
-            domain=dict(train_for="40 steps"),
-            router=dict(train_for="40 steps", optimizer=dict(head_learning_rate=0.0)),
+            domain=dict(train_for="80 steps"),
+            router=dict(train_for="80 steps", optimizer=dict(head_learning_rate=0.0)),
         )
 
     # AdamW.

@@ -119,8 +119,14 @@ def with_mask(adapted: PyTree, mask: Array | np.ndarray | None) -> PyTree:
 
     Returns:
         The tree with the mask beside its leaves.
+
+    Raises:
+        ValueError: the tree has no mixture.
     """
-    return with_inputs(adapted, mask=None if mask is None else jnp.asarray(mask))
+    if mask is None:
+        return with_inputs(adapted, mask=None)
+    _mixtures(adapted)
+    return with_inputs(adapted, mask=jnp.asarray(mask))
 
 
 def auxiliary(adapted: PyTree, statistics: Mapping[str, Any]) -> dict[str, Array]:

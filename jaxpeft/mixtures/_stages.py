@@ -102,7 +102,7 @@ def stage(
 
     def change(node):
         changes = {"stage": name, "gates": None}
-        if name == "router":
+        if name in ("router", "all"):  # every domain is routed to
             changes["inactive"] = ()
         if is_residual(node):
             changes["stale"] = stale
