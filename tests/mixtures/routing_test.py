@@ -74,6 +74,11 @@ def test_the_penalty_of_routers_through_a_rematerialised_scan():
     mean = adapter.rebuild(aux_reduce="mean")
     halved = mixtures.auxiliary({"w": node.replace(adapter=mean)}, statistics)
     np.testing.assert_allclose(halved["penalty"], value / L, rtol=1e-6)
+    with pytest.raises(ValueError, match="no site with experts"):
+        plain = jp.attach(
+            {"w": jnp.ones((2, 2))}, jp.lora(1), ["w"], key=jax.random.key(0)
+        )
+        mixtures.with_mask(plain, MASK)
     wrong = mixtures.with_mask(adapted, MASK[:, :2])
     with pytest.raises(ValueError, match=r"`mask` has shape \(3, 2\)"):
         jp.adapt(scanned, taps="own")(wrong, X)

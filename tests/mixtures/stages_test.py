@@ -186,6 +186,8 @@ def test_a_domain_comes_and_goes(name):
     assert np.array_equal(*(forward(t, X) for t in fixed))
     trained = train(mixtures.stage(added, "domain:new"), 3)
     assert moved(added, trained) == {"a.new", "b.new"}
+    # At once with all others it is routed to from the start: it would not learn else.
+    assert not dict(mixtures.stage(added, "all")["w"].adapter.options)["inactive"]
     routed = mixtures.stage(trained, "router")
     assert distance(forward(routed, X), forward(before, X)) > 1e-4
     gone = mixtures.remove_domain(routed, "new")
