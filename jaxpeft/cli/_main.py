@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxpeft.cli import _convert, _describe, _generate, _merge
+from jaxpeft.cli import _convert, _describe, _generate, _merge, _ranks
 from jaxpeft.cli._console import note
 
-COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate)
+COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate, _ranks)
 
 EPILOG = """\
 An adapter is a folder: jaxpeft's own (adapter.json) or HF PEFT's (adapter_config.json).
@@ -76,6 +76,10 @@ _FLAGS = {
     "check_base=False": "--any-base",
     "untie=True": "--untie",
     "ignore=['target_modules']": "--ignore target_modules",
+    "`budget`": "--budget",
+    "`rank`": "--rank",
+    "`allocation.": "`--option ",
+    "`allocation`": "--method",
     "form='portable'": "the form portable",
     "form='native'": "the form native",
     "form='auto'": "the form peft",
