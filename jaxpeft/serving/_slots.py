@@ -156,7 +156,9 @@ def load(
 
     What an adapter adds to a kernel must be one product of thin matrices: LoRA and
     rsLoRA as they are; methods with initial factors (PiSSA, OLoRA, MiLoRA, KaSA) by
-    their change of the kernel they began with, which may have twice their rank.
+    their change of the kernel they began with, which may have twice their rank. So is
+    a mixture under fixed gates, and with it one domain out of several:
+    ``mixtures.fix_gates(adapted, {"law": 1.0})``.
 
     Args:
         slots: as ``slots`` made them.
@@ -228,6 +230,13 @@ def _read(slots: Slots, folder: Path, check_base: bool, ignore: Sequence[str]):
     params = detach(slots.tree)
     if (folder / OWN).is_file():
         return interop.load_adapter(folder, params, check_base=check_base)
+    if folder.is_file():
+        raise ValueError(
+            f"`adapter` {str(folder)!r} is a file, and adapters are folders. A domain "
+            "that export_domain wrote goes in by a tree: adapted = "
+            "mixtures.import_domain(adapted, file), then load(slots, name, "
+            'mixtures.fix_gates(adapted, {"law": 1.0})).'
+        )
     if not (folder / PEFT).is_file():
         raise FileNotFoundError(
             f"`adapter` {str(folder)!r} holds neither {OWN} nor {PEFT}: no adapter."

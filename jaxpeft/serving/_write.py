@@ -31,7 +31,7 @@ def misfits(own: Mapping[str, AdaptedKernel], node: AdaptedKernel) -> list[str]:
             f"targets=[..., {module_path(path)!r}])"
         ]
     if wrong := not_low_rank(node):
-        return [f"{wrong}. Or serve this adapter alone: jaxpeft.merge(adapted)"]
+        return [f"{wrong}. {_way_out(node)}"]
     slot = own[path]
     if (node.shape, node.roles) != (slot.shape, slot.roles):
         return [
@@ -48,6 +48,28 @@ def misfits(own: Mapping[str, AdaptedKernel], node: AdaptedKernel) -> list[str]:
             "into=jaxpeft.lora())"
         ]
     return []
+
+
+def _way_out(node: AdaptedKernel) -> str:
+    """What to do with a site whose change is no product of thin factors."""
+    experts = node.adapter.experts
+    if not experts:
+        return "Or serve this adapter alone: jaxpeft.merge(adapted)"
+    last = (*(0.0,) * (len(experts) - 1), 1.0)
+    try:
+        alone = node.replace(adapter=node.adapter.rebuild(gates=last), call=None)
+        folds = not not_low_rank(alone)
+    except ValueError:  # numbers of experts that differ, or a folded universal expert
+        folds = False
+    if folds:
+        return (
+            "Under fixed gates it is one: serving.load(slots, name, "
+            f"jaxpeft.mixtures.fix_gates(adapted, {{{experts[-1]!r}: 1.0}}))"
+        )
+    return (
+        "Serve its tree alone: jaxpeft.mixtures.with_gates(adapted, names) gives each "
+        "row of a batch an expert of its own"
+    )
 
 
 def change_rank(node: AdaptedKernel) -> int:

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from adapt_toolbox import numbers, perturb
 
 import jaxpeft as jp
+
+TWO = ("law", "code")
 
 
 def softmax(l):
@@ -77,3 +80,12 @@ def one(adapter, kernel, key=0, **leaves):
 
 def use(p, x):
     return x @ p["w"]
+
+
+adapted_use = jp.adapt(use)
+
+
+def stirred(adapter, d_in=5, d_out=7, dtype=jnp.float32):
+    """A site of numbers whose experts and router have left where they start."""
+    kernel = numbers(d_in, d_out, seed=3).astype(dtype)
+    return perturb(one(adapter, kernel), scale=0.7)

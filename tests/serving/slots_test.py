@@ -177,7 +177,10 @@ def test_refusals_name_the_way_out(trees, slots):
     )
     refused("trains the leaf itself", tree=trained(jp.full(), ["out"]))
     mixture = trained(jp.molora(2, experts=2), ["out"])
-    refused("depends on the input, so its change is no matrix", tree=mixture)
+    refused(
+        r"depends on the input, so its change is no matrix.*fix_gates\(.*'1': 1.0",
+        tree=mixture,
+    )
     refused("a tree without adapters", tree=base())
     other = {"out": {"kernel": numbers(D, 7)}}
     other = jp.attach(other, jp.lora(2), ["out"], key=jax.random.key(0))
