@@ -84,6 +84,35 @@ def test_the_penalty_of_routers_through_a_rematerialised_scan():
         jp.adapt(scanned, taps="own")(wrong, X)
 
 
+def test_sums_over_eight_devices_are_those_of_one():
+    """Tokens of all devices are added up before f and P are multiplied."""
+    adapter = jp.mosld(rank=2, experts=3, balance_coef=1.0, z_coef=0.5)
+    adapted, x = tree(adapter), numbers(8, 4, D, seed=5)
+    lengths = np.array([4, 1, 0, 3, 4, 2, 0, 4])  # two devices without any token
+    mask = jnp.asarray(np.arange(4) < lengths[:, None], jnp.int32)
+    trainable, frozen = jp.partition(adapted)
+
+    def penalty(t, x, mask):
+        whole = mixtures.with_mask(jp.combine(t, frozen), mask)
+        statistics = jp.adapt(scanned, taps="own")(whole, x)[1]
+        return mixtures.auxiliary(whole, statistics)["penalty"], statistics
+
+    run = jax.jit(jax.value_and_grad(penalty, has_aux=True))
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    (one, sums), g = run(trainable, x, mask)
+    cut = [jax.device_put(value, rows) for value in (x, mask)]
+    (eight, apart), h = run(trainable, *cut)
+    assert len(cut[0].sharding.device_set) == len(eight.sharding.device_set) == 8
+    assert run._cache_size() == 2
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert distance(apart["w"], sums["w"]) < 1e-5
+    assert distance(h["w"].trainable, g["w"].trainable) < 1e-6
+    # Control: the mean of each device's own balance is another number.
+    own = [run(trainable, x[i : i + 1], mask[i : i + 1])[0][0] for i in range(8)]
+    assert abs(np.sum(own) / np.sum(lengths > 0) - one) > 1e-2 * one
+
+
 def test_what_has_no_router_says_nothing():
     lora = tree(jp.lora(rank=2))
     assert jp.adapt(scanned, taps="own")(lora, X)[1] == {}
