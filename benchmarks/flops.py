@@ -204,7 +204,8 @@ def mixtures(
         (*lead, experts, w.d_out) for w in program.linears for lead in (rows, (alone,))
     ]
     one = None
-    found = [a for a in _mixtures(rank, experts) if names is None or a.name in names]
+    found = mixture_methods(rank, experts)
+    found = [a for a in found if names is None or a.name in names]
     for adapter in (jp.lora(rank * experts), *found):
 
         def loss(trainable, frozen, ids):
@@ -227,7 +228,7 @@ def mixtures(
         )
 
 
-def _mixtures(rank: int, experts: int) -> Iterator[jp.core.Adapter]:
+def mixture_methods(rank: int, experts: int) -> Iterator[jp.core.Adapter]:
     """Every method with experts, at one number of experts of one rank."""
     names = tuple(f"domain_{i}" for i in range(experts - 1))
     sizes = {"experts": experts, "domains": names, "rank_universal": rank}
