@@ -100,6 +100,26 @@ def _run(config, workdir, stack):
     # ---------------------------------- The adapter -----------------------------------
 
     adapter = training.call_named(adapters, config.adapter, "adapter")
+    sites = {"targets": config.targets, "exclude": config.exclude or None}
+    start_ranks = None
+    if config.allocation:  # from the pretrained model, or from a file
+        if config.start:
+            raise ValueError(
+                "`config.allocation` is for a new adapter, `config.start` has its ranks"
+                " already; leave one of them out."
+            )
+
+        def draw(samples, seed):
+            drawn = data.sample(splits["train"], samples, seed=seed)
+            rows, lengths = config.eval_batch_size, config.lengths
+            return drawn.rows, data.evaluation_batches(drawn, rows, lengths=lengths)
+
+        setting = config.allocation
+        setting = setting if isinstance(setting, str) else setting.to_dict()
+        start_ranks = training.starting_allocation(
+            *(setting, folder, model, params, draw), adapter=adapter, **sites
+        )
+        sites = {"targets": start_ranks}
     adapter_key = next(keys)
     whole_key = next(keys) if config.head else None
     if config.start:  # what another run saved, head and all
@@ -108,8 +128,7 @@ def _run(config, workdir, stack):
         adapted = jp.attach(
             params,
             adapter,
-            targets=config.targets,
-            exclude=config.exclude or None,
+            **sites,
             rank_pattern=dict(config.rank_pattern) or None,
             alpha_pattern=dict(config.alpha_pattern) or None,
             axes=model.axes,
@@ -224,12 +243,12 @@ def _run(config, workdir, stack):
         if allocation and allocation.decide and step == settled:
             state, chosen = training.decide(allocation, state)
             if main_process:
-                chosen.save(folder / "allocation.json")
+                chosen.save(folder / "decided.json")
             kept = {
                 n: chosen.facts[n] for n in ("nodes", "chosen", "trained", "stored")
             }
             writer.write("decided", step, **kept)
-            bar.note(f"After step {step}: {kept}; allocation.json says which.")
+            bar.note(f"After step {step}: {kept}; decided.json says which.")
         evaluates = step % evaluate_every == 0 or step == total_steps
         saves = evaluates or step % save_every == 0
         if not saves and step % config.log.every:
@@ -287,9 +306,12 @@ def _run(config, workdir, stack):
     bar.close()
     ranks = {}
     if allocation and allocation.decide:
-        ranks["ranks"] = allocate.Allocation.load(folder / "allocation.json").ranks()
+        ranks["ranks"] = allocate.Allocation.load(folder / "decided.json").ranks()
     elif allocation:
         ranks["ranks"] = allocate.kept_ranks(reloaded)
+    if start_ranks is not None:
+        shown = {"ranks": start_ranks.ranks(), "facts": start_ranks.facts}
+        ranks["allocation"] = shown
     if any(routing.values()):  # the adapters have routers
         routes = mixtures.routing_report(reloaded, routing)
         ranks["routing"] = training.save_routing(folder, routes, title=title)

@@ -84,6 +84,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
     config.exclude = ()
     config.rank_pattern = ()
     config.alpha_pattern = ()
+    config.allocation = None
     config.head = ("classifier/dense", "classifier/out_proj")
 
     config.optimizer = dict(

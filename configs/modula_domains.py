@@ -58,6 +58,7 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
+    config.allocation = None
     config.head = ("classifier",)  # trained whole (jaxpeft.full)
 
     # The stages of MoDULA, one run after the other; 400 steps in all.

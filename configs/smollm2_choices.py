@@ -60,6 +60,7 @@ def get_config(task: str = "openbookqa") -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
+    config.allocation = None
     config.head = ()  # trained whole (jaxpeft.full): none, the model's own will do
 
     # AdamW.

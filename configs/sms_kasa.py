@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
+    config.allocation = None
     # Trained whole (jaxpeft.full). The checkpoint was made for sentence vectors, means
     # over tokens: they did without its pooler, and a classifier it does not have.
     config.head = ("pooler/dense", "classifier")

@@ -45,6 +45,7 @@ from jaxpeft.training._ranks import FewRowsWarning as FewRowsWarning
 from jaxpeft.training._ranks import estimate_allocation as estimate_allocation
 from jaxpeft.training._ranks import find_allocator as find_allocator
 from jaxpeft.training._ranks import read_allocation as read_allocation
+from jaxpeft.training._ranks import starting_allocation as starting_allocation
 from jaxpeft.training._report import plot_curves as plot_curves
 from jaxpeft.training._report import print_table as print_table
 from jaxpeft.training._report import report as report

@@ -19,6 +19,7 @@ from jaxpeft import allocate, core, dimension, models
 from jaxpeft.training._config import _near
 
 Draw = Callable[[int, int], tuple[int, Iterable[Mapping[str, Any]]]]
+ALLOCATION_FILE = "allocation.json"
 FEW = 500  # below, the dimension of a cloud is a rough guess
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions")
 # What says how large the scale is, or how it differs between sites.
@@ -162,6 +163,65 @@ def read_allocation(
                 f"`allocation` {str(file)!r} has ranks {site.rank} at "
                 f"{path!r}, {there} here. Estimate it with the same scan_layers."
             )
+    return found
+
+
+def starting_allocation(
+    setting: Any,
+    folder: Path,
+    model: Any,
+    params: PyTree,
+    draw: Draw,
+    *,
+    adapter: core.Adapter,
+    targets: Any,
+    exclude: Any = None,
+) -> core.Allocation:
+    """Returns the ranks that a run starts with, the same again when it is resumed.
+
+    The first time they are kept in the run's folder, as ``allocation.json``; from then
+    on they are read from there, and nothing is estimated again.
+
+    Args:
+        setting: ``config.allocation``: the path of a saved allocation, the name of an
+            allocator, or a section with ``name`` and options, of
+            ``estimate_allocation``.
+        folder: the run's folder.
+        model: of ``models.load``.
+        params: its parameters.
+        draw: as in ``estimate_allocation``.
+        adapter: what will be attached. Its rank is the mean rank where ``setting`` says
+            neither ``rank`` nor ``budget``, its alpha / rank the scale of all sites
+            where that says nothing of alphas. The ranks and alphas of a file are taken
+            as they are.
+        targets: the sites, as in ``attach``.
+        exclude: as in ``attach``.
+
+    Returns:
+        The allocation.
+
+    Raises:
+        ValueError: as of ``estimate_allocation`` and ``read_allocation``.
+    """
+    kept, sites = folder / ALLOCATION_FILE, {"targets": targets, "exclude": exclude}
+    read = functools.partial(read_allocation, params=params, axes=model.axes, **sites)
+    if kept.exists():
+        return read(kept)
+    if isinstance(setting, str) and Path(setting).is_file():
+        found = read(setting)
+    else:
+        known = adapter.rank is not None and adapter.alpha is not None
+        fields = {"name": setting} if isinstance(setting, str) else dict(setting)
+        found = estimate_allocation(
+            *(model, params, fields, draw),
+            rank=adapter.rank,
+            scale=adapter.alpha / adapter.rank if known else 1.0,
+            **sites,
+        )
+    if jax.process_index() == 0:
+        new = folder / f"{ALLOCATION_FILE}.new"
+        found.save(new)
+        new.replace(kept)  # whole or not at all
     return found
 
 

@@ -23,7 +23,7 @@ def test_it_is_locked_and_has_every_field(path):
     config, quickstart = training.load_config(path), training.load_config(QUICKSTART)
     assert config.is_locked
     # These hold what the method, its allocation and the task take.
-    sections = {"adapter", "allocate", "data", "stage_changes"}
+    sections = {"adapter", "allocate", "allocation", "data", "stage_changes"}
     fields = lambda c: {
         name for name in training.flat_config(c) if name.split(".")[0] not in sections
     }

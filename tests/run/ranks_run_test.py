@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxpeft import allocate, data, dimension, models, training
+import jaxpeft as jp
+import train
+from jaxpeft import allocate, data, dimension, interop, models, training
 from jaxpeft.cli import main
 
 ROUGH = pytest.mark.filterwarnings("ignore:the dimension is estimated from")
@@ -122,3 +124,53 @@ def test_what_is_refused(ranks, tmp_path, capsys):
     new = ["--method", "eva", "--out", str(tmp_path / "b.json")]
     assert main(["ranks", "--model", "minilm", "--task", "treck", *new]) == 2
     assert "Did you mean 'trec'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@ROUGH
+def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
+    """From a section, kept for a resumed run; and from the file that it left."""
+    config = tiny_config("train_for=1 step", "evaluate_every=1 step")
+    with config.unlocked():
+        config.log.tensorboard = False
+        config.allocation = dict(name="gelora", r_max=3, samples=150)
+    folder = tmp_path / "run"
+    results = train.run(config, folder)
+    kept = allocate.Allocation.load(folder / "allocation.json")
+    assert results["allocation"]["ranks"] == kept.ranks()
+    assert results["allocation"]["facts"]["rows"] == 150
+    assert max(kept.ranks().values()) <= 3 < config.adapter.rank
+    # alpha / rank is the adapter's; its sites are those of the allocation.
+    scale = config.adapter.alpha / config.adapter.rank
+    assert {s.alpha / s.rank for s in kept.values()} == {scale}
+    sites = interop.adapter_info(folder / "adapter")["sites"]
+    ranks = {s["path"]: s["ranks"] for s in sites if s["path"] in kept}
+    assert ranks == {path: [rank] for path, rank in kept.ranks().items()}
+
+    # A resumed run reads them, and another takes the file that this one left.
+    def never(*args, **options):
+        raise AssertionError("estimated again")
+
+    monkeypatch.setattr(training._ranks, "estimate_allocation", never)
+    model, params = models.load(config.model.name)
+    here = dict(adapter=jp.lora(), targets=config.targets)
+    start = lambda setting, folder: training.starting_allocation(
+        setting, folder, model, params, never, **here
+    )
+    assert start("eva", folder) == kept
+    (tmp_path / "new").mkdir()
+    assert start(str(folder / "allocation.json"), tmp_path / "new") == kept
+    assert allocate.Allocation.load(tmp_path / "new/allocation.json") == kept
+    with pytest.raises(AssertionError, match="estimated again"):
+        start("eva", tmp_path)
+    with config.unlocked():
+        config.allocation = None
+        config.allocation = str(folder / "allocation.json")
+    with config.unlocked():
+        config.targets = ("query",)
+    with pytest.raises(ValueError, match="6 are in the file alone"):
+        train.run(config, tmp_path / "other-sites")
+    with config.unlocked():
+        config.start = str(folder / "adapter")
+    with pytest.raises(ValueError, match="`config.start` has its ranks already"):
+        train.run(config, tmp_path / "two-starts")
