@@ -80,12 +80,9 @@ def _run(config, workdir, stack):
         key=head_key,
     )
     model, params = load_base()
-    splits = data.tokenize(
-        task,
-        models.tokenizer(config.model.name),
-        vocab_size=model.config.vocab_size,
-        max_length=config.max_length,
-    )
+    limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
+    tokenizer = models.tokenizer(config.model.name)
+    splits = data.tokenize(task, tokenizer, **limits)
     batches = data.batches(
         splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
     )
@@ -110,7 +107,12 @@ def _run(config, workdir, stack):
             )
 
         def draw(samples, seed):
-            drawn = data.sample(splits["train"], samples, seed=seed)
+            texts = splits["train"]
+            if texts.segments is not None:  # several to a row
+                texts = data.tokenize(
+                    data.unpacked(task), tokenizer, **limits, splits=["train"]
+                )["train"]
+            drawn = data.sample(texts, samples, seed=seed)
             rows, lengths = config.eval_batch_size, config.lengths
             return drawn.rows, data.evaluation_batches(drawn, rows, lengths=lengths)
 

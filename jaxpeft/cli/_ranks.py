@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an argument of the task: pack=False; may be given again",
+        help="an argument of the task: size=500; may be given again",
     )
     add(
         "--targets",
@@ -88,7 +88,7 @@ def run(given: argparse.Namespace) -> None:
 
     def draw(samples: int, seed: int):
         encoded = data.tokenize(
-            task,
+            data.unpacked(task),
             models.tokenizer(given.model),
             vocab_size=model.config.vocab_size,
             max_length=given.max_length,

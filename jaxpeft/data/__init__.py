@@ -15,6 +15,7 @@ from jaxpeft.data._mixed import mix as mix
 from jaxpeft.data._mixed import mixture_shares as mixture_shares
 from jaxpeft.data._pack import pack as pack
 from jaxpeft.data._sample import sample as sample
+from jaxpeft.data._sample import unpacked as unpacked
 from jaxpeft.data._score import score as score
 from jaxpeft.data._sources import read_csv as read_csv
 from jaxpeft.data._sources import read_jsonl as read_jsonl

@@ -1,8 +1,29 @@
-"""Some rows of a split."""
+"""Some rows of a split, and rows one by one."""
 
 import numpy as np
 
 from jaxpeft.data._encoded import Encoded
+from jaxpeft.data._mixed import MixedTask
+from jaxpeft.data._task import Task
+from jaxpeft.data._texts import TextTask
+
+
+def unpacked(task: Task | TextTask | MixedTask) -> Task | TextTask | MixedTask:
+    """Returns a task whose training rows are not packed: one text a row.
+
+    Args:
+      task: any task.
+
+    Returns:
+      The same, or with `pack=False`, in all parts of a mixture.
+
+    Example:
+      >>> unpacked(task("reasoning_gym/chain_sum")).pack  # doctest: +SKIP
+      False
+    """
+    if isinstance(task, MixedTask):
+        return task._replace(parts={n: unpacked(t) for n, t in task.parts.items()})
+    return task._replace(pack=False) if isinstance(task, TextTask) else task
 
 
 def sample(encoded: Encoded, rows: int, *, seed: int = 0) -> Encoded:

@@ -174,3 +174,18 @@ def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
         config.start = str(folder / "adapter")
     with pytest.raises(ValueError, match="`config.start` has its ranks already"):
         train.run(config, tmp_path / "two-starts")
+
+
+@pytest.mark.slow
+@ROUGH
+@pytest.mark.filterwarnings("ignore:.*points are equal to an earlier one")
+def test_packed_texts_are_seen_one_by_one(tiny_llama, tmp_path):
+    """Of a writing task, whose training rows several texts share."""
+    out, task = tmp_path / "a.json", "reasoning_gym/chain_sum"
+    assert data.task(task).pack and not data.unpacked(data.task(task)).pack
+    given = ["--model", str(tiny_llama), "--task", task, "--samples", "64"]
+    more = ["--method", "gelora", "--scan-layers", "--max-length", "64"]
+    assert main(["ranks", *given, *more, "--out", str(out)]) == 0
+    found = allocate.Allocation.load(out)
+    assert found.facts["rows"] == 64 and len(found) == 4
+    assert all(len(site.rank) == 2 for site in found.values())
