@@ -19,6 +19,12 @@ Flan sends questions to their expert in the upper layers. One alpha and one lear
 rate were tried for the five after the first, of scale 1 for MoDULA, had been far too
 small (mean 0.62); test rows had been seen then. 2 to 3 minutes of processor time a
 method, 6 for the staged ones.
+
+A fourth domain, editorials of a newspaper, was added to Flan without touching the
+others: the same folder, and --config.stages with domain:nyt,router at its end. Its
+accuracy (149 test rows) went from 0.617 to 0.906 by its own expert and 0.832 after the
+router's stage; the others' from 0.844, 0.965, 0.792 to 0.838, 0.963, 0.814. All leaves
+of the old experts are the same to the bit; routers and head are not.
 """
 
 import ml_collections
