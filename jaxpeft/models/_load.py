@@ -296,7 +296,7 @@ def _make_by_layer(
     for i, tensor in enumerate(tensors):
         layer = _make(handles, (tensor,), one, shape[1:], dtype, within)
         stack = jax.block_until_ready(put(stack, layer, i))
-        del layer  # before the next one is read
+        layer.delete()  # now, not when the runtime comes to it
     return stack
 
 
