@@ -214,11 +214,6 @@ def join(task: MixedTask, encoded: Mapping[str, Encoded]) -> Encoded:
                 f"`temperature` {task.temperature} and `cap` {task.cap} leave task "
                 f"{name!r} with no row of an epoch's {total}; raise the temperature."
             )
-    masks = None
-    if task.num_labels is not None:
-        masks = np.zeros((len(parts), task.num_labels), bool)
-        for index, name in enumerate(task.parts):
-            masks[index, task.classes(name)] = True
     ids = np.repeat(np.arange(len(parts), dtype=np.int32), rows)
     names = tuple(task.parts)
     shown = dict(zip(names, quotas, strict=True))
@@ -239,7 +234,12 @@ def join(task: MixedTask, encoded: Mapping[str, Encoded]) -> Encoded:
         segments=column("segments"),
         positions=column("positions"),
         facts={"rows_of_an_epoch": shown, **facts},
-        mixed=Mixed(names, ids, tuple(quotas), masks),
+        mixed=Mixed(
+            names,
+            ids,
+            tuple(quotas),
+            _column([part.mixed and part.mixed.label_mask for part in parts]),
+        ),
     )
 
 

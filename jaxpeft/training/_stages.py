@@ -42,10 +42,16 @@ def stage_config(
             f"'router'. Of these, `config.stage_changes` has "
             f"{sorted(config.stage_changes)}."
         )
+    if kind != "universal" and config.data.name != "mixture":
+        raise ValueError(
+            f"`config.stages` has {name!r}, which trains on some tasks of a mixture, "
+            f"but `config.data.name` is {config.data.name!r}; write 'mixture' and its "
+            "tasks, each called after a domain."
+        )
     changed = config.copy_and_resolve_references().unlock()
     known = [n.partition(":")[2] for n in config.stages[:index]]
     only = {"domain": (domain,), "router": tuple(filter(None, dict.fromkeys(known)))}
-    if kind in only:
+    if only.get(kind):  # a router may also begin, on what another run has trained
         changed.data.only = only[kind]
     changed.stages, changed.stage, changed.stage_changes = (), name, {}
     if index:

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 import train
-from jaxpeft import training
+from jaxpeft import data, models, training
 
 DOMAINS = ("one", "two", "three")
 
@@ -123,6 +123,14 @@ def test_a_router_is_penalised_and_reported(config, tmp_path):
     routing = results["routing"]
     assert len(routing["routers"]) == sites and len(routing["tokens"]) == 3
     assert np.allclose(np.sum(routing["gates"], -1), 1, atol=1e-4)
+    # Every real token counts once: no padding, no row that only fills up a batch.
+    tokenizer = models.tokenizer(config.model.name)
+    limits = dict(vocab_size=64, max_length=config.max_length)
+    encoded = data.tokenize(data.task(config.data), tokenizer, **limits)
+    for name, tokens in zip(routing["tasks"], routing["tokens"], strict=True):
+        held_out = encoded[f"validation/{name}"]
+        assert held_out.rows % config.eval_batch_size
+        assert set(tokens) == {len(held_out.ids)}
     scores = results["after"]
     assert {"mean", "one/accuracy", "three/accuracy", "two/loss"} <= scores.keys()
     assert scores["mean"] == (scores["one/accuracy"] + scores["two/accuracy"]) / 2
@@ -141,5 +149,10 @@ def test_what_is_no_stage_is_refused(config, tmp_path):
     with pytest.raises(
         ValueError, match="`config.stage_changes.universal`.*train_four"
     ):
+        train.run(config, tmp_path)
+    with config.unlocked():
+        config.stages, config.data.name = ("universal", "domain:one"), "files"
+        config.stage_changes = dict(universal={}, domain={})
+    with pytest.raises(ValueError, match="`config.data.name` is 'files'; write 'mixtu"):
         train.run(config, tmp_path)
     assert not list(tmp_path.iterdir())
