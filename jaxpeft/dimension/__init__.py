@@ -6,6 +6,7 @@ from jaxpeft.dimension._collect import pool as pool
 from jaxpeft.dimension._duplicates import Cloud as Cloud
 from jaxpeft.dimension._duplicates import DegenerateError as DegenerateError
 from jaxpeft.dimension._duplicates import DuplicateWarning as DuplicateWarning
+from jaxpeft.dimension._duplicates import PrecisionWarning as PrecisionWarning
 from jaxpeft.dimension._duplicates import cloud as cloud
 from jaxpeft.dimension._estimate import IdEstimate as IdEstimate
 from jaxpeft.dimension._estimate import mle as mle

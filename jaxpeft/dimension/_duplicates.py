@@ -3,6 +3,7 @@
 import warnings
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
@@ -16,6 +17,10 @@ _PASSES = 5
 
 class DuplicateWarning(UserWarning):
     """A cloud has points that stand in it twice; they were merged."""
+
+
+class PrecisionWarning(UserWarning):
+    """Points came in bfloat16, whose rounding bends the nearest distances."""
 
 
 class DegenerateError(ValueError):
@@ -79,7 +84,16 @@ def cloud(
         >>> cloud(x, 2).n_exact
         0
     """
+    dtype = getattr(x, "dtype", np.dtype(float))
     x = check_points(x)
+    if dtype == jnp.bfloat16:
+        warnings.warn(
+            "the points came in bfloat16. Where features are far from 0 its rounding "
+            "is as large as the nearest distances, and the dimension far off. Keep "
+            "the states in float32 from the forward pass on.",
+            PrecisionWarning,
+            stacklevel=4,
+        )
     if duplicates not in DUPLICATES:
         raise ValueError(
             f"`duplicates` must be one of {DUPLICATES}, got {duplicates!r}"

@@ -3,12 +3,13 @@
 import functools
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from dimension_toolbox import gaussian, roll, sphere
 
 from jaxpeft import dimension
-from jaxpeft.dimension import DuplicateWarning, mle, twonn
+from jaxpeft.dimension import DuplicateWarning, PrecisionWarning, mle, twonn
 
 exact = functools.partial(twonn, backend="numpy")
 PAIRS = {"harmonic": "mle", "mean": "mean", "median": "median"}
@@ -187,3 +188,10 @@ def test_plateau():
     assert all(b < a for a, b in zip(subsets, subsets[1:], strict=False))
     with pytest.raises(ValueError, match="400 points; two scales need 402"):
         dimension.plateau(x, planted, least=201)
+
+
+def test_points_in_bfloat16_are_warned_of():
+    x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    with pytest.warns(PrecisionWarning, match="float32"):
+        twonn(x.astype(jnp.bfloat16))
+    twonn(x.astype(np.float16))  # no warning: an error here
