@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from jaxpeft.core import Allocation, KernelShape, SiteRank
 from jaxpeft.core._lift import matrix_shape
 from jaxpeft.core._node import map_nodes
+from jaxpeft.numerics import Leading, centre, join_leading, leading_rows, row_cosines
 
 
 class Moments(NamedTuple):
@@ -32,28 +33,34 @@ class Spectrum(NamedTuple):
     """Where the variance of a kernel's inputs lies; of a stack one a layer, in front.
 
     Attributes:
-        ratios: shares of the variance, largest first, ``[..., d]``.
-        directions: orthonormal columns, ``[..., d, d]``.
-        singular: singular values of the centred inputs, ``[..., d]``.
+        ratios: shares of the variance, largest first, ``[..., k]``; k is d, or the
+            number of leading directions that were kept.
+        directions: orthonormal columns, ``[..., d, k]``.
+        singular: singular values of the centred inputs, ``[..., k]``.
     """
 
-    ratios: Float[np.ndarray, "*layers d"]
-    directions: Float[np.ndarray, "*layers d d"]
-    singular: Float[np.ndarray, "*layers d"]
+    ratios: Float[np.ndarray, "*layers k"]
+    directions: Float[np.ndarray, "*layers d k"]
+    singular: Float[np.ndarray, "*layers k"]
 
 
 def input_moments(
-    x: Float[Array, "*batch d"], mask: Shaped[Array | np.ndarray, "*batch"]
-) -> Moments:
+    x: Float[Array, "*batch d"],
+    mask: Shaped[Array | np.ndarray, "*batch"],
+    keep: int | None = None,
+) -> Moments | Leading:
     """Returns moments of a kernel's inputs, in float32: ``reduce`` of ``capture``.
 
     Args:
         x: inputs.
         mask: 1 at those that count: the attention mask for all real tokens, or the
             positions that carry loss.
+        keep: ``None``: all directions, exactly, in ``d * d`` numbers. A number: so
+            many leading ones, of an incremental SVD (``numerics.leading_rows``), for
+            wide inputs; some four times what a site may get as ranks.
 
     Returns:
-        Their moments.
+        Their moments, or their leading directions.
 
     Example:
         >>> x = jnp.asarray([[1.0, 0.0], [3.0, 0.0], [9.0, 9.0]])
@@ -63,28 +70,37 @@ def input_moments(
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     w = jnp.asarray(mask).reshape(-1, 1).astype(jnp.float32)
     x = jnp.where(w > 0, x, 0)  # what is not finite in padding stays out
-    count = jnp.sum(w)
-    exact = {"precision": jax.lax.Precision.HIGHEST}
-    mean = jnp.matmul(w[:, 0], x, **exact) / jnp.maximum(count, 1)
-    centred = (x - mean[None]) * w
-    return Moments(count, mean, jnp.matmul(centred.T, centred, **exact))
+    if keep is not None:
+        return leading_rows(x, w[:, 0], min(keep, x.shape[-1]))
+    count, mean, centred = centre(x, w[:, 0])
+    scatter = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
+    return Moments(count, mean, scatter)
 
 
 def gather_moments(
-    step: Callable[[Any], Mapping[str, Moments]], batches: Iterable[Any]
-) -> dict[str, Moments]:
-    """Adds up moments over batches, in float64 on the host.
+    step: Callable[[Any], Mapping[str, Moments | Leading]],
+    batches: Iterable[Any],
+    *,
+    tau: int | float | None = None,
+    watch: int = 16,
+) -> dict[str, Moments | Leading]:
+    """Adds up moments over batches, those of all directions in float64 on the host.
 
     Args:
         step: ``batch -> {path: Moments}``, one forward pass; a function made by
             ``jaxpeft.capture``, jitted, that ends in ``[1]``.
         batches: what it is given, one after the other.
+        tau: stop before the last batch, once a batch turns no leading direction that
+            is watched: the cosine with the one before is at least ``tau`` (HF PEFT:
+            0.99). ``None``: all batches.
+        watch: how many of each site's leading directions must hold still.
 
     Returns:
         ``{path: Moments}`` of all batches.
 
     Raises:
-        ValueError: there is no batch, or a moment is not finite.
+        ValueError: there is no batch, a moment is not finite, or ``tau`` is given
+            where all directions are kept.
 
     Example:
         >>> import jaxpeft as jp
@@ -97,13 +113,27 @@ def gather_moments(
         >>> gather_moments(step, [batch, batch])["q/kernel"].mean.tolist()
         [2.0, 0.0]
     """
-    total: dict[str, Moments] = {}
+    total: dict[str, Moments | Leading] = {}
     for batch in batches:
-        for path, new in jax.device_get(step(batch)).items():
-            new = Moments(*(np.asarray(x, np.float64) for x in new))
-            if not np.all(np.isfinite(new.scatter)):
+        before, held = dict(total), []
+        for path, new in step(batch).items():
+            if not np.all(np.isfinite(new[2])):  # a sum over all entries
                 raise ValueError(f"the inputs of {path!r} are not finite")
-            total[path] = _joined(total[path], new) if path in total else new
+            old = before.get(path)
+            if isinstance(new, Leading):
+                total[path] = new if old is None else join_leading(old, new)
+                if tau is not None and old is not None:
+                    held.append(row_cosines(old, total[path])[..., :watch])
+                continue
+            if tau is not None:
+                raise ValueError(
+                    "`tau` is for leading directions, and `step` gives moments of all; "
+                    "leave it out, or write input_moments(x, mask, keep=64)"
+                )
+            new = Moments(*(np.asarray(x, np.float64) for x in jax.device_get(new)))
+            total[path] = new if old is None else _joined(old, new)
+        if held and all(np.all(x >= tau) for x in jax.device_get(held)):
+            break
     if not total:
         raise ValueError("`batches` has no batch, or `step` gives no site")
     return total
@@ -119,14 +149,15 @@ def _joined(a: Moments, b: Moments) -> Moments:
     return Moments(a.count + b.count, mean, a.scatter + b.scatter + between)
 
 
-def spectrum(moments: Moments) -> Spectrum:
+def spectrum(moments: Moments | Leading) -> Spectrum:
     """Returns how the variance of inputs is spread over directions.
 
     Args:
         moments: of ``gather_moments``, for one site.
 
     Returns:
-        The spectrum, in float64.
+        The spectrum, in float64; of as many directions as were kept. n inputs span
+        n - 1 directions at most, so the shares of others are 0.
 
     Raises:
         ValueError: fewer than two inputs were counted, or all were the same.
@@ -136,15 +167,26 @@ def spectrum(moments: Moments) -> Spectrum:
         >>> spectrum(Moments(np.float64(5), np.zeros(2), scatter)).ratios.tolist()
         [0.75, 0.25]
     """
-    if np.any(np.asarray(moments.count) < 2):
+    count = np.asarray(moments.count)
+    if np.any(count < 2):
         raise ValueError(
-            f"`moments` counts {np.min(moments.count):.0f} inputs; variance needs 2"
+            f"`moments` counts {np.min(count):.0f} inputs; variance needs 2"
         )
-    values, vectors = np.linalg.eigh(moments.scatter)
-    values, vectors = np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
-    trace = np.sum(values, -1, keepdims=True)
-    if np.any(trace == 0):
+    if isinstance(moments, Leading):
+        rows = np.asarray(moments.rows, np.float64)
+        _, values, vectors = np.linalg.svd(rows, full_matrices=False)
+        values, vectors = values**2, vectors.swapaxes(-1, -2)
+        trace = np.asarray(moments.spread, np.float64)[..., None]
+    else:
+        values, vectors = np.linalg.eigh(moments.scatter)
+        values, vectors = np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+        trace = np.sum(values, -1, keepdims=True)
+    # What is below the rounding of a float32 mean is no variance.
+    size = count * np.sum(np.square(moments.mean, dtype=np.float64), -1)
+    if np.any(trace[..., 0] <= 1e-12 * size):
         raise ValueError("`moments` have no variance: all inputs are the same")
+    spanned = np.arange(values.shape[-1]) < count[..., None] - 1
+    values = np.where(spanned, values, 0)
     return Spectrum(values / trace, vectors, np.sqrt(values))
 
 
@@ -202,7 +244,8 @@ def eva(
     Note:
         PEFT leaves out tokens without loss where a batch has labels; here the mask
         given to ``input_moments`` says which tokens count. PEFT stops when directions
-        turn no more; here all batches count, exactly.
+        turn no more (``tau`` of
+        ``gather_moments``); by default all batches count here.
     """
     each = sum((s.layers or 1) * (s.d_in + s.d_out) for s in shapes.values())
     count = sum(s.layers or 1 for s in shapes.values())
@@ -228,15 +271,21 @@ def eva(
         )
     most, rows = math.floor(rho * rank + 0.5), []
     for number, (path, shape) in enumerate(shapes.items()):
-        ratios = _ratios(path, shape, spectra)[:, :most]
+        ratios = _ratios(path, shape, spectra, most)
         for layer, e in enumerate(ratios):
             rows += [(j >= r_min, -x, number, layer, j) for j, x in enumerate(e)]
     # What r_min asks for first, then by share; ties by site, layer and direction.
     rows.sort()
     sites = list(shapes)
     kept = {path: [0] * (shape.layers or 1) for path, shape in shapes.items()}
-    for _, _, number, layer, _ in rows[:left]:
+    for _, share, number, layer, j in rows[:left]:
         shape = shapes[sites[number]]
+        if share == 0:
+            raise ValueError(
+                f"the inputs of site {sites[number]!r} vary along {j} directions only, "
+                "and no other site has one to spare: look at more inputs, or lower "
+                f"`rank` ({rank}), `budget` or `r_min`"
+            )
         if budget is not None:
             if (budget := budget - shape.d_in - shape.d_out) < 0:
                 break
@@ -253,20 +302,28 @@ def eva(
     return Allocation.of(found, {"allocator": "eva", "rank": rank, "rho": rho})
 
 
-def _ratios(path: str, shape: KernelShape, spectra) -> np.ndarray:
-    """Shares ``[layers, d]`` of a site, checked against its shape."""
+def _ratios(path: str, shape: KernelShape, spectra, most: int) -> np.ndarray:
+    """The ``most`` largest shares ``[layers, most]`` of a site, checked."""
     if path not in spectra:
         raise ValueError(
             f"`spectra` has none of site {path!r}; it has {sorted(spectra)[:5]}"
         )
-    ratios = spectra[path].ratios
+    found = spectra[path]
     wanted = () if shape.layers is None else (shape.layers,)
-    if ratios.shape != (*wanted, shape.d_in):
+    inputs = found.directions.shape[:-1]
+    if inputs != (*wanted, shape.d_in):
         raise ValueError(
-            f"`spectra` of site {path!r} has shares of shape {ratios.shape}, not "
+            f"`spectra` of site {path!r} are of inputs {inputs}, not "
             f"{(*wanted, shape.d_in)}"
         )
-    return ratios.reshape(-1, shape.d_in)
+    ratios = found.ratios.reshape(shape.layers or 1, -1)
+    if ratios.shape[1] < min(most, shape.d_in):
+        raise ValueError(
+            f"`spectra` of site {path!r} have {ratios.shape[1]} directions, and `rank` "
+            f"and `rho` give it up to {most}: write input_moments(x, mask, "
+            f"keep={4 * most})"
+        )
+    return ratios[:, :most]
 
 
 def eva_start(

@@ -40,6 +40,11 @@ from jaxpeft.numerics._norm import safe_sqrt as safe_sqrt
 from jaxpeft.numerics._start import bottom_factors as bottom_factors
 from jaxpeft.numerics._start import qr_factors as qr_factors
 from jaxpeft.numerics._start import top_factors as top_factors
+from jaxpeft.numerics._stream import Leading as Leading
+from jaxpeft.numerics._stream import centre as centre
+from jaxpeft.numerics._stream import join_leading as join_leading
+from jaxpeft.numerics._stream import leading_rows as leading_rows
+from jaxpeft.numerics._stream import row_cosines as row_cosines
 from jaxpeft.numerics._svd import SVD as SVD
 from jaxpeft.numerics._svd import svd as svd
 from jaxpeft.numerics._tokens import token_cross_entropy as token_cross_entropy

@@ -1,5 +1,6 @@
 """EVA by hand, against scikit-learn's PCA, and against HF PEFT's own."""
 
+import functools
 import warnings
 
 import jax
@@ -140,15 +141,17 @@ def test_equal_to_pefts():
             x = jnp.tanh(x @ p[name]["kernel"] + p[name]["bias"][None])
         return x
 
-    reduce = lambda x: allocate.input_moments(x, jnp.ones(x.shape[:-1]))
-    call = jp.capture(fn, list(WIDTHS), reduce)
-    step = lambda batch: call(params, batch)[1]
-    moments = allocate.gather_moments(step, [jnp.asarray(x.numpy())])
-    spectra = {path: allocate.spectrum(m) for path, m in moments.items()}
     shapes = allocate.kernel_shapes(params, list(WIDTHS))
-    allocation = eva(shapes, spectra, rank=2, alpha=4)
-    ours = {p.partition("/")[0]: (s.rank, s.alpha) for p, s in allocation.sites}
-    assert ours == theirs
+    for keep in (4, None):  # as many as PEFT keeps; all
+        mask = jnp.ones(x.shape[:-1])
+        reduce = lambda x, k=keep, m=mask: allocate.input_moments(x, m, k)
+        call = jp.capture(fn, list(WIDTHS), reduce)
+        step = lambda batch, call=call: call(params, batch)[1]
+        moments = allocate.gather_moments(step, [jnp.asarray(x.numpy())])
+        spectra = {path: allocate.spectrum(m) for path, m in moments.items()}
+        allocation = eva(shapes, spectra, rank=2, alpha=4)
+        ours = {p.partition("/")[0]: (s.rank, s.alpha) for p, s in allocation.sites}
+        assert ours == theirs
     assert len({rank for rank, _ in ours.values()}) > 1  # control: not uniform
     adapted = jp.attach(params, jp.lora(), allocation, key=jax.random.key(0))
     started = allocate.eva_start(adapted, spectra)
@@ -163,6 +166,42 @@ def test_equal_to_pefts():
             assert np.min(cosines) > 0.99
             before = np.asarray(adapted[name]["kernel"].trainable["a"])
             assert np.min(np.abs(np.sum(a * before.T, 1))) < 0.9  # control
+
+
+def test_few_directions_of_wide_inputs():
+    """As good as all, where they decay; and no more batches than it takes."""
+    parts = np.split(inputs(3, rows=960, d=40, decay=0.7), 8)
+    seen = []
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def moments(x, keep):
+        found = lambda x: allocate.input_moments(x, jnp.ones(len(x)), keep)
+        return {"s": jax.vmap(found)(jnp.stack([x, x * 2]))}
+
+    def gathered(keep, **options):
+        seen.clear()
+        step = lambda x: seen.append(1) or moments(x, keep)
+        return allocate.spectrum(allocate.gather_moments(step, parts, **options)["s"])
+
+    whole, few = gathered(None), gathered(16)
+    assert few.ratios.shape == (2, 16) and few.directions.shape == (2, 40, 16)
+    np.testing.assert_allclose(few.ratios[:, :8], whole.ratios[:, :8], rtol=1e-2)
+    np.testing.assert_allclose(few.singular[:, :8], whole.singular[:, :8], rtol=1e-2)
+    cosines = np.sum(few.directions[..., :6] * whole.directions[..., :6], 1)
+    np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-3)
+    shapes = {"s": KernelShape(2, 40, 40)}
+    found = eva(shapes, {"s": few}, rank=3)
+    assert found == eva(shapes, {"s": whole}, rank=3) and found["s"].rank == (3, 3)
+    with pytest.raises(ValueError, match="have 16 directions.*up to 18: .*keep=72"):
+        eva(shapes, {"s": few}, rank=9)
+    assert len(seen) == len(parts)
+    early = gathered(16, tau=0.99, watch=4)
+    assert 1 < len(seen) < len(parts)
+    np.testing.assert_allclose(early.ratios[:, :4], whole.ratios[:, :4], rtol=0.2)
+    gathered(16, tau=1.1, watch=4)  # control: never
+    assert len(seen) == len(parts)
+    with pytest.raises(ValueError, match="`tau` is for leading directions"):
+        gathered(None, tau=0.99)
 
 
 def test_start_of_a_stack():
@@ -189,7 +228,7 @@ def test_refusals():
     spectra = {"q": spectrum_of(FLAT)}
     with pytest.raises(ValueError, match="`spectra` has none of site 'v'"):
         eva({"v": KernelShape(None, 4, 4)}, spectra)
-    with pytest.raises(ValueError, match=r"shares of shape \(4,\), not \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"of inputs \(4,\), not \(2, 4\)"):
         eva({"q": KernelShape(2, 4, 4)}, spectra)
     with pytest.raises(ValueError, match="`rho` must be at least 1"):
         eva(shapes, spectra, rho=0.5)
@@ -202,3 +241,16 @@ def test_refusals():
         allocate.spectrum(one)
     with pytest.raises(ValueError, match="no variance"):
         allocate.spectrum(one._replace(count=np.float64(3)))
+    # Of a constant, rounding is no variance; three inputs have two directions.
+    x = jnp.full((300, 4), 3.7)
+    step = lambda x: {"q": allocate.input_moments(x, jnp.ones(len(x)))}
+    moments = allocate.gather_moments(step, [x, x])
+    with pytest.raises(ValueError, match="no variance"):
+        allocate.spectrum(moments["q"])
+    few = jnp.asarray(inputs(0, rows=3, d=4))
+    spectra = {"q": allocate.spectrum(allocate.gather_moments(step, [few])["q"])}
+    assert eva(shapes, spectra, rank=2).ranks() == {"q": 2}
+    with pytest.raises(ValueError, match="'q' vary along 2 directions only"):
+        eva(shapes, spectra, rank=3)
+    with pytest.raises(ValueError, match="inputs of 'q' are not finite"):
+        allocate.gather_moments(step, [few * jnp.nan])
