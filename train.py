@@ -136,6 +136,10 @@ def _run(config, workdir, stack):
             axes=model.axes,
             key=adapter_key,
         )
+        if start_ranks and training.starts_at_inputs(start_ranks):
+            adapted = training.start_at_inputs(
+                *(adapted, start_ranks, folder / "allocation.npz")
+            )
         if config.head:  # trained whole: no pre-trained one fits the new task
             adapted = jp.attach(adapted, jp.full(), targets=config.head, key=whole_key)
     if config.stage:

@@ -1,15 +1,12 @@
 """Where adapters sit, and how much rank each gets: functions over adapted trees."""
 
-from jaxpeft.allocate._eva import Moments as Moments
-from jaxpeft.allocate._eva import Spectrum as Spectrum
 from jaxpeft.allocate._eva import eva as eva
 from jaxpeft.allocate._eva import eva_start as eva_start
-from jaxpeft.allocate._eva import gather_moments as gather_moments
-from jaxpeft.allocate._eva import input_moments as input_moments
-from jaxpeft.allocate._eva import spectrum as spectrum
+from jaxpeft.allocate._eva import most_directions as most_directions
 from jaxpeft.allocate._finalise import finalise as finalise
 from jaxpeft.allocate._finalise import kept_ranks as kept_ranks
 from jaxpeft.allocate._gelora import Block as Block
+from jaxpeft.allocate._gelora import FewTextsWarning as FewTextsWarning
 from jaxpeft.allocate._gelora import gelora as gelora
 from jaxpeft.allocate._ggm import GraphState as GraphState
 from jaxpeft.allocate._ggm import ggm as ggm
@@ -26,3 +23,8 @@ from jaxpeft.core import Allocator as Allocator
 from jaxpeft.core import KernelShape as KernelShape
 from jaxpeft.core import SiteRank as SiteRank
 from jaxpeft.core import kernel_shapes as kernel_shapes
+from jaxpeft.numerics import Moments as Moments
+from jaxpeft.numerics import Spectrum as Spectrum
+from jaxpeft.numerics import gather_moments as gather_moments
+from jaxpeft.numerics import input_moments as input_moments
+from jaxpeft.numerics import spectrum as spectrum

@@ -5,6 +5,7 @@ Not GeoLoRA (arXiv 2410.18720), and not what HF PEFT calls GLORA.
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ ROUNDINGS: dict[str, Callable[[float], int]] = {
     "floor": math.floor,
 }
 DEGENERATE = ("error", "zero")
+FEW = 500  # below, the dimension of a cloud is a rough guess
+
+
+class FewTextsWarning(UserWarning):
+    """Dimensions were estimated from few texts."""
 
 
 class Block(NamedTuple):
@@ -97,6 +103,9 @@ def gelora(
         The allocation. Its facts have for each block both dimensions, the rise, its
         standard deviation, the rank before caps, and a remark.
 
+    Warns:
+        FewTextsWarning: a dimension is estimated from fewer than 500 distinct texts.
+
     Raises:
         ValueError: an estimate is negative or not finite, the number of layers does
             not fit, a site is in no block, or the budget is too small.
@@ -115,6 +124,7 @@ def gelora(
         defaults are ours. ``noise``, ``budget`` and ``blocks`` are not in the paper.
     """
     _check(rounding, offset, noise, r_min, r_max, degenerate)
+    _warn_of_few(profile)
     dims, sds, halves = _read(profile, degenerate)
     chain = blocks is None
     if chain:
@@ -188,6 +198,18 @@ def _check(rounding, offset, noise, r_min, r_max, degenerate) -> None:
         raise ValueError(
             f"`r_min` must be at least 1 and `r_max` no smaller, got {r_min} and "
             f"{r_max}"
+        )
+
+
+def _warn_of_few(profile) -> None:
+    """Of distinct texts: copies say nothing of a dimension."""
+    used = [each.n_used for each in profile if isinstance(each, IdEstimate)]
+    if used and min(used) < FEW:
+        warnings.warn(
+            f"`profile` has dimensions estimated from {min(used)} distinct points; "
+            f"below {FEW} they are rough",
+            FewTextsWarning,
+            stacklevel=3,
         )
 
 

@@ -72,6 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out, picture = new_file(given.out), given.map and new_file(given.map)
+    start = new_file(str(out.with_suffix(".npz")))
     fields = _options("--option", given.option) | {"name": given.method}
     for name in ("budget", "rank", "samples"):
         if getattr(given, name) is not None:
@@ -100,7 +101,7 @@ def run(given: argparse.Namespace) -> None:
     targets = given.targets or ATTENTION
     with stage(f"{given.method} on {task.name}"):
         found = training.estimate_allocation(
-            model, params, fields, draw, targets=targets
+            *(model, params, fields, draw), targets=targets, start_file=start
         )
     print(found)
     found.save(out)

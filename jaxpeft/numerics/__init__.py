@@ -26,6 +26,11 @@ from jaxpeft.numerics._join import MAJORITIES as MAJORITIES
 from jaxpeft.numerics._join import cut_product as cut_product
 from jaxpeft.numerics._join import join_products as join_products
 from jaxpeft.numerics._join import joined_rank as joined_rank
+from jaxpeft.numerics._moments import Moments as Moments
+from jaxpeft.numerics._moments import Spectrum as Spectrum
+from jaxpeft.numerics._moments import gather_moments as gather_moments
+from jaxpeft.numerics._moments import input_moments as input_moments
+from jaxpeft.numerics._moments import spectrum as spectrum
 from jaxpeft.numerics._nodes import NodeScores as NodeScores
 from jaxpeft.numerics._nodes import Ranking as Ranking
 from jaxpeft.numerics._nodes import important_nodes as important_nodes

@@ -41,11 +41,12 @@ from jaxpeft.training._optimizer import schedule as schedule
 from jaxpeft.training._progress import Progress as Progress
 from jaxpeft.training._progress import clock as clock
 from jaxpeft.training._progress import progress as progress
-from jaxpeft.training._ranks import FewRowsWarning as FewRowsWarning
 from jaxpeft.training._ranks import estimate_allocation as estimate_allocation
 from jaxpeft.training._ranks import find_allocator as find_allocator
 from jaxpeft.training._ranks import read_allocation as read_allocation
+from jaxpeft.training._ranks import start_at_inputs as start_at_inputs
 from jaxpeft.training._ranks import starting_allocation as starting_allocation
+from jaxpeft.training._ranks import starts_at_inputs as starts_at_inputs
 from jaxpeft.training._report import plot_curves as plot_curves
 from jaxpeft.training._report import print_table as print_table
 from jaxpeft.training._report import report as report

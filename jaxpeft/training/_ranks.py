@@ -2,32 +2,28 @@
 
 import functools
 import inspect
-import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxpeft import allocate, core, dimension, models
+from jaxpeft import allocate, core
 from jaxpeft.training._config import _near
+from jaxpeft.training._gather import GATHER, Draw
 
-Draw = Callable[[int, int], tuple[int, Iterable[Mapping[str, Any]]]]
 ALLOCATION_FILE = "allocation.json"
-FEW = 500  # below, the dimension of a cloud is a rough guess
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions")
 # What says how large the scale is, or how it differs between sites.
 _SCALES = ("alpha", "alpha_over_r", "adjust_alpha")
-
-
-class FewRowsWarning(UserWarning):
-    """Dimensions were estimated from few rows."""
+# ``blocks`` are of networks of one's own.
+_NOT_OPTIONS = {"shapes", "options", "blocks", "model", "params", "draw", "progress"}
+_NOT_OPTIONS |= set(GATHER)
+# What spectra are of use for beside ranks, and whether that is so by default.
+_START = {"init_from_eva": False, "whiten": False}
 
 
 def estimate_allocation(
@@ -40,6 +36,7 @@ def estimate_allocation(
     exclude: Any = None,
     rank: int | None = None,
     scale: int | float = 1.0,
+    start_file: str | Path | None = None,
     progress: bool = True,
 ) -> core.Allocation:
     """Asks an allocator of ``jaxpeft.allocate`` for ranks, before anything is trained.
@@ -57,7 +54,15 @@ def estimate_allocation(
             gathered: ``samples``, the most rows to look at (5000), and ``seed`` of
             their draw (0); of a profile also ``pool`` ("mean"), ``method``
             ("linear"), ``discard`` and ``sd`` ("subsample") of ``dimension.twonn``,
-            and ``plateau`` (False), whether to estimate at several scales.
+            and ``plateau`` (False), whether to estimate at several scales. Of spectra
+            also ``tokens``, those with "label_mask" only where the next token is
+            learnt ("mask": all real ones); ``svd``, "covariance", exact, or
+            "incremental", which keeps ``keep`` leading directions (by default four
+            times what a site may get) and ends once a batch turns none of those by
+            more than ``tau`` (0.99, a cosine; None: never); by default "incremental"
+            where an input is wider than 8192. ``init_from_eva`` (False): let adapters
+            start at these directions, divided by the roots of their singular values
+            where ``whiten`` (False); see ``start_at_inputs``.
         draw: ``(samples, seed) -> (rows, batches)``: at most that many training rows,
             in batches with ``valid``, as ``data.evaluation_batches`` has them.
         targets: the sites, as in ``attach``.
@@ -65,6 +70,8 @@ def estimate_allocation(
         rank: the mean rank, for an allocator that takes one and is given neither
             ``rank`` nor ``budget``; ``None``: its default.
         scale: alpha / rank of every site, where ``fields`` say nothing of alphas.
+        start_file: where the directions go that adapters start at, an npz; needed
+            where ``fields`` say ``init_from_eva``.
         progress: whether to say on stderr how far it is, every few seconds.
 
     Returns:
@@ -83,12 +90,13 @@ def estimate_allocation(
     name = options.pop("name")
     function = find_allocator(name)
     gathers = next(
-        (n for n in _GATHER if n in inspect.signature(function).parameters), None
+        (n for n in GATHER if n in inspect.signature(function).parameters), None
     )
-    asked = inspect.signature(_GATHER[gathers]).parameters if gathers else {}
+    asked = inspect.signature(GATHER[gathers]).parameters if gathers else {}
+    starts = _START if gathers == "spectra" else {}
     own = [n for n in inspect.signature(function).parameters if n not in _NOT_OPTIONS]
     known = [*own, *(n for n, p in asked.items() if p.kind is p.KEYWORD_ONLY)]
-    known = [n for n in known if n not in _NOT_OPTIONS]
+    known = [n for n in known if n not in _NOT_OPTIONS] + [*starts]
     for option in options:
         if option not in known:
             raise ValueError(
@@ -100,6 +108,14 @@ def estimate_allocation(
             "`allocation` is estimated by one process. Write it to a file once, with "
             "`jaxpeft ranks`, and name that."
         )
+    start = starts | {n: options[n] for n in starts if n in options}
+    if start.get("whiten") and not start["init_from_eva"]:
+        raise ValueError("`allocation.whiten` is of init_from_eva=True; write that too")
+    if start.get("init_from_eva") and start_file is None:
+        raise ValueError(
+            "`allocation.init_from_eva` needs a place for the directions: "
+            "start_file='allocation.npz'"
+        )
     shapes = allocate.kernel_shapes(params, targets, exclude=exclude, axes=model.axes)
     taken = {n: options.pop(n) for n in list(options) if n not in own}
     if rank is not None and "rank" in own and not options.keys() & {"rank", "budget"}:
@@ -107,8 +123,13 @@ def estimate_allocation(
     facts: dict[str, Any] = {"options": options | taken}
     given = {}
     if gathers:
-        given[gathers], seen = _GATHER[gathers](
-            model, params, draw, shapes=shapes, progress=progress, **taken
+        taken = {n: value for n, value in taken.items() if n not in starts}
+        given[gathers], seen = GATHER[gathers](
+            *(model, params, draw),
+            shapes=shapes,
+            options=options,
+            progress=progress,
+            **taken,
         )
         facts |= seen
     found = function(shapes, **given, **options)
@@ -116,6 +137,8 @@ def estimate_allocation(
     if scale != 1 and not options.keys() & set(_SCALES):
         sites = {path: _scaled(site, scale) for path, site in sites.items()}
     facts["parameters"] = found.count(shapes)
+    if start.get("init_from_eva"):
+        _save_spectra(start_file, given["spectra"], found)
     return core.Allocation.of(sites, found.facts | facts)
 
 
@@ -207,8 +230,17 @@ def starting_allocation(
     read = functools.partial(read_allocation, params=params, axes=model.axes, **sites)
     if kept.exists():
         return read(kept)
+    start_file = kept.with_suffix(".npz")
     if isinstance(setting, str) and Path(setting).is_file():
-        found = read(setting)
+        found, beside = read(setting), Path(setting).with_suffix(".npz")
+        if starts_at_inputs(found):
+            if not beside.is_file():
+                raise ValueError(
+                    f"`allocation` {setting!r} starts adapters at the directions in "
+                    f"{str(beside)!r}, which is not there: `jaxpeft ranks` writes both"
+                )
+            if jax.process_index() == 0:
+                shutil.copyfile(beside, start_file)
     else:
         known = adapter.rank is not None and adapter.alpha is not None
         fields = {"name": setting} if isinstance(setting, str) else dict(setting)
@@ -216,13 +248,61 @@ def starting_allocation(
             *(model, params, fields, draw),
             rank=adapter.rank,
             scale=adapter.alpha / adapter.rank if known else 1.0,
+            start_file=start_file,
             **sites,
         )
     if jax.process_index() == 0:
         new = folder / f"{ALLOCATION_FILE}.new"
         found.save(new)
         new.replace(kept)  # whole or not at all
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("allocation")
     return found
+
+
+def starts_at_inputs(allocation: core.Allocation) -> bool:
+    """Returns whether adapters of these ranks start at their inputs' directions."""
+    return bool(allocation.facts.get("options", {}).get("init_from_eva"))
+
+
+def start_at_inputs(
+    adapted: PyTree, allocation: core.Allocation, file: str | Path
+) -> PyTree:
+    """Starts low-rank adapters at the leading directions of their inputs, as EVA does.
+
+    Args:
+        adapted: a tree with adapters of these ranks.
+        allocation: of ``estimate_allocation`` with ``init_from_eva``.
+        file: the ``start_file`` it wrote.
+
+    Returns:
+        The tree, which computes the same; see ``allocate.eva_start``.
+
+    Raises:
+        ValueError: as of ``allocate.eva_start``.
+    """
+    whiten = bool(allocation.facts["options"].get("whiten"))
+    with np.load(file) as found:
+        read = {path: found[path] for path in found.files}
+    spectra = {
+        path: allocate.Spectrum(x[..., 0, :], x[..., 2:, :], x[..., 1, :])
+        for path, x in read.items()
+    }
+    return allocate.eva_start(adapted, spectra, whiten=whiten)
+
+
+def _save_spectra(file, spectra: Mapping[str, Any], found: core.Allocation) -> None:
+    """Writes as many directions as sites have ranks: shares, singular values, both."""
+    kept = {}
+    for path, site in found.sites:
+        if rank := max(r for r, _ in site.layers()):
+            x = spectra[path]
+            rows = (x.ratios[..., None, :], x.singular[..., None, :], x.directions)
+            kept[path] = np.concatenate(rows, -2)[..., :rank].astype(np.float32)
+    new = Path(f"{file}.new")
+    with new.open("wb") as stream:
+        np.savez(stream, **kept)
+    new.replace(file)  # whole or not at all
 
 
 def find_allocator(name: str) -> Callable[..., core.Allocation]:
@@ -260,99 +340,3 @@ def _scaled(site: core.SiteRank, scale: float) -> core.SiteRank:
     return site._replace(
         alpha=tuple(map(of, alpha)) if isinstance(alpha, tuple) else of(alpha)
     )
-
-
-def _profile(
-    model,
-    params,
-    draw: Draw,
-    *,
-    shapes,
-    progress: bool,
-    samples: int = 5000,
-    seed: int = 0,
-    pool: str = "mean",
-    method: str = "linear",
-    discard: int | float | None = None,
-    sd: str = "subsample",
-    plateau: bool = False,
-):
-    """The dimension of states 0 to L, and facts."""
-    del shapes
-    rows, batches = draw(samples, seed)
-    if rows < FEW:
-        warnings.warn(
-            f"the dimension is estimated from {rows} rows; below {FEW} it is rough",
-            FewRowsWarning,
-            stacklevel=3,
-        )
-    estimator = functools.partial(
-        dimension.twonn, method=method, discard=discard, sd=sd, seed=seed
-    )
-    if plateau:
-        estimator = functools.partial(dimension.plateau, estimator=estimator, seed=seed)
-    step = functools.partial(models.pooled_states(model, how=pool), params)
-    with tempfile.TemporaryDirectory() as folder:
-        states = dimension.collect(
-            step,
-            batches,
-            folder,
-            rows=rows,
-            valid=lambda batch: batch["valid"],
-            progress=progress,
-        )
-        each = _told(states, states.layers, "dimensions", "states", progress)
-        profile = dimension.id_profile(each, estimator)
-    return profile, {"rows": rows, "pool": pool, "estimator": profile[-1].method}
-
-
-def _spectra(
-    model,
-    params,
-    draw: Draw,
-    *,
-    shapes,
-    progress: bool,
-    samples: int = 5000,
-    seed: int = 0,
-):
-    """Spectra of the sites' inputs over real tokens, and facts."""
-    rows, batches = draw(samples, seed)
-    bare = model.clone(head=None)
-    apply = lambda params, inputs: bare.apply(
-        {"params": params}, **inputs, deterministic=True
-    )
-
-    @jax.jit
-    def run(params, inputs, mask):
-        reduce = lambda x: allocate.input_moments(x, mask)
-        chosen = lambda path, leaf: path in shapes
-        return core.capture(apply, chosen, reduce, axes=model.axes)(params, inputs)[1]
-
-    def step(batch):
-        inputs = {n: np.asarray(batch[n]) for n in _INPUTS if n in batch}
-        mask = inputs["attention_mask"] * batch["valid"][:, None].astype(np.int32)
-        return run(params, inputs, jnp.asarray(mask))
-
-    each = _told(batches, len(batches), "inputs", "batches", progress)
-    moments = allocate.gather_moments(step, each)
-    spectra = {path: allocate.spectrum(moments[path]) for path in shapes}
-    tokens = int(np.max(next(iter(moments.values())).count))
-    return spectra, {"rows": rows, "tokens": tokens}
-
-
-def _told(each: Iterable, count: int, what: str, unit: str, progress: bool) -> Iterator:
-    """The same, saying every few seconds how far it is."""
-    started = said = time.monotonic()
-    for number, one in enumerate(each):
-        yield one
-        now = time.monotonic()
-        if progress and now - said > 5:
-            said = now
-            text = f"{what}: {number + 1}/{count} {unit}, {now - started:.0f} s"
-            print(text, file=sys.stderr, flush=True)
-
-
-# An allocator's argument, and what gathers it. ``blocks`` are of networks of one's own.
-_GATHER = {"profile": _profile, "spectra": _spectra}
-_NOT_OPTIONS = {"shapes", "blocks", "model", "params", "draw", "progress", *_GATHER}

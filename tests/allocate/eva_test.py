@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import allocate
+from jaxpeft import allocate, numerics
 from jaxpeft.allocate import KernelShape, Spectrum, eva
 
 FLAT, STEEP = np.array([5, 5, 3, 3]) / 16, np.array([13, 1, 1, 1]) / 16
@@ -168,8 +168,9 @@ def test_equal_to_pefts():
             assert np.min(np.abs(np.sum(a * before.T, 1))) < 0.9  # control
 
 
-def test_few_directions_of_wide_inputs():
+def test_few_directions_of_wide_inputs(monkeypatch):
     """As good as all, where they decay; and no more batches than it takes."""
+    monkeypatch.setattr(numerics._stream, "CHUNK", 32)
     parts = np.split(inputs(3, rows=960, d=40, decay=0.7), 8)
     seen = []
 

@@ -75,7 +75,7 @@ def test_counts(stacked):
 
 
 def estimate(dim, sd=0.3, halves=(), degenerate=False):
-    return IdEstimate(dim, sd, 100, 0, 0, degenerate, "twonn-linear", halves)
+    return IdEstimate(dim, sd, 500, 0, 0, degenerate, "twonn-linear", halves)
 
 
 def test_noise():
@@ -180,6 +180,13 @@ def test_refusals():
         allocate.uniform(shapes(1), budget=10)
 
 
+def test_few_texts():
+    few = [estimate(5.0), estimate(6.0)._replace(n_used=499)]
+    with pytest.warns(allocate.FewTextsWarning, match="from 499 distinct points"):
+        assert ranks(few) == [2]
+
+
+@pytest.mark.filterwarnings("ignore:`profile` has dimensions estimated")
 def test_the_same_again():
     estimator = functools.partial(dimension.twonn, sd="subsample", backend="numpy")
     states = planted(3, n=200)[:2]

@@ -52,10 +52,11 @@ def test_all_directions_are_exact_however_it_is_cut(monkeypatch):
         np.testing.assert_allclose(np.abs(cosines[:6]), 1, atol=1e-4)
 
 
-def test_what_is_kept_is_near_where_the_spectrum_decays():
+def test_what_is_kept_is_near_where_the_spectrum_decays(monkeypatch):
     """A stack of two, a hundred directions of which 16 are kept, as scikit-learn."""
     from sklearn.decomposition import IncrementalPCA
 
+    monkeypatch.setattr(_stream, "CHUNK", 64)
     clouds = [cloud(640, 100, 0.85, seed=seed) for seed in (1, 2)]
     leading = jax.jit(jax.vmap(lambda x: leading_rows(x, jnp.ones(128), 16)))
     found = None

@@ -1,14 +1,15 @@
 """Ranks before training: the command, against transformers, and in a run."""
 
+import jax
 import numpy as np
 import pytest
 
 import jaxpeft as jp
 import train
-from jaxpeft import allocate, data, dimension, interop, models, training
+from jaxpeft import allocate, data, dimension, interop, models, numerics, training
 from jaxpeft.cli import main
 
-ROUGH = pytest.mark.filterwarnings("ignore:the dimension is estimated from")
+ROUGH = pytest.mark.filterwarnings("ignore:`profile` has dimensions estimated")
 SITES = ("query", "key", "value", "attention/output/dense")
 
 
@@ -99,6 +100,23 @@ def test_eva_on_what_transformers_gives(ranks, seen, tmp_path):
     assert sorted(map(tuple, rows)) == sorted(map(tuple, found.grid()[2]))
 
 
+def test_eva_of_few_directions(ranks, tmp_path, monkeypatch):
+    """The incremental one agrees; it stops where nothing turns any more."""
+    monkeypatch.setattr(numerics._stream, "CHUNK", 16)  # eigh on two cores is slow
+    found = []
+    given = ["--method", "eva", "--rank", "2", "--targets", "query"]
+    incremental = ["--option", "svd=incremental", "--option", "keep=30"]
+    tau = lambda value: [*incremental, "--option", f"tau={value}"]
+    for i, more in enumerate(([], tau(None), tau(0.1))):
+        out = tmp_path / f"{i}.json"
+        assert ranks("--out", out, *given, *more) == 0
+        found.append(allocate.Allocation.load(out))
+    whole, few, early = found
+    assert few == whole and few.facts["tokens"] == whole.facts["tokens"]
+    assert early.facts["tokens"] < whole.facts["tokens"]
+    assert [f.facts["svd"] for f in found] == ["covariance"] + ["incremental"] * 2
+
+
 def test_what_is_refused(ranks, tmp_path, capsys):
     out = tmp_path / "a.json"
 
@@ -112,12 +130,20 @@ def test_what_is_refused(ranks, tmp_path, capsys):
     )
     assert "write --option NAME=VALUE" in says("--method", "eva", "--option", "rho")
     assert "--budget 5 is below" in says("--method", "uniform", "--budget", "5")
-    with pytest.warns(training.FewRowsWarning, match="from 2 rows"):
+    with pytest.warns(allocate.FewTextsWarning, match="from 0 distinct"):
         assert "no dimension at state 0" in says(
             *("--method", "gelora", "--samples", "2")
         )
     assert "no folder" in says("--method", "eva", "--map", tmp_path / "no/map.png")
     assert "matched none" in says("--method", "eva", "--targets", "quarry")
+    eva = lambda *options: says(
+        "--method", "eva", *(x for o in options for x in ("--option", o))
+    )
+    assert "of svd='incremental'" in eva("keep=9")
+    assert "svd` must be one of" in eva("svd=exact")
+    assert "tokens` must be one of" in eva("tokens=all")
+    assert "is for tasks of writing" in eva("tokens=label_mask")
+    assert "is of init_from_eva=True" in eva("whiten=True")
     assert not out.exists()
     out.write_text("mine")
     assert "nothing is overwritten" in says("--method", "uniform")
@@ -174,6 +200,74 @@ def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
         config.start = str(folder / "adapter")
     with pytest.raises(ValueError, match="`config.start` has its ranks already"):
         train.run(config, tmp_path / "two-starts")
+
+
+def orthonormal(tree, found):
+    """Whether every site's ``a`` has orthonormal columns, as directions have."""
+    leaves = jp.core.flat(tree)
+    each = [
+        np.asarray(leaves[f"{path}/a"]) for path, rank in found.ranks().items() if rank
+    ]
+    return each and all(
+        np.allclose(a.T @ a, np.eye(a.shape[1]), atol=1e-5) for a in each
+    )
+
+
+@pytest.mark.slow
+def test_adapters_start_at_their_inputs(ranks, tiny_config, tmp_path):
+    """From the command's two files, from a section, and read again by a later start."""
+    out, config = tmp_path / "a.json", tiny_config("train_for=1 step")
+    never = lambda *draw: pytest.fail("estimated again")
+    more = ["--option", "init_from_eva=True", "--option", "whiten=True", "--rank", "2"]
+    assert ranks("--method", "eva", "--out", out, *more) == 0
+    assert out.with_suffix(".npz").exists()
+    found = allocate.Allocation.load(out)
+    model, params = models.load(config.model.name)
+    for folder in (tmp_path / "one", tmp_path / "two"):  # from `out`; from the folder
+        folder.mkdir(exist_ok=True)
+        again = training.starting_allocation(
+            str(out),
+            tmp_path / "one",
+            model,
+            params,
+            never,
+            adapter=jp.lora(),
+            targets=config.targets,
+        )
+        assert again == found and training.starts_at_inputs(again)
+        out.unlink(missing_ok=True)
+    adapted = jp.attach(params, jp.lora(), found, key=jax.random.key(0))
+    whitened = training.start_at_inputs(adapted, found, tmp_path / "one/allocation.npz")
+    assert not orthonormal(whitened, found)
+    with pytest.raises(ValueError, match="'b' is not 0; attach jaxpeft.lora"):
+        training.start_at_inputs(
+            jp.attach(params, jp.pissa(), found, key=jax.random.key(0)),
+            *(found, tmp_path / "one/allocation.npz"),
+        )
+    (tmp_path / "one/allocation.npz").unlink()
+    with pytest.raises(ValueError, match="which is not there"):
+        training.starting_allocation(
+            str(tmp_path / "one/allocation.json"),
+            tmp_path / "two",
+            model,
+            params,
+            never,
+            adapter=jp.lora(),
+            targets=config.targets,
+        )
+    with config.unlocked():
+        config.log.tensorboard = False
+        config.adapter = None
+        config.adapter = dict(name="lora", rank=2, alpha=4)
+        config.allocation = dict(name="eva", rank=2, samples=64, init_from_eva=True)
+    train.run(config, tmp_path / "run")
+    found = allocate.Allocation.load(tmp_path / "run/allocation.json")
+    # In one step, with b = 0, no a has moved.
+    head = dict(head="classification", num_labels=3, key=jax.random.key(0))
+    _, params = models.load(config.model.name, **head)
+    saved = interop.load_adapter(tmp_path / "run/adapter", params)
+    assert orthonormal(saved, found)
+    assert not orthonormal(adapted, found)  # control
 
 
 @pytest.mark.slow
