@@ -1,5 +1,6 @@
 """Points that stand twice in a cloud, exactly or nearly."""
 
+import collections
 import warnings
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxpeft.dimension._neighbours import check_points, neighbours
 DUPLICATES = ("merge", "raise", "keep")
 _REACH = 10  # near copies are seen against the distance to this neighbour
 _PASSES = 5
+_BEGINNING = 16  # features of a row, looked at first
 
 
 class DuplicateWarning(UserWarning):
@@ -50,7 +52,7 @@ def cloud(
     duplicates: str = "merge",
     near_tol: int | float = 0.01,
     backend: str = "jax",
-    block: int = 512,
+    block: int = 1024,
 ) -> Cloud:
     r"""Finds neighbours, once copies of points are merged.
 
@@ -152,10 +154,17 @@ def cloud(
 
 def _distinct(x: np.ndarray) -> np.ndarray:
     """The first row of every set of equal ones."""
+    beginnings = _keys(x[:, :_BEGINNING])
+    known = collections.Counter(beginnings)
     first: dict[bytes, int] = {}
-    for i, row in enumerate(np.ascontiguousarray(x + x.dtype.type(0))):  # no -0
-        first.setdefault(row.tobytes(), i)
+    for i, key in enumerate(beginnings):  # few rows begin as another does
+        first.setdefault(key if known[key] == 1 else _keys(x[i : i + 1])[0], i)
     return np.array(list(first.values()))
+
+
+def _keys(x: np.ndarray) -> list[bytes]:
+    """What is the same of equal rows alone."""
+    return [row.tobytes() for row in np.ascontiguousarray(x + x.dtype.type(0))]  # no -0
 
 
 def _near(r, indices, near_tol, chance: int) -> np.ndarray:

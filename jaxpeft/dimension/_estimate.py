@@ -49,7 +49,7 @@ def twonn(
     sd: str = "analytic",
     seed: int = 0,
     backend: str = "jax",
-    block: int = 512,
+    block: int = 1024,
 ) -> IdEstimate:
     r"""Estimates the intrinsic dimension from the two nearest neighbours of each point.
 
@@ -110,7 +110,7 @@ def mle(
     sd: str = "analytic",
     seed: int = 0,
     backend: str = "jax",
-    block: int = 512,
+    block: int = 1024,
 ) -> IdEstimate | tuple[IdEstimate, Float[np.ndarray, " n_used"]]:
     """Estimates the intrinsic dimension by maximum likelihood over k neighbours.
 

@@ -1,8 +1,7 @@
 """Exact nearest neighbours in blocks: found by products, proved by differences."""
 
 import functools
-import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,17 @@ from jax import lax
 from jaxtyping import Float, Int, Shaped
 
 BACKENDS = ("jax", "numpy")
-_BYTES = 2**26  # of differences held at a time
+_BYTES = {"cpu": 2**20}  # of differences at a time; on a host in a core's cache
+_MANY_BYTES = 2**26
+_COARSE = 256  # features from which on coarse products are tried first
+_ALIGNED = 64  # bytes
 
 
 def neighbours(
     x: Shaped[Any, "n d"],
     k: int,
     *,
-    block: int = 512,
+    block: int = 1024,
     extra: int = 8,
     backend: str = "jax",
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, "n k"]]:
@@ -26,9 +28,12 @@ def neighbours(
 
     Candidates come from :math:`|p|^2 + |q|^2 - 2 p \cdot q` of centred, scaled points,
     one pair of blocks at a time, each pair once; their distances from differences
-    :math:`|p - q|`, which do not cancel. Where the rounding of the products could have
+    :math:`|p - q|`, which do not cancel. Where rounding of the products could have
     hidden a nearer point, that point's distances to all others are taken by
-    differences. A point is not its own neighbour, by its index: copies of it are.
+    differences. Points of 256 features or more are rounded to bfloat16 for a first
+    round of products, and what that cut off is reckoned with; only where it leaves
+    more than one point in 64 open are there products in full precision. A point is
+    not its own neighbour, by its index: copies of it are.
 
     Args:
         x: points, a row each; any real dtype, on any device.
@@ -36,8 +41,8 @@ def neighbours(
         block: points in a block; memory is of the order of ``block * (d + block)``
             and ``n * (d + k)``.
         extra: candidates beyond k; more of them cost time and save second searches.
-        backend: ``"jax"``: float32, on the default device, where products are asked
-            for in full precision. ``"numpy"``: float64, on the host.
+        backend: ``"jax"``: float32, on the default device. ``"numpy"``: float64, on
+            the host.
 
     Returns:
         ``(distances, indices)``, nearest first; among equals the lower index.
@@ -64,15 +69,13 @@ def neighbours(
             f"`k` is {k}, but {len(x)} points have {len(x) - 1} neighbours each; give "
             f"more points, or k from 1 to {len(x) - 1}."
         )
-    single = backend == "jax" and x.dtype == np.float32
-    wide = x if single else x.astype(np.float64)
-    centred = wide - np.mean(wide, axis=0, dtype=np.float64).astype(wide.dtype)[None]
-    size = float(np.sqrt(np.mean(np.square(centred, dtype=np.float64)))) or 1.0
     if backend == "numpy":
-        r, indices = _numpy(centred / size, k, block, extra)
+        points, size = _scaled(x, np.float64, 1)
+        r, indices = _numpy(points, k, block, extra)
     else:
-        points = (centred / wide.dtype.type(size)).astype(np.float32)
-        r, indices = _jax(points, k, block, extra)
+        block = min(block, len(x))
+        points, size = _scaled(x, np.float32, block)
+        r, indices = _jax(points, len(x), k, block, extra)
     return r.astype(np.float64) * size, indices
 
 
@@ -95,79 +98,158 @@ def check_points(x: Any) -> np.ndarray:
     return x
 
 
+def _scaled(x: np.ndarray, dtype: Any, block: int) -> tuple[np.ndarray, float]:
+    """Centred points of mean square 1, and what they were divided by.
+
+    In float64, or float32 throughout where ``x`` and the result are; a part at a time.
+    Rows of zeros are added up to a multiple of ``block``.
+    """
+    n, d = x.shape
+    wide = np.result_type(x.dtype, dtype)
+    mean = np.mean(x, axis=0, dtype=np.float64).astype(wide)[None]
+    rows = max(1, _BYTES["cpu"] // mean.nbytes)
+    parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    squares = [np.sum(np.square(x[part] - mean, dtype=np.float64)) for part in parts]
+    size = float(np.sqrt(np.sum(squares) / x.size)) or 1.0
+    points = _aligned((-(-n // block) * block, d), dtype)
+    for part in parts:
+        points[part] = (x[part] - mean) / wide.type(size)
+    return points, size
+
+
+def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """Zeros that start where JAX on a host can use them without a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _ALIGNED, np.uint8)
+    start = -memory.ctypes.data % _ALIGNED
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 # ----------------------------------- In JAX -----------------------------------
 
 
-def _jax(x, k: int, block: int, extra: int, gram_dtype=jnp.float32):
-    """``gram_dtype`` of the products, for tests of what proves the result."""
-    n, d = x.shape
-    block, kept = min(block, n), min(k + extra, n - 1)
-    blocks = -(-n // block)
-    x = jnp.asarray(np.pad(x, ((0, blocks * block - n), (0, 0))))
-    squares = jnp.sum(jnp.square(x), 1)
-    pairs = np.array(list(itertools.combinations_with_replacement(range(blocks), 2)))
-    near, candidates = _candidates(
-        x.reshape(blocks, block, d),
-        squares.reshape(blocks, block),
-        jnp.asarray(pairs, np.int32),
-        n=n,
-        kept=kept,
-        dtype=gram_dtype,
-    )
-    rows = max(1, min(n, _BYTES // (4 * d * kept)))
-    r, indices = _refined(x, candidates, rows=rows, k=k)
-    squares, r = np.asarray(squares[:n], np.float64), np.array(r[:n], np.float64)
-    indices = np.array(indices[:n])
-    if kept < n - 1:
-        eps = float(jnp.finfo(gram_dtype).eps)
-        margin = 4 * eps * d**0.5 * (squares + squares.max())
-        last = np.asarray(near[:n, -1], np.float64)
-        doubted = np.flatnonzero(~(np.square(r[:, -1]) <= last - margin))
-        if len(doubted):
-            again = np.resize(doubted, 1 << (len(doubted) - 1).bit_length())
-            found = _direct(x, jnp.asarray(again, np.int32), n=n, k=k)
-            r[doubted], indices[doubted] = (
-                np.asarray(part)[: len(doubted)] for part in found
-            )
+def _jax(x, n: int, k: int, block: int, extra: int, gram_dtype=None):
+    """Of the first n rows of ``x``, whole blocks of which the others are zero.
+
+    ``gram_dtype`` of the products is for tests of what proves the result. Without one,
+    products of many features are taken in bfloat16 first, at twice the speed or more;
+    where too many points stay open, in float32 after all.
+    """
+    d, kept = x.shape[1], min(k + extra, n - 1)
+    x, many = jax.device_put(x), _BYTES.get(jax.default_backend(), _MANY_BYTES)
+    coarse = [jnp.bfloat16] if d >= _COARSE else []
+    for dtype in [gram_dtype] if gram_dtype else [*coarse, jnp.float32]:
+        candidates, least = _candidates(x, n, block=block, kept=kept, dtype=dtype)
+        rows = max(1, min(n, many // (4 * d * kept)))
+        r, indices = _refined(x, candidates, rows=rows, k=k)
+        r, indices = np.array(r, np.float64)[:n], np.array(indices)[:n]
+        doubted = np.flatnonzero(~(r[:, -1] <= np.asarray(least)[:n]))
+        doubted = doubted if kept < n - 1 else []
+        if 64 * len(doubted) <= n:
+            break
+    if len(doubted):
+        again = np.resize(doubted, 1 << (len(doubted) - 1).bit_length())
+        found = _direct(x, jnp.asarray(again, np.int32), n=n, k=k)
+        r[doubted], indices[doubted] = (
+            np.asarray(part)[: len(doubted)] for part in found
+        )
     return r, indices
 
 
-@functools.partial(jax.jit, static_argnames=("n", "kept", "dtype"))
-def _candidates(x, squares, pairs, *, n: int, kept: int, dtype):
-    """The ``kept`` smallest products of each point, and whose they are."""
-    blocks, block, _ = x.shape
-    place = lax.iota(jnp.int32, block)
+def _candidates(x, n: int, *, block: int, kept: int, dtype):
+    r"""The ``kept`` nearest of each point by products, and how far others are at least.
 
-    def merge(best, found, i, j):
-        """The distances from block i to block j, into the best of block i."""
-        own, other = i * block + place, j * block + place
-        hidden = (own[:, None] == other[None]) | (other >= n)[None]
-        found = jnp.where(hidden, jnp.inf, found)
-        values = jnp.concatenate([best[0][i], found], 1)
-        names = jnp.broadcast_to(other[None], found.shape)
-        names = jnp.concatenate([best[1][i], names], 1)
-        smallest, at = lax.top_k(-values, kept)
-        names = jnp.take_along_axis(names, at, 1)
-        return best[0].at[i].set(-smallest), best[1].at[i].set(names)
+    Points :math:`x = c + e`, with c in ``dtype`` and products of c summed in float32:
+    :math:`|x_i - x_j| \ge |c_i - c_j| - |e_i| - |e_j|`.
 
-    def step(best, pair):
-        i, j = pair
-        products = jnp.einsum(
-            "id,jd->ij",
-            x[i].astype(dtype),
-            x[j].astype(dtype),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
+    Returns:
+        Whose they are ``[rows, kept]``, and the least distance ``[rows]`` to any
+        point that is not among them.
+    """
+    starts = range(0, len(x), block)
+    parts = [_coarse(x, start, n, block=block, dtype=dtype) for start in starts]
+    best = [
+        (
+            jnp.full((block, kept), -jnp.inf, jnp.float32),
+            jnp.zeros((block, kept), jnp.int32),
         )
-        found = squares[i][:, None] + squares[j][None] - 2 * products
-        best = merge(best, found, i, j)
-        other = lambda best: merge(best, found.T, j, i)
-        return lax.cond(i == j, lambda best: best, other, best), None
+    ] * len(parts)
+    # A loop of calls: on hosts, XLA's products in a scan take twice the time.
+    for i, one in enumerate(parts):
+        best[i] = _within(one, best[i], starts[i])
+        for j in range(i + 1, len(parts)):
+            best[i], best[j] = _between(
+                one, parts[j], best[i], best[j], starts[i], starts[j]
+            )
+    return _bounded(parts, best)
 
-    shape = (blocks, block, kept)
-    start = (jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32))
-    (values, names), _ = lax.scan(step, start, pairs)
-    return values.reshape(-1, kept), names.reshape(-1, kept)
+
+class _Part(NamedTuple):
+    """A block of points c, minus their squares, and the lengths of what is cut off.
+
+    A row that only fills the block has minus infinity for its square.
+    """
+
+    c: Any
+    minus: Any
+    off: Any
+
+
+@functools.partial(jax.jit, static_argnames=("block", "dtype"))
+def _coarse(x, start, n, *, block: int, dtype):
+    x = lax.dynamic_slice_in_dim(x, start, block)
+    c = x.astype(dtype)
+    square = jnp.sum(jnp.square(c.astype(x.dtype)), 1)
+    minus = jnp.where(start + lax.iota(jnp.int32, block) < n, -square, -jnp.inf)
+    return _Part(c, minus, jnp.sqrt(jnp.sum(jnp.square(x - c.astype(x.dtype)), 1)))
+
+
+def _closeness(one, other):
+    """Minus the squared distances: the nearest first, for ``top_k``."""
+    products = jnp.einsum(
+        "id,jd->ij",
+        one.c,
+        other.c,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return 2 * products + one.minus[:, None] + other.minus[None]
+
+
+def _merged(best, found, start):
+    """The largest of ``found``, of points from ``start`` on, and of the best so far."""
+    kept, block = best[0].shape[1], found.shape[1]
+    values, at = lax.top_k(found, min(kept, block))
+    values = jnp.concatenate([best[0], values], 1)
+    names = jnp.concatenate([best[1], at + start], 1)
+    values, at = lax.top_k(values, kept)
+    return values, jnp.take_along_axis(names, at, 1)
+
+
+@jax.jit
+def _within(part, best, start):
+    """The best of a block's points in the block."""
+    own = jnp.eye(len(part.c), dtype=bool)
+    return _merged(best, jnp.where(own, -jnp.inf, _closeness(part, part)), start)
+
+
+@jax.jit
+def _between(one, other, best, best_other, start, start_other):
+    """The best of two blocks' points in the other one."""
+    found = _closeness(one, other)
+    mine = _merged(best, found, start_other)
+    return mine, _merged(best_other, found.T, start)
+
+
+@jax.jit
+def _bounded(parts, best):
+    minus, off = (jnp.concatenate([part[i] for part in parts]) for i in (1, 2))
+    values, names = (jnp.concatenate(part) for part in zip(*best, strict=True))
+    squares = jnp.where(jnp.isinf(minus), 0, -minus)
+    d = parts[0].c.shape[1]
+    rounding = 4 * np.finfo(np.float32).eps * d**0.5 * (squares + jnp.max(squares))
+    least = jnp.sqrt(jnp.maximum(-values[:, -1] - rounding, 0)) - off - jnp.max(off)
+    return names, least
 
 
 def _nearest(r2, indices, k: int):
