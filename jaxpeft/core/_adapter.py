@@ -57,6 +57,9 @@ class Factors(NamedTuple):
             arrays belong to this kernel: ``phi(x [..., d_in], h [..., r])`` returns
             ``[..., r]``, or another width, that of ``b``. A method with ``phi`` cannot
             be merged.
+        router: ``[d_in, n]``, where ``phi`` reads no more of the input than this: in
+            place of x it is given ``x router [..., n]``, and so is ``observe``.
+            Dropout does not touch it, and it is computed at the highest precision.
         fixed: a second pair ``([d_in, m], [m, d_out])`` that neither dropout nor
             ``phi`` touches.
         kernel: ``[d_in, d_out]``, takes the place of the base kernel.
@@ -68,6 +71,7 @@ class Factors(NamedTuple):
     c: Float[Array, " d_in"] | None = None
     o: Float[Array, " d_out"] | None = None
     phi: jax.tree_util.Partial | None = None
+    router: Float[Array, "d_in n"] | None = None
     fixed: tuple[Float[Array, "d_in m"], Float[Array, "m d_out"]] | None = None
     kernel: Float[Array, "d_in d_out"] | None = None
     rows: RowFactors | None = None
@@ -125,8 +129,9 @@ class Adapter(NamedTuple):
             for methods whose layers may differ in more than their rank. Leaves are
             padded with zeros in a stack.
         observe: ``(x [..., d_in], frozen, trainable) -> pytree``, what the method says
-            of an input, gathered by ``adapt(fn, taps="own")``. As in ``factors``, what
-            ``with_inputs`` added is among ``frozen``.
+            of an input, gathered by ``adapt(fn, taps="own")``; with a ``router`` of
+            ``x router`` in place of it. As in ``factors``, what ``with_inputs`` added
+            is among ``frozen``.
         experts: names of the parts that gates weigh, in the order of the gates.
         peft: the method's form in HF PEFT's files; ``None``: it has none.
         name: the constructor's name, filled in by ``method``.

@@ -32,6 +32,7 @@ class Bound:
         fixed: a pair like ``(a, b)`` that neither dropout nor phi touches, or ``None``.
         c, o: ``[*batch, *in]`` and ``[*batch, *out]``, or ``None``.
         phi: a ``Partial`` whose arrays have the batch axes first, or ``None``.
+        router: like ``a``, what phi reads of the input, or ``None``.
         rows: ``RowFactors`` with the batch axes first, or ``None``.
         key: dropout keys ``[*batch]``, or ``None``.
         leaves: ``(frozen, trainable)`` for taps, batch axes first, or ``None``.
@@ -49,6 +50,7 @@ class Bound:
     c: Any
     o: Any
     phi: Any
+    router: Any
     rows: Any
     key: Any
     leaves: Any
@@ -59,7 +61,7 @@ class Bound:
 
     def tree_flatten(self):
         arrays = (self.base, self.a, self.b, self.fixed, self.c, self.o)
-        arrays += (self.phi, self.rows, self.key, self.leaves)
+        arrays += (self.phi, self.router, self.rows, self.key, self.leaves)
         return arrays, (self.names, self.path, self.dropout, self.observe)
 
     @classmethod
@@ -113,6 +115,7 @@ def bind(node: AdaptedKernel, taps: bool):
         c=f.c,
         o=f.o,
         phi=f.phi,
+        router=None if f.phi is None and not taps else f.router,
         rows=f.rows,
         key=key,
         leaves=leaves,
@@ -197,6 +200,7 @@ def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
         c=each("c", w.c),
         o=each("o", w.o),
         phi=each("rest", w.phi),
+        router=each("a", w.router),
         rows=rows,
         key=each("rest", w.key),
         leaves=each("rest", w.leaves),

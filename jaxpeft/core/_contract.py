@@ -15,9 +15,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core import _compat
-from jaxpeft.core._bound import Bound, NoRule, along, assign, swapped
+from jaxpeft.core._bound import Bound, NoRule, along, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
 from jaxpeft.core._rows import check_rows, row_changes
+from jaxpeft.core._thin import Read, labelled_dot, oriented, precision_of, read
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
@@ -64,27 +65,6 @@ class Uses:
         return seen.setdefault(tuple(map(id, self.trail)), len(seen))
 
 
-def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None):
-    """Contracts labelled arrays: labels in both and not in ``out`` are summed."""
-    both = [l for l in x_labels if l in w_labels]
-    batch = [l for l in both if l in out_labels]
-    summed = [l for l in both if l not in out_labels]
-    y = lax.dot_general(
-        x,
-        w,
-        (
-            ([x_labels.index(l) for l in summed], [w_labels.index(l) for l in summed]),
-            ([x_labels.index(l) for l in batch], [w_labels.index(l) for l in batch]),
-        ),
-        precision=precision,
-        preferred_element_type=wider(x.dtype, w.dtype),
-    )
-    labels = batch + [l for l in x_labels if l not in both]
-    labels += [l for l in w_labels if l not in both]
-    order = [labels.index(l) for l in out_labels]
-    return y if order == list(range(len(order))) else y.transpose(order)
-
-
 def spread_along(x, labels, out_labels):
     """Transposes and reshapes ``x`` so that it broadcasts along ``out_labels``."""
     order = sorted(range(len(labels)), key=lambda i: out_labels.index(labels[i]))
@@ -113,7 +93,15 @@ def dropped(x, w: Bound, uses: Uses):
     return jnp.where(keep, scaled, jnp.zeros_like(x))
 
 
-def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, h=None):
+def dot_general(
+    w: Bound,
+    x,
+    params: dict,
+    kernel_first: bool,
+    uses: Uses,
+    run,
+    known: Read | None = None,
+):
     """A ``dot_general`` of a kernel with an input.
 
     Args:
@@ -123,7 +111,7 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         kernel_first: whether the kernel is the left operand.
         uses: what the call gathers.
         run: ``run(x, base)`` issues the model's own contraction.
-        h: the input's down-projection where it is known already.
+        known: what the adapter reads of the input, where that is known already.
     """
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     sides = (left, left_batch), (right, right_batch)
@@ -143,9 +131,7 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         [w_labels[i] for i, r in enumerate(w.roles) if r == role]
         for role in (IN, OUT, BATCH)
     )
-    tap = uses.tap_of(w)
-    if tap is not None:
-        uses.record(w.path, tap_rows(w, x, x_labels, batch, ins, tap))
+    precision, given = precision_of(params), (x, x_labels)
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
@@ -154,22 +140,27 @@ def dot_general(w: Bound, x, params: dict, kernel_first: bool, uses: Uses, run, 
         if spelled == x_labels:
             y = run(x, w.base)
         else:
-            y = labelled_dot(x, spelled, w.base, w_labels, out, precision_of(params))
+            y = labelled_dot(x, spelled, w.base, w_labels, out, precision)
             y = y.astype(params["preferred_element_type"] or y.dtype)
         x_labels = spelled
     else:
         y = run(x, w.base)
 
-    precision = precision_of(params)
     rank = [("r", 0)]
     h_labels = batch + x_free + rank
+
+    def thin(columns, how, x=x):
+        labels = batch + ins + rank
+        return labelled_dot(x, x_labels, columns, labels, h_labels, how)
+
+    h, routed = read([w], thin, precision)[0] if known is None else known
+    record(uses, w, *given, batch, ins, routed)
     delta = None
     if w.a is not None:
         if h is None:
-            z = dropped(x, w, uses)
-            h = labelled_dot(z, x_labels, w.a, batch + ins + rank, h_labels, precision)
+            h = thin(w.a, precision, dropped(x, w, uses))
         if w.phi is not None:
-            h = gated(w.phi, x, x_labels, h, batch, ins)
+            h = gated(w.phi, *_seen(x, x_labels, batch, ins, routed), h)
         delta = labelled_dot(h, h_labels, w.b, batch + rank + outs, out, precision)
     if w.fixed is not None:
         a, b = w.fixed
@@ -215,32 +206,6 @@ def _each_row(w: Bound, x, x_labels, y, out, precision):
     return jnp.where(chosen, finish(y, delta, None, None), y)
 
 
-def oriented(w: Bound, summed, batch) -> Bound:
-    """The kernel with in axes summed; swaps in and out for a transposed use."""
-    big = lambda axes: {i for i in axes if w.base.shape[i] > 1}
-    have = {
-        role: big(i for i, r in enumerate(w.roles) if r == role)
-        for role in (IN, OUT, BATCH)
-    }
-    if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
-        w = swapped(w)
-    elif big(summed) != have[IN]:
-        raise NoRule(
-            f"axes {tuple(summed)} of shape {w.base.shape} are summed, but its roles "
-            f"are {' '.join(w.roles)!r}: all of its in axes must be, and no other"
-        )
-    if big(batch) - {i for i, r in enumerate(w.roles) if r == BATCH}:
-        raise NoRule(
-            f"axes {tuple(batch)} of shape {w.base.shape} are batch axes of the "
-            f"contraction, but its roles are {' '.join(w.roles)!r}"
-        )
-    names = tuple(
-        IN if i in summed else BATCH if i in batch else BATCH if r == BATCH else OUT
-        for i, r in enumerate(w.roles)
-    )
-    return assign(w, names)
-
-
 def finish(y, delta, o, spread):
     """Adds the low-rank part and scales, wide; rounds once to ``y``'s dtype."""
     if delta is None and o is None:
@@ -255,13 +220,6 @@ def finish(y, delta, o, spread):
     return y.astype(dtype)
 
 
-def precision_of(params):
-    """The model's precision, unless it is an algorithm for other dtypes."""
-    precision = params.get("precision")
-    plain = precision is None or isinstance(precision, lax.Precision | tuple)
-    return precision if plain else None
-
-
 def _rows(x, labels, batch, ins):
     """``x`` as ``[*shared batch, rest..., d_in]``, and which batch axes it has."""
     shared = [l for l in batch if l in labels]
@@ -271,61 +229,33 @@ def _rows(x, labels, batch, ins):
     return x.reshape(*flat, -1), [l in labels for l in batch]
 
 
-def gated(phi, x, x_labels, h, batch, ins):
-    """Applies phi to ``(x, h)`` for each batch entry."""
-    rows, present = _rows(x, x_labels, batch, ins)
+def _seen(x, x_labels, batch, ins, routed):
+    """``_rows`` of what phi reads: of the input, or of ``x router`` in its place."""
+    if routed is None:
+        return _rows(x, x_labels, batch, ins)
+    return routed, [True] * len(batch)
+
+
+def gated(phi, rows, present, h):
+    """Applies phi to ``(x, h)`` for each batch entry; see ``_rows``."""
     apply = lambda p, x, h: p(x, h)
     for here in reversed(present):
         apply = jax.vmap(apply, in_axes=(0, 0 if here else None, 0))
     return apply(phi, rows, h)
 
 
-def tap_rows(w: Bound, x, x_labels, batch, ins, tap):
-    """The tap's statistics of ``(x, leaves)`` for each batch entry."""
-    rows, present = _rows(x, x_labels, batch, ins)
+def record(uses: Uses, w: Bound, x, x_labels, batch, ins, routed):
+    """Keeps the tap's statistics of ``(x, leaves)`` for each batch entry, if any."""
+    tap = uses.tap_of(w)
+    if tap is None:
+        return
+    own = routed if uses.tap == "own" else None
+    rows, present = _seen(x, x_labels, batch, ins, own)
     apply = lambda x, leaves: tap(x, *leaves)
     for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
         in_axes = (0 if here else None, 0)
         apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)
-    return apply(rows, w.leaves)
-
-
-def down_projections(kernels: list[Bound], x, params, kernel_first) -> list | None:
-    """One thin matmul for kernels that read the same input.
-
-    Returns:
-        Each kernel's ``h``, or ``None`` where they cannot share it.
-    """
-    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
-    w_sum, x_sum = (left, right) if kernel_first else (right, left)
-    if left_batch or right_batch:
-        return None
-    try:
-        kernels = [oriented(w, w_sum, ()) for w in kernels]
-    except NoRule:
-        return None
-    first = kernels[0]
-    for w in kernels:
-        plain = w.a is not None and w.c is None and w.key is None
-        ins = [i for i, r in enumerate(w.roles) if r == IN]
-        ordered = [w_sum.index(i) for i in ins if i in w_sum]
-        if not plain or w.dims(BATCH) or w.dims(IN) != first.dims(IN):
-            return None
-        if len(ordered) != len(ins) or w.a.dtype != first.a.dtype:
-            return None
-    ins = [i for i, r in enumerate(first.roles) if r == IN]
-    x_labels: list[Any] = [("x", i) for i in range(x.ndim)]
-    for i, j in zip(x_sum, w_sum, strict=True):
-        x_labels[i] = ("w", j)
-    wide = jnp.concatenate([w.a for w in kernels], -1)
-    out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
-    labels = [("w", i) for i in ins] + [("r", 0)]
-    h = labelled_dot(x, x_labels, wide, labels, out, precision_of(params))
-    parts, at = [], 0
-    for w in kernels:
-        parts.append(lax.slice_in_dim(h, at, at + w.a.shape[-1], axis=-1))
-        at += w.a.shape[-1]
-    return parts
+    uses.record(w.path, apply(rows, w.leaves))
 
 
 def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: int):

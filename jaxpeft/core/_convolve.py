@@ -17,13 +17,12 @@ from jaxpeft.core._contract import (
     dropped,
     finish,
     gated,
-    labelled_dot,
-    precision_of,
+    record,
     spread_along,
-    tap_rows,
     times,
 )
 from jaxpeft.core._node import IN, OUT, wider
+from jaxpeft.core._thin import HIGHEST, labelled_dot, precision_of
 
 
 def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
@@ -85,10 +84,14 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         y = labelled_dot(h, front + rank, b, rank + group + out, front + out, precision)
         return _in_layout(y, len(group), spec)
 
-    tap = uses.tap_of(w)
-    if tap is not None:
+    routed = None
+    if w.router is not None:
+        routed = labelled_dot(
+            rows(x), front + ins, w.router, ins + rank, front + rank, HIGHEST
+        )
+    if uses.tap_of(w) is not None:
         seen = windows(x, w.base.shape, params)
-        uses.record(w.path, tap_rows(w, seen, front + ins, [], ins, tap))
+        record(uses, w, seen, front + ins, [], ins, routed)
     if w.c is None:
         y = run(x, w.base)
     else:
@@ -104,7 +107,8 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         z = dropped(x, w, uses)
         h = down(z, w.a)
         if w.phi is not None:
-            h = gated(w.phi, rows(x), front + ins, h, [], ins)
+            seen = rows(x) if routed is None else routed
+            h = gated(w.phi, seen.reshape(*h.shape[:-1], -1), [], h)
         delta = up(h, w.b)
     if w.fixed is not None:
         more = up(down(x, w.fixed[0]), w.fixed[1])

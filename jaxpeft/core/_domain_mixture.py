@@ -89,8 +89,8 @@ def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
 def _parallel(routing: Routing | None, ranks: tuple[int, ...]):
     """Phi of experts that all read the input."""
 
-    def phi(router, rows, x, h):
-        gates = row_gates(rows, x) if routing is None else routing.gates(x, router)[2]
+    def phi(rows, x, h):
+        gates = row_gates(rows, x) if routing is None else routing.gates(x)[2]
         return gated(h, gates, ranks)
 
     return phi
@@ -100,12 +100,12 @@ def _parallel(routing: Routing | None, ranks: tuple[int, ...]):
 def _residual(routing, ranks: tuple[int, ...], slope: float, universal: bool):
     """Phi of experts that read the universal expert's output, through its rank."""
 
-    def phi(mixing, router, rows, x, z):
+    def phi(mixing, rows, x, z):
         h = jnp.matmul(z.astype(mixing.dtype), mixing)
         h = jnp.where(h >= 0, h, jnp.asarray(slope, h.dtype) * h)
         weight = None
         if routing is not None:
-            h = gated(h, routing.gates(x, router)[2], ranks)
+            h = gated(h, routing.gates(x)[2], ranks)
         elif rows is not None:
             gates = row_gates(rows, x)
             weight, h = gates[..., :1].astype(z.dtype), gated(h, gates[..., 1:], ranks)
@@ -272,8 +272,9 @@ def domain_mixture(
         phi = None
         if kind is not None or rows is not None:
             ranks = tuple(a.shape[1] for a in downs)
-            phi = Partial(_parallel(kind, ranks), router, rows)
-        return Factors(a=_joined(downs, 1), b=_joined(ups, 0), phi=phi)
+            phi = Partial(_parallel(kind, ranks), rows)
+        a, b = _joined(downs, 1), _joined(ups, 0)
+        return Factors(a=a, b=b, phi=phi, router=router)
 
     def _factors_behind(leaves, chosen, known, kind, router, rows):
         behind = [e for e in chosen if e != UNIVERSAL]
@@ -292,14 +293,15 @@ def domain_mixture(
         mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
         ups += [up(leaves, e, known.get(e, 1.0)) for e in behind]
         ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
-        phi = Partial(_residual(kind, ranks, slope, own), mixing, router, rows)
-        return Factors(a=leaves["a.universal"], b=_joined(ups, 0), phi=phi)
+        phi = Partial(_residual(kind, ranks, slope, own), mixing, rows)
+        a, b = leaves["a.universal"], _joined(ups, 0)
+        return Factors(a=a, b=b, phi=phi, router=router)
 
-    def observe(x, frozen, trainable):
+    def observe(seen, frozen, trainable):
+        del trainable
         if static_gates() is not None or "gates" in frozen:
             return None
-        router = _router({**frozen, **trainable}, routed)
-        return routing.observe(x, router, None, frozen.get("mask"))
+        return routing.observe(seen, None, frozen.get("mask"))
 
     def fold(kernel, frozen, sign: float = 1.0):
         change = jnp.matmul(

@@ -12,7 +12,15 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
-from jaxpeft.core import _bound, _compat, _contract, _control, _convolve, _relabel
+from jaxpeft.core import (
+    _bound,
+    _compat,
+    _contract,
+    _control,
+    _convolve,
+    _relabel,
+    _thin,
+)
 from jaxpeft.core._bound import Bound, NoRule
 from jaxpeft.core._contract import Uses
 from jaxpeft.core._node import BATCH
@@ -177,8 +185,8 @@ class Evaluator:
         def issue(x, base):
             return _issue(eqn, *((base, x) if kernel_first else (x, base)))
 
-        h = shared.down(eqn, x, kernel_first)
-        return _contract.dot_general(w, x, eqn.params, kernel_first, uses, issue, h)
+        known = shared.read(eqn, x, kernel_first)
+        return _contract.dot_general(w, x, eqn.params, kernel_first, uses, issue, known)
 
     def _gather(self, eqn, w: Bound, indices, params):
         def issue(x, indices, **changes):
@@ -273,10 +281,8 @@ _SAME_VALUE = ("convert_element_type", "copy", "reshape", "transpose")
 class _Shared:
     """Kernels of one jaxpr that read the same input, so that they share a matmul.
 
-    Two thin matmuls at each of q, k and v cost more time than their FLOPs; one
-    ``x @ [a_q | a_k | a_v]`` for the three costs less. Which contractions read the
-    same value is seen beforehand; their kernels are brought up to their contractions
-    when the first of them is reached.
+    Which contractions read the same value is seen beforehand; their kernels are
+    brought up to their contractions when the first of them is reached.
     """
 
     def __init__(self, evaluate: "Evaluator", jaxpr, env: dict, uses: Uses):
@@ -309,8 +315,8 @@ class _Shared:
             if len(group) > 1:
                 self.groups.update({id(eqn): group for eqn in group})
 
-    def down(self, eqn, x, kernel_first: bool):
-        """This contraction's ``h``, if it shares its down-projection."""
+    def read(self, eqn, x, kernel_first: bool):
+        """What this contraction's adapter reads, if it shares a product."""
         if id(eqn) in self.parts:
             return self.parts.pop(id(eqn))
         group = self.groups.get(id(eqn))
@@ -325,7 +331,7 @@ class _Shared:
         if len(ready) < 2 or id(eqn) not in ready:
             return None
         kernels = list(ready.values())
-        parts = _contract.down_projections(kernels, x, eqn.params, kernel_first)
+        parts = _thin.read_together(kernels, x, eqn.params, kernel_first)
         if parts is None:
             return None
         self.parts.update(zip(ready, parts, strict=True))

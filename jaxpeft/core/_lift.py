@@ -358,6 +358,7 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
         c=expand(flat.c, (IN,)),
         o=expand(flat.o, (OUT,)),
         phi=phi,
+        router=expand(flat.router, (IN, None)),
         fixed=fixed,
         kernel=kernel,
         rows=rows,

@@ -42,15 +42,15 @@ class Routing(NamedTuple):
     renormalise: bool = True
     temperature: float = 1.0
 
-    def gates(self, x, router, active=None):
-        """``(logits, kept, gates)`` of an input."""
-        logits = router_logits(x, router, active, self.temperature)
+    def gates(self, routed, active=None):
+        """``(logits, kept, gates)`` of an input's product with the router."""
+        logits = router_logits(routed, active, self.temperature)
         kept = kept_experts(logits, self.top_k)
         return logits, kept, softmax_gates(logits, kept, self.renormalise)
 
-    def observe(self, x, router, active, mask):
+    def observe(self, routed, active, mask):
         """Sums over the gates of an input; see ``numerics.routing_sums``."""
-        return routing_sums(*self.gates(x, router, active), mask, self.top_k)
+        return routing_sums(*self.gates(routed, active), mask, self.top_k)
 
 
 def row_gates(rows, x):
@@ -66,10 +66,10 @@ def row_gates(rows, x):
 # Partial compares its function by identity: one for equal settings.
 @functools.cache
 def _phi(routing: Routing | None, shared: bool, ranks: tuple[int, ...]):
-    def phi(router, active, rows, x, h):
+    def phi(active, rows, x, h):
         gates = row_gates(rows, x) if routing is None else None
         if routing is not None:
-            gates = routing.gates(x, router, active)[2]
+            gates = routing.gates(x, active)[2]
         return gated_copies(h, gates) if shared else gated(h, gates, ranks)
 
     return phi
@@ -266,16 +266,21 @@ def mixture(
         rows = frozen.get("gates")
         fixed = gates if gates is not None else (1.0,) * (n == 1)
         if rows is None and fixed:
-            return _fixed(a, b, fixed, shared_a)
+            alone = _fixed(a, b, fixed, shared_a)
+            return alone._replace(router=router if gates is None else None)
         kind = routing if rows is None else None
-        phi = Partial(_phi(kind, shared_a, (rank,) * n), router, frozen["active"], rows)
-        return Factors(a=_side_by_side(a), b=b.reshape(n * rank, d_out), phi=phi)
+        return Factors(
+            a=_side_by_side(a),
+            b=b.reshape(n * rank, d_out),
+            phi=Partial(_phi(kind, shared_a, (rank,) * n), frozen["active"], rows),
+            router=router if rows is None else None,
+        )
 
-    def observe(x, frozen, trainable):
+    def observe(routed, frozen, trainable):
+        del trainable
         if gates is not None or "gates" in frozen:
             return None
-        router = {**frozen, **trainable}["router"]
-        return routing.observe(x, router, frozen["active"], frozen.get("mask"))
+        return routing.observe(routed, frozen["active"], frozen.get("mask"))
 
     per_layer = None
     if isinstance(experts, tuple):

@@ -9,36 +9,20 @@ from jaxtyping import Array, Bool, Float
 
 
 def router_logits(
-    x: Float[Array, "*rows d_in"],
-    router: Float[Array, "d_in n"],
+    routed: Float[Array, "*rows n"],
     active: Bool[Array, " n"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Array, "*rows n"]:
-    r"""Returns a router's logits, in the router's precision whatever ``x`` is.
+    r"""Returns a router's logits.
 
     .. math:: l_k = x w_k / \tau \ \text{ for active experts, else } -\infty
 
-    A bfloat16 ``x`` goes into the product as it is: no float32 copy of it is kept for
-    the backward pass. The matmul runs at the highest precision.
-
     Args:
-        x: the site's input.
-        router: w, one column an expert.
+        routed: x w, the site's input times one column an expert.
         active: which experts there are; ``None``: all.
         temperature: tau, positive.
-
-    Returns:
-        The logits, in the wider dtype of the two.
     """
-    with jax.numpy_dtype_promotion("standard"):
-        wide = jnp.promote_types(x.dtype, router.dtype)
-    logits = lax.dot_general(
-        x,
-        router,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=wide,
-    )
+    logits = routed
     if temperature != 1.0:
         logits = logits / jnp.asarray(temperature, logits.dtype)
     if active is not None:

@@ -1,0 +1,157 @@
+"""What adapters read of an input: thin matmuls, one for all that can share it.
+
+Two thin matmuls at each of q, k and v cost more time than their FLOPs, and a router of
+a few columns costs almost as much as a down-projection of many. So kernels that read
+the same input share one product ``x [a_q | a_k | a_v | router_q | ...]``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpeft.core._bound import Bound, NoRule, assign, swapped
+from jaxpeft.core._node import BATCH, IN, OUT, wider
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Read(NamedTuple):
+    """What one kernel's adapter has read of its input; ``None``: not yet, or nothing.
+
+    Attributes:
+        h: ``x a [..., r]``.
+        routed: ``x router [..., n]``.
+    """
+
+    h: Any = None
+    routed: Any = None
+
+
+def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None):
+    """Contracts labelled arrays: labels in both and not in ``out`` are summed."""
+    both = [l for l in x_labels if l in w_labels]
+    batch = [l for l in both if l in out_labels]
+    summed = [l for l in both if l not in out_labels]
+    y = lax.dot_general(
+        x,
+        w,
+        (
+            ([x_labels.index(l) for l in summed], [w_labels.index(l) for l in summed]),
+            ([x_labels.index(l) for l in batch], [w_labels.index(l) for l in batch]),
+        ),
+        precision=precision,
+        preferred_element_type=wider(x.dtype, w.dtype),
+    )
+    labels = batch + [l for l in x_labels if l not in both]
+    labels += [l for l in w_labels if l not in both]
+    order = [labels.index(l) for l in out_labels]
+    return y if order == list(range(len(order))) else y.transpose(order)
+
+
+def oriented(w: Bound, summed, batch) -> Bound:
+    """The kernel with in axes summed; swaps in and out for a transposed use."""
+    big = lambda axes: {i for i in axes if w.base.shape[i] > 1}
+    have = {
+        role: big(i for i, r in enumerate(w.roles) if r == role)
+        for role in (IN, OUT, BATCH)
+    }
+    if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
+        w = swapped(w)
+    elif big(summed) != have[IN]:
+        raise NoRule(
+            f"axes {tuple(summed)} of shape {w.base.shape} are summed, but its roles "
+            f"are {' '.join(w.roles)!r}: all of its in axes must be, and no other"
+        )
+    if big(batch) - {i for i, r in enumerate(w.roles) if r == BATCH}:
+        raise NoRule(
+            f"axes {tuple(batch)} of shape {w.base.shape} are batch axes of the "
+            f"contraction, but its roles are {' '.join(w.roles)!r}"
+        )
+    names = tuple(
+        IN if i in summed else BATCH if i in batch else BATCH if r == BATCH else OUT
+        for i, r in enumerate(w.roles)
+    )
+    return assign(w, names)
+
+
+def precision_of(params):
+    """The model's precision, unless it is an algorithm for other dtypes."""
+    precision = params.get("precision")
+    plain = precision is None or isinstance(precision, lax.Precision | tuple)
+    return precision if plain else None
+
+
+def read(
+    kernels: Sequence[Bound], product: Callable[[Any, Any], Any], precision: Any
+) -> list[Read]:
+    """Reads one input for kernels whose axes match it alike.
+
+    Routers are read at the highest precision. Where the model's own is as good, and on
+    a CPU each is, they are columns of the down-projections' product; elsewhere those
+    would become slower, so routers share one of their own.
+
+    Args:
+        kernels: one, or several.
+        product: ``product(columns [..., n], precision)``: the input times columns.
+        precision: the model's.
+
+    Returns:
+        What each kernel reads; without ``h`` where dropout has an input of its own.
+    """
+    exact = jax.default_backend() == "cpu" or precision == (HIGHEST, HIGHEST)
+    if exact and any(w.router is not None for w in kernels):
+        precision = HIGHEST
+    groups: dict[Any, dict] = {}
+    for i, w in enumerate(kernels):
+        if w.a is not None and w.key is None:
+            groups.setdefault((w.a.dtype, precision), {})[i, "h"] = w.a
+        if w.router is not None:
+            own = groups.setdefault((w.router.dtype, HIGHEST), {})
+            own[i, "routed"] = w.router
+    made: dict[Any, Any] = {}
+    for (_, how), columns in groups.items():
+        parts = list(columns.values())
+        wide = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+        whole, at = product(wide, how), 0
+        for name, part in columns.items():
+            end = at + part.shape[-1]
+            made[name] = lax.slice_in_dim(whole, at, end, axis=-1)
+            at = end
+    return [
+        Read(made.get((i, "h")), made.get((i, "routed"))) for i in range(len(kernels))
+    ]
+
+
+def read_together(kernels: list[Bound], x, params: dict, kernel_first: bool):
+    """Reads one input for several kernels that a model contracts with it.
+
+    Returns:
+        What each reads, or ``None`` where they cannot share a product.
+    """
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    w_sum, x_sum = (left, right) if kernel_first else (right, left)
+    if left_batch or right_batch:
+        return None
+    try:
+        kernels = [oriented(w, w_sum, ()) for w in kernels]
+    except NoRule:
+        return None
+    first = kernels[0]
+    for w in kernels:
+        ins = [i for i, r in enumerate(w.roles) if r == IN]
+        ordered = [w_sum.index(i) for i in ins if i in w_sum]
+        if w.a is None or w.c is not None or len(ordered) != len(ins):
+            return None
+        if w.dims(BATCH) or w.dims(IN) != first.dims(IN):
+            return None
+    ins = [i for i, r in enumerate(first.roles) if r == IN]
+    x_labels: list[Any] = [("x", i) for i in range(x.ndim)]
+    for i, j in zip(x_sum, w_sum, strict=True):
+        x_labels[i] = ("w", j)
+    out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
+    labels = [("w", i) for i in ins] + [("r", 0)]
+    product = lambda columns, how: labelled_dot(x, x_labels, columns, labels, out, how)
+    return read(kernels, product, precision_of(params))
