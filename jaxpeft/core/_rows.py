@@ -2,10 +2,9 @@
 
 The pairs lie in slots of fixed size. What each row adds is computed in one of two
 ways: "gather" takes each row's pair out of the slots, "ragged" sorts the rows by slot
-and gives every pair the rows that are its own.
+and gives every pair the rows that are its own. A third, "taken", is "gather" whose
+pairs were taken out beforehand.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,14 @@ WAYS = ("gather", "ragged")
 
 
 @method
-def slotted(slots: int, rank: int, how: str) -> Adapter:
+def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapter:
     """Returns the method of a kernel with slots: all of them empty, none trained.
 
     Args:
         slots: S, with slot 0, which stands for the base alone.
         rank: r, the most that an adapter may have.
-        how: one of ``WAYS``.
+        how: one of ``WAYS``, or ``"taken"``, with a slot for each row.
+        dtype: of the pairs; ``None``: the working dtype of the kernel.
 
     Returns:
         An ``Adapter`` with the frozen leaves of ``RowFactors``; ``index`` has no
@@ -34,9 +34,10 @@ def slotted(slots: int, rank: int, how: str) -> Adapter:
     def init(key, kernel, rank, alpha):
         del key, alpha
         d_in, d_out = kernel.shape
+        own = kernel.dtype if dtype is None else dtype
         return {
-            "a": jnp.zeros((slots, d_in, rank), kernel.dtype),
-            "b": jnp.zeros((slots, rank, d_out), kernel.dtype),
+            "a": jnp.zeros((slots, d_in, rank), own),
+            "b": jnp.zeros((slots, rank, d_out), own),
             "scale": jnp.zeros((slots,), kernel.dtype),
             "index": jnp.zeros((0,), jnp.int32),
         }, {}
@@ -74,35 +75,41 @@ def row_changes(factors: RowFactors, x, precision):
         precision: of the contractions.
 
     Returns:
-        ``[rows, tokens, d_out]`` in the wider of the two dtypes. Rows of slot 0 hold
-        anything; rows whose index is no slot are NaN.
+        ``[rows, tokens, d_out]``, float32 or wider. Rows of slot 0 hold anything; rows
+        whose index is no slot are NaN.
     """
-    count = factors.scale.shape[0]
-    index = jnp.clip(factors.index, 0, count - 1)
-    scale = jnp.where(index == factors.index, factors.scale[index], jnp.nan)
-    way = {"gather": _gather, "ragged": _ragged}[factors.how]
-    return way(factors.a, factors.b, scale.reshape(-1, 1, 1), index, x, precision)
+    a, b, scale, index = factors.a, factors.b, factors.scale, factors.index
+    if factors.how != "taken":
+        index, scale = _checked(scale, index)
+    if factors.how == "gather":
+        a, b = (jnp.take(pairs, index, 0, mode="clip") for pairs in (a, b))
+    scale = scale.reshape(-1, 1, 1)
+    if factors.how == "ragged":
+        return _ragged(a, b, scale, index, x, precision)
+    h = _each(x, a, precision)
+    return _each(h * scale.astype(h.dtype), b, precision)
 
 
-def _gather(a, b, scale, index, x, precision):
-    def each(x, w):
-        return lax.dot_general(
-            x,
-            w,
-            (((2,), (1,)), ((0,), (0,))),
-            precision=precision,
-            preferred_element_type=wider(x.dtype, w.dtype),
-        )
+def _checked(scale, index):
+    """``index`` within the slots, and each row's scale: NaN where it was not."""
+    inside = jnp.clip(index, 0, scale.shape[0] - 1)
+    return inside, jnp.where(inside == index, scale[inside], jnp.nan)
 
-    # No index is out of range here; "clip" spares the check of every entry.
-    take = functools.partial(jnp.take, indices=index, axis=0, mode="clip")
-    h = each(x, take(a))
-    return each(h * scale.astype(h.dtype), take(b))
+
+def _each(x, w, precision):
+    """``x [rows, tokens, n]`` times ``w [rows, n, m]``, row by row."""
+    return lax.dot_general(
+        x,
+        w,
+        (((2,), (1,)), ((0,), (0,))),
+        precision=precision,
+        preferred_element_type=wider(x.dtype, w.dtype, jnp.float32),
+    )
 
 
 def _ragged(a, b, scale, index, x, precision):
     rows, tokens, d_in = x.shape
-    wide = wider(x.dtype, a.dtype)
+    wide = wider(x.dtype, a.dtype, jnp.float32)
     order = jnp.argsort(index, stable=True)
     sizes = jnp.bincount(index, length=a.shape[0]).astype(jnp.int32) * tokens
     z = x[order].reshape(rows * tokens, d_in).astype(wide)
@@ -124,3 +131,27 @@ def set_index(node, index: jax.Array):
     batch = node.frozen["scale"].shape[:-1]
     index = jnp.broadcast_to(index, (*batch, *index.shape))
     return node.replace(frozen=node.frozen | {"index": index})
+
+
+def is_taken(node) -> bool:
+    """Whether a node with slots holds one for each row of a batch."""
+    return dict(node.adapter.options)["how"] == "taken"
+
+
+@jax.jit
+def take_rows(node, index: jax.Array):
+    """The node with each row's own pair in place of the slots."""
+    node = set_index(node, index)
+    axis, options = node.frozen["scale"].ndim - 1, dict(node.adapter.options)
+
+    def checked(scale):
+        return _checked(scale, index)[1]
+
+    for _ in range(axis):
+        checked = jax.vmap(checked)
+    taken = {
+        name: jnp.take(node.frozen[name], index, axis, mode="clip") for name in "ab"
+    }
+    taken["scale"] = checked(node.frozen["scale"])
+    options |= {"slots": index.shape[0], "how": "taken"}
+    return node.replace(adapter=slotted(**options), frozen=node.frozen | taken)

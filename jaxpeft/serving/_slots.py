@@ -13,12 +13,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
 from jaxpeft.core import ModuleName, attach, detach
 from jaxpeft.core._node import is_node, map_nodes, nodes
 from jaxpeft.core._paths import Targets, nearest
-from jaxpeft.core._rows import WAYS, is_slotted, set_index, slotted
+from jaxpeft.core._rows import (
+    WAYS,
+    is_slotted,
+    is_taken,
+    set_index,
+    slotted,
+    take_rows,
+)
 from jaxpeft.serving._write import cleared, misfits, pairs, written
 
 BASE = "__base__"
@@ -53,6 +61,7 @@ def slots(
     axes: Mapping[str, str] | None = None,
     modules: Sequence[ModuleName] = (),
     how: str | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Slots:
     r"""Makes room beside the kernels of a base for adapters that share it.
 
@@ -80,12 +89,14 @@ def slots(
             JAX cannot ``vmap`` over the input alone, and makes a masked dense product
             on a CPU). Both give the same numbers. ``None``: "ragged" on TPUs, else
             "gather".
+        dtype: of the pairs, to which adapters are rounded as they are loaded:
+            ``jnp.bfloat16`` takes half the room and half the reading. ``None``:
+            float32, float64 over float64. Products are float32 all the same.
 
     Returns:
         Empty slots: S = capacity + 1 with slot 0, which is the base. Beside a kernel
         ``[d_in, d_out]`` lie ``a [S, d_in, r]``, ``b [S, r, d_out]``, ``scale [S]``,
-        layers of a stack in front, in float32 (float64 over float64), sharded along
-        the axes of their kernel.
+        layers of a stack in front, sharded along the axes of their kernel.
 
     Raises:
         ValueError: as ``attach``, or a number outside of what is allowed.
@@ -116,6 +127,12 @@ def slots(
                 f"`{argument}` must be a whole number from 1 up, got {value!r}; write "
                 f"slots(..., {argument}=16)."
             )
+    if dtype is not None:
+        dtype = jnp.dtype(dtype).name
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"`dtype` must be a floating one, such as jnp.bfloat16, got {dtype}"
+            )
     if how is None:
         how = "ragged" if _platform(params) == "tpu" else "gather"
     if how not in WAYS:
@@ -127,7 +144,7 @@ def slots(
         )
     tree = attach(
         params,
-        slotted(capacity + 1, rank, how),
+        slotted(capacity + 1, rank, how, dtype),
         targets,
         key=jax.random.key(0),  # nothing is drawn
         exclude=exclude,
@@ -311,7 +328,12 @@ def _known(slots: Slots) -> str:
     return ", ".join(repr(n) for n in slots.names if n is not None)
 
 
-def with_rows(tree: PyTree, index: Array | np.ndarray | Sequence[int]) -> PyTree:
+def with_rows(
+    tree: PyTree,
+    index: Array | np.ndarray | Sequence[int],
+    *,
+    copies: bool = False,
+) -> PyTree:
     """Says which adapter each row of the next batch takes.
 
     A function of arrays, which may be called inside of ``jit`` too: a new index of the
@@ -322,6 +344,10 @@ def with_rows(tree: PyTree, index: Array | np.ndarray | Sequence[int]) -> PyTree
         index: ``[rows]`` integers, as ``rows`` returns them; the first axis of the
             input of every kernel must be these rows. A number that is no slot raises
             here; under ``jit``, where it cannot, that row's output is NaN.
+        copies: takes each row's pair out of the slots once, here, and not at every
+            use: for many calls with one index, such as the tokens that
+            ``models.generate`` writes one by one. The tree then holds rows x (d_in +
+            d_out) x r numbers beside each kernel, of the adapters as they are now.
 
     Returns:
         A tree for functions made by ``adapt``, and for ``models.generate``.
@@ -332,6 +358,11 @@ def with_rows(tree: PyTree, index: Array | np.ndarray | Sequence[int]) -> PyTree
     found = [node for node in nodes(tree) if is_slotted(node)]
     if not found:
         raise ValueError("`tree` has no slots; give slots.tree of serving.slots(...).")
+    if is_taken(found[0]):
+        raise ValueError(
+            "`tree` holds copies for the rows of one batch; give slots.tree, which "
+            "holds every adapter"
+        )
     index = index if hasattr(index, "dtype") else np.asarray(index)
     shape = jnp.shape(index)
     if len(shape) != 1 or not shape[0] or not jnp.issubdtype(index.dtype, jnp.integer):
@@ -345,5 +376,5 @@ def with_rows(tree: PyTree, index: Array | np.ndarray | Sequence[int]) -> PyTree
         wrong = sorted({int(i) for i in index if not 0 <= i < count})
         if wrong:
             raise ValueError(f"`index` has {wrong}, but slots go from 0 to {count - 1}")
-    index = jnp.asarray(index, jnp.int32)
-    return map_nodes(lambda n: set_index(n, index) if is_slotted(n) else n, tree)
+    index, put = jnp.asarray(index, jnp.int32), take_rows if copies else set_index
+    return map_nodes(lambda n: put(n, index) if is_slotted(n) else n, tree)

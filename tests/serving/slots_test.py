@@ -22,6 +22,8 @@ from slots_toolbox import (
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
 from jaxpeft import serving
+from jaxpeft.core._adapter import RowFactors
+from jaxpeft.core._rows import row_changes
 
 NAMES = ["large", "__base__", "layers", "small", "large", "root", "__base__"]
 X = numbers(len(NAMES), 4, D, seed=9)
@@ -53,6 +55,64 @@ def test_rows_are_what_their_adapters_give_alone(how, trees):
     # One token a row, without a length axis.
     one = forward(chosen(slots, NAMES), X[:, 0])
     assert distance(one[0], forward(trees["large"], X[:, 0])[0]) < 1e-6
+
+
+def test_copies_of_the_rows_pairs_are_what_the_slots_hold(slots, trees):
+    """Once for many calls: the slots are read then, and not again."""
+    loaded, index = [], serving.rows(slots, NAMES)
+    make = lambda index: serving.with_rows(slots.tree, index, copies=True)
+    call = jax.jit(forward)
+    tree = make(index)
+    assert tree["up"]["kernel"].frozen["a"].shape == (LAYERS, len(NAMES), D, 4)
+    assert np.array_equal(call(tree, X), jax.jit(forward)(chosen(slots, NAMES), X))
+    event = "/jax/core/compile/backend_compile_duration"
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: loaded.append(name) if name == event else None
+    )
+    turned = call(make(index[::-1].copy()), X)
+    assert not loaded  # another batch of as many rows
+    assert distance(turned[1], forward(trees["root"], X)[1]) < 1e-6
+    # As they were when they were taken; and no base for the copies of another batch.
+    serving.drop(slots, "large")
+    assert np.array_equal(call(tree, X[:])[1], forward(base(), X)[1])
+    wrong = jax.jit(lambda i: forward(make(i), X))(jnp.array([0, 0, 7, -1, 0, 1, 0]))
+    bad = np.isnan(np.asarray(wrong)).all((1, 2))
+    assert bad.tolist() == [False, False, True, True, False, False, False]
+    assert not np.isnan(np.asarray(wrong)[~bad]).any()
+    with pytest.raises(ValueError, match="copies for the rows of one batch; give slo"):
+        serving.with_rows(tree, index)
+
+
+def test_slots_of_a_lower_dtype(trees):
+    """Half the room; adapters are rounded as they are loaded, products are not."""
+    room = serving.slots(
+        base(), TARGETS, capacity=2, rank=4, axes=AXES, dtype=jnp.bfloat16
+    )
+    room = serving.load(room, "large", trees["large"])
+    leaves = room.tree["out"]["kernel"].frozen
+    assert {leaves[n].dtype.name for n in "ab"} == {"bfloat16"}
+    assert leaves["scale"].dtype == jnp.float32
+    trainable, frozen = jp.partition(trees["large"])
+    low = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)
+    rounded = jp.combine(jax.tree.map(low, trainable), frozen)
+    y = forward(chosen(room, ["large", "__base__"]), X[:2])
+    assert distance(y[0], forward(rounded, X[:2])[0]) < 1e-6
+    assert distance(y[0], forward(trees["large"], X[:2])[0]) > 1e-4
+    assert np.array_equal(y[1], forward(base(), X[:2])[1])
+
+
+@pytest.mark.parametrize("how", ["gather", "ragged", "taken"])
+def test_low_inputs_and_pairs_have_float32_products(how):
+    d, index = 64, jnp.array([1, 0, 1], jnp.int32)
+    numbers_of = lambda i, *shape: numbers(*shape, seed=i).astype(jnp.bfloat16)
+    count = 3 if how == "taken" else 2
+    a, b = numbers_of(1, count, d, 4), numbers_of(2, count, 4, 5)
+    x, scale = numbers_of(3, 3, 2, d), jnp.full(count, 0.5)
+    got = row_changes(RowFactors(a, b, scale, index, how), x, None)
+    own = np.arange(3) if how == "taken" else np.array(index)
+    x, a, b = (np.asarray(v, np.float64) for v in (x, a[own], b[own]))
+    assert got.dtype == jnp.float32
+    assert distance(got, np.asarray(0.5 * x @ a @ b, np.float32)) < 1e-5
 
 
 def test_no_kernel_of_a_row_is_formed(slots):
@@ -213,6 +273,7 @@ def test_refusals_name_the_way_out(trees, slots):
         ({"capacity": 0}, "`capacity` must be a whole number"),
         ({"rank": True}, "`rank` must be a whole number"),
         ({"how": "loop"}, "`how` must be None or one of gather, ragged"),
+        ({"dtype": "int8"}, "`dtype` must be a floating one, .*got int8"),
     ):
         with pytest.raises(ValueError, match=match):
             serving.slots(base(), ["out"], **changes)
