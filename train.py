@@ -93,6 +93,7 @@ def _run(config, workdir, stack):
     count = lambda field: training.count_steps(config[field], per_epoch, field=field)
     total_steps = count("train_for")
     evaluate_every, save_every = map(count, ("evaluate_every", "save_every"))
+    keep_every = config.keep_every and count("keep_every")
 
     # ---------------------------------- The adapter -----------------------------------
 
@@ -256,7 +257,8 @@ def _run(config, workdir, stack):
             writer.write("decided", step, **kept)
             bar.note(f"After step {step}: {kept}; decided.json says which.")
         evaluates = step % evaluate_every == 0 or step == total_steps
-        saves = evaluates or step % save_every == 0
+        keeps = keep_every and step % keep_every == 0
+        saves = evaluates or keeps or step % save_every == 0
         if not saves and step % config.log.every:
             continue
         for number, values in jax.device_get(waiting):
@@ -277,6 +279,13 @@ def _run(config, workdir, stack):
             scores = evaluate(state.trainable, frozen, "validation", bar)
             writer.write("eval", step, **scores)
             shown[metric] = scores[metric]
+        if keeps:
+            interop.save_adapter(
+                jp.combine(state.trainable, frozen),
+                folder / f"adapters/{step}",
+                metadata={"config": config.to_dict(), "step": step},
+                overwrite=True,  # by a run that was stopped right here
+            )
         if saves:
             checkpoints.save(
                 state,

@@ -15,6 +15,7 @@ ORDER = [
     ["mixtures"],
     ["models", "interop"],
     ["data", "training", "serving"],
+    ["study"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxpeft.cli import _convert, _describe, _generate, _merge, _ranks
+from jaxpeft.cli import _convert, _describe, _dimension, _generate, _merge, _ranks
 from jaxpeft.cli._console import note
 
-COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate, _ranks)
+COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate, _ranks, _dimension)
 
 EPILOG = """\
 An adapter is a folder: jaxpeft's own (adapter.json) or HF PEFT's (adapter_config.json).
@@ -77,6 +77,21 @@ _FLAGS = {
     "untie=True": "--untie",
     "ignore=['target_modules']": "--ignore target_modules",
     "`budget`": "--budget",
+    "--workdir=PATH": "--out DIR",
+    "`workdir`": "--out",
+    "`shots`": "--shots",
+    "`demos`": "--demos",
+    "`overflow`": "--overflow",
+    "overflow='drop_demos'": "--overflow drop_demos",
+    "`label_tokens`": "--label-tokens",
+    "label_tokens='none'": "--label-tokens none",
+    "label_tokens='bare'": "--label-tokens bare",
+    "`max_length`": "--max-length",
+    "`estimators`": "--estimator",
+    "`template`": "--template",
+    "`words`": "--words",
+    "`final`": "--final",
+    "`layer`": "--layer",
     "`rank`": "--rank",
     "`allocation.": "`--option ",
     "`allocation`": "--method",

@@ -73,7 +73,7 @@ def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out, picture = new_file(given.out), given.map and new_file(given.map)
     start = new_file(str(out.with_suffix(".npz")))
-    fields = _options("--option", given.option) | {"name": given.method}
+    fields = named_options("--option", given.option) | {"name": given.method}
     for name in ("budget", "rank", "samples"):
         if getattr(given, name) is not None:
             fields[name] = getattr(given, name)
@@ -82,7 +82,7 @@ def run(given: argparse.Namespace) -> None:
 
     training.find_allocator(given.method)  # objects before anything is read
     task = data.task(
-        {"name": given.task, **_options("--task-option", given.task_option)}
+        {"name": given.task, **named_options("--task-option", given.task_option)}
     )
     with stage(f"reading {given.model}"):
         model, params = models.load(given.model, scan_layers=given.scan_layers)
@@ -121,7 +121,7 @@ def new_file(name: str) -> Path:
     return file
 
 
-def _options(flag: str, entries: Sequence[str]) -> dict[str, Any]:
+def named_options(flag: str, entries: Sequence[str]) -> dict[str, Any]:
     """Entries NAME=VALUE; a value is a Python literal, or else text."""
     found: dict[str, Any] = {}
     for entry in entries:

@@ -14,6 +14,12 @@ from jaxpeft.data._mixed import held_out as held_out
 from jaxpeft.data._mixed import mix as mix
 from jaxpeft.data._mixed import mixture_shares as mixture_shares
 from jaxpeft.data._pack import pack as pack
+from jaxpeft.data._prompts import PromptSet as PromptSet
+from jaxpeft.data._prompts import Record as Record
+from jaxpeft.data._prompts import draw_demonstrations as draw_demonstrations
+from jaxpeft.data._prompts import prompt_files as prompt_files
+from jaxpeft.data._prompts import prompt_set as prompt_set
+from jaxpeft.data._prompts import write_prompt as write_prompt
 from jaxpeft.data._sample import sample as sample
 from jaxpeft.data._sample import unpacked as unpacked
 from jaxpeft.data._score import score as score

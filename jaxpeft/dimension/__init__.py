@@ -16,6 +16,7 @@ from jaxpeft.dimension._figures import plot_against as plot_against
 from jaxpeft.dimension._figures import plot_agreement as plot_agreement
 from jaxpeft.dimension._figures import plot_areas as plot_areas
 from jaxpeft.dimension._figures import plot_differences as plot_differences
+from jaxpeft.dimension._figures import plot_dynamics as plot_dynamics
 from jaxpeft.dimension._figures import plot_fit as plot_fit
 from jaxpeft.dimension._figures import plot_profiles as plot_profiles
 from jaxpeft.dimension._figures import plot_ranks as plot_ranks
@@ -29,3 +30,4 @@ from jaxpeft.dimension._profile import difference_sd as difference_sd
 from jaxpeft.dimension._profile import id_difference as id_difference
 from jaxpeft.dimension._profile import id_profile as id_profile
 from jaxpeft.dimension._profile import normalized_auc as normalized_auc
+from jaxpeft.dimension._profile import normalized_auc_sd as normalized_auc_sd

@@ -96,6 +96,10 @@ class LayerFiles:
         """Layer by layer."""
         return (self[i] for i in range(self.layers))
 
+    def beside(self, name: str) -> Shaped[np.ndarray, "rows ..."]:
+        """What ``step`` gave beside the states, by its name there."""
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
 
 def collect(
     step: Callable[[Any], Any],
@@ -104,6 +108,7 @@ def collect(
     *,
     rows: int,
     valid: Callable[[Any], Any] | None = None,
+    places: Callable[[Any], Any] | None = None,
     note: Any = None,
     progress: bool = True,
 ) -> LayerFiles:
@@ -116,12 +121,15 @@ def collect(
     Args:
         step: ``batch -> [layers, batch, d]``, best jitted: ``models.pooled_states`` of
             our models, or for any other one ``pool`` inside ``jaxpeft.capture``, its
-            sites stacked.
+            sites stacked. Or a pair of that and ``{name: [batch, ...]}``, what else
+            is to be kept of each text, in files of its own, ``name.npy``.
         batches: what ``step`` is given, the same in the same order when resumed.
         folder: where to write ``layer_00.npy``, ..., float32 [rows, d].
         rows: how many texts there are in all batches.
         valid: ``batch -> [batch]`` of booleans, False at rows that only fill up a
             batch; ``None``: all count.
+        places: ``batch -> [batch]`` of numbers, the row of the files that each text
+            goes into; ``None``: one after the other, in the order of the batches.
         note: JSON-able: the model, the task, the pooling. A resumed run's must be
             equal.
         progress: whether to say on stderr how far it is, every few seconds.
@@ -154,30 +162,39 @@ def collect(
         )
     if state["complete"]:
         return LayerFiles(folder)
-    files, started, said = None, time.monotonic(), time.monotonic()
+    files, started, said = {}, time.monotonic(), time.monotonic()
     for number, batch in enumerate(batches):
         if number < state["batches"]:
             continue
-        states = np.asarray(jax.device_get(step(batch)), np.float32)
+        found = jax.device_get(step(batch))
+        states, beside = found if isinstance(found, tuple) else (found, {})
+        states = np.asarray(states, np.float32)
+        kept = np.ones(states.shape[1], bool)
         if valid is not None:
-            states = states[:, np.asarray(valid(batch), bool)]
+            kept = np.asarray(valid(batch), bool)
+        states = states[:, kept]
         if not np.all(np.isfinite(states)):
             bad = sorted(set(np.argwhere(~np.isfinite(states))[:, 0].tolist()))
             raise ValueError(f"states of batch {number} are not finite at layers {bad}")
         first, last = state["done"], state["done"] + states.shape[1]
         if last > rows:
             raise ValueError(f"`batches` hold more than the {rows} `rows`")
-        if files is None:
-            files = _open(folder, len(states), rows, states.shape[2])
-        if len(files) != len(states) or files[0].shape[1] != states.shape[2]:
+        into: Any = slice(first, last)
+        if places is not None:
+            into = np.asarray(places(batch))[kept]
+        each = {f"layer_{i:02d}": layer for i, layer in enumerate(states)}
+        each |= {name: np.asarray(x)[kept] for name, x in beside.items()}
+        files = files or {n: _open(folder, n, rows, x) for n, x in each.items()}
+        shapes = {name: file.shape[1:] for name, file in files.items()}
+        if shapes != {name: x.shape[1:] for name, x in each.items()}:
             raise ValueError(
                 f"batch {number} gives states {states.shape}; the files hold "
-                f"{len(files)} layers of {files[0].shape[1]} features"
+                f"{len(files) - len(beside)} layers of {shapes['layer_00'][0]} features"
             )
-        for file, layer in zip(files, states, strict=True):
-            file[first:last] = layer
-            file.flush()
-        state |= {"done": last, "batches": number + 1, "layers": len(files)}
+        for name, x in each.items():
+            files[name][into] = x
+            files[name].flush()
+        state |= {"done": last, "batches": number + 1, "layers": len(states)}
         _write(folder, state)
         now = time.monotonic()
         if progress and now - said > 5:
@@ -197,17 +214,15 @@ def _file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:02d}.npy"
 
 
-def _open(folder: Path, layers: int, rows: int, d: int) -> list[np.ndarray]:
-    found = []
-    for path in (_file(folder, i) for i in range(layers)):
-        mode, shape = ("r+", None) if path.exists() else ("w+", (rows, d))
-        file = np.lib.format.open_memmap(path, mode, np.float32, shape)
-        if file.shape != (rows, d):
-            raise ValueError(
-                f"{path} has shape {file.shape}, not {(rows, d)}; give another folder"
-            )
-        found.append(file)
-    return found
+def _open(folder: Path, name: str, rows: int, like: np.ndarray) -> np.ndarray:
+    path, shape = folder / f"{name}.npy", (rows, *like.shape[1:])
+    given = ("r+",) if path.exists() else ("w+", like.dtype, shape)
+    file = np.lib.format.open_memmap(path, *given)
+    if file.shape != shape:
+        raise ValueError(
+            f"{path} has shape {file.shape}, not {shape}; give another folder"
+        )
+    return file
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

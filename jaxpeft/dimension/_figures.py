@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jaxpeft.dimension._estimate import IdEstimate
 from jaxpeft.dimension._fit import twonn_points
-from jaxpeft.dimension._profile import dims_of, normalized_auc
+from jaxpeft.dimension._profile import dims_of, normalized_auc, normalized_auc_sd
 
 Profile = Sequence[IdEstimate | float]
 
@@ -48,7 +48,8 @@ def plot_profiles(
         axes[0].errorbar(layers, dims, sds, label=name, color=colour, capsize=2)
         for layer, dim, sd in zip(layers.tolist(), dims, sds, strict=True):
             rows.append([name, layer, dim, sd])
-        axes[1].bar(name, normalized_auc(profile), color=colour)
+        area, spread = _area(profile)
+        axes[1].bar(name, area, yerr=spread, color=colour, capsize=2)
         if scores:
             axes[2].bar(name, scores[name], color=colour)
     axes[0].set(xlabel="layer", ylabel="intrinsic dimension")
@@ -60,6 +61,56 @@ def plot_profiles(
     for axis in axes[1:]:
         axis.tick_params(axis="x", rotation=45)
     return _save(figure, file, ["paradigm", "layer", "dim", "sd"], rows)
+
+
+def plot_dynamics(
+    profiles: Mapping[int, Profile],
+    file: str | Path,
+    *,
+    scores: Mapping[int, float] | None = None,
+    label: str = "step",
+    title: str = "",
+) -> Path:
+    """Draws what changes with training steps or with demonstrations.
+
+    Dimension against layer, a line for each; accuracy against them; and the normalised
+    area against them.
+
+    Args:
+        profiles: ``{step, or k: profile of layers 0 to L}``; layer 0 is not drawn.
+        file: a PNG.
+        scores: ``{step, or k: accuracy}``; ``None``: no such panel.
+        label: what the numbers are.
+        title: above all.
+
+    Returns:
+        The picture's path.
+    """
+    figure, axes = _figure(3 if scores else 2, title)
+    x = sorted(profiles)
+    rows, colours = [], _colours(len(x))
+    for colour, at in zip(colours, x, strict=True):
+        dims, sds = dims_of(profiles[at])[1:], _sds(profiles[at])[1:]
+        layers = np.arange(1, len(dims) + 1)
+        axes[0].errorbar(
+            layers, dims, sds, label=f"{label} {at}", color=colour, capsize=2
+        )
+        rows += [
+            [at, layer, *pair]
+            for layer, *pair in zip(layers.tolist(), dims, sds, strict=True)
+        ]
+    axes[0].set(xlabel="layer", ylabel="intrinsic dimension")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize="small")
+    if scores:
+        axes[1].plot(x, [scores[at] for at in x], marker="o")
+        axes[1].set(xlabel=label, ylabel="accuracy")
+    areas = [_area(profiles[at]) for at in x]
+    axes[-1].errorbar(x, *zip(*areas, strict=True), marker="o", capsize=2)
+    axes[-1].set(xlabel=label, ylabel="normalised area")
+    for axis in axes[1:]:
+        axis.set_xticks(x)
+    return _save(figure, file, [label, "layer", "dim", "sd"], rows)
 
 
 def plot_differences(
@@ -171,6 +222,7 @@ def plot_fit(
     file: str | Path,
     *,
     discard: int | float = 0.1,
+    title: str = "",
 ) -> Path:
     """Draws what TwoNN fits a line to: off the line its law does not hold.
 
@@ -179,30 +231,34 @@ def plot_fit(
         r2: to the second nearest.
         file: a PNG.
         discard: as in ``twonn``.
+        title: above it, before the dimension.
 
     Returns:
         The picture's path.
     """
     x, y = twonn_points(r1, r2, discard)
     dim = float(np.sum(x * y) / np.sum(x * x))
-    figure, (axis,) = _figure(1, f"dimension {dim:.2f}")
+    figure, (axis,) = _figure(1, f"{title}\ndimension {dim:.2f}".strip())
     axis.scatter(x, y, s=6)
     axis.plot([0, x.max()], [0, dim * x.max()], color="grey")
     axis.set(xlabel="log(r2 / r1)", ylabel="-log(1 - i / N)")
     return _save(figure, file, ["log_mu", "minus_log_survival"], zip(x, y, strict=True))
 
 
-def plot_scale(draws: Mapping[int, Sequence[float]], file: str | Path) -> Path:
+def plot_scale(
+    draws: Mapping[int, Sequence[float]], file: str | Path, *, title: str = ""
+) -> Path:
     """Draws the dimension against the number of points it was estimated from.
 
     Args:
         draws: ``{number of points: dimensions of several draws}``.
         file: a PNG.
+        title: above it.
 
     Returns:
         The picture's path.
     """
-    figure, (axis,) = _figure(1, "")
+    figure, (axis,) = _figure(1, title)
     sizes = sorted(draws)
     means = [np.mean(draws[n]) for n in sizes]
     axis.errorbar(sizes, means, [np.std(draws[n]) for n in sizes], capsize=2)
@@ -244,6 +300,12 @@ def plot_ranks(
 
 def _sds(profile: Profile) -> np.ndarray:
     return np.array([getattr(each, "sd", 0.0) for each in profile], np.float64)
+
+
+def _area(profile: Profile) -> tuple[float, float]:
+    """The normalised area and, where there are halves, its spread."""
+    known = all(getattr(each, "halves", ()) for each in profile[1:])
+    return normalized_auc(profile), normalized_auc_sd(profile) if known else 0.0
 
 
 def _colours(count: int) -> Any:

@@ -16,4 +16,5 @@ from jaxpeft.models._load import load as load
 from jaxpeft.models._load import tokenizer as tokenizer
 from jaxpeft.models._packaged import packaged as packaged
 from jaxpeft.models._states import pooled_states as pooled_states
+from jaxpeft.models._states import prompt_states as prompt_states
 from jaxpeft.models._wheels import fetch_wheel as fetch_wheel

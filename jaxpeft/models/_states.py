@@ -47,6 +47,65 @@ def pooled_states(
         >>> pooled_states(model)(params, batch).shape  # doctest: +SKIP
         (7, 32, 384)
     """
+    forward = _states_of(model, final)
+
+    @jax.jit
+    def run(params, inputs):
+        return pool(forward(params, inputs), inputs["attention_mask"], how)
+
+    return lambda params, batch: run(params, _inputs(batch))
+
+
+def prompt_states(
+    model: nn.Module, *, final: str = "post_norm"
+) -> Callable[..., tuple[Float[Array, "layers batch d"], Float[Array, "batch asked"]]]:
+    """Returns a jitted function: states of prompts' last tokens, and what follows them.
+
+    One forward pass for both. Logits are read out at the last token alone.
+
+    Args:
+        model: a decoder of ``models.load``, with ``head="causal_lm"``.
+        final: as in ``pooled_states``; here by default as transformers has it.
+
+    Returns:
+        ``(params, batch, asked) -> (states [L + 1, batch, d], logits [batch, asked])``
+        in float32: of each row the states of its last real token, and the logits of
+        the tokens ``asked`` [batch, asked] as the next one. Parameters and batch as in
+        ``pooled_states``.
+
+    Raises:
+        ValueError: the model writes no text, or ``final`` is unknown; when called, a
+            batch of packed texts.
+
+    Example:
+        >>> model, params = models.load("smollm2", head="causal_lm")  # doctest: +SKIP
+        >>> step = prompt_states(model)  # doctest: +SKIP
+        >>> states, logits = step(params, batch, yes_and_no)  # doctest: +SKIP
+    """
+    if not isinstance(model, Decoder) or model.head != "causal_lm":
+        head = getattr(model, "head", None)
+        raise ValueError(
+            f"`model` must be a decoder with head='causal_lm'; got "
+            f"{type(model).__name__} with head={head!r}."
+        )
+    forward = _states_of(model, final, last=True)
+    read_out = adapt(
+        lambda params, h: model.apply({"params": params}, h, method="logits")
+    )
+
+    @jax.jit
+    def run(params, inputs, asked):
+        states, normed = forward(params, inputs)
+        pooled = pool(states, inputs["attention_mask"], "last")
+        last = pool(normed, inputs["attention_mask"], "last").astype(normed.dtype)
+        logits = read_out(params, last).astype(jnp.float32)
+        return pooled, jnp.take_along_axis(logits, asked, axis=1)
+
+    return lambda params, batch, asked: run(params, _inputs(batch), jnp.asarray(asked))
+
+
+def _states_of(model: nn.Module, final: str, *, last: bool = False):
+    """``(params, inputs) -> states``; with ``last`` also what the head would read."""
     if final not in FINALS:
         raise ValueError(f"`final` must be one of {FINALS}, got {final!r}")
     bare, decoder = model.clone(head=None), isinstance(model, Decoder)
@@ -57,20 +116,19 @@ def pooled_states(
         )
     )
 
-    @jax.jit
-    def run(params, inputs):
+    def states(params, inputs):
         if decoder:
             places = jnp.cumsum(inputs["attention_mask"].astype(jnp.int32), axis=1) - 1
             inputs = inputs | {"positions": jnp.maximum(places, 0)}
-        _, states = forward(params, inputs)
-        return pool(states, inputs["attention_mask"], how)
-
-    def states(params, batch):
-        if "segment_ids" in batch:
-            raise ValueError(
-                "`batch` holds packed texts; tokenise without packing: one text a row"
-            )
-        inputs = {name: np.asarray(batch[name]) for name in _INPUTS if name in batch}
-        return run(params, inputs)
+        normed, found = forward(params, inputs)
+        return (found, normed) if last else found
 
     return states
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if "segment_ids" in batch:
+        raise ValueError(
+            "`batch` holds packed texts; tokenise without packing: one text a row"
+        )
+    return {name: np.asarray(batch[name]) for name in _INPUTS if name in batch}

@@ -86,8 +86,32 @@ def test_scanned_and_adapted():
     assert far(moved, expected) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prompts_and_what_follows_them(kind):
+    """The last token's states, and logits of some tokens, whatever padding holds."""
+    model, params = tiny(kind)
+    run = models.prompt_states(model)
+    asked = np.array([[7, 3, 9], [1, 2, 7]], np.int32)
+    states, logits = run(params, RIGHT, asked)
+    pooled = models.pooled_states(model, how="last", final="post_norm")(params, RIGHT)
+    assert far(states, pooled) == 0
+    garbage = RIGHT | {"input_ids": np.where(MASK == 1, IDS, 60)}
+    for row, length in enumerate((6, 4)):
+        whole = model.apply({"params": params}, IDS[row : row + 1, :length])
+        assert far(logits[row], whole[0, -1, asked[row]]) < CLOSE
+    for other in (LEFT, garbage):
+        found = run(params, other, asked)
+        assert far(found[0], states) < CLOSE and far(found[1], logits) < CLOSE
+    assert far(logits, run(params, RIGHT, asked[::-1])[1]) > 1e-2  # control
+    before = models.prompt_states(model, final="pre_norm")(params, RIGHT, asked)
+    assert far(before[0][-1], states[-1]) > 1e-1  # what is read out stays normed
+    assert far(before[1], logits) == 0
+
+
 def test_refusals():
     model, params = tiny("llama")
+    with pytest.raises(ValueError, match="head='causal_lm'; got Decoder with"):
+        models.prompt_states(model.clone(head=None))
     with pytest.raises(ValueError, match="`final` must be one of"):
         models.pooled_states(model, final="normed")
     with pytest.raises(ValueError, match="packed texts"):
@@ -168,3 +192,22 @@ def test_collected_in_files(tmp_path):
     nan = lambda batch: step(batch).at[1].set(jnp.nan)
     with pytest.raises(ValueError, match=r"batch 0 are not finite at layers \[1\]"):
         dimension.collect(nan, batches, tmp_path / "e", **options)
+
+
+def test_rows_at_their_places_and_what_is_beside_them(tmp_path):
+    """Batches in another order than the files; resumed in the middle."""
+    rows = [np.array([4, 1]), np.array([0, 3]), np.array([2, 2])]
+    step = lambda at: (np.stack([at, 10 * at])[..., None], {"names": at.astype("<U1")})
+    options = {
+        "rows": 5,
+        "places": lambda at: at,
+        "valid": lambda at: np.array([True, at[0] != at[1]]),
+        "progress": False,
+    }
+    with pytest.raises(KeyError):
+        dimension.collect(
+            lambda at: step(at) if at[0] else {}["stopped"], rows, tmp_path, **options
+        )
+    files = dimension.collect(step, rows, tmp_path, **options)
+    assert files[1].ravel().tolist() == [0, 10, 20, 30, 40]
+    assert files.beside("names").tolist() == list("01234")

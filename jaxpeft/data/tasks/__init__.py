@@ -11,6 +11,7 @@ from jaxpeft.data.tasks._packaged import movies as movies
 from jaxpeft.data.tasks._packaged import opinions as opinions
 from jaxpeft.data.tasks._packaged import sms as sms
 from jaxpeft.data.tasks._packaged import trec as trec
+from jaxpeft.data.tasks._prompted import prompted as prompted
 from jaxpeft.data.tasks._reasoning_gym import reasoning_gym as reasoning_gym
 from jaxpeft.data.tasks._texts import asdiv as asdiv
 from jaxpeft.data.tasks._texts import texts as texts

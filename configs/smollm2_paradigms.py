@@ -1,0 +1,77 @@
+"""LoRA on SmolLM2-135M-Instruct, TREC as prompts, for the study of paradigms.
+
+python train.py --config configs/smollm2_paradigms.py --workdir runs/paradigms
+(Not run yet.)
+
+A question of TREC is read and the word for its class is to follow; all of it is learnt,
+prompt too. Data, LoRA and training are those of the study's "SFT-1k" (arXiv
+2412.06245): 1,000 records, 4 epochs, rank 64, alpha 16. Model (98 MB) and questions
+(32 MB) come out of two wheels of the package index, at the first run.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config; every field is explained in quickstart.py."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of the adapters, the order of the rows and dropout
+
+    # The base model; it stays frozen.
+    config.model = dict(
+        name="smollm2",  # a packaged model, a Hugging Face folder, or a hub name
+        dtype="float32",  # of activations; bfloat16 on TPU and recent GPUs
+        param_dtype="float32",  # of the base; the adapters are always float32
+        scan_layers=True,  # one compiled layer for all: compiles faster when deep
+        remat=None,  # or what a layer keeps for its backward pass, "full": nothing
+        dropout=False,  # the model's own dropout, in training
+    )
+
+    # The task: the records that `jaxpeft dimension --task trec` has, too.
+    config.data = dict(name="prompted/trec", train=1000, validation=100, test=200)
+    config.max_length = 96  # tokens; what is longer goes on in another sequence
+    config.lengths = (32, 40, 48, 64, 96)  # sequences are padded to one of these
+    config.batch_size = 16  # sequences
+    config.eval_batch_size = 50
+    config.accumulate = 1  # micro-batches a step
+
+    # The adapter: a name of jaxpeft.adapters and that function's arguments.
+    config.adapter = dict(name="lora", rank=64, alpha=16.0, dropout=0.1)
+    config.start = ""  # the folder of a saved one to go on from instead
+    config.stage = ""  # of a method with stages (jaxpeft.mixtures)
+    config.stages = ()  # or several, one run after the other
+    config.stage_changes = {}  # fields that differ in a kind of stage
+    config.targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    config.exclude = ()  # sites left out, in the same form
+    config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
+    config.alpha_pattern = ()
+    config.allocation = None
+    config.head = ()  # trained whole (jaxpeft.full): none, the model's own will do
+
+    # AdamW.
+    config.optimizer = dict(
+        learning_rate=1e-4,
+        head_learning_rate=1e-4,
+        schedule="linear",  # linear, cosine or constant, after the warm-up
+        warmup_ratio=0.1,  # of all steps
+        final_ratio=0.0,  # the last rate, as a part of the highest
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,  # of matrices only, where it is not zero
+    )
+    config.allocate = None
+    config.clip_norm = 1.0  # of the whole gradient; None: off
+    config.train_for = "4 epochs"  # or steps; 62 steps are one
+    config.evaluate_every = "124 steps"  # on the validation rows; saves a checkpoint
+    config.save_every = "62 steps"  # saves one in between, too
+    config.keep_every = "62 steps"  # for SFT's dynamics
+
+    # Where and how it is watched: these alone may differ when a run is resumed.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left
+    config.log = dict(
+        every=10,  # steps between two looks at the device
+        tensorboard=True,
+        compilation_cache="",  # a folder that keeps compiled programs; "": none
+    )
+    return config.lock()

@@ -1,0 +1,261 @@
+"""``jaxpeft dimension``: learning paradigms compared by intrinsic dimension."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.cli._console import note, stage
+from jaxpeft.cli._open import open_adapter
+from jaxpeft.cli._ranks import named_options
+
+NAME = "dimension"
+SUMMARY = "compare in-context learning and fine-tuning by intrinsic dimension"
+DESCRIPTION = """\
+Asks a model the questions of a task zero-shot, with k demonstrations, and fine-tuned,
+keeps the hidden states of each prompt's last token, estimates their intrinsic
+dimension layer by layer, and draws it beside the accuracy. The same command again goes
+on where it was stopped. In steps, or all of them:
+
+  collect   states and accuracies into --out
+  estimate  dimensions, of the studies in --runs
+  report    figures, tables, and what they say to the paper's findings, into --out
+  all       the three; figures go into figures/ below --out
+  points    the dimension of points in a file, .npy or .csv, without any model
+
+The model "tiny" is random and needs no download: a study of it takes a minute, and
+shows nothing but how it is done.
+"""
+EXAMPLE = (
+    "jaxpeft dimension --model smollm2 --task trec --n-eval 1000 --shots 0,1,5\n"
+    "    --sft 1k=runs/paradigms --sft 1k=runs/paradigms@62,124 --out runs/study"
+)
+STEPS = ("all", "collect", "estimate", "report", "points")
+_NEEDS = {
+    "all": ("model", "task", "out"),
+    "collect": ("model", "task", "out"),
+    "estimate": ("runs",),
+    "report": ("runs", "out"),
+    "points": ("file",),
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    add = parser.add_argument
+    add("step", nargs="?", default="all", choices=STEPS, help="(default: all)")
+    add("--model", help='a decoder: a folder, a packaged model, a hub name, or "tiny"')
+    add("--task", help="a task with classes or choices, or a .jsonl of input, output")
+    add("--eval", metavar="FILE", help="with a .jsonl --task: the questions asked")
+    add(
+        "--task-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the task; may be given again",
+    )
+    add("--template", help='how a row reads: "{text}\\nGood or bad?"')
+    add("--words", metavar="A,B", help="what the classes, or all outputs, are called")
+    add("--out", metavar="DIR", help="the study's folder; of report: the figures'")
+    add("--runs", action="append", metavar="DIR", help="a study; may be given again")
+    add(
+        "--shots",
+        default="0,1,2,5,10",
+        metavar="K,K",
+        help="demonstrations (default: 0,1,2,5,10; none: fine-tuned alone)",
+    )
+    add(
+        "--sft",
+        action="append",
+        default=[],
+        metavar="[NAME=]RUN[@STEP,STEP]",
+        help="a run of train.py, some of the steps it kept, or an adapter's folder, "
+        "HF PEFT's too; may be given again",
+    )
+    add("--n-train", type=int, default=1000, metavar="N", help="(default: 1000)")
+    add("--n-eval", type=int, default=5000, metavar="N", help="(default: 5000)")
+    add("--seed", type=int, default=42, help="of rows and demonstrations (default: 42)")
+    add("--demos", default="official", help="official, nested or disjoint draws")
+    add("--overflow", default="error", help="of long prompts: error or drop_demos")
+    add("--label-tokens", default="in_context", help="in_context, bare or none")
+    add("--final", default="post_norm", help="the last state: post_norm or pre_norm")
+    add("--max-length", type=int, metavar="T", help="tokens (default: the model's)")
+    add("--batch-size", type=int, default=16, metavar="B", help="(default: 16)")
+    add(
+        "--estimator",
+        metavar="NAME,NAME",
+        help="twonn-linear, twonn-ml, mle-K; figures are of the first (default: "
+        "twonn-linear,mle-25,mle-50)",
+    )
+    add("--sd", default="subsample", help="subsample or analytic")
+    add("--layer", type=int, help="of figures of a single one (default: the middle)")
+    add("--file", help="of points: .npy or .csv, a row each")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Runs the command."""
+    for name in _NEEDS[given.step]:
+        if not getattr(given, name):
+            raise ValueError(f"`jaxpeft dimension {given.step}` needs --{name}.")
+    from jaxpeft import study
+
+    estimators = list(study.ESTIMATORS)
+    if given.estimator is not None:
+        estimators = given.estimator.split(",")
+    for name in estimators:
+        study.find_estimator(name)  # objects before anything is read
+    if given.step == "points":
+        return _points(given, estimators)
+    studies = given.runs or [given.out]
+    if given.step in ("all", "collect"):
+        studies = [given.out]
+        _collect(given)
+    if given.step in ("all", "estimate"):
+        for folder in studies:
+            study.estimate_runs(folder, estimators, sd=given.sd, note=note)
+    if given.step in ("all", "report"):
+        out = Path(given.out) / ("figures" if given.step == "all" else "")
+        found = study.report(studies, out, estimator=estimators[0], layer=given.layer)
+        _print(found, out)
+
+
+def _collect(given: argparse.Namespace) -> None:
+    from jaxpeft import models, study
+
+    runs = []
+    if given.shots != "none":
+        runs = [study.Run(f"icl-{k}", k) for k in _numbers("--shots", given.shots)]
+    for entry in given.sft:
+        name, equals, rest = entry.partition("=")
+        folder, _, steps = (rest if equals else entry).partition("@")
+        name = name if equals else Path(folder).name
+        numbers = _numbers("--sft", steps) if steps else ()
+        runs += study.adapter_runs(name, folder, numbers)
+    if not runs:
+        raise ValueError("--shots none needs --sft.")
+    with stage(f"reading {given.task}"):
+        records = _records(given)
+    tiny = given.model == study._tiny.TINY
+    tokenizer = study.tiny_tokenizer() if tiny else models.tokenizer(given.model)
+    study.collect_runs(
+        given.out,
+        runs,
+        records,
+        tokenizer,
+        lambda adapter: _load(given, adapter),
+        model=given.model,
+        demos=given.demos,
+        seed=given.seed,
+        overflow=given.overflow,
+        label_tokens=given.label_tokens,
+        final=given.final,
+        max_length=given.max_length,
+        batch_size=given.batch_size,
+        note=note,
+    )
+
+
+def _records(given: argparse.Namespace):
+    from jaxpeft import data
+
+    words = given.words and [word.strip() for word in given.words.split(",")]
+    if not given.task.endswith(".jsonl"):
+        if given.eval:
+            raise ValueError("--eval goes with a --task that is a .jsonl file.")
+        named = {
+            "name": given.task,
+            **named_options("--task-option", given.task_option),
+        }
+        return data.prompt_set(
+            data.task(named),
+            train=given.n_train,
+            evaluated=given.n_eval,
+            seed=given.seed,
+            template=given.template,
+            words=words,
+        )
+    if given.template or given.task_option or not given.eval:
+        raise ValueError(
+            "a --task that is a .jsonl file needs --eval FILE, and takes neither "
+            "--template nor --task-option: its inputs are prompts as they stand."
+        )
+    found = data.prompt_files(given.task, given.eval, labels=words)
+    return found._replace(
+        train=found.train[: given.n_train], evaluated=found.evaluated[: given.n_eval]
+    )
+
+
+def _load(given: argparse.Namespace, adapter: str | None):
+    from jaxpeft import models, study
+    from jaxpeft.cli._open import _read, kind_of
+
+    asked = argparse.Namespace(
+        base=given.model,
+        head="causal_lm",
+        num_labels=None,
+        any_base=False,
+        ignore=[],
+        adapter=adapter,
+    )
+    if given.model == study._tiny.TINY:
+        model, params = study.tiny_model()
+        if adapter is None:
+            return model, params
+        folder = Path(adapter)
+        return model, _read(asked, folder, kind_of(folder), model, params)
+    if adapter is None:
+        with stage(f"reading {given.model}"):
+            return models.load(given.model, head="causal_lm", scan_layers=True)
+    opened = open_adapter(asked)
+    return opened.model, opened.adapted
+
+
+def _points(given: argparse.Namespace, estimators: Sequence[str]) -> None:
+    import numpy as np
+
+    from jaxpeft import study
+
+    file = Path(given.file)
+    if file.suffix == ".npy":
+        x = np.load(file)
+    elif file.suffix == ".csv":
+        x = np.loadtxt(file, delimiter=",", ndmin=2)
+    else:
+        raise ValueError(f"--file {given.file!r} must end in .npy or .csv.")
+    if given.estimator is None:  # those that the points are enough for
+        estimators = ["twonn-linear", *[f"mle-{k}" for k in (25, 50) if 2 * k < len(x)]]
+    print(f"{'estimator':14}{'dimension':>10}{'sd':>9}{'points':>8}{'merged':>8}")
+    for name in estimators:
+        one = study.find_estimator(name, sd=given.sd)(x)
+        merged = one.n_exact + one.n_near
+        print(f"{name:14}{one.dim:10.3f}{one.sd:9.3f}{one.n_used:8}{merged:8}")
+
+
+def _print(found: dict[str, Any], out: Path) -> None:
+    estimator = found["estimator"]
+    print(f"{'run':16}{'rows':>6}{'accuracy':>10}{'area':>9}{'sd':>8}   {estimator}")
+    for row in found["rows"]:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        spread = row.get(f"sd {estimator}")
+        print(
+            f"{row['run']:16}{row['rows']:6}{accuracy:>10}"
+            f"{row[f'area {estimator}']:9.3f}"
+            f"{'' if spread is None else format(spread, '.3f'):>8}   {row['study']}"
+        )
+    for study, told in found["findings"].items():
+        print(f"\nThe paper (arXiv 2412.06245) and {study}:")
+        for one in told:
+            print(f"  {one['verdict']:11}{one['statement']} ({one['numbers']})")
+    for name, why in found["skipped"].items():
+        note(f"no figure {name}: {why}")
+    note(f"{out}: {', '.join(found['figures'])}, table.csv, report.json")
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{flag} {text!r}: write whole numbers with commas, 0,1,5.")
+    found = [int(part) for part in parts]
+    if len(set(found)) < len(found):
+        raise ValueError(f"{flag} {text!r} has a number twice.")
+    return found

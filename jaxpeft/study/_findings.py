@@ -1,0 +1,138 @@
+"""What the paper found, beside what a study of one's own found."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpeft.dimension import difference_sd, id_difference, normalized_auc
+from jaxpeft.dimension._profile import dims_of
+from jaxpeft.study._estimate import Result
+
+VERDICTS = ("agrees", "disagrees", "not tested")
+FEW = 10  # demonstrations beyond which the paper's curves are flat or fall
+
+
+class Finding(NamedTuple):
+    """A statement of the paper, and what one's own numbers say to it.
+
+    Attributes:
+        statement: the paper's.
+        verdict: "agrees", "disagrees" or "not tested".
+        numbers: on which that rests; or why there is none.
+    """
+
+    statement: str
+    verdict: str
+    numbers: str
+
+
+def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
+    """Returns what the runs of one study say to the paper's statements.
+
+    A difference of areas counts where it is more than twice its standard deviation over
+    halves of the rows, the same halves on both sides; else the statement is not tested.
+
+    Args:
+        runs: by name.
+        estimator: whose profiles to look at.
+
+    Returns:
+        A finding for each statement.
+
+    References:
+        Janapati and Ji, A comparative study of learning paradigms in large language
+        models via intrinsic dimension, arXiv 2412.06245.
+    """
+    shots = {r.meta["shots"]: r for r in runs.values() if r.meta["paradigm"] == "icl"}
+    tuned = [r for r in runs.values() if r.meta["paradigm"] == "sft"]
+    final = [r for r in tuned if "@" not in r.name] or tuned[-1:]
+    profile = lambda run: run.profiles[estimator]
+    found = []
+
+    say = "SFT: the dimension rises with training"
+    if 0 in shots and final:
+        found += [_higher(say, run, shots[0], estimator) for run in final]
+    else:
+        found.append(Finding(say, "not tested", "needs --shots 0 and --sft"))
+    say = "SFT: later layers move most"
+    for run in final if 0 in shots else ():
+        moved = np.abs(dims_of(profile(run)) - dims_of(profile(shots[0])))[1:]
+        first, last = (float(np.mean(x)) for x in np.array_split(moved, 2))
+        numbers = f"{run.name}: {first:.2f} in the first half, {last:.2f} in the last"
+        found.append(Finding(say, _verdict(last > first), numbers))
+    if not (0 in shots and final):
+        found.append(Finding(say, "not tested", "needs --shots 0 and --sft"))
+    found.append(
+        Finding(
+            "SFT: the same on training records",
+            "not tested",
+            "states of training records are not collected",
+        )
+    )
+    found += _in_context(shots, estimator)
+    some = [run for k, run in shots.items() if k >= 5]
+    say = "ICL with 5 demonstrations or more has a higher dimension than SFT"
+    if some and final:
+        found += [_higher(say, a, b, estimator) for a in some for b in final]
+    else:
+        found.append(Finding(say, "not tested", "needs --shots 5 and --sft"))
+    say = "SFT has a higher accuracy than ICL"
+    known = [r for r in shots.values() if r.accuracy is not None]
+    if known and final and final[-1].accuracy is not None:
+        best = max(known, key=lambda run: run.accuracy)
+        for run in final:
+            numbers = _accuracies(run, best)
+            found.append(Finding(say, _verdict(run.accuracy > best.accuracy), numbers))
+    else:
+        found.append(Finding(say, "not tested", "needs --shots, --sft and labels"))
+    return found
+
+
+def _in_context(shots: Mapping[int, Result], estimator: str) -> list[Finding]:
+    found, ks = [], sorted(shots)
+    say = "ICL: the dimension rises up to about 5 to 10 demonstrations"
+    few = [k for k in ks if 5 <= k <= FEW]
+    if 0 in shots and few:
+        found.append(_higher(say, shots[few[-1]], shots[0], estimator))
+    else:
+        found.append(Finding(say, "not tested", "needs --shots 0 and 5 to 10"))
+    say = "ICL: with more it is flat, or falls"
+    more = [k for k in ks if k > FEW]
+    if few and more:
+        up = _higher(say, shots[more[-1]], shots[few[-1]], estimator)
+        turned = "disagrees" if up.verdict == "agrees" else "agrees"
+        found.append(up._replace(verdict=turned))
+    else:
+        found.append(Finding(say, "not tested", "needs --shots of more than 10"))
+    say = "ICL: the dimension is highest with as many as the accuracy is"
+    if len(ks) > 2 and all(shots[k].accuracy is not None for k in ks):
+        area = max(ks, key=lambda k: normalized_auc(shots[k].profiles[estimator]))
+        right = max(ks, key=lambda k: shots[k].accuracy)
+        numbers = f"{area} and {right} demonstrations"
+        found.append(Finding(say, _verdict(area == right), numbers))
+    else:
+        found.append(Finding(say, "not tested", "needs three --shots, and labels"))
+    return found
+
+
+def _higher(say: str, p: Result, q: Result, estimator: str) -> Finding:
+    """Whether the area of p is above that of q."""
+    first, second = p.profiles[estimator], q.profiles[estimator]
+    more = id_difference(first, second)
+    if not all(layer.halves for layer in (*first[1:], *second[1:])):
+        numbers = f"{p.name} above {q.name} by {more:.2f}; no spread: --sd subsample"
+        return Finding(say, "not tested", numbers)
+    spread = difference_sd(first, second)
+    numbers = f"{p.name} above {q.name} by {more:.2f} (sd {spread:.2f})"
+    if abs(more) <= 2 * spread:
+        return Finding(say, "not tested", f"{numbers}: too close to tell")
+    return Finding(say, _verdict(more > 0), numbers)
+
+
+def _accuracies(run: Result, best: Result) -> str:
+    return f"{run.name} {run.accuracy:.3f}, {best.name} {best.accuracy:.3f}"
+
+
+def _verdict(holds: bool | np.bool_) -> str:
+    return "agrees" if holds else "disagrees"
