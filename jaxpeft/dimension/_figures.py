@@ -17,13 +17,14 @@ from jaxpeft.dimension._fit import twonn_points
 from jaxpeft.dimension._profile import dims_of, normalized_auc, normalized_auc_sd
 
 Profile = Sequence[IdEstimate | float]
+Score = float | tuple[float, float]  # and its standard deviation
 
 
 def plot_profiles(
     profiles: Mapping[str, Profile],
     file: str | Path,
     *,
-    scores: Mapping[str, float] | None = None,
+    scores: Mapping[str, Score] | None = None,
     title: str = "",
 ) -> Path:
     """Draws dimension against layer, one line a paradigm, with areas and accuracies.
@@ -33,7 +34,8 @@ def plot_profiles(
     Args:
         profiles: ``{paradigm: profile of layers 0 to L}``; layer 0 is not drawn.
         file: a PNG.
-        scores: ``{paradigm: accuracy}``; ``None``: no such panel.
+        scores: ``{paradigm: accuracy}``, or pairs with its standard deviation;
+            ``None``: no such panel.
         title: above all.
 
     Returns:
@@ -51,7 +53,8 @@ def plot_profiles(
         area, spread = _area(profile)
         axes[1].bar(name, area, yerr=spread, color=colour, capsize=2)
         if scores:
-            axes[2].bar(name, scores[name], color=colour)
+            accuracy, spread = _pair(scores[name])
+            axes[2].bar(name, accuracy, yerr=spread, color=colour, capsize=2)
     axes[0].set(xlabel="layer", ylabel="intrinsic dimension")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
@@ -67,7 +70,7 @@ def plot_dynamics(
     profiles: Mapping[int, Profile],
     file: str | Path,
     *,
-    scores: Mapping[int, float] | None = None,
+    scores: Mapping[int, Score] | None = None,
     label: str = "step",
     title: str = "",
 ) -> Path:
@@ -79,7 +82,7 @@ def plot_dynamics(
     Args:
         profiles: ``{step, or k: profile of layers 0 to L}``; layer 0 is not drawn.
         file: a PNG.
-        scores: ``{step, or k: accuracy}``; ``None``: no such panel.
+        scores: ``{step, or k: accuracy}``, as in ``plot_profiles``.
         label: what the numbers are.
         title: above all.
 
@@ -103,7 +106,8 @@ def plot_dynamics(
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
     if scores:
-        axes[1].plot(x, [scores[at] for at in x], marker="o")
+        pairs = [_pair(scores[at]) for at in x]
+        axes[1].errorbar(x, *zip(*pairs, strict=True), marker="o", capsize=2)
         axes[1].set(xlabel=label, ylabel="accuracy")
     areas = [_area(profiles[at]) for at in x]
     axes[-1].errorbar(x, *zip(*areas, strict=True), marker="o", capsize=2)
@@ -306,6 +310,10 @@ def _area(profile: Profile) -> tuple[float, float]:
     """The normalised area and, where there are halves, its spread."""
     known = all(getattr(each, "halves", ()) for each in profile[1:])
     return normalized_auc(profile), normalized_auc_sd(profile) if known else 0.0
+
+
+def _pair(score: Score) -> tuple[float, float]:
+    return score if isinstance(score, tuple) else (score, 0.0)
 
 
 def _colours(count: int) -> Any:

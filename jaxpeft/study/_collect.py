@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxpeft import data, dimension, models, training
 from jaxpeft.study._asked import Asked, ask, padded_lengths
+from jaxpeft.training._workdir import CONFIG_FILE
 
 META, ACCURACY, STATES, RUNS = "meta.json", "accuracy.json", "states", "runs"
 _ADAPTER_FILES = ("adapter*.json", "adapter*.safetensors", "adapter*.bin")
@@ -101,7 +102,6 @@ def collect_runs(
         "max_length": max_length,
         "batch_size": batch_size,
     }
-    loaded: dict[str | None, tuple[Any, Any]] = {}
     with training.open_workdir(folder, ConfigDict(settings)) as root:
         waiting = []
         for run in runs:
@@ -113,23 +113,30 @@ def collect_runs(
                 note(f"{run.name}: complete")
             else:
                 waiting.append((run, where, wanted))
+        loaded: dict[str | None, tuple[Any, Any]] = {}
         for run, where, wanted in waiting:
-            if run.adapter not in loaded:
-                loaded.clear()  # one model at a time
-                loaded[run.adapter] = load(run.adapter)
-            net, params = loaded[run.adapter]
-            most = net.config.max_position_embeddings
-            asked = ask(
-                records,
-                tokenizer,
-                vocab_size=net.config.vocab_size,
-                max_length=most if max_length is None else min(max_length, most),
-                shots=run.shots,
-                demos=demos,
-                seed=seed,
-                overflow=overflow,
-                label_tokens=label_tokens,
-            )
+            try:
+                if run.adapter not in loaded:
+                    loaded.clear()  # one model at a time
+                    loaded[run.adapter] = load(run.adapter)
+                net, params = loaded[run.adapter]
+                most = net.config.max_position_embeddings
+                asked = ask(
+                    records,
+                    tokenizer,
+                    vocab_size=net.config.vocab_size,
+                    max_length=most if max_length is None else min(max_length, most),
+                    shots=run.shots,
+                    demos=demos,
+                    seed=seed,
+                    overflow=overflow,
+                    label_tokens=label_tokens,
+                )
+            except Exception:
+                # Refused before there is anything: other settings may have it.
+                if not (root / RUNS).exists():
+                    (root / CONFIG_FILE).unlink()
+                raise
             where.mkdir(parents=True, exist_ok=True)
             note(
                 f"{run.name}: {asked.facts['rows']} prompts, up to "
@@ -137,11 +144,12 @@ def collect_runs(
             )
             meta = {**wanted, **settings, **asked.facts}
             write_json(where / META, meta | {"versions": training.versions()})
+            del meta["adapter"]  # its path; what is in it counts
             states = collect_states(
                 *(net, params, asked, where / STATES),
                 final=final,
                 batch_size=batch_size,
-                note={k: v for k, v in meta.items() if k != "adapter"},  # the path
+                note=meta,
                 progress=progress,
             )
             write_json(where / ACCURACY, score(asked, states, records.labels))

@@ -22,6 +22,7 @@ class Result(NamedTuple):
         folder: where it lies.
         meta: what was asked, of ``meta.json``.
         accuracy: the share of right answers, or ``None``.
+        accuracy_sd: its standard deviation, or ``None``.
         profiles: by estimator, dimensions of layers 0 to L.
     """
 
@@ -29,6 +30,7 @@ class Result(NamedTuple):
     folder: Path
     meta: dict[str, Any]
     accuracy: float | None
+    accuracy_sd: float | None
     profiles: dict[str, list[dimension.IdEstimate]]
 
 
@@ -149,9 +151,9 @@ def read_runs(folder: str | Path) -> list[Result]:
         for name, read in (read_json(file) if file.exists() else {}).items():
             if len(read["layers"]) == len(dimension.LayerFiles(where / STATES)):
                 profiles[name] = [_from_json(layer) for layer in read["layers"]]
-        accuracy = read_json(where / ACCURACY)["accuracy"]
-        meta = read_json(where / META)
-        results.append(Result(where.name, where, meta, accuracy, profiles))
+        scored, meta = read_json(where / ACCURACY), read_json(where / META)
+        pair = scored["accuracy"], scored.get("sd")
+        results.append(Result(where.name, where, meta, *pair, profiles))
     return results
 
 

@@ -105,9 +105,10 @@ class _Drawing:
     def profile(self, run: Result) -> list[dimension.IdEstimate]:
         return run.profiles[self.estimator]
 
-    def scores(self, runs: Mapping[Any, Result]) -> dict[Any, float] | None:
-        scores = {key: run.accuracy for key, run in runs.items()}
-        return None if None in scores.values() else scores
+    def scores(self, runs: Mapping[Any, Result]) -> dict[Any, Any] | None:
+        if any(run.accuracy is None for run in runs.values()):
+            return None
+        return {key: (run.accuracy, run.accuracy_sd) for key, run in runs.items()}
 
     def summary(self) -> None:
         shown = {n: r for n, r in self.runs.items() if "@" not in n}
@@ -240,6 +241,7 @@ def _row(study: str, run: Result) -> dict[str, Any]:
         "step": run.meta["step"],
         "rows": run.meta["rows"],
         "accuracy": run.accuracy,
+        "sd accuracy": run.accuracy_sd,
     }
     for name, profile in run.profiles.items():
         row[f"area {name}"] = dimension.normalized_auc(profile)
