@@ -3,7 +3,7 @@
 import functools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +155,19 @@ def read_runs(folder: str | Path) -> list[Result]:
         pair = scored["accuracy"], scored.get("sd")
         results.append(Result(where.name, where, meta, *pair, profiles))
     return results
+
+
+def without_steps(runs: Mapping[str, Result]) -> dict[str, Result]:
+    """Returns the runs without the steps on the way to an adapter.
+
+    Args:
+        runs: by name, in their order.
+
+    Returns:
+        Of each adapter itself, or the last step where that is all there is.
+    """
+    last = {name.partition("@")[0]: name for name in runs}
+    return {name: runs[name] for name in last.values()}
 
 
 def _order(name: str) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxpeft.dimension import difference_sd, id_difference, normalized_auc
 from jaxpeft.dimension._profile import dims_of
-from jaxpeft.study._estimate import Result
+from jaxpeft.study._estimate import Result, without_steps
 
 VERDICTS = ("agrees", "disagrees", "not tested")
 FEW = 10  # demonstrations beyond which the paper's curves are flat or fall
@@ -30,8 +30,9 @@ class Finding(NamedTuple):
 def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
     """Returns what the runs of one study say to the paper's statements.
 
-    A difference of areas counts where it is more than twice its standard deviation over
-    halves of the rows, the same halves on both sides; else the statement is not tested.
+    A difference counts where it is more than twice its standard deviation: of areas
+    over halves of the rows, the same ones on both sides; of accuracies as of
+    independent rows. Else the statement is not tested.
 
     Args:
         runs: by name.
@@ -45,8 +46,8 @@ def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
         models via intrinsic dimension, arXiv 2412.06245.
     """
     shots = {r.meta["shots"]: r for r in runs.values() if r.meta["paradigm"] == "icl"}
-    tuned = [r for r in runs.values() if r.meta["paradigm"] == "sft"]
-    final = [r for r in tuned if "@" not in r.name] or tuned[-1:]
+    ends = without_steps(runs).values()
+    final = [run for run in ends if run.meta["paradigm"] == "sft"]
     profile = lambda run: run.profiles[estimator]
     found = []
 
@@ -81,9 +82,7 @@ def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
     known = [r for r in shots.values() if r.accuracy is not None]
     if known and final and final[-1].accuracy is not None:
         best = max(known, key=lambda run: run.accuracy)
-        for run in final:
-            numbers = _accuracies(run, best)
-            found.append(Finding(say, _verdict(run.accuracy > best.accuracy), numbers))
+        found += [_righter(say, run, best) for run in final]
     else:
         found.append(Finding(say, "not tested", "needs --shots, --sft and labels"))
     return found
@@ -130,8 +129,13 @@ def _higher(say: str, p: Result, q: Result, estimator: str) -> Finding:
     return Finding(say, _verdict(more > 0), numbers)
 
 
-def _accuracies(run: Result, best: Result) -> str:
-    return f"{run.name} {run.accuracy:.3f}, {best.name} {best.accuracy:.3f}"
+def _righter(say: str, p: Result, q: Result) -> Finding:
+    """Whether the accuracy of p is above that of q."""
+    numbers = f"{p.name} {p.accuracy:.3f}, {q.name} {q.accuracy:.3f}"
+    more, spread = p.accuracy - q.accuracy, np.hypot(p.accuracy_sd, q.accuracy_sd)
+    if abs(more) <= 2 * spread:
+        return Finding(say, "not tested", f"{numbers}: too close to tell")
+    return Finding(say, _verdict(more > 0), numbers)
 
 
 def _verdict(holds: bool | np.bool_) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpeft import dimension
 from jaxpeft.study._collect import STATES, write_json
-from jaxpeft.study._estimate import Result, read_runs
+from jaxpeft.study._estimate import Result, read_runs, without_steps
 from jaxpeft.study._findings import findings
 
 DRAWS = 10  # of each size in the figure of scales
@@ -111,9 +111,7 @@ class _Drawing:
         return {key: (run.accuracy, run.accuracy_sd) for key, run in runs.items()}
 
     def summary(self) -> None:
-        shown = {n: r for n, r in self.runs.items() if "@" not in n}
-        if not shown:
-            return self.skip("summary", "there are but steps of training")
+        shown = without_steps(self.runs)
         profiles = {name: self.profile(run) for name, run in shown.items()}
         scores = self.scores(shown)
         self.draw("summary", dimension.plot_profiles, profiles, scores=scores)
@@ -208,7 +206,7 @@ def _over_studies(
     skipped: dict[str, str],
 ) -> None:
     profiles = {
-        name: {n: r.profiles[estimator] for n, r in runs.items() if "@" not in n}
+        name: {n: r.profiles[estimator] for n, r in without_steps(runs).items()}
         for name, runs in studies.items()
     }
     shared = [
