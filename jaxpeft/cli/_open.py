@@ -259,7 +259,9 @@ def _drawn(model, adapted) -> list[str]:
 
 def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
     """Head, number of labels and layout in which the adapter's sites are there."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    from jaxpeft.models._load import _read_config
+
+    config = _read_config(folder)
     name = next(iter(config.get("architectures") or ()), "")
     head = next((h for end, h in _BY_CLASS.items() if name.endswith(end)), None)
     head, labels = wanted.head or head, given.num_labels

@@ -193,9 +193,9 @@ def test_a_complete_study_asks_no_model(arguments, whole, monkeypatch, capsys):
     assert "icl-0: 0 dimensions estimated" in capsys.readouterr().err
 
 
-def test_other_settings_are_refused_by_name(folder, arguments, whole, capsys):
+def test_other_settings_are_refused_by_name(folder, collecting, whole, capsys):
     def says(*more):
-        assert main(arguments(whole, *more)) == 2
+        assert main([*collecting(whole), *map(str, more)]) == 2
         return capsys.readouterr().err
 
     assert re.search(r"seed: 42, now 7", says("--seed", 7))
