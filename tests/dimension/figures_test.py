@@ -25,6 +25,7 @@ def test_every_figure(tmp_path):
     draw = {
         "profiles": (profiles,),
         "differences": (table, list(profiles)),
+        "dynamics": ({0: profile, 62: profiles["sft"]},),
         "areas": (areas,),
         "against": ([0, 62], {"area": areas, "accuracy": areas}),
         "agreement": ([1.0, 2.0, 3.5], [1.1, 2.2, 3.0]),
@@ -49,9 +50,12 @@ def test_every_figure(tmp_path):
         ["0", "v", "4"],
         ["1", "q", "2"],
     ]
+    assert rows(made["dynamics"])[3:] == [
+        ["62", str(i), str(profiles["sft"][i]), "0.0"] for i in (1, 2)
+    ]
     assert len(rows(made["fit"])) == 1 + 45
     scored = tmp_path / "scored.png"
-    scores = {"icl-0": 0.5, "sft": 0.9}
+    scores = {"icl-0": (0.5, 0.1), "sft": 0.9}
     dimension.plot_profiles(profiles, scored, scores=scores, title="tiny")
     assert scored.stat().st_size > made["profiles"].stat().st_size
     with pytest.raises(ValueError, match=r"`file` must end in .png, got 'x.pdf'"):
