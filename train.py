@@ -92,8 +92,9 @@ def _run(config, workdir, stack):
     per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
     count = lambda field: training.count_steps(config[field], per_epoch, field=field)
     total_steps = count("train_for")
-    evaluate_every, save_every = map(count, ("evaluate_every", "save_every"))
-    keep_every = config.keep_every and count("keep_every")
+    evaluate_every = count("evaluate_every")
+    saving = config.save_every.removesuffix(", kept")
+    save_every = training.count_steps(saving, per_epoch, field="save_every")
 
     # ---------------------------------- The adapter -----------------------------------
 
@@ -257,8 +258,7 @@ def _run(config, workdir, stack):
             writer.write("decided", step, **kept)
             bar.note(f"After step {step}: {kept}; decided.json says which.")
         evaluates = step % evaluate_every == 0 or step == total_steps
-        keeps = keep_every and step % keep_every == 0
-        saves = evaluates or keeps or step % save_every == 0
+        saves = evaluates or step % save_every == 0
         if not saves and step % config.log.every:
             continue
         for number, values in jax.device_get(waiting):
@@ -279,7 +279,7 @@ def _run(config, workdir, stack):
             scores = evaluate(state.trainable, frozen, "validation", bar)
             writer.write("eval", step, **scores)
             shown[metric] = scores[metric]
-        if keeps:
+        if step % save_every == 0 and saving != config.save_every:
             interop.save_adapter(
                 jp.combine(state.trainable, frozen),
                 folder / f"adapters/{step}",

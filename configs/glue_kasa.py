@@ -103,7 +103,6 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
     config.train_for = f"{epochs} epochs"
     config.evaluate_every = "1 epoch"
     config.save_every = "1 epoch"
-    config.keep_every = None
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.log = dict(every=50, tensorboard=True, compilation_cache="")

@@ -114,7 +114,6 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
     config.train_for = "240 steps"  # or epochs
     config.evaluate_every = "240 steps"  # on the validation rows; saves a checkpoint
     config.save_every = "120 steps"  # saves one in between, too
-    config.keep_every = None
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left

@@ -68,9 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "200 steps"  # or epochs
     config.evaluate_every = "50 steps"  # on the validation rows; saves a checkpoint
-    config.save_every = "50 steps"  # saves one in between, too
-    # "50 steps": the adapter as it is then stays for good, in adapters/50 and so on.
-    config.keep_every = None
+    # Saves one in between, too; "50 steps, kept" also leaves the adapter as it is then
+    # for good, in adapters/50 and so on.
+    config.save_every = "50 steps"
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left

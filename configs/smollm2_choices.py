@@ -80,7 +80,6 @@ def get_config(task: str = "openbookqa") -> ml_collections.ConfigDict:
     config.train_for = train_for  # or steps
     config.evaluate_every = "1 epoch"  # on the validation rows; saves a checkpoint
     config.save_every = "1 epoch"  # saves one in between, too
-    config.keep_every = None
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left

@@ -64,8 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "4 epochs"  # or steps; 62 steps are one
     config.evaluate_every = "124 steps"  # on the validation rows; saves a checkpoint
-    config.save_every = "62 steps"  # saves one in between, too
-    config.keep_every = "62 steps"  # for SFT's dynamics
+    config.save_every = "62 steps, kept"  # each in adapters/62 and so on
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left

@@ -104,7 +104,6 @@ def get_config(method: str = "lora") -> ml_collections.ConfigDict:
     config.train_for = "300 steps"  # or epochs; 341 steps are one
     config.evaluate_every = "100 steps"  # on the validation rows; saves a checkpoint
     config.save_every = "100 steps"  # saves one in between, too
-    config.keep_every = None
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left

@@ -62,7 +62,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = "200 steps"  # or epochs
     config.evaluate_every = "50 steps"  # on the validation rows; saves a checkpoint
     config.save_every = "50 steps"  # saves one in between, too
-    config.keep_every = None
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left

@@ -55,7 +55,7 @@ def plot_profiles(
         if scores:
             accuracy, spread = _pair(scores[name])
             axes[2].bar(name, accuracy, yerr=spread, color=colour, capsize=2)
-    axes[0].set(xlabel="layer", ylabel="intrinsic dimension")
+    axes[0].set(xlabel="layer", ylabel="intrinsic dimension", xlim=(0.5, None))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
     axes[1].set(ylabel="normalised area")
@@ -102,7 +102,7 @@ def plot_dynamics(
             [at, layer, *pair]
             for layer, *pair in zip(layers.tolist(), dims, sds, strict=True)
         ]
-    axes[0].set(xlabel="layer", ylabel="intrinsic dimension")
+    axes[0].set(xlabel="layer", ylabel="intrinsic dimension", xlim=(0.5, None))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
     if scores:

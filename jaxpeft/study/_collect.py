@@ -240,7 +240,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
     Args:
         name: what to call it.
         folder: of a run of ``train.py``, or of an adapter, jaxpeft's or HF PEFT's.
-        steps: those of a run that were kept (``config.keep_every``); none: the adapter
+        steps: those that a run kept (``config.save_every``); none: the adapter
             that the run left in the end, the best one.
 
     Returns:
@@ -262,7 +262,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
             there = sorted(int(p.name) for p in folder.glob("adapters/*"))
             raise FileNotFoundError(
                 f"{str(folder)!r} kept no adapter of step {absent[0]}; there are "
-                f"{there or 'none'}. config.keep_every keeps them."
+                f"{there or 'none'}. config.save_every='50 steps, kept' keeps them."
             )
         return [Run(f"sft-{name}@{s}", 0, str(p), s) for s, p in found.items()]
     inner = folder / "adapter"

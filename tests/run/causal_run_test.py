@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import train
-from jaxpeft import training
+from jaxpeft import interop, training
 
 
 def test_a_run(tiny_llama, tiny_config, tmp_path):
@@ -25,7 +25,8 @@ def test_a_run(tiny_llama, tiny_config, tmp_path):
         config.adapter = dict(name="lora", rank=8, alpha=16.0)
         config.optimizer.learning_rate = 2e-2
         config.batch_size, config.eval_batch_size = 8, 16
-        config.train_for = config.evaluate_every = config.save_every = "30 steps"
+        config.train_for = config.evaluate_every = "30 steps"
+        config.save_every = "15 steps, kept"
         config.log.tensorboard = False
     results = train.run(config, tmp_path / "run")
     before, after = results["before"], results["after"]
@@ -35,6 +36,9 @@ def test_a_run(tiny_llama, tiny_config, tmp_path):
     assert after["perplexity"] == pytest.approx(np.exp(after["loss"]), rel=1e-5)
     assert after["perplexity"] < before["perplexity"] / 4
     assert after["token_accuracy"] > before["token_accuracy"] + 0.3
+    kept = {p.name: interop.adapter_info(p) for p in tmp_path.glob("run/adapters/*")}
+    steps = {name: info["metadata"]["step"] for name, info in kept.items()}
+    assert steps == {"15": 15, "30": 30}
     # Every row is there, four to a sequence.
     counts = {"rows": 100, "continued": 0, "left_out": 0, "tokens": 700}
     facts = results["data"]["train"]

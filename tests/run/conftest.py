@@ -46,7 +46,6 @@ def get_config():
     config.optimizer.learning_rate = config.optimizer.head_learning_rate = 1e-2
     config.train_for, config.evaluate_every = "12 steps", "6 steps"
     config.save_every, config.log.every = "2 steps", 3
-    config.keep_every = "6 steps"
     config.log.compilation_cache = {cache!r}
     return config.lock()
 """
