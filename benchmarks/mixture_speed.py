@@ -12,8 +12,8 @@ core that others hold does not count. FLOPs of matmuls and temporaries are the
 compiler's.
 
 Mixtures are held to 1.05 of the LoRA's time. On a CPU, where routers are columns of
-the down-projections' product, they take 0.96 (``hydralora``) to 1.03 (``modula_flan``)
-of its processor time at these sizes: medians of two runs of 15 and 20 turns. With a
+the down-projections' product, they take 0.98 to 1.04 of it at these sizes (processor
+time: 0.97 to 1.05, and in two runs on a less crowded machine 0.96 to 1.03). With a
 product for each router they took 1.06 to 1.12, most of it for gradients of 8 columns.
 """
 
