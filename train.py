@@ -144,6 +144,10 @@ def _run(config, workdir, stack):
             )
         if config.head:  # trained whole: no pre-trained one fits the new task
             adapted = jp.attach(adapted, jp.full(), targets=config.head, key=whole_key)
+    if config.allocate and (biases := config.allocate.get("biases")):
+        adapted = jp.attach(  # nodes of their own; draws nothing
+            adapted, jp.bitfit(), targets=biases, key=jax.random.key(0)
+        )
     if config.stage:
         adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
     specs = training.param_specs(params, mesh, axes=model.axes)
@@ -158,7 +162,9 @@ def _run(config, workdir, stack):
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
     allocation = config.allocate and training.call_named(
-        allocate, config.allocate, "allocate", total_steps=total_steps
+        *(allocate, config.allocate, "allocate"),
+        total_steps=total_steps,
+        leave="biases",
     )
     settled = allocation.settled if allocation else 0  # from then on: the best can be
     state = training.init_state(

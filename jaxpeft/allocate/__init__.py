@@ -1,5 +1,6 @@
 """Where adapters sit, and how much rank each gets: functions over adapted trees."""
 
+from jaxpeft.allocate._compact import compact as compact
 from jaxpeft.allocate._eva import eva as eva
 from jaxpeft.allocate._eva import eva_start as eva_start
 from jaxpeft.allocate._eva import most_directions as most_directions

@@ -44,8 +44,7 @@ def eva(
         rho: how much of a mean rank one site may have, at least 1; 1: ``uniform``.
         adjust_alpha: alpha in proportion to a site's rank, so that all have one scale;
             False: ``alpha`` everywhere.
-        r_min: the least rank. Layers of a stack need 1: one of rank 0 cannot be
-            attached.
+        r_min: the least rank.
 
     Returns:
         The allocation.

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxpeft.core import Allocation, KernelShape, ModuleName, SiteRank
 from jaxpeft.core._paths import module_path
+from jaxpeft.core._peft_rules import in_layers, listed
 
 
 def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, Any]:
@@ -73,19 +74,15 @@ def from_peft(
         The allocation.
 
     Raises:
-        ValueError: the config is of rsLoRA, whose scale is not alpha / rank; it selects
-            layers in a way that is not read here; or one of its targets or patterns
-            names none of the sites.
+        ValueError: the config is of rsLoRA, whose scale is not alpha / rank; or one of
+            its targets or patterns names none of the sites.
     """
     if config.get("use_rslora"):
         raise ValueError(
             "`config` has use_rslora, where the scale is alpha / sqrt(rank): attach "
             "jaxpeft.rslora with these patterns by hand"
         )
-    for field in ("layers_to_transform", "exclude_modules"):
-        if config.get(field) not in (None, [], ""):
-            raise ValueError(f"`config` has {field}, which is not read here")
-    wanted = config["target_modules"]
+    wanted, excluded = config["target_modules"], config.get("exclude_modules")
     patterns = {n: config.get(f"{n}_pattern") or {} for n in ("rank", "alpha")}
     used: set[str] = set()
 
@@ -104,13 +101,13 @@ def from_peft(
             return False
         hits = {t for t in wanted if module == t or module.endswith(f".{t}")}
         used.update(hits)
-        return bool(hits)
+        return module in hits or bool(hits) and in_layers(config, module)
 
     sites = {}
     for path, shape in shapes.items():
         pairs = []
         for module in _modules(path, shape.layers, names):
-            hit = targeted(module)
+            hit = targeted(module) and not listed(excluded, module)
             rank = value("rank", "r", module) if hit else 0
             alpha = value("alpha", "lora_alpha", module) if hit else 0
             pairs.append((rank, float(alpha)))

@@ -11,6 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._kept import unit_scale
 from jaxpeft.core._lift import matrix_shape
 from jaxpeft.core._node import BATCH, nodes
 from jaxpeft.core._paths import Targets, module_path
@@ -244,10 +245,14 @@ def layer_of(path: str) -> int | None:
     return None
 
 
-def attach_arguments(allocation: Allocation, params_paths: list[str]):
-    """``(targets, rank_pattern, alpha_pattern)`` of an allocation for ``attach``."""
+def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: Adapter):
+    """``(targets, rank_pattern, alpha_pattern, kept)`` of an allocation for ``attach``.
+
+    Where components are chosen, ranks are those up to the last of them, and alphas
+    those of the same scale; ``kept`` says which of them stay.
+    """
     inner = {path.removeprefix("params/"): path for path in params_paths}
-    ranks, alphas = {}, {}
+    ranks, alphas, kept = {}, {}, {}
     for path, site in allocation.sites:
         each = [rank for rank, _ in site.layers()]
         if not any(each):
@@ -258,26 +263,29 @@ def attach_arguments(allocation: Allocation, params_paths: list[str]):
                 f"`targets` allocates a rank to {path!r}, which is not in the tree; "
                 f"its leaves are named like {params_paths[:3]}"
             )
-        if not all(each):
-            raise ValueError(
-                f"site {path!r} is a stack, and `targets` gives its layers "
-                f"{[i for i, rank in enumerate(each) if not rank]} rank 0, which a "
-                "stack cannot hold: allocate with r_min=1, or load the model with its "
-                "layers apart (scan_layers=False)."
-            )
-        if site.components is not None:
-            raise ValueError(
-                f"`targets` chooses components of {path!r}; they are those of an "
-                "adapter that is attached already, to be trained on with a mask."
-            )
         ranks[at], alphas[at] = site.rank, site.alpha
+        if site.components is not None:
+            stacked = isinstance(site.rank, tuple)
+            kept[at] = site.components if stacked else (site.components,)
+            ranks[at] = tuple(max(x, default=-1) + 1 for x in kept[at])
+            alphas[at] = tuple(
+                alpha and alpha * unit_scale(adapter, rank) / unit_scale(adapter, top)
+                for (rank, alpha), top in zip(site.layers(), ranks[at], strict=True)
+            )
+        if adapter.rank is not None and adapter.alpha is None:  # the scale is 1
+            if any(rank != alpha for rank, alpha in site.layers()):
+                raise ValueError(
+                    f"`targets` gives {path!r} alpha {site.alpha} at rank {site.rank}, "
+                    f"and {adapter.name!r} has no alpha: its scale is 1, alpha = rank"
+                )
     if not ranks:
         raise ValueError("`targets` gives every site rank 0: nothing to attach")
 
     def allocated(path: str, leaf: Any) -> bool:
         return path in ranks
 
-    return allocated, ranks, alphas
+    fixed = adapter.rank is not None and adapter.alpha is None
+    return allocated, ranks, None if fixed else alphas, kept
 
 
 def _check(path: str, site: SiteRank) -> None:
@@ -288,6 +296,17 @@ def _check(path: str, site: SiteRank) -> None:
             f"site {path!r}: `rank` and `alpha` must both be numbers, or tuples with "
             f"one entry a layer, got {site.rank} and {site.alpha}"
         )
+    if site.components is not None:
+        stacked = isinstance(site.rank, tuple)
+        each = site.components if stacked else (site.components,)
+        sizes = [len(x) for x in each]
+        rising = all(list(x) == sorted({*x}) and min(x, default=0) >= 0 for x in each)
+        if not rising or sizes != [rank for rank, _ in site.layers()]:
+            raise ValueError(
+                f"site {path!r}: `components` must be as many as its rank, rising, a "
+                f"tuple for each layer of a stack; got {site.components} at rank "
+                f"{site.rank}"
+            )
     for rank, alpha in site.layers():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ValueError(

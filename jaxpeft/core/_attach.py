@@ -13,6 +13,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._allocation import Allocation, attach_arguments
+from jaxpeft.core._kept import only_adds, take_components
 from jaxpeft.core._layers import site_methods
 from jaxpeft.core._lift import (
     from_matrices,
@@ -39,6 +40,7 @@ from jaxpeft.core._node import (
     working_dtype,
 )
 from jaxpeft.core._paths import Targets, module_path, resolve_pattern
+from jaxpeft.core._per_layer import per_layer_values
 from jaxpeft.core._progress import Progress
 from jaxpeft.core._targets import choose
 
@@ -71,11 +73,13 @@ def attach(
             string, a regular expression that must match the whole module path;
             ``"all-linear"``, every weight but embeddings, output heads and what is
             already trained in full; a callable ``(path, leaf) -> bool``; or an
-            ``Allocation``, with the rank and alpha of each of its sites.
+            ``Allocation``, with the rank and alpha of each of its sites, and their
+            components where some are chosen.
         key: a typed key (``jax.random.key``). Each site and each layer draws from
             its own part of it.
         rank_pattern: ``{pattern: rank}`` where ranks differ from the adapter's, or
-            a list with one rank per layer of a stack (as the mapping's value too).
+            a list with one rank per layer of a stack (as the mapping's value too);
+            a layer of rank 0 stays as it is, for methods that are a low-rank sum.
         alpha_pattern: the same for alpha.
         exclude: what to leave out of the targets, in the same forms; a list entry
             also leaves out everything inside the modules that it names.
@@ -105,15 +109,15 @@ def attach(
             f"{type(adapter).__name__}; a constructor must be called"
         )
     check_key(key)
-    leaves = leaves_with_path(params)
+    leaves, kept = leaves_with_path(params), {}
     if isinstance(targets, Allocation):
         if rank_pattern is not None or alpha_pattern is not None:
             raise ValueError(
                 "`targets` is an allocation, which has ranks and alphas already; "
                 "leave `rank_pattern` and `alpha_pattern` out"
             )
-        targets, rank_pattern, alpha_pattern = attach_arguments(
-            targets, [path for path, _ in leaves]
+        targets, rank_pattern, alpha_pattern, kept = attach_arguments(
+            targets, [path for path, _ in leaves], adapter
         )
     chosen = choose(leaves, adapter, targets, exclude)
     by_path = dict(leaves)
@@ -121,8 +125,8 @@ def attach(
     roles = {p: ("out",) * by_path[p].ndim for p in paths}
     if adapter.leaves == "kernel":
         roles = _roles(by_path, paths, axes)
-    ranks = _per_layer("rank", rank_pattern, adapter.rank, by_path, roles)
-    alphas = _per_layer("alpha", alpha_pattern, adapter.alpha, by_path, roles)
+    ranks = per_layer_values("rank", rank_pattern, adapter.rank, by_path, roles)
+    alphas = per_layer_values("alpha", alpha_pattern, adapter.alpha, by_path, roles)
     _check(adapter, by_path, roles, ranks)
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key)
@@ -133,6 +137,8 @@ def attach(
         own = site_key(key, path)
         made[path] = _make(by_path[path], methods[path], site, own, shared, show)
     show.close()
+    for path, each in kept.items():
+        made[path] = take_components(made[path], each)
     _, treedef = jax.tree.flatten(params, is_leaf=is_node)
     return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
 
@@ -183,68 +189,6 @@ def parse_roles(words: str, path: str, shape) -> tuple[str, ...]:
     return roles
 
 
-def _per_layer(what, pattern, default, by_path, roles) -> dict[str, Any]:
-    """Each site's ranks or alphas, one value per layer."""
-    argument = f"{what}_pattern"
-    paths = list(roles)
-    if default is None:
-        if pattern is not None:
-            raise ValueError(f"`{argument}` was given, but this adapter has no {what}")
-        return dict.fromkeys(paths)
-    if pattern is None:
-        values = {}
-    elif isinstance(pattern, Mapping):
-        values = resolve_pattern(argument, pattern, paths)
-    elif not _is_list(pattern):
-        raise ValueError(
-            f"`{argument}` must be {{pattern: {what}}} or a list with one {what} per "
-            f"stacked layer, got {pattern!r}"
-        )
-    else:
-        stacked = [p for p in paths if BATCH in roles[p]]
-        if len(stacked) < len(paths):
-            lone = next(p for p in paths if p not in stacked)
-            raise ValueError(
-                f"`{argument}` is a list with one {what} per stacked layer, but site "
-                f"{lone!r} is not stacked; write {argument}={{pattern: value}}"
-            )
-        values = dict.fromkeys(paths, pattern)
-    result = {}
-    for path in paths:
-        layers = matrix_shape(by_path[path].shape, roles[path])[0]
-        value = values.get(path, default)
-        each = tuple(value) if _is_list(value) else (value,) * layers
-        if len(each) != layers:
-            raise ValueError(
-                f"`{argument}` gives {len(each)} values for site {path!r}, which has "
-                f"{layers} layer{'s' * (layers > 1)}"
-            )
-        for v in each:
-            _check_value(what, v, path)
-        result[path] = tuple(int(v) if what == "rank" else float(v) for v in each)
-    return result
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-
-
-def _check_value(what: str, v: Any, path: str) -> None:
-    if what == "rank":
-        fits, kind = (
-            isinstance(v, int | np.integer) and v >= 1,
-            "an integer of at least 1",
-        )
-    else:
-        number = isinstance(v, int | float | np.number)
-        fits, kind = number and 0 < v < float("inf"), "a finite number > 0"
-    if isinstance(v, bool) or not fits:
-        raise ValueError(
-            f"{what} of site {path!r} must be {kind}, got {v!r}; for no adapter leave "
-            "the site out with `exclude`"
-        )
-
-
 def _check(adapter: Adapter, by_path, roles, ranks) -> None:
     """Brings up a method's own objections, by site, before anything is computed."""
     said: dict[tuple, list] = {}
@@ -253,6 +197,9 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
         kernel = by_path[path]
         _, d_in, d_out = matrix_shape(kernel.shape, site_roles)
         for rank in sorted(set(ranks[path])) if ranks[path] else (None,):
+            if rank == 0:
+                _check_none(adapter, path)
+                continue
             like = (d_in, d_out, rank, working_dtype(kernel.dtype))
             sites.setdefault(like, []).append(path)
             if like in said:
@@ -272,6 +219,17 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
                 warning.category,
                 stacklevel=3,
             )
+
+
+def _check_none(adapter: Adapter, path: str) -> None:
+    """Raises unless a layer whose leaves are all 0 is the kernel itself."""
+    if not only_adds(adapter):
+        raise ValueError(
+            f"site {path!r} is a stack with layers of rank 0, and {adapter.name!r} "
+            "does more than add a low-rank product: without a rank a layer would not "
+            "be its kernel. Allocate with r_min=1, or load the model with its layers "
+            "apart (scan_layers=False)."
+        )
 
 
 def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:

@@ -101,14 +101,16 @@ def _report(node: AdaptedKernel) -> list[dict[str, Any]]:
     if node.adapter.report is None or not arrays or traced:
         return []
     facts = jax.device_get(per_layer(node, node.adapter.report))
-    layers = len(next(iter(facts.values())))
+    ranks, layers = node.site.ranks or (), range(len(next(iter(facts.values()))))
+    if 0 in ranks:  # which has nothing to report
+        layers = [i for i, rank in enumerate(ranks) if rank]
     return [
         {
             "site": node.site.path,
-            **({"layer": i} if layers > 1 else {}),
+            **({"layer": layer} if 0 in ranks or len(layers) > 1 else {}),
             **{name: values[i].item() for name, values in facts.items()},
         }
-        for i in range(layers)
+        for i, layer in enumerate(layers)
     ]
 
 

@@ -81,7 +81,25 @@ def shared_names(adapter: Adapter) -> tuple[str, ...]:
 
 @functools.cache
 def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
-    """Shapes of one layer's ``(frozen, trainable)``, by an abstract trace."""
+    """Shapes of one layer's ``(frozen, trainable)``, by an abstract trace.
+
+    At rank 0, where no method is asked, those of rank 1 without the rank.
+    """
+    if rank == 0:
+        parts = init_shapes(adapter, d_in, d_out, 1, dtype)
+        return tuple(
+            {
+                name: jax.ShapeDtypeStruct(
+                    tuple(
+                        0 if role is None else size
+                        for size, role in zip(x.shape, names[name], strict=True)
+                    ),
+                    x.dtype,
+                )
+                for name, x in part.items()
+            }
+            for part, names in zip(parts, leaf_axes(adapter, 1), strict=True)
+        )
     kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     init = functools.partial(adapter.init, rank=rank, alpha=adapter.alpha)
@@ -160,6 +178,8 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
 
     def init(key, matrix, setting):
         own, *rest = setting
+        if rest[0] == 0:
+            return {}, {}  # padding alone
         return own.init(key, matrix.astype(working_dtype(kernel.dtype)), *rest)
 
     if BATCH not in roles:
@@ -191,6 +211,8 @@ def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
 @functools.partial(jax.jit, static_argnames=("adapter", "roles", "rank", "alpha"))
 def initialise_layer(key, kernel, i, *, adapter: Adapter, roles, rank, alpha):
     """Calls ``adapter.init`` for layer ``i`` of a stack: ``(frozen, trainable)``."""
+    if rank == 0:
+        return {}, {}
     matrices = to_matrices(kernel, roles)
     matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
     return adapter.init(key, matrix.astype(working_dtype(kernel.dtype)), rank, alpha)
@@ -299,9 +321,13 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
 
 
 def per_layer(node: AdaptedKernel, f):
-    """Calls ``f(frozen, trainable)`` for each layer; results stacked on axis 0."""
+    """Calls ``f(frozen, trainable)`` for each layer; results stacked on axis 0.
+
+    Layers of rank 0 are left out.
+    """
     if padded(node):
-        each = [f(*leaves) for leaves in unpadded_layers(node)]
+        each = zip(node.site.ranks, unpadded_layers(node), strict=True)
+        each = [f(*leaves) for rank, leaves in each if rank]
         return jax.tree.map(lambda *x: jnp.stack(x), *each)
     return jax.vmap(f)(*layer_leaves(node))
 

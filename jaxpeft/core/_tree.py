@@ -217,8 +217,10 @@ def trainable_size(node: AdaptedKernel) -> int:
     """Number of trained values at one site, without padding."""
     if not padded(node):
         return sum(math.prod(x.shape) for x in node.trainable.values())
-    layers = jax.eval_shape(unpadded_layers, node)
-    return sum(math.prod(x.shape) for _, part in layers for x in part.values())
+    layers = zip(node.site.ranks, jax.eval_shape(unpadded_layers, node), strict=True)
+    return sum(
+        math.prod(x.shape) for rank, (_, part) in layers if rank for x in part.values()
+    )
 
 
 def with_dropout(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.core._peft_rules import in_layers, listed
 from jaxpeft.interop._modules import Module
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -161,26 +162,10 @@ def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module
             hit = True
         else:
             hit = any(path.endswith(f".{entry}") for entry in wanted)
-            hit = hit and _in_layers(config, path)
+            hit = hit and in_layers(config, path)
         if hit:
             found.append(module)
     return found
-
-
-def listed(patterns: str | Sequence[str] | None, path: str, dotted: bool = True):
-    """Whether a field that is a list of ends, or an expression, names a module.
-
-    Args:
-        patterns: the field's value.
-        path: the module's.
-        dotted: whether an end must begin at a dot; PEFT's fields differ.
-    """
-    if not patterns:
-        return False
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
-    dot = "." if dotted else ""
-    return any(path == p or path.endswith(dot + p) for p in patterns)
 
 
 def in_saved_module(config: Mapping[str, Any], path: str) -> bool:
@@ -189,20 +174,6 @@ def in_saved_module(config: Mapping[str, Any], path: str) -> bool:
         re.match(rf"(^|.*\.){entry}($|\..*)", path)
         for entry in config["modules_to_save"] or ()
     )
-
-
-def _in_layers(config: Mapping[str, Any], path: str) -> bool:
-    indices = config["layers_to_transform"]
-    if indices is None or indices == []:
-        return True
-    patterns = config["layers_pattern"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [rf"(?:^|.*?\.){p}\.(?P<i>\d+)\." for p in patterns or ()]
-    for expression in expressions or [r".*?\.[^.]*\.(?P<i>\d+)\."]:
-        if match := re.match(expression, path):
-            index = int(match["i"])
-            return index == indices if isinstance(indices, int) else index in indices
-    return False
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:

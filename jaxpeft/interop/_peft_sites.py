@@ -113,7 +113,10 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
                 trained.setdefault(module.name, set()).add(part)
             continue
         for module, *leaves in zip(modules, *host.layers(node), strict=True):
-            sites[module.name] = site = AdaptedModule(module, node, *leaves)
+            site = AdaptedModule(module, node, *leaves)
+            if site.rank == 0:
+                continue  # PEFT raises on it: the layer is its kernel
+            sites[module.name] = site
             problems += [
                 f"{module.name!r}: leaf {leaf!r} is not finite"
                 for leaf, x in {**site.frozen, **site.trainable}.items()

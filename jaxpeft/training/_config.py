@@ -264,7 +264,12 @@ def count_steps(text: str, steps_per_epoch: int, *, field: str) -> int:
 
 
 def call_named(
-    namespace: Any, fields: ml_collections.ConfigDict, section: str, **known: Any
+    namespace: Any,
+    fields: ml_collections.ConfigDict,
+    section: str,
+    *,
+    leave: str = "",
+    **known: Any,
 ) -> Any:
     """Calls the function that ``fields.name`` names, with the other fields.
 
@@ -273,6 +278,7 @@ def call_named(
             ``jaxpeft.adapters``.
         fields: a section of a config: ``name`` and that function's arguments.
         section: where ``fields`` stands in the config, for messages: ``"adapter"``.
+        leave: a field that is not for the function.
         **known: arguments that the run knows by itself, such as ``total_steps``.
 
     Returns:
@@ -288,7 +294,7 @@ def call_named(
         >>> call_named(textwrap, ml_collections.ConfigDict(fields), "quote")
         '> quoted'
     """
-    arguments = fields.to_dict()
+    arguments = {n: value for n, value in fields.to_dict().items() if n != leave}
     name = arguments.pop("name")
     names = [n for n in dir(namespace) if not n.startswith("_")]
     if name not in names:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import allocate
+from jaxpeft import allocate, interop
 from jaxpeft.core._choices import node_sites, node_sizes
+from jaxpeft.core._node import nodes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -316,3 +317,102 @@ def test_a_tree_without_nodes():
     adapted = jp.attach(PARAMS, jp.full(), ["head"], key=jax.random.key(0))
     with pytest.raises(ValueError, match="no site has components or biases"):
         allocate.ggm(**TIMES).init(jp.partition(adapted)[0])
+
+
+# --- what was chosen, alone
+
+
+def forward(params, x):
+    x = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])
+    x = jnp.einsum("bi,ijk->bjk", x, params["heads"]["kernel"]).reshape(-1, 6)
+    for i in range(2):
+        x = jnp.tanh(x @ params["layers"]["kernel"][i])
+        x = x + params["layers"]["bias"][i][None]
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+def test_the_chosen_alone_compute_the_same(tmp_path):
+    allocator, _, trainable, allocation, before = decided(
+        n_select=5, n_important=1, unselected="revert"
+    )
+    adapted = jp.combine(trainable, halves()[1])
+    small = allocate.compact(adapted, allocation)
+    x = numbers(4, 6, seed=5)
+    y = jp.adapt(forward)(adapted, x)
+    np.testing.assert_allclose(jp.adapt(forward)(small, x), y, rtol=1e-5, atol=1e-5)
+    assert np.max(np.abs(forward(PARAMS, x) - y)) > 1e-2  # control
+    mixed = allocation.facts["biases"]["layers/bias"]  # of a stack all stay, or none
+    spare = 6 * mixed.count(False) if any(mixed) else 0
+    assert jp.count(small)[0] == allocation.facts["stored"] + spare
+    assert jp.count(small)[0] < jp.count(adapted)[0]
+    ranks = {node.site.path: node.site.ranks for node in nodes(small)}
+    for path, site in allocation.sites:
+        wanted = site.rank if isinstance(site.rank, tuple) else (site.rank,)
+        assert ranks.get(path, (0,) * len(wanted)) == wanted
+    # From the file, too; and from the pretrained kernels, by `attach`.
+    interop.save_adapter(small, tmp_path / "small")
+    read = interop.load_adapter(tmp_path / "small", PARAMS)
+    assert np.array_equal(jp.adapt(forward)(read, x), jp.adapt(forward)(small, x))
+    anew = jp.attach(PARAMS, jp.pc(), allocation, key=jax.random.key(0), axes=AXES)
+    for node in nodes(anew):
+        (same,) = [n for n in nodes(small) if n.site.path == node.site.path]
+        assert node.site.ranks == same.site.ranks
+        for name, a0 in node.frozen.items():
+            np.testing.assert_allclose(np.abs(a0), np.abs(same.frozen[name]), atol=1e-4)
+    kept = jp.combine(before, halves()[1])  # as "keep" leaves it
+    with pytest.raises(ValueError, match="a share in what the site computes.*revert"):
+        allocate.compact(kept, allocation)
+    with pytest.raises(ValueError, match="which are not adapted in the tree"):
+        allocate.compact(PARAMS, allocation)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_the_chosen_alone_in_peft(tmp_path):
+    """A stack of three, of which the middle one has nothing that was chosen."""
+    import peft
+    import torch
+
+    kernel = numbers(3, 6, 6, seed=4)
+    params = {"layers": {"kernel": kernel}}
+    axes = {"layers": AXES["layers"]}
+    adapted = jp.attach(
+        *(params, jp.pc(rank=4), ["layers"]), key=jax.random.key(0), axes=axes
+    )
+    chosen = allocate.Allocation.of(
+        {
+            "layers/kernel": allocate.SiteRank(
+                (2, 0, 1), (2.0, 0.0, 1.0), ((0, 2), (), (3,))
+            )
+        }
+    )
+    mask = np.zeros((3, 4), np.float32)
+    mask[0, [0, 2]] = mask[2, 3] = 1
+    node = adapted["layers"]["kernel"]
+    moved = {
+        "a": node.trainable["a"] + mask[:, None, :],
+        "b": node.trainable["b"] + 0.3 * mask[:, :, None],
+    }
+    adapted = {"layers": {"kernel": node.replace(trainable=moved)}}
+    names = [jp.core.ModuleName("layers.{i}", "layers", "linear")]
+    saved = interop.save_peft(
+        allocate.compact(adapted, chosen), tmp_path / "p", names=names
+    )
+    net = torch.nn.Module()
+    net.layers = torch.nn.ModuleList(
+        [torch.nn.Linear(6, 6, bias=False) for _ in kernel]
+    )
+    net.forward = lambda x: torch.stack([layer(x) for layer in net.layers])
+    for layer, w in zip(net.layers, np.asarray(kernel), strict=True):
+        layer.weight.data = torch.tensor(w.T.copy())
+    model = peft.PeftModel.from_pretrained(net, saved.folder)
+    layers = model.base_model.model.layers
+    # The middle one is left as it is; the others have one rank in a portable file.
+    assert [hasattr(layer, "lora_A") for layer in layers] == [True, False, True]
+    x = numbers(5, 6, seed=6)
+    with torch.no_grad():
+        theirs = [layer(torch.tensor(np.asarray(x))).numpy() for layer in layers]
+    whole = jp.merge(adapted)["layers"]["kernel"]
+    ours = np.einsum("bi,lio->lbo", np.asarray(x), np.asarray(whole))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert np.max(np.abs(ours - np.einsum("bi,lio->lbo", x, kernel))) > 0.1  # control

@@ -1,5 +1,6 @@
 """Allocations as patterns of PEFT, through the real library."""
 
+import functools
 import json
 import warnings
 
@@ -84,6 +85,45 @@ def test_short_keys_by_pefts_rule():
     assert found["layer_0/v/kernel"] == 0
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"layers_to_transform": [1, 4]},
+        {"layers_to_transform": 11, "layers_pattern": "layers"},
+    ],
+    ids=["layers", "one-layer"],
+)
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_chosen_layers_are_pefts(chosen):
+    """Those that PEFT itself adapts; its own rule wants a name before the layers."""
+    import peft
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            linear = functools.partial(torch.nn.Linear, 8, 8)
+            layer = lambda: torch.nn.ModuleDict({"q": linear(), "v": linear()})
+            self.enc = torch.nn.Module()
+            self.enc.layers = torch.nn.ModuleList([layer() for _ in RANKS])
+
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q", "v"], **chosen)
+    model = peft.get_peft_model(Net(), config).base_model.model
+    theirs = {
+        f"layer_{i}/{name}/kernel": layer[name].r["default"]
+        for i, layer in enumerate(model.enc.layers)
+        for name in "qv"
+        if hasattr(layer[name], "r")
+    }
+    _, shapes, names = allocations()[0]
+    names = [row._replace(theirs=f"enc.{row.theirs}") for row in names]
+    fields = json.loads(json.dumps(config.to_dict(), default=list))
+    found = allocate.from_peft(fields, names, shapes).ranks()
+    assert {path: rank for path, rank in found.items() if rank} == theirs
+    assert 0 < len(theirs) < len(shapes)
+
+
 def test_refusals():
     sites, shapes, names = allocations()[0]
     allocation = Allocation.of(sites)
@@ -92,8 +132,6 @@ def test_refusals():
     fields = allocate.to_peft(allocation, names)
     with pytest.raises(ValueError, match="use_rslora"):
         allocate.from_peft(fields | {"use_rslora": True}, names, shapes)
-    with pytest.raises(ValueError, match="`config` has layers_to_transform"):
-        allocate.from_peft(fields | {"layers_to_transform": [1]}, names, shapes)
     with pytest.raises(ValueError, match="every site rank 0"):
         none = Allocation.of({"layer_0/q/kernel": SiteRank(0, 0.0)})
         allocate.to_peft(none, names)
