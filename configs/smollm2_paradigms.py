@@ -1,7 +1,33 @@
 """LoRA on SmolLM2-135M-Instruct, TREC as prompts, for the study of paradigms.
 
 python train.py --config configs/smollm2_paradigms.py --workdir runs/paradigms
-(Not run yet.)
+jaxpeft dimension --model smollm2 --task trec --n-eval 600 --shots 0,1,5 \
+    --sft 1k=runs/paradigms@62,124,186,248 --out runs/study
+
+Measured: seed 0, one run. Perplexity of prompts and answers, 200 test records, 58.3
+before training and 4.03 afterwards. 600 questions, none of which was trained on:
+
+run         accuracy      area by TwoNN (sd)  by Levina-Bickel, k = 25 (sd)
+icl-0       0.030         14.3 (0.4)          13.7 (0.2)
+icl-1       0.210         17.6 (0.4)          15.8 (0.1)
+icl-5       0.250         25.0 (0.3)          20.3 (0.2)
+sft-1k@62   0.185         15.1 (0.4)          15.6 (0.2)
+sft-1k@124  0.373         14.6 (0.4)          14.2 (0.1)
+sft-1k@186  0.447         14.1 (0.5)          14.4 (0.1)
+sft-1k@248  0.487         14.1 (0.5)          14.3 (0.1)
+
+The sd of an accuracy is 0.02 or less. As in the paper, five demonstrations have a
+higher dimension than fine-tuning (by 10.9, sd 0.6), fine-tuning has the higher
+accuracy, and the dimension rises up to five demonstrations, where the accuracy is
+highest, too. That fine-tuning raises the dimension is seen by Levina-Bickel (by 0.60,
+sd 0.12), not by TwoNN (by -0.21, sd 0.55); by both it is highest after the first epoch
+and lower later, not first lower and then higher. Not tested: more than five
+demonstrations, training records, another model or task. Each question has
+demonstrations of its own, which by themselves spread the states: how much of the rise
+that is, this study does not tell. Without any, the model mostly answers "abbreviation".
+
+Training took about 17 minutes of processor time, the study 11, on one core of a machine
+that had four to seven times as much to do.
 
 A question of TREC is read and the word for its class is to follow; all of it is learnt,
 prompt too. Data, LoRA and training are those of the study's "SFT-1k" (arXiv
