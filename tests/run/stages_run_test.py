@@ -1,15 +1,29 @@
 """train.py on a mixture of tasks: methods with routers, in one go and in stages."""
 
 import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from kill_toolbox import DIES, adapter_of, assert_same_run
 
 import train
 from jaxpeft import data, models, training
 
 DOMAINS = ("one", "two", "three")
+ROOT = Path(__file__).parents[2]
+RUN = """
+import pickle, sys, ml_collections, train
+with open(sys.argv[1], "rb") as file:
+    train.run(ml_collections.ConfigDict(pickle.load(file)).lock(), sys.argv[2])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +148,41 @@ def test_a_router_is_penalised_and_reported(config, tmp_path):
     scores = results["after"]
     assert {"mean", "one/accuracy", "three/accuracy", "two/loss"} <= scores.keys()
     assert scores["mean"] == (scores["one/accuracy"] + scores["two/accuracy"]) / 2
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_is_as_if_nothing_had_been(config, tmp_path):
+    first, second = "01_universal", "02_domain_one"
+    with config.unlocked():
+        config.adapter = dict(name="modula_flan", rank=2, rank_universal=2, dropout=0.1)
+        config.stages = ("universal", "domain:one")
+        config.stage_changes = dict(universal={}, domain={})
+        config.train_for = config.evaluate_every = "6 steps"
+        config.save_every = "2 steps"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.run(config, whole)
+    shutil.copytree(whole / first, killed / first)
+    (tmp_path / "config").write_bytes(pickle.dumps(config.to_dict()))
+    program = DIES.format(step=5, folder=second) + RUN
+    died = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "config", killed],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (killed / second / "adapter").exists()
+    train.run(config, killed)
+    starts = [e["step"] for e in training.read_metrics(killed / second, "start")]
+    assert starts in ([0, 2], [0, 4])  # the checkpoint being written may be lost
+    assert (killed / first / "metrics.jsonl").read_bytes() == (
+        whole / first / "metrics.jsonl"
+    ).read_bytes()
+    assert_same_run(killed / second, whole / second, "mean")
+    # A control: the stage left nothing of its own domain where it was.
+    resumed, before = (adapter_of(whole / name) for name in (second, first))
+    assert {n.rpartition("/")[2] for n in resumed.keys() - before.keys()} >= {"b.one"}
+    assert all(np.any(v) for n, v in resumed.items() if n.endswith("b.one"))
 
 
 def test_what_is_no_stage_is_refused(config, tmp_path):

@@ -9,25 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
+from kill_toolbox import DIES, adapter_of, assert_same_run, curve
 
 from jaxpeft import training
 
 ROOT = Path(__file__).parents[2]
-# Runs train.py, and dies the hard way once a step has been written down.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train
-from jaxpeft import training
-write = training.MetricsWriter.write
-def write_and_die(self, event, step, **values):
-    write(self, event, step, **values)
-    if (event, step) == ("train", {step}):
-        os.kill(os.getpid(), signal.SIGKILL)
-training.MetricsWriter.write = write_and_die
-train.main()
-"""
 
 # One of two processes that train together.
 TOGETHER = """
@@ -38,34 +24,6 @@ sys.path.insert(0, {root!r})
 import train
 train.main()
 """
-
-
-def adapter_of(folder):
-    """Every array of the saved adapter, by file and name."""
-    files = sorted((folder / "adapter").rglob("*.safetensors"))
-    assert files
-    return {
-        f"{file.name}/{name}": array
-        for file in files
-        for name, array in safetensors.numpy.load_file(file).items()
-    }
-
-
-def curve(folder, event, name):
-    return [(e["step"], e[name]) for e in training.read_metrics(folder, event)]
-
-
-def assert_same_run(folder, other):
-    ours, theirs = adapter_of(folder), adapter_of(other)
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
-    for event, name in (
-        ("train", "loss"),
-        ("train", "grad_norm"),
-        ("eval", "accuracy"),
-    ):
-        assert curve(folder, event, name) == curve(other, event, name)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +65,7 @@ def test_the_same_seed_gives_the_same_numbers(command, finished, tmp_path):
 def test_kill_and_resume_is_as_if_nothing_had_been(command, finished, tmp_path):
     step = random.randrange(1, 12)
     print(f"killed after step {step}")
-    script = ("-c", KILLED.format(root=str(ROOT), step=step))
+    script = ("-c", DIES.format(step=step, folder="") + "import train; train.main()")
     died = command(f"--workdir={tmp_path / 'run'}", script=script, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (tmp_path / "run/adapter").exists()
