@@ -1,4 +1,4 @@
-"""LoRA on SmolLM2-135M-Instruct, TREC as prompts, for the study of paradigms.
+r"""LoRA on SmolLM2-135M-Instruct, TREC as prompts, for the study of paradigms.
 
 python train.py --config configs/smollm2_paradigms.py --workdir runs/paradigms
 jaxpeft dimension --model smollm2 --task trec --n-eval 600 --shots 0,1,5 \

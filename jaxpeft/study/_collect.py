@@ -113,15 +113,16 @@ def collect_runs(
                 note(f"{run.name}: complete")
             else:
                 waiting.append((run, where, wanted))
-        loaded: dict[str | None, tuple[Any, Any]] = {}
-        for run, where, wanted in waiting:
-            try:
-                if run.adapter not in loaded:
-                    loaded.clear()  # one model at a time
-                    loaded[run.adapter] = load(run.adapter)
-                net, params = loaded[run.adapter]
-                most = net.config.max_position_embeddings
-                asked = ask(
+        if not waiting:
+            return
+        first = waiting[0][0].adapter
+        try:
+            loaded = {first: load(first)}  # one model at a time
+            net = loaded[first][0]
+            most = net.config.max_position_embeddings
+            # All prompts of all runs, before anything is compiled.
+            each = [
+                ask(
                     records,
                     tokenizer,
                     vocab_size=net.config.vocab_size,
@@ -132,11 +133,20 @@ def collect_runs(
                     overflow=overflow,
                     label_tokens=label_tokens,
                 )
-            except Exception:
-                # Refused before there is anything: other settings may have it.
-                if not (root / RUNS).exists():
-                    (root / CONFIG_FILE).unlink()
-                raise
+                for run, _, _ in waiting
+            ]
+            _prompt_states(net, final)  # objects, too
+        except Exception:
+            # Refused before there is anything: other settings may have the folder.
+            if not (root / RUNS).exists():
+                (root / CONFIG_FILE).unlink()
+            raise
+        for (run, where, wanted), asked in zip(waiting, each, strict=True):
+            if run.adapter not in loaded:
+                loaded.clear()
+                net = params = None  # let go of it
+                loaded[run.adapter] = load(run.adapter)
+            net, params = loaded[run.adapter]
             where.mkdir(parents=True, exist_ok=True)
             note(
                 f"{run.name}: {asked.facts['rows']} prompts, up to "

@@ -340,6 +340,10 @@ def test_what_the_command_refuses(folder, tmp_path, capsys):
     assert "there are [2]" in says(*files, "--sft", f"{folder}/run@3")
     assert "--shots 30 of --demos" in says(*files, "--shots", "30")
     assert "--shots none needs --sft" in says(*files, "--shots", "none")
+    # The second number, before anything is collected with the first.
+    assert "--shots 21 of --demos" in says(*files, "--shots", "0,21")
+    assert "--final must be one of" in says(*files, "--shots", "0", "--final", "x")
+    assert not list((tmp_path / "out").glob("runs/*"))
     assert "--max-length" in says(*files, "--shots", "0", "--max-length", "3")
 
 
