@@ -1,6 +1,7 @@
 """``jaxpeft dimension``: learning paradigms compared by intrinsic dimension."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ EXAMPLE = (
     "jaxpeft dimension --model smollm2 --task trec --n-eval 1000 --shots 0,1,5\n"
     "    --sft 1k=runs/paradigms --sft 1k=runs/paradigms@62,124 --out runs/study"
 )
+SDS = ("subsample", "analytic")
 STEPS = ("all", "collect", "estimate", "report", "points")
 _NEEDS = {
     "all": ("model", "task", "out"),
@@ -87,7 +89,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="twonn-linear, twonn-ml, mle-K; figures are of the first (default: "
         "twonn-linear,mle-25,mle-50)",
     )
-    add("--sd", default="subsample", help="subsample or analytic")
+    add("--sd", default="subsample", choices=SDS, help="of dimensions (subsample)")
     add("--layer", type=int, help="of figures of a single one (default: the middle)")
     add("--file", help="of points: .npy or .csv, a row each")
 
@@ -97,6 +99,15 @@ def run(given: argparse.Namespace) -> None:
     for name in _NEEDS[given.step]:
         if not getattr(given, name):
             raise ValueError(f"`jaxpeft dimension {given.step}` needs --{name}.")
+    if given.runs and given.step not in ("estimate", "report"):
+        raise ValueError(
+            f"`jaxpeft dimension {given.step}` takes no --runs: its study is --out. "
+            "Several are for the steps estimate and report."
+        )
+    for name in ("n_train", "n_eval", "batch_size"):
+        if getattr(given, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(given, name)} must be at least 1.")
     from jaxpeft import study
 
     estimators = list(study.ESTIMATORS)
@@ -133,6 +144,8 @@ def _collect(given: argparse.Namespace) -> None:
         runs += study.adapter_runs(name, folder, numbers)
     if not runs:
         raise ValueError("--shots none needs --sft.")
+    for run in runs:
+        _check_held_out(given, run)
     with stage(f"reading {given.task}"):
         records = _records(given)
     tiny = given.model == study._tiny.TINY
@@ -155,9 +168,28 @@ def _collect(given: argparse.Namespace) -> None:
     )
 
 
+def _check_held_out(given: argparse.Namespace, run) -> None:
+    """Refuses to ask an adapter what it was trained on."""
+    file = run.adapter and Path(run.adapter, "adapter.json")
+    if not file or not file.exists():
+        return
+    metadata = json.loads(file.read_text(encoding="utf-8")).get("metadata") or {}
+    trained = (metadata.get("config") or {}).get("data") or {}
+    if trained.get("name") != f"prompted/{given.task}":
+        return
+    seed, train = trained.get("seed", 42), trained.get("train", 1000)
+    if seed != given.seed or train > given.n_train:
+        raise ValueError(
+            f"--sft {run.name}: it was trained on {train} records of seed {seed}; with "
+            f"--n-train {given.n_train} --seed {given.seed} some of them may be asked. "
+            f"Write --n-train {max(train, given.n_train)} --seed {seed}."
+        )
+
+
 def _records(given: argparse.Namespace):
     from jaxpeft import data
 
+    template = given.template and given.template.replace("\\n", "\n")
     words = given.words and [word.strip() for word in given.words.split(",")]
     if not given.task.endswith(".jsonl"):
         if given.eval:
@@ -171,7 +203,7 @@ def _records(given: argparse.Namespace):
             train=given.n_train,
             evaluated=given.n_eval,
             seed=given.seed,
-            template=given.template,
+            template=template,
             words=words,
         )
     if given.template or given.task_option or not given.eval:
@@ -186,6 +218,8 @@ def _records(given: argparse.Namespace):
 
 
 def _load(given: argparse.Namespace, adapter: str | None):
+    import jax.numpy as jnp
+
     from jaxpeft import models, study
     from jaxpeft.cli._open import _read, kind_of
 
@@ -205,9 +239,11 @@ def _load(given: argparse.Namespace, adapter: str | None):
         return model, _read(asked, folder, kind_of(folder), model, params)
     if adapter is None:
         with stage(f"reading {given.model}"):
-            return models.load(given.model, head="causal_lm", scan_layers=True)
+            return models.load(
+                given.model, head="causal_lm", scan_layers=True, dtype="float32"
+            )
     opened = open_adapter(asked)
-    return opened.model, opened.adapted
+    return opened.model.clone(dtype=jnp.float32), opened.adapted
 
 
 def _points(given: argparse.Namespace, estimators: Sequence[str]) -> None:
@@ -223,7 +259,8 @@ def _points(given: argparse.Namespace, estimators: Sequence[str]) -> None:
     else:
         raise ValueError(f"--file {given.file!r} must end in .npy or .csv.")
     if given.estimator is None:  # those that the points are enough for
-        estimators = ["twonn-linear", *[f"mle-{k}" for k in (25, 50) if 2 * k < len(x)]]
+        half = len(np.unique(x, axis=0)) // 2 - 10  # copies are merged in halves, too
+        estimators = ["twonn-linear", *[f"mle-{k}" for k in (25, 50) if k < half]]
     print(f"{'estimator':14}{'dimension':>10}{'sd':>9}{'points':>8}{'merged':>8}")
     for name in estimators:
         one = study.find_estimator(name, sd=given.sd)(x)

@@ -33,11 +33,13 @@ class Wanted(NamedTuple):
         head: as in ``models.load``; ``None``: they do not say.
         labels: classes of the head.
         sites: ``{path: shape}`` of leaves that the model must have.
+        param_dtype: in which the model was read when it was trained.
     """
 
     head: str | None = None
     labels: int | None = None
     sites: dict[str, list[int]] | None = None
+    param_dtype: str | None = None
 
 
 class Opened(NamedTuple):
@@ -225,6 +227,7 @@ def open_base(given: argparse.Namespace, wanted: Wanted):
     with stage(f"finding the base {given.base}"):
         folder = _find(given.base)
     settings = _settings(given, folder, wanted)
+    settings["param_dtype"] = wanted.param_dtype
     with stage(f"reading the base {given.base}"):
         # What of a head the checkpoint lacks is drawn; an adapter brings its own.
         model, params = models.load(folder, key=jax.random.key(SEED), **settings)
@@ -317,11 +320,15 @@ def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free
 
 
 def _own(folder: Path) -> Wanted:
-    """What an adapter of our own says: the shapes of the kernels that it sits on."""
+    """What an adapter of our own says: the kernels that it sits on."""
     from jaxpeft import interop
 
     sites = interop.adapter_info(folder)["sites"]
-    return Wanted(sites={site["path"]: site["base"]["shape"] for site in sites})
+    dtypes = {site["base"]["dtype"] for site in sites}
+    return Wanted(
+        sites={site["path"]: site["base"]["shape"] for site in sites},
+        param_dtype=dtypes.pop() if len(dtypes) == 1 else None,
+    )
 
 
 def _peft(folder: Path) -> Wanted:

@@ -335,7 +335,7 @@ def _classes(task: Task, template: str | None, words: Sequence[str] | None):
     if words is None:
         words = known[1] if known else task.labels
     words = tuple(words)
-    if len(set(words)) != len(task.labels):
+    if not len(words) == len(set(words)) == len(task.labels):
         raise ValueError(
             f"`words` must be a different one for each of the classes "
             f"{', '.join(task.labels)}; got {words}."

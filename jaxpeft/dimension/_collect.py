@@ -184,7 +184,8 @@ def collect(
             into = np.asarray(places(batch))[kept]
         each = {f"layer_{i:02d}": layer for i, layer in enumerate(states)}
         each |= {name: np.asarray(x)[kept] for name, x in beside.items()}
-        files = files or {n: _open(folder, n, rows, x) for n, x in each.items()}
+        begun = state["batches"] > 0  # else what is there is of a run that was killed
+        files = files or {n: _open(folder, n, rows, x, begun) for n, x in each.items()}
         shapes = {name: file.shape[1:] for name, file in files.items()}
         if shapes != {name: x.shape[1:] for name, x in each.items()}:
             raise ValueError(
@@ -214,9 +215,9 @@ def _file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:02d}.npy"
 
 
-def _open(folder: Path, name: str, rows: int, like: np.ndarray) -> np.ndarray:
+def _open(folder: Path, name: str, rows: int, like: np.ndarray, begun: bool):
     path, shape = folder / f"{name}.npy", (rows, *like.shape[1:])
-    given = ("r+",) if path.exists() else ("w+", like.dtype, shape)
+    given = ("r+",) if begun else ("w+", like.dtype, shape)
     file = np.lib.format.open_memmap(path, *given)
     if file.shape != shape:
         raise ValueError(

@@ -195,7 +195,9 @@ def _random_halves(n: int, kept: np.ndarray, seed: int) -> list[np.ndarray]:
 
 def _nearest(x: np.ndarray, k: int, search: dict[str, Any]) -> np.ndarray:
     if len(x) <= max(k, 2):
-        raise DegenerateError(
+        # Fewer than three points have no dimension; more have one, and no spread.
+        error = DegenerateError if len(x) < 3 else ValueError
+        raise error(
             f"`sd`='subsample' needs halves of more than {max(k, 2)} distinct points, "
             f"got {len(x)}; give more points, or sd='analytic'."
         )

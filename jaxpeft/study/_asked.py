@@ -106,16 +106,17 @@ def ask(
             one = opened(tokenizer, write_prompt(every[number], chosen))
         ids += one
         lengths.append(len(one))
-    if max(ids) >= vocab_size:
-        raise ValueError(
-            f"`tokenizer` does not fit the model: it gives token {max(ids)}, and the "
-            f"model's vocabulary has {vocab_size} rows."
-        )
     tokens, right = None, None
     asked = [every[number] for number in kept]
     if label_tokens != "none":
         tokens = _label_tokens(records, asked, tokenizer, label_tokens)
         right = np.array([records.labels.index(r.output) for r in asked], np.int32)
+    highest = max(max(ids), 0 if tokens is None else int(np.max(tokens)))
+    if highest >= vocab_size:
+        raise ValueError(
+            f"`tokenizer` does not fit the model: it gives token {highest}, and the "
+            f"model's vocabulary has {vocab_size} rows."
+        )
     encoded = Encoded(
         name=f"{records.name}, {shots} shots",
         ids=np.asarray(ids, np.int32),

@@ -269,7 +269,8 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
     if steps:
         found = {s: folder / f"adapters/{s}" for s in steps}
         if absent := [s for s, path in found.items() if not path.is_dir()]:
-            there = sorted(int(p.name) for p in folder.glob("adapters/*"))
+            there = [p.name for p in folder.glob("adapters/*") if p.name.isdecimal()]
+            there = sorted(map(int, there))
             raise FileNotFoundError(
                 f"{str(folder)!r} kept no adapter of step {absent[0]}; there are "
                 f"{there or 'none'}. config.save_every='50 steps, kept' keeps them."
@@ -312,7 +313,7 @@ def _identity(run: Run) -> dict[str, Any]:
         digest = hashlib.sha256()
         for pattern in _ADAPTER_FILES:
             for file in sorted(Path(run.adapter).glob(pattern)):
-                digest.update(file.read_bytes())
+                digest.update(_content(file))
         key = digest.hexdigest()[:16]
     return {
         "name": run.name,
@@ -322,6 +323,21 @@ def _identity(run: Run) -> dict[str, Any]:
         "adapter_key": key,
         "step": run.step,
     }
+
+
+def _content(file: Path) -> bytes:
+    """What is in a file of an adapter, without what each save of it names anew."""
+    content = file.read_bytes()
+    if file.name == "adapter.json":
+        read = json.loads(content)
+        read.pop("id", None)
+        return json.dumps(read, sort_keys=True).encode()
+    if file.suffix == ".safetensors":
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        return json.dumps(header, sort_keys=True).encode() + content[start:]
+    return content
 
 
 def _check_same(where: Path, wanted: Mapping[str, Any]) -> None:

@@ -32,7 +32,9 @@ def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
 
     A difference counts where it is more than twice its standard deviation: of areas
     over halves of the rows, the same ones on both sides; of accuracies as of
-    independent rows. Else the statement is not tested.
+    independent rows. Else the statement is not tested. Two have no such bound, and
+    their numbers say so: that later layers move most, and the best number of
+    demonstrations.
 
     Args:
         runs: by name.
@@ -61,6 +63,7 @@ def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
         moved = np.abs(dims_of(profile(run)) - dims_of(profile(shots[0])))[1:]
         first, last = (float(np.mean(x)) for x in np.array_split(moved, 2))
         numbers = f"{run.name}: {first:.2f} in the first half, {last:.2f} in the last"
+        numbers += "; no spread"
         found.append(Finding(say, _verdict(last > first), numbers))
     if not (0 in shots and final):
         found.append(Finding(say, "not tested", "needs --shots 0 and --sft"))
@@ -100,15 +103,15 @@ def _in_context(shots: Mapping[int, Result], estimator: str) -> list[Finding]:
     more = [k for k in ks if k > FEW]
     if few and more:
         up = _higher(say, shots[more[-1]], shots[few[-1]], estimator)
-        turned = "disagrees" if up.verdict == "agrees" else "agrees"
-        found.append(up._replace(verdict=turned))
+        turned = {"agrees": "disagrees", "disagrees": "agrees"}
+        found.append(up._replace(verdict=turned.get(up.verdict, up.verdict)))
     else:
         found.append(Finding(say, "not tested", "needs --shots of more than 10"))
     say = "ICL: the dimension is highest with as many as the accuracy is"
     if len(ks) > 2 and all(shots[k].accuracy is not None for k in ks):
         area = max(ks, key=lambda k: normalized_auc(shots[k].profiles[estimator]))
         right = max(ks, key=lambda k: shots[k].accuracy)
-        numbers = f"{area} and {right} demonstrations"
+        numbers = f"{area} and {right} demonstrations; no spread"
         found.append(Finding(say, _verdict(area == right), numbers))
     else:
         found.append(Finding(say, "not tested", "needs three --shots, and labels"))

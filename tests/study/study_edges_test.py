@@ -1,0 +1,96 @@
+"""What a study must not do in silence: round, ask what was learnt, guess, forget."""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import dimension, interop, study
+from jaxpeft.cli import _dimension, main
+from jaxpeft.study import _collect, _findings, _tiny
+from jaxpeft.study._estimate import Result
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    _, params = study.tiny_model()
+    return jp.attach(params, jp.lora(2), ["q_proj"], key=jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tiny_llama_16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama") / "base"
+    model, params = study.tiny_model()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    config = _tiny._CONFIG | {"architectures": ["LlamaForCausalLM"]}
+    interop.save_hf(params, folder, names=model.names, config=config)
+    return folder, model, params
+
+
+def test_a_checkpoint_of_16_bits_is_asked_in_32(tiny_llama_16, tmp_path):
+    """Also with an adapter that was trained on its values in 32."""
+    folder, model, params = tiny_llama_16
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    trained = jp.attach(wide, jp.lora(2), ["q_proj"], key=jax.random.key(0))
+    interop.save_adapter(trained, tmp_path / "adapter")
+    given = argparse.Namespace(model=str(folder))
+    for adapter in (None, str(tmp_path / "adapter")):
+        found, _ = _dimension._load(given, adapter)
+        assert found.dtype == jnp.float32
+
+
+def test_rows_it_was_trained_on_are_not_asked(adapted, tmp_path, capsys):
+    config = {"data": {"name": "prompted/trec", "train": 30}}
+    interop.save_adapter(adapted, tmp_path / "run/adapter", metadata={"config": config})
+    given = ["dimension", "--model", "tiny", "--task", "trec", "--n-eval", "5"]
+    given += ["--out", str(tmp_path / "out"), "--sft", str(tmp_path / "run")]
+    for more in (("--n-train", "20"), ("--n-train", "30", "--seed", "1")):
+        assert main([*given, *more]) == 2
+        assert "Write --n-train 30 --seed 42" in capsys.readouterr().err
+
+
+def test_the_same_weights_saved_twice_are_one_adapter(adapted, tmp_path):
+    keys = []
+    for name in ("one", "two"):
+        interop.save_adapter(adapted, tmp_path / name)
+        keys.append(_collect._identity(study.Run("sft", 0, str(tmp_path / name))))
+    assert keys[0]["adapter_key"] == keys[1]["adapter_key"]
+    other = jax.tree.map(lambda x: x + 1, adapted)
+    interop.save_adapter(other, tmp_path / "other")
+    key = _collect._identity(study.Run("sft", 0, str(tmp_path / "other")))
+    assert key["adapter_key"] != keys[0]["adapter_key"]
+
+
+def test_no_spread_is_no_verdict():
+    def result(shots, dim):
+        one = dimension.IdEstimate(dim, 0.1, 99, 0, 0, False, "twonn-linear")
+        meta = {"shots": shots, "paradigm": "icl"}
+        return Result(
+            f"icl-{shots}", Path(), meta, None, None, {"twonn-linear": [one] * 4}
+        )
+
+    runs = {f"icl-{k}": result(k, dim) for k, dim in ((0, 5.0), (10, 10.0), (20, 30.0))}
+    for found in _findings.findings(runs, "twonn-linear"):
+        assert found.verdict == "not tested", found
+
+
+def test_too_few_rows_for_halves_are_not_taken_for_one_point():
+    states = np.random.default_rng(0).normal(size=(2, 90, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match="halves of more than 50"):
+        dimension.id_profile(states, lambda x: dimension.mle(x, k=50, sd="subsample"))
+
+
+def test_a_new_line_in_a_template_is_one():
+    given = _dimension_arguments("--template", r"{text}\nGood?", "--task", "trec")
+    given.n_train, given.n_eval = 2, 2
+    assert _dimension._records(given).train[0].input.endswith("\nGood?")
+
+
+def _dimension_arguments(*given):
+    parser = argparse.ArgumentParser()
+    _dimension.arguments(parser)
+    return parser.parse_args([*given])
