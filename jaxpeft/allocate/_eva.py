@@ -101,15 +101,15 @@ def eva(
     kept = {path: [0] * (shape.layers or 1) for path, shape in shapes.items()}
     for _, share, number, layer, j in rows[:left]:
         shape = shapes[sites[number]]
+        if budget is not None:
+            if (budget := budget - shape.d_in - shape.d_out) < 0:
+                break
         if share == 0:
             raise ValueError(
                 f"the inputs of site {sites[number]!r} vary along {j} directions only, "
                 "and no other site has one to spare: look at more inputs, or lower "
                 f"`rank` ({rank}), `budget` or `r_min`"
             )
-        if budget is not None:
-            if (budget := budget - shape.d_in - shape.d_out) < 0:
-                break
         kept[sites[number]][layer] += 1
     alpha = float(rank if alpha is None else alpha)
 
@@ -228,8 +228,16 @@ def eva_start(
                 f"{found.directions.shape[-1]} directions; gather more with `keep`"
             )
         new = found.directions[..., :width]
+        root = np.sqrt(found.singular[..., :width]).reshape(layers, width)
+        for layer, rank in enumerate(node.site.ranks):
+            if not np.all(root[layer, :rank]):
+                raise ValueError(
+                    f"site {path!r}: the inputs of layer {layer} vary along "
+                    f"{np.count_nonzero(root[layer])} directions only, its rank is "
+                    f"{rank}; look at more inputs, or lower the rank"
+                )
         if whiten:
-            new = new / np.sqrt(found.singular)[..., None, :width]
+            new = new / np.where(root > 0, root, 1).reshape(*new.shape[:-2], 1, width)
         new = new.reshape(layers, d_in, width)
         for layer, rank in enumerate(node.site.ranks):
             new = new.copy()

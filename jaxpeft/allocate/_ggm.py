@@ -335,7 +335,7 @@ def _allocation(
             continue
         each = [tuple(map(int, np.flatnonzero(row))) for row in mask]
         ranks = tuple(len(x) for x in each)
-        alphas = tuple(float(r) for r in ranks)  # a scale of 1
+        alphas = tuple(sites[path].alpha(i, r) for i, r in enumerate(ranks))
         whole = SiteRank(ranks, alphas, tuple(each))
         alone = SiteRank(ranks[0], alphas[0], each[0])
         found[path] = whole if sites[path].batch else alone

@@ -248,8 +248,9 @@ def layer_of(path: str) -> int | None:
 def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: Adapter):
     """``(targets, rank_pattern, alpha_pattern, kept)`` of an allocation for ``attach``.
 
-    Where components are chosen, ranks are those up to the last of them, and alphas
-    those of the same scale; ``kept`` says which of them stay.
+    Where components are chosen, ranks are the adapter's own, out of which they were
+    (or those up to the last of them, if that is more), and alphas those of the same
+    scale; ``kept`` says which of them stay.
     """
     inner = {path.removeprefix("params/"): path for path in params_paths}
     ranks, alphas, kept = {}, {}, {}
@@ -267,7 +268,8 @@ def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: A
         if site.components is not None:
             stacked = isinstance(site.rank, tuple)
             kept[at] = site.components if stacked else (site.components,)
-            ranks[at] = tuple(max(x, default=-1) + 1 for x in kept[at])
+            own = adapter.rank or 0
+            ranks[at] = tuple(max(own, max(x) + 1) if x else 0 for x in kept[at])
             alphas[at] = tuple(
                 alpha and alpha * unit_scale(adapter, rank) / unit_scale(adapter, top)
                 for (rank, alpha), top in zip(site.layers(), ranks[at], strict=True)

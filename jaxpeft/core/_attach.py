@@ -119,6 +119,11 @@ def attach(
         targets, rank_pattern, alpha_pattern, kept = attach_arguments(
             targets, [path for path, _ in leaves], adapter
         )
+    if kept and adapter.fold is not None:
+        raise ValueError(
+            f"`targets` chooses components, and {adapter.name!r} folds all of them "
+            "into the kernel; write residual='separate' (base='separate' of KaSA)"
+        )
     chosen = choose(leaves, adapter, targets, exclude)
     by_path = dict(leaves)
     paths = list(chosen)
@@ -126,7 +131,9 @@ def attach(
     if adapter.leaves == "kernel":
         roles = _roles(by_path, paths, axes)
     ranks = per_layer_values("rank", rank_pattern, adapter.rank, by_path, roles)
-    alphas = per_layer_values("alpha", alpha_pattern, adapter.alpha, by_path, roles)
+    alphas = per_layer_values(
+        "alpha", alpha_pattern, adapter.alpha, by_path, roles, ranks
+    )
     _check(adapter, by_path, roles, ranks)
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key)

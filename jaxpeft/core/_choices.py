@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.core._kept import unit_scale
 from jaxpeft.core._lift import leaf_axes
 from jaxpeft.core._node import BATCH, is_node, map_nodes, wider
 from jaxpeft.core._paths import module_path
@@ -24,6 +25,15 @@ class NodeSite(NamedTuple):
     leaves: dict[str, int | None]  # where the rank axis is; a bias has none
     batch: int  # leading axes that count layers
     real: np.ndarray  # [layers, r]; False where unequal ranks are padded
+    adapter: Any = None
+    alphas: tuple[float, ...] | None = None  # of each layer; None: the scale is 1
+
+    def alpha(self, layer: int, rank: int) -> float:
+        """Alpha of that rank with the scale that the layer has now."""
+        if self.alphas is None or not rank:
+            return float(rank)
+        now = unit_scale(self.adapter, int(np.count_nonzero(self.real[layer])))
+        return self.alphas[layer] * now / unit_scale(self.adapter, rank)
 
 
 def node_sites(tree: Any) -> dict[str, NodeSite]:
@@ -43,7 +53,8 @@ def node_sites(tree: Any) -> dict[str, NodeSite]:
                 leaves[name] = batch + sum(roles.count(role) for role in before)
         if leaves:
             real = np.arange(max(ranks))[None, :] < np.array(ranks)[:, None]
-            components[path] = NodeSite(leaves, batch, real)
+            alphas = node.site.alphas
+            components[path] = NodeSite(leaves, batch, real, node.adapter, alphas)
     for node in found:
         if node.adapter.leaves == "bias":
             # A bias does not say which of its axes are layers; its kernel does.

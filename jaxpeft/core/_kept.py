@@ -38,7 +38,7 @@ def only_adds(adapter: Adapter) -> bool:
 def unit_scale(adapter: Adapter, rank: int) -> float:
     """The scale that a method makes of alpha 1; 1 where it has none."""
     with jax.ensure_compile_time_eval():
-        frozen, _ = adapter.init(jax.random.key(0), jnp.eye(rank), rank, 1.0)
+        frozen, _ = adapter.init(jax.random.key(0), jnp.eye(rank + 1), rank, 1.0)
         return float(frozen["scale"]) if "scale" in frozen else 1.0
 
 
@@ -59,10 +59,13 @@ def keep_components(node: AdaptedKernel, kept: Sequence[Sequence[int]]) -> Any:
     """
     site, name = node.site, node.adapter.name
     where = f"site {site.path!r}"
-    if site.ranks is None or not only_adds(node.adapter) or node.adapter.fold:
+    shares = node.adapter.shared is not None
+    apart = site.ranks is not None and only_adds(node.adapter) and not shares
+    if not apart or node.adapter.fold:
         raise ValueError(
             f"{where}: {name!r} has no components that can be cut off one by one; a "
-            "method that folds nothing into the kernel and only adds to it has"
+            "method that folds nothing into the kernel, shares nothing between sites "
+            "and only adds has"
         )
     if len(kept) != len(site.ranks):
         raise ValueError(
@@ -96,6 +99,13 @@ def take_components(
     Nothing is checked; of a fresh adapter, or of its shapes.
     """
     site, width = node.site, max(map(len, kept))
+    if node.adapter.shared is not None and any(
+        list(each) != list(range(len(each))) for each in kept
+    ):
+        raise ValueError(
+            f"site {site.path!r}: {node.adapter.name!r} shares its components between "
+            "sites; they cannot be chosen one by one"
+        )
     index = np.zeros((len(kept), width), np.int32)
     real = np.zeros((len(kept), width), bool)
     for layer, each in enumerate(kept):
@@ -132,7 +142,7 @@ def take_components(
             elif isinstance(x, jax.core.Tracer):
                 leaves[name] = cut(x)
             else:
-                leaves[name] = jax.device_put(cut(x), x.sharding)
+                leaves[name] = jax.device_put(cut(x), getattr(x, "sharding", None))
         parts.append(leaves)
     ranks = tuple(map(len, kept))
     alphas = site.alphas

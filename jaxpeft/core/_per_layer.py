@@ -10,8 +10,13 @@ from jaxpeft.core._node import BATCH
 from jaxpeft.core._paths import resolve_pattern
 
 
-def per_layer_values(what, pattern, default, by_path, roles) -> dict[str, Any]:
-    """Each site's ranks or alphas, one value per layer."""
+def per_layer_values(
+    what, pattern, default, by_path, roles, ranks=None
+) -> dict[str, Any]:
+    """Each site's ranks or alphas, one value per layer.
+
+    A layer of a stack may have rank 0, and then, of the ``ranks``, alpha 0.
+    """
     argument = f"{what}_pattern"
     paths = list(roles)
     if default is None:
@@ -47,8 +52,11 @@ def per_layer_values(what, pattern, default, by_path, roles) -> dict[str, Any]:
                 f"{layers} layer{'s' * (layers > 1)}"
             )
         some = BATCH in roles[path] and any(each)
-        for v in each:
-            if not (some and v == 0 and not isinstance(v, bool)):
+        none = [some] * layers
+        if ranks is not None:
+            none = [some and rank == 0 for rank in ranks[path] or (None,) * layers]
+        for v, allowed in zip(each, none, strict=True):
+            if not (allowed and v == 0 and not isinstance(v, bool)):
                 _check_value(what, v, path)
         result[path] = tuple(int(v) if what == "rank" else float(v) for v in each)
     return result

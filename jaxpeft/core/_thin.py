@@ -91,7 +91,8 @@ def read(
 
     Routers are read at the highest precision. Where the model's own is as good, and on
     a CPU each is, they are columns of the down-projections' product; elsewhere those
-    would become slower, so routers share one of their own.
+    would become slower, so routers share one of their own. The host decides, also for
+    a program that a CPU compiles for another machine.
 
     Args:
         kernels: one, or several.

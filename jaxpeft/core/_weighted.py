@@ -150,7 +150,7 @@ def _ranks(path, node: AdaptedKernel, layers, how: str, rank: int | None):
     for products in layers:
         each = [a.shape[-1] for a, *_ in products]
         count = products[0][0].shape[0]
-        new = joined_rank(each, how, rank or min(max(each), most))
+        new = joined_rank(each, how, rank or min(max(each), most)) if any(each) else 0
         if how not in ("cat", "svd") and len(set(each)) > 1:
             problems.append(
                 f"{path!r} has ranks {each}, which {how!r} cannot join; write "
@@ -212,7 +212,8 @@ def _filled(node: AdaptedKernel, a, b, site) -> AdaptedKernel:
     """A fresh plain node with the leaves whose product is ``a b``."""
     roles, shape = node.roles, node.base.shape
     dims = [dims_of(shape, roles, role) for role in (BATCH, IN, OUT)]
-    b = b / node.frozen["scale"].astype(b.dtype).reshape(-1, 1, 1)
+    scale = node.frozen["scale"].astype(b.dtype).reshape(-1, 1, 1)
+    b = b / jnp.where(scale == 0, 1, scale)  # 0 where a layer has no rank
     leaves = {
         "a": expand_leaf(a, (IN, None), *dims),
         "b": expand_leaf(b, (None, OUT), *dims),

@@ -125,7 +125,7 @@ def gather_moments(
             if isinstance(new, Leading):
                 total[path] = new if old is None else join_leading(old, new)
                 if tau is not None and old is not None:
-                    held.append(row_cosines(old, total[path])[..., :watch])
+                    held.append(_held(old, new, total[path], watch))
                 continue
             if tau is not None:
                 raise ValueError(
@@ -139,6 +139,14 @@ def gather_moments(
     if not total:
         raise ValueError("`batches` has no batch, or `step` gives no site")
     return total
+
+
+def _held(old: Leading, new: Leading, both: Leading, watch: int):
+    """How far each watched direction that is there held still; 0 after no input."""
+    size = jnp.sum(both.rows**2, -1)
+    there = size > 1e-10 * jnp.max(size, -1, keepdims=True)
+    held = jnp.where(there, row_cosines(old, both), 1)[..., :watch]
+    return jnp.where(jnp.all(new.count > 0), held, 0)
 
 
 def _joined(a: Moments, b: Moments) -> Moments:

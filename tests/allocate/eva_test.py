@@ -255,3 +255,40 @@ def test_refusals():
         eva(shapes, spectra, rank=3)
     with pytest.raises(ValueError, match="inputs of 'q' are not finite"):
         allocate.gather_moments(step, [few * jnp.nan])
+
+
+def test_a_budget_that_is_spent_asks_for_no_more_directions():
+    shapes = {"q": KernelShape(None, 8, 8)}
+    shares = np.array([5, 3, 2, 0, 0, 0, 0, 0]) / 10
+    spectra = {"q": allocate.Spectrum(shares, np.eye(8), shares)}
+    assert allocate.eva(shapes, spectra, budget=48, rho=4).ranks() == {"q": 3}
+    with pytest.raises(ValueError, match="vary along 3 directions only"):
+        allocate.eva(shapes, spectra, budget=64, rho=4)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_a_start_in_directions_that_are_not_there(whiten):
+    params = {"q": {"kernel": jnp.ones((8, 8))}}
+    shares = np.array([5, 3, 2, 0, 0, 0, 0, 0]) / 10
+    spectra = {"q/kernel": allocate.Spectrum(shares, np.eye(8), shares)}
+    tree = jp.attach(params, jp.lora(4), ["q"], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="vary along 3 directions only, its rank is 4"):
+        allocate.eva_start(tree, spectra, whiten=whiten)
+
+
+def test_a_batch_without_inputs_does_not_end_the_gathering():
+    rng = np.random.default_rng(0)
+    seen = []
+
+    def step(batch):
+        x, mask = batch
+        seen.append(mask.sum())
+        return {"q": allocate.input_moments(x, mask, keep=2)}
+
+    some, none = np.ones(20), np.zeros(20)
+    batches = [
+        (jnp.asarray(rng.normal(size=(20, 4)), jnp.float32), mask)
+        for mask in (some, none, some, some)
+    ]
+    allocate.gather_moments(step, batches, tau=1 - 1e-9, watch=2)
+    assert len(seen) == 4
