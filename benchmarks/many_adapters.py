@@ -19,7 +19,8 @@ printed. Matmul FLOPs and temporaries of the forward pass are the compiler's.
 A mixed batch is held to 1.3 times "one". What it costs more is the reading of 16 pairs
 where "one" reads a single one: at width 512 they are as many numbers as the kernel
 itself, and writing, which read them anew for each token, took 1.38 times as long; with
-copies for the rows, taken once, 1.25 (processor time, the two and "one" in turns).
+copies for the rows, taken once, 1.25 (processor time, the two and "one" in turns). The
+figures in ``benchmarks/results`` are of width 1024 and from before there were copies.
 """
 
 import argparse

@@ -15,7 +15,9 @@ def compact(adapted: PyTree, allocation: Allocation) -> PyTree:
     can be trained on, ``jaxpeft.interop.save_adapter`` writes the chosen components
     alone, and ``save_peft`` those, as a ``rank_pattern``. What is left out must have no
     share in what the tree computes, as after ``unselected="revert"`` of ``ggm``; what
-    ``"keep"`` has left in place is part of the function, and stored with it.
+    ``"keep"`` has left in place is part of the function, and stored with it. PEFT's
+    file of a stack leaves out its layers of rank 0, and comes back only into a model
+    with ``scan_layers=False``; jaxpeft's own file comes back as it is.
 
     Args:
         adapted: a tree with the adapters that ``allocation`` chose from.

@@ -15,6 +15,7 @@ PATHS = sorted((ROOT / "configs").glob("*.py"))
 QUICKSTART = ROOT / "configs/quickstart.py"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")
 AT_HAND = ("trec", "sms", "movies", "reasoning_gym", "openbookqa", "mixture")
+AT_HAND += ("prompted",)
 SETTINGS = list(itertools.product(GLUE, ("base", "large")))
 
 
