@@ -328,7 +328,7 @@ def _allocation(
     facts: dict[str, Any],
 ) -> Allocation:
     """The choice as plain data; biases, which have no rank, among the facts."""
-    found, biases = {}, {}
+    found, biases, out_of = {}, {}, {}
     for path, mask in masks.items():
         if None in sites[path].leaves.values():
             biases[path] = mask[:, 0].tolist()
@@ -339,4 +339,5 @@ def _allocation(
         whole = SiteRank(ranks, alphas, tuple(each))
         alone = SiteRank(ranks[0], alphas[0], each[0])
         found[path] = whole if sites[path].batch else alone
-    return Allocation.of(found, facts | {"biases": biases})
+        out_of[path] = np.count_nonzero(sites[path].real, axis=1).tolist()
+    return Allocation.of(found, facts | {"biases": biases, "out_of": out_of})

@@ -248,9 +248,9 @@ def layer_of(path: str) -> int | None:
 def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: Adapter):
     """``(targets, rank_pattern, alpha_pattern, kept)`` of an allocation for ``attach``.
 
-    Where components are chosen, ranks are the adapter's own, out of which they were
-    (or those up to the last of them, if that is more), and alphas those of the same
-    scale; ``kept`` says which of them stay.
+    Where components are chosen, ranks are those that they were chosen out of,
+    ``facts["out_of"]``, or else those up to the last of them, and alphas those of the
+    same scale; ``kept`` says which of them stay.
     """
     inner = {path.removeprefix("params/"): path for path in params_paths}
     ranks, alphas, kept = {}, {}, {}
@@ -268,8 +268,11 @@ def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: A
         if site.components is not None:
             stacked = isinstance(site.rank, tuple)
             kept[at] = site.components if stacked else (site.components,)
-            own = adapter.rank or 0
-            ranks[at] = tuple(max(own, max(x) + 1) if x else 0 for x in kept[at])
+            whole = allocation.facts.get("out_of", {}).get(path) or [0] * len(each)
+            ranks[at] = tuple(
+                max(*x, all_of_them - 1) + 1 if x else 0
+                for x, all_of_them in zip(kept[at], whole, strict=True)
+            )
             alphas[at] = tuple(
                 alpha and alpha * unit_scale(adapter, rank) / unit_scale(adapter, top)
                 for (rank, alpha), top in zip(site.layers(), ranks[at], strict=True)

@@ -74,7 +74,7 @@ def attach(
             ``"all-linear"``, every weight but embeddings, output heads and what is
             already trained in full; a callable ``(path, leaf) -> bool``; or an
             ``Allocation``, with the rank and alpha of each of its sites, and their
-            components where some are chosen.
+            components where some are chosen, out of the ranks that its facts have.
         key: a typed key (``jax.random.key``). Each site and each layer draws from
             its own part of it.
         rank_pattern: ``{pattern: rank}`` where ranks differ from the adapter's, or

@@ -46,7 +46,9 @@ def test_the_sum_of_layers_without_rank(how, stack):
 
 def test_components_are_those_of_the_whole_rank(single):
     """MiLoRA's first components depend on how many there are."""
-    chosen = core.Allocation.of({"q/kernel": core.SiteRank(2, 2.0, (0, 1))}, {})
+    chosen = core.Allocation.of(
+        {"q/kernel": core.SiteRank(2, 2.0, (0, 1))}, {"out_of": {"q/kernel": [4]}}
+    )
     whole = attached(single, jp.milora(rank=4))["q"]["kernel"]
     part = attached(single, jp.milora(rank=4), chosen)["q"]["kernel"]
     np.testing.assert_array_equal(part.trainable["a"], whole.trainable["a"][:, :2])
