@@ -32,7 +32,7 @@ def compact(adapted: PyTree, allocation: Allocation) -> PyTree:
             be left out is not what it was at the start.
 
     Example:
-        >>> import jaxpeft as jp
+        >>> import jax, jaxpeft as jp
         >>> params = {"query": {"kernel": jnp.eye(6)[:, :4]}}
         >>> adapted = jp.attach(params, jp.pc(rank=4), ["query"], key=jax.random.key(0))
         >>> chosen = {"query/kernel": jp.core.SiteRank(2, 2.0, (0, 3))}

@@ -142,7 +142,7 @@ def padded_lengths(longest: int) -> tuple[int, ...]:
 
     Example:
         >>> padded_lengths(150)
-        (32, 48, 64, 80, 96, 128, 160)
+        (32, 48, 64, 80, 96, 112, 128, 160)
     """
     found, length = [32], 32
     while length < longest:
