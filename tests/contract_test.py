@@ -218,8 +218,11 @@ def test_training_moves_what_is_trained_and_nothing_else(name, params, x):
     moments = [s for s in jax.tree.leaves(state) if s.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(trainable))
 
+    traced = []
+
     @jax.jit
     def step(trainable, state):
+        traced.append(True)
         value, gradient = jax.value_and_grad(loss)(trainable, frozen, x)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradient, state, trainable)
@@ -229,7 +232,7 @@ def test_training_moves_what_is_trained_and_nothing_else(name, params, x):
     for _ in range(5):
         trainable, state, value = step(trainable, state)
         values.append(float(value))
-    assert values[-1] < values[0] and step._cache_size() <= 1
+    assert values[-1] < values[0] and len(traced) == 1
     end = jp.combine(trainable, frozen)
     assert jax.tree.structure(end) == jax.tree.structure(start)
     for path, leaf in jp.core.flat(jp.partition(start)[0]).items():

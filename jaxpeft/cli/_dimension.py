@@ -89,7 +89,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="twonn-linear, twonn-ml, mle-K; figures are of the first (default: "
         "twonn-linear,mle-25,mle-50)",
     )
-    add("--sd", default="subsample", choices=SDS, help="of dimensions (subsample)")
+    add("--sd", choices=SDS, help="of dimensions (default: subsample)")
     add("--layer", type=int, help="of figures of a single one (default: the middle)")
     add("--file", help="of points: .npy or .csv, a row each")
 
@@ -104,6 +104,16 @@ def run(given: argparse.Namespace) -> None:
             f"`jaxpeft dimension {given.step}` takes no --runs: its study is --out. "
             "Several are for the steps estimate and report."
         )
+    if given.sd and given.step in ("collect", "report"):
+        raise ValueError(
+            f"`jaxpeft dimension {given.step}` takes no --sd: it is of estimate."
+        )
+    if given.step == "report" and "," in (given.estimator or ""):
+        raise ValueError(
+            f"--estimator {given.estimator!r}: figures are of one; write "
+            f"--estimator {given.estimator.partition(',')[0]}."
+        )
+    given.sd = given.sd or SDS[0]
     for name in ("n_train", "n_eval", "batch_size"):
         if getattr(given, name) < 1:
             flag = name.replace("_", "-")

@@ -28,7 +28,7 @@ def report(
     Args:
         folders: of studies, one for each model and task.
         out: where to write PNG and CSV files, ``table.csv`` and ``report.json``.
-        estimator: of which the figures are.
+        estimator: of which the figures are; those of fit and scale are TwoNN's.
         layer: which one the figures of fit and of scale look at; ``None``: the middle.
 
     Returns:

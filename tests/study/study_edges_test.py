@@ -94,3 +94,13 @@ def _dimension_arguments(*given):
     parser = argparse.ArgumentParser()
     _dimension.arguments(parser)
     return parser.parse_args([*given])
+
+
+def test_what_a_step_does_not_use_is_refused(tmp_path, capsys):
+    given = ["dimension", "report", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    for more in (("--sd", "analytic"), ("--estimator", "twonn-linear,mle-25")):
+        assert main([*given, *more]) == 2
+        assert more[0] in capsys.readouterr().err
+    given = ["dimension", "--model", "tiny", "--task", "trec", "--out", str(tmp_path)]
+    assert main([*given, "--runs", "other"]) == 2
+    assert "takes no --runs" in capsys.readouterr().err
