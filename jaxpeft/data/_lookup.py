@@ -34,7 +34,7 @@ def task(
       >>> task("trec", progress=False)  # doctest: +SKIP
       >>> task("treck")
       Traceback (most recent call last):
-      ValueError: `name` 'treck' is no task. Did you mean 'trec'? There is: asdiv, ...
+      ValueError: `name` 'treck' is no task. Did you mean 'trec'? There is: alpaca, ...
     """
     if isinstance(config, str):
         config = {"name": config}

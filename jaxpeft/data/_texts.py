@@ -175,7 +175,7 @@ def make_text_task(
     if tools and not any(tools in row for row in _each(splits["train"])):
         near = near_misses(tools, splits["train"][0])
         raise ValueError(
-            f"Task {name!r}: no row has the column `tools` {tools!r}.{near}"
+            f"Task {name!r}: no training row has the column `tools` {tools!r}.{near}"
         )
     facts = dict(facts or {})
     return TextTask(name, form, columns, metrics, splits, pack, facts, bad_rows)
@@ -203,6 +203,8 @@ def score_texts(
             f"`outputs` of task {task.name!r} count {counts.sum():.0f} learnt tokens, "
             f"`labels` {np.sum(wanted)}: they are not of the same rows."
         )
+    if not counts.sum():
+        raise ValueError(f"`outputs` of task {task.name!r} have no learnt token.")
     if task.form == "choice":
         return score_choices(task.name, task.metrics, losses, labels)
     with np.errstate(over="ignore"):

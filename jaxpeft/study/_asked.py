@@ -163,6 +163,12 @@ def _label_tokens(
             "text may be an answer. For states without an accuracy, write "
             "label_tokens='none'."
         )
+    if len(records.labels) < 2:
+        raise ValueError(
+            f"`label_tokens` {how!r}: task {records.name!r} has the one label "
+            f"{records.labels[0]!r}, and every answer would be right. Write "
+            "label_tokens='none'."
+        )
     if how == "bare":
         row = [
             tokenizer(label, add_special_tokens=False)["input_ids"][0]
