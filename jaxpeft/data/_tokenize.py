@@ -107,10 +107,10 @@ def tokenize(
         encoded[split] = encode(task, split, tokenizer, max_length, chunks)
         if moved := (encoded[split].facts or {}).get("borders_moved"):
             warnings.warn(
-                f"{encoded[split].name}: {moved} prompts have other tokens by "
-                "themselves, as a model in use reads them, than before their "
-                "completions (jaxpeft.models.joint). End prompts without a space, and "
-                "begin completions with it.",
+                f"{encoded[split].name}: prompts by themselves have other tokens than "
+                f"before what follows them, {moved} of them. A model in use reads the "
+                "prompt alone (jaxpeft.models.joint): end it without a space, and "
+                "begin what follows with one.",
                 stacklevel=2,
             )
         if split == "train" and isinstance(task, TextTask) and task.pack:
