@@ -161,13 +161,13 @@ def train_step(
     .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i} + \text{penalty}
 
     Sums run over the whole batch, whatever ``accumulate`` and the mesh are, so rows
-    of weight 0 are as if they were not there, and where all are, the first term and
-    its gradient are exactly 0. The penalty is taken once a step. Of
+    of weight 0 are as if they were not there. The penalty is taken once a step. Of
     adapters with routers it has their balance and z-losses too
     (``mixtures.auxiliary``); these are no sums over rows, so of micro-batches their
     weighted mean is taken.
 
-    If the loss or the gradient's norm is not finite, nothing is changed but
+    If the loss or the gradient's norm is not finite, or all weights are 0 (then the
+    first term and its gradient are 0, and nothing is learnt), nothing is changed but
     ``bad_step``, and nothing ever after: the state is good whenever it is saved, and
     no step waits for the host. ``check_finite`` raises when the host next looks.
 
@@ -250,7 +250,7 @@ def train_step(
         else:
             value, parts, grads = accumulated(*inputs)
         weight, auxiliary = parts
-        divisor = jnp.where(weight == 0, 1.0, weight)  # nothing to learn is 0, not nan
+        divisor = jnp.where(weight == 0, 1.0, weight)  # 0, and not nan
         penalty, penalty_grads = jax.value_and_grad(
             lambda t: core.penalty(core.combine(t, frozen))
         )(trainable)
@@ -275,7 +275,7 @@ def train_step(
                 ranks, updated, grads, state.step + 1, trainable
             )
         total = value + penalty
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & (weight != 0)
         good = finite & (state.bad_step < 0)
         keep = lambda new, old: jnp.where(good, new, old)
         next_state = TrainState(

@@ -209,6 +209,8 @@ def test_scores(tokenizer):
     }
     with pytest.raises(ValueError, match="count 6 learnt tokens, `labels` 7"):
         data.score(task, outputs, np.array([2, 5]))
+    with pytest.raises(ValueError, match="'toy' have no learnt token"):
+        data.score(task, 0 * outputs, np.array([0, 0]))
     with pytest.raises(ValueError, match=r"must be \[n, 3\].*got \(2, 2\)"):
         data.score(task, outputs[:, :2], np.array([2, 4]))
 

@@ -160,6 +160,59 @@ def test_steps_and_evaluation():
     np.testing.assert_allclose(found.loss, total[0] / total[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("padding", [False, True], ids=["masked", "padding"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_with_nothing_to_learn(padding, accumulate):
+    """No token learnt, or no token at all: 0 and finite, and the run is told."""
+    model, trainable, frozen = adapted_model(False, ["v_proj", "down_proj"])
+    mesh = training.make_mesh(devices=jax.devices()[:1])
+    adapted = jp.combine(trainable, frozen)
+    specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
+    trainable, frozen = jp.partition(training.place(adapted, mesh, specs))
+    optimizer = training.adamw(trainable, total_steps=8, learning_rate=0.05)
+    forward, loss = training.objective(model, mesh=mesh)
+    state = training.init_state(
+        jax.tree.map(jnp.copy, trainable), optimizer, key=jax.random.key(0), mesh=mesh
+    )
+    step = training.train_step(
+        forward, loss, optimizer, state, frozen, mesh=mesh, accumulate=accumulate
+    )
+    rows = rows_of(texts())
+    nothing = {**rows, "target_weights": 0 * rows["target_weights"]}
+    nothing["label"] = 0 * rows["label"]
+    if padding:
+        nothing = {name: 0 * column for name, column in nothing.items()}
+    put = lambda rows: training.put_batch(rows, mesh, accumulate=accumulate)
+
+    def total(trainable, batch):
+        values, weights = loss(
+            forward(jp.combine(trainable, frozen), batch, None), batch
+        )
+        return jnp.sum(values * weights)
+
+    value, grads = jax.value_and_grad(total)(trainable, put(nothing))
+    assert value == 0 and all(np.all(g == 0) for g in jax.tree.leaves(grads))
+    # Control: it is not always so; and beside others such rows change nothing.
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), rows, nothing)
+    alone, beside = (jax.value_and_grad(total)(trainable, put(b)) for b in (rows, both))
+    assert alone[0] > 1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        alone,
+        beside,
+    )
+    state, metrics = step(state, frozen, put(nothing))
+    assert {float(metrics[n]) for n in ("loss", "total", "grad_norm", "weight")} == {0}
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, trainable)
+    with pytest.raises(training.NonFiniteError, match="weights are all 0"):
+        training.check_finite(state)
+    evaluate = training.eval_step(forward, loss, state, frozen, mesh=mesh)
+    with pytest.raises(ValueError, match="nothing learnt in them"):
+        training.predict(
+            evaluate, state.trainable, frozen, [nothing], mesh=mesh, rows=16
+        )
+
+
 def test_bad_input():
     model, trainable, frozen = adapted_model(False, ["v_proj"])
     mesh = training.make_mesh(devices=jax.devices()[:1])

@@ -105,6 +105,13 @@ def test_padding_rows_are_as_if_they_were_not_there(
     close(numpy_leaves(state.trainable), desired, rtol=1e-5, atol=1e-7)
 
 
+def test_rows_of_one_class(make_run, make_batch, plain_descent):
+    run = make_run(optimizer=plain_descent, clip_norm=1.0)
+    one = make_batch(label=np.zeros(16, np.int32))
+    _, losses = steps(run, [one] * 5)
+    assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
+
+
 def test_clipping_bounds_the_global_norm(
     make_run, make_batch, plain_descent, numpy_leaves
 ):
@@ -247,8 +254,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_run, make_batch, numpy_l
 
 
 def test_a_batch_of_padding_alone_is_not_a_silent_zero(make_run, make_batch):
-    run = make_run()
-    state, _ = steps(run, [make_batch(weight=np.zeros(16, np.float32))])
+    run = make_run(jp.kasa(rank=2, beta=0.3))
+    penalty = float(jp.penalty(jp.combine(run.state.trainable, run.frozen)))
+    nothing = run.put(make_batch(weight=np.zeros(16, np.float32)))
+    state, metrics = run.step(run.state, run.frozen, nothing)
+    assert float(metrics["loss"]) == 0 and np.isfinite(float(metrics["grad_norm"]))
+    assert float(metrics["total"]) == pytest.approx(penalty) and int(state.step) == 0
     with pytest.raises(training.NonFiniteError, match="weights are all 0"):
         training.check_finite(state)
 
