@@ -36,16 +36,12 @@ def encode_choices(
 
     def read(row: Any, where: str, notes: Counter[str]) -> tuple[list[_Pair], int]:
         prompt, choices, right = choices_of(row, task.columns, where)
-        found = []
+        found = read_behind(tokenizer, prompt, choices, task.columns[0], where, notes)
         for place, choice in enumerate(choices):
-            before, after = read_behind(
-                tokenizer, prompt, choice, task.columns[0], where, notes
-            )
-            if not after or not choice.strip():
+            if not found[place][1] or not choice.strip():
                 raise ValueError(
                     f"{where}: choice {place}, {choice!r}, has no token to score."
                 )
-            found.append((before, after))
         return found, right
 
     good = good_rows(task, split)

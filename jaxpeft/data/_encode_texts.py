@@ -1,7 +1,7 @@
 """From rows of a writing task to token ids, and which of them are learnt."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,8 +126,10 @@ def _completion(
     where: str,
     notes: Counter[str],
 ) -> list[_Sequence]:
-    texts = [read_text(row, column, where) for column in columns]
-    before, after = read_behind(tokenizer, *texts, columns[0], where, notes)
+    prompt, completion = (read_text(row, column, where) for column in columns)
+    ((before, after),) = read_behind(
+        tokenizer, prompt, [completion], columns[0], where, notes
+    )
     after = [*after, tokenizer.eos_token_id]
     return [(before + after, [False] * len(before) + [True] * len(after))]
 
@@ -147,27 +149,31 @@ def _choice(
 def read_behind(
     tokenizer: Any,
     prompt: str,
-    completion: str,
+    completions: Sequence[str],
     column: str,
     where: str,
     notes: Counter[str],
-) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of what is written behind it (`models.joint`).
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of a prompt and of what is written behind it, for each of some texts.
 
     Counts under "borders_moved" where the prompt by itself has other tokens.
     """
-    before, after = models.joint(tokenizer, prompt, completion)
     alone = models.opened(tokenizer, prompt)
     if not alone:
         raise ValueError(
             f"{where}: column {column!r} has no text; without prompts, give the "
             "completions as `text`."
         )
-    if not before:
-        raise ValueError(
-            f"{where}: the first token is of the prompt {prompt[:40]!r} and of what "
-            f"follows, {completion[:40]!r}, so that nothing is left to be read. Begin "
-            "the one with a space, or end the other with a line end."
-        )
-    notes["borders_moved"] += before != alone
-    return before, after
+    found = [
+        models.joint(tokenizer, prompt, completion, alone=alone)
+        for completion in completions
+    ]
+    for (before, _), completion in zip(found, completions, strict=True):
+        if not before:
+            raise ValueError(
+                f"{where}: the first token is of the prompt {prompt[:40]!r} and of "
+                f"what follows, {completion[:40]!r}, so that nothing is left to be "
+                "read. Begin the one with a space, or end the other with a line end."
+            )
+    notes["borders_moved"] += any(before != alone for before, _ in found)
+    return found

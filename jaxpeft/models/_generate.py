@@ -45,7 +45,9 @@ def generate(
     Args:
         model: a decoder with ``head="causal_lm"``.
         params: its parameters, plain or adapted, on any devices.
-        prompts: token ids of each row, at least one each.
+        prompts: token ids of each row, at least one each. Of a text take those of
+            ``models.opened``: a prompt stands alone here, and ends as it does in
+            training where it ends without a space (``models.joint``).
         max_new_tokens: the most tokens to add, at least 1.
         temperature: tau, at least 0; 0 takes the likeliest token.
         top_k: at least 1; ``None``: all tokens.

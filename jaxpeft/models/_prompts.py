@@ -28,7 +28,9 @@ def opened(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[: len(front)] == front else front + ids
 
 
-def joint(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+def joint(
+    tokenizer: Any, prompt: str, completion: str, *, alone: list[int] | None = None
+) -> tuple[list[int], list[int]]:
     r"""Returns the tokens of a prompt and of what follows, cut out of the whole text.
 
     Tokenised apart, a completion is not what stands in a text: SentencePiece puts a
@@ -52,6 +54,8 @@ def joint(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list
         tokenizer: a Hugging Face tokenizer.
         prompt: what is read; may be empty.
         completion: what follows it, with its own leading space where there is one.
+        alone: ``opened(tokenizer, prompt)``, to save the time where it is known, as
+            with several completions of one prompt; ``None``: it is made.
 
     Returns:
         ``(prompt_ids, completion_ids)``. The first are empty where a token spans the
@@ -73,13 +77,13 @@ def joint(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list
         >>> joint(transformers.ByT5Tokenizer(), "a", "bc")
         ([100], [101, 102])
     """
-    read = prompt.rstrip(" ")
-    prompt, completion = read, prompt[len(read) :] + completion
-    alone, whole = opened(tokenizer, prompt), opened(tokenizer, prompt + completion)
-    cut = len(alone)
+    text, before = prompt + completion, prompt.rstrip(" ")
+    if alone is None or before != prompt:
+        alone = opened(tokenizer, before)
+    whole, cut = opened(tokenizer, text), len(alone)
     if whole[:cut] != alone:
         if getattr(tokenizer, "is_fast", False):
-            cut = len(whole) - _behind(tokenizer, prompt + completion, len(prompt))
+            cut = len(whole) - _behind(tokenizer, text, len(before))
         else:
             same = (a == b for a, b in zip(alone, whole, strict=False))
             cut = next((i for i, equal in enumerate(same) if not equal), len(whole))

@@ -182,7 +182,7 @@ def _label_tokens(
             prompt = write_prompt(record)
             before = opened(tokenizer, prompt)
             for j, label in enumerate(records.labels):
-                read, after = joint(tokenizer, prompt, label)
+                read, after = joint(tokenizer, prompt, label, alone=before)
                 if read != before or not after:
                     raise ValueError(
                         f"`label_tokens` 'in_context': behind {prompt[-40:]!r} the "
