@@ -68,10 +68,13 @@ def encode_chat(
     marked = _MARKS.search(template) and getattr(tokenizer, "is_fast", False)
     # Each: the text, what of it is learnt, and how many messages it is of.
     parts: list[tuple[str, list[tuple[int, int]], int]] = []
+    endless = False  # whether something is said of which the end is not learnt
     for i, role in enumerate(roles):
         if role != "assistant":
             continue
         text, span, count = _turn(tokenizer, render, messages, i, where, notes)
+        said = messages[i].get("content", "").rstrip()
+        endless |= bool(said) and text[slice(*span)].rstrip().endswith(said)
         if parts and text.startswith(parts[-1][0]):
             parts[-1] = text, [*parts[-1][1], span], count
         else:
@@ -94,13 +97,12 @@ def encode_chat(
             # Earlier turns of a rewritten history are learnt in their own sequences.
             first = spanned.index(True) if any(spanned) else 0
             learnt[:first] = [False] * first
-            notes["chats_without_end"] += _ends(tokenizer, ids, spanned) and not (
-                _ends(tokenizer, ids, learnt)
-            )
+            endless |= _ends(tokenizer, ids, spanned) > _ends(tokenizer, ids, learnt)
         learnt[0] = False
         if not any(learnt):
             raise ValueError(f"{where}: no token of what the assistant says is learnt.")
         found.append((ids, learnt))
+    notes["chats_without_end"] += endless
     return found
 
 
@@ -190,10 +192,10 @@ def _learnt(
     return ids, learnt
 
 
-def _ends(tokenizer: Any, ids: list[int], learnt: list[bool]) -> bool:
-    """Whether an end token is among those that are learnt."""
+def _ends(tokenizer: Any, ids: list[int], learnt: list[bool]) -> int:
+    """How many end tokens are among those that are learnt."""
     pairs = zip(ids, learnt, strict=True)
-    return any(learn and token == tokenizer.eos_token_id for token, learn in pairs)
+    return sum(learn and token == tokenizer.eos_token_id for token, learn in pairs)
 
 
 def _note_unread(
