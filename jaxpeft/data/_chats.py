@@ -129,7 +129,12 @@ def _turn(
     start = len(os.path.commonprefix([prompt, text]))
     if _dense(said) not in _dense(text[len(base) :]):
         # The template leaves out a part of what is said, even of the last turn.
-        text = _written(base, prompt, text, said, where, i)
+        text = _written(base, prompt, text, said.rstrip(), start)
+        if not text:
+            raise ValueError(
+                f"{where}: the chat template does not write what message {i} says, so "
+                "that it cannot be learnt. Give prompts and completions."
+            )
         start, count = len(prompt), 0
     elif start < len(prompt):  # the turn is not written as it is opened
         place = text.find(said.strip(), len(base))
@@ -142,9 +147,12 @@ def _turn(
     return text, (start, end), count
 
 
-def _written(base: str, prompt: str, text: str, said: str, where: str, i: int) -> str:
-    """The prompt, all that is said, and what the template closes a turn with."""
-    said = said.rstrip()
+def _written(base: str, prompt: str, text: str, said: str, start: int) -> str:
+    """The prompt, all that is said, and what the template closes a turn with.
+
+    Of what is said the template's text has the end alone, where the turn begins, at
+    `start`. Nothing: it has not.
+    """
     least, most = 0, len(said)  # the longest end of it that the template has written
     while least < most:
         middle = (least + most) // 2
@@ -152,12 +160,10 @@ def _written(base: str, prompt: str, text: str, said: str, where: str, i: int) -
             most = middle
         else:
             least = middle + 1
-    if not said[least:].strip():
-        raise ValueError(
-            f"{where}: the chat template does not write what message {i} says, so that "
-            "it cannot be learnt. Give prompts and completions."
-        )
-    closing = text[text.rindex(said[least:]) + len(said[least:]) :]
+    place = text.rindex(said[least:])
+    if text[start:place].strip() or place + len(said) - least <= start:
+        return ""
+    closing = text[place + len(said) - least :]
     # The prompt may open what is thought already.
     opening, rest = prompt[len(base) :].rstrip(), said.lstrip()
     given = next(

@@ -204,9 +204,12 @@ def test_a_turn_that_is_not_closed_is_counted(tokenizer_with):
 
 
 def test_a_template_that_does_not_say_it_at_all(tokenizer_with):
+    """Also where what is said ends as the header or the end token does."""
     silent = CHATML.replace("{{ m['content'] }}", "")
-    with pytest.raises(ValueError, match="does not write what message 2 says"):
-        encode(tokenizer_with(silent), [{"m": PLAIN}])
+    for said in ("Me.", "It", "an end"):
+        chat = [PLAIN[1], {"role": "assistant", "content": said}]
+        with pytest.raises(ValueError, match="does not write what message 1 says"):
+            encode(tokenizer_with(silent), [{"m": chat}])
 
 
 def test_tools_and_further_keys_reach_the_template(tokenizer_with):

@@ -87,12 +87,11 @@ def alpaca(
         splits[split] = [row for _, row in good.read(range(len(rows)), one)]
         if facts := good.facts():
             bad[split] = facts
-    columns = {"messages": "messages"} if chat else {}
-    columns = columns or {"prompt": "prompt", "completion": "completion"}
+    columns = ["messages"] if chat else ["prompt", "completion"]
     task = make_text_task(
         name,
         {"validation": splits["train"], **splits},
-        **columns,
+        **{column: column for column in columns},
         metrics=metrics,
         pack=pack,
         bad_rows=bad_rows,
