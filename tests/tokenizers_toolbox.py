@@ -6,7 +6,7 @@ CORPUS = [
     "The capital of France is Paris.",
     "Question: what is 2 + 2?\nAnswer: 4",
     "Hello world, hello there. Unhappiness is happiness undone.\n\n  two  spaces",
-    "def f(x):\n    return x",
+    "def f(x):\n    return x\n\n",
 ] * 20
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
