@@ -121,7 +121,10 @@ def _by_token(behind: np.ndarray, pieces: Sequence[bytes]) -> np.ndarray:
     table = np.full((states, len(pieces)), HIT, np.int32)
     table[: len(behind)] = np.arange(len(behind))[:, None]
     lengths = np.array([len(piece) for piece in pieces])
-    starts, letters = np.cumsum(lengths) - lengths, np.frombuffer(b"".join(pieces), "u1")
+    starts, letters = (
+        np.cumsum(lengths) - lengths,
+        np.frombuffer(b"".join(pieces), "u1"),
+    )
     for i in range(lengths.max(initial=0)):
         (longer,) = np.nonzero(lengths > i)
         read = letters[starts[longer] + i]
