@@ -117,7 +117,7 @@ def generate(
     }
     # Below float32's normal numbers a division by it is one by zero.
     draws = temperature >= SMALLEST
-    run = _compiled(model, new, draws)
+    run = _compiled(model.clone(stop_tokens=()), new, draws)
     key = jax.random.key(0) if key is None else key  # of no use without a draw
     limit = np.int32(max_new_tokens)
     table = None if found is None else found.table
