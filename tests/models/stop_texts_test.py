@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from decoder_toolbox import content
-from prompt_ids_toolbox import CORPUS, byte_level
+from tokenizers_toolbox import CORPUS, byte_level
 
 from jaxpeft import models
 from jaxpeft.models._stop_texts import HIT, StopTexts, split_stops
