@@ -51,7 +51,7 @@ def tokenize(
       out too, with the reason of the "first_bad_row"; "borders_moved", prompts that by
       themselves have other tokens than before their completion, which a warning says
       (`jaxpeft.models.joint`); "chats_by_turns", whose turns are sequences of their
-      own; "chats_without_end", of which the template's marks leave the end token out;
+      own; "chats_without_end", in which no token that ends a turn is learnt;
       "unread KEY", what messages have and the chat template never asks for.
 
     Raises:
