@@ -8,7 +8,7 @@ import pytest
 from causal_toolbox import SHAPE
 
 import train
-from jaxpeft import interop, models
+from jaxpeft import interop
 from jaxpeft.cli import main
 
 # "sum 1 + 2" is asked as "+ 1 + 2", answered as "= 3 [EOS]".
@@ -116,6 +116,7 @@ def test_padding_changes_nothing(bare, tiny_llama, tiny_config, tmp_path):
 
 
 def test_options_that_there_are_none_of(bare, tiny_config, tmp_path):
+    path = str(bare / "sums.jsonl")
     for options, message in (
         ({"pad_tokn": "[EOS]"}, r"`config.tokenizer.pad_tokn`.*nearest: \['pad_token'"),
         ({"chat_template": "chatmI"}, "Did you mean 'chatml'"),
@@ -123,11 +124,8 @@ def test_options_that_there_are_none_of(bare, tiny_config, tmp_path):
     ):
         config = tiny_config()
         with config.unlocked():
-            config.model.name = str(bare)
-            small(config, bare, train="none.jsonl", prompt="q", completion="a")
-            config.data = dict(name="trec")
-            config.head, config.targets = (), ("q_proj",)
-            config.tokenizer = options
+            task = {"train": path, "validation": path, "prompt": "q", "completion": "a"}
+            small(config, bare, **task)
+            config.tokenizer = dict(options)
         with pytest.raises(ValueError, match=message):
-            train.run(config, tmp_path / "run")
-    assert models.tokenizer(bare).pad_token == "[EOS]"
+            train.run(config, tmp_path / options.popitem()[0])
