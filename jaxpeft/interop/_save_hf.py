@@ -31,6 +31,8 @@ BESIDE = (
     ),
     *("special_tokens_map.json", "added_tokens.json", "*.model"),
 )
+# What families call their number of layers.
+LAYERS = ("num_hidden_layers", "n_layer")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
 
@@ -88,8 +90,8 @@ def save_hf(
         What was written, with each adapter's change of its weight.
 
     Raises:
-        ValueError: a leaf is in no row of ``names``, an adapter depends on the input,
-            a value is not finite, the dtypes differ, or ``config`` and the source's
+        ValueError: a leaf is in no row of ``names``, a layer is missing, an adapter
+            depends on the input, a value is not finite, the dtypes differ, or ``config`` and the source's
             are of different models.
         FileExistsError: the folder has files in it.
 
@@ -108,6 +110,7 @@ def save_hf(
     content = _config(config, source)
     table = Table(names, dict(leaves_with_path(params)), axes)
     _check(table, params)
+    _check_layers(table, content)
     planned = _planned(table, None if dtype is None else jnp.dtype(dtype))
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
@@ -200,6 +203,18 @@ def _check(table: Table, params: PyTree) -> None:
         raise ValueError(
             "`params` has an adapter that depends on the input, so no kernel has its "
             "effect and no merged model; save_adapter keeps it."
+        )
+
+
+def _check_layers(table: Table, config: Mapping[str, Any]) -> None:
+    """Raises unless every layer is there: a reader would draw the others at random."""
+    have = sorted({m.number for m in table.modules if m.number is not None})
+    counts = [config[field] for field in LAYERS if config.get(field) is not None]
+    count = counts[0] if counts else max(have, default=-1) + 1
+    if have and have != [*range(count)]:
+        raise ValueError(
+            f"`params` has layers {have}, and the model {count} from 0 up; give the "
+            "whole tree. save_adapter and save_peft write the adapters of a part."
         )
 
 
