@@ -93,8 +93,8 @@ def load(
 
     Raises:
       ValueError: if there is no such model, its config is not implemented, its
-        tensors do not fit (all are listed), a file is cut short, or ``key`` is
-        needed and absent.
+        tensors do not fit (all are listed), a file is cut short, a number is NaN or
+        infinite, or ``key`` is needed and absent.
     """
     folder = _find(folder_or_name)
     config = _read_config(folder)
