@@ -167,7 +167,9 @@ def test_numbers_beyond_the_dtype_asked_for(write):
     content = tensors()
     content["bert.embeddings.LayerNorm.weight"][0] = 1e5
     folder = write(content)
-    with pytest.raises(ValueError, match="`param_dtype` is float16, .*LayerNorm.weight"):
+    with pytest.raises(
+        ValueError, match="`param_dtype` is float16, .*LayerNorm.weight"
+    ):
         models.load(folder, param_dtype="float16")
     models.load(folder, param_dtype="bfloat16")
 
