@@ -17,7 +17,7 @@ from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
-from jaxpeft.interop._tensors import on_host
+from jaxpeft.interop._tensors import is_finite, on_host
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # What goes along from the folder of the base: no weights, no code.
@@ -91,8 +91,8 @@ def save_hf(
 
     Raises:
         ValueError: a leaf is in no row of ``names``, a layer is missing, an adapter
-            depends on the input, a value is not finite, the dtypes differ, or ``config`` and the source's
-            are of different models.
+            depends on the input, a value is not finite, the dtypes differ, or
+            ``config`` and the source's are of different models.
         FileExistsError: the folder has files in it.
 
     Example:
@@ -257,12 +257,15 @@ def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
                 drift[module.name] = _change(old["weight"], merged["weight"])
         for part in sorted(module.leaves, reverse=True):
             value = on_host(merged[part])
-            if not np.all(np.isfinite(value.astype(np.float32))):
+            with np.errstate(over="ignore"):  # looked for here
+                cast = table.tensor(module, part, value, sliced=sliced).astype(dtype)
+            if not is_finite(cast):
+                held = "" if not is_finite(value) else f", beyond what {dtype} holds"
                 raise ValueError(
                     f"`params`: {module.leaves[part]!r} is not finite, as "
-                    f"{module.name}.{part}; nothing was written."
+                    f"{module.name}.{part}{held}; nothing was written."
                 )
-            yield table.tensor(module, part, value, sliced=sliced).astype(dtype)
+            yield cast
 
 
 def _pieces(table: Table, module: Module) -> tuple[dict[str, Any], bool]:

@@ -195,7 +195,7 @@ def _bytes(get: Mapping[str, Any]) -> Any:
 
 
 def _sentencepiece(get: Mapping[str, Any], unknown: str | None) -> Any:
-    """BPE over characters, as Llama 2 and Mistral have it; others fall back to bytes."""
+    """BPE over characters, as Llama 2 and Mistral have it; unknown ones as bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     if get["merges"] is None:

@@ -21,7 +21,7 @@ SPECIAL = {
     "[PAD7]": UNUSED,
 }
 TEXTS = [
-    "The year 2024, we'll say: it's 31415 times    better!\n\n  New lines\r\n\tand tabs.",
+    "The year 2024, we'll say: it's 31415 times    better!\n\n  New\r\n\tand tabs.",
     "<think>\nI think so.</think> Hello <tool_call>x</tool_call>world</s>",
     "<think> spaced </think>",
     " leading space, trailing ",
