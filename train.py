@@ -81,7 +81,14 @@ def _run(config, workdir, stack):
     )
     model, params = load_base()
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    tokenizer = models.tokenizer(config.model.name)
+    chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
+    tokenizer = training.call_named(
+        *(models, chosen, "tokenizer"), folder_or_name=config.model.name
+    )
+    told = {
+        "config": config.to_dict(),
+        "tokenizer": models.tokenizer_options(tokenizer),
+    }
     splits = data.tokenize(task, tokenizer, **limits)
     batches = data.batches(
         splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
@@ -289,7 +296,7 @@ def _run(config, workdir, stack):
             interop.save_adapter(
                 jp.combine(state.trainable, frozen),
                 folder / f"adapters/{step}",
-                metadata={"config": config.to_dict(), "step": step},
+                metadata={**told, "step": step},
                 overwrite=True,  # by a run that was stopped right here
             )
         if saves:
@@ -314,7 +321,7 @@ def _run(config, workdir, stack):
     interop.save_adapter(
         jp.combine(best.state.trainable, best.frozen),
         saved,
-        metadata={"config": config.to_dict(), held_out: after, "step": best.step},
+        metadata={**told, held_out: after, "step": best.step},
         overwrite=True,  # by a run that was complete
     )
     _, fresh = load_base()

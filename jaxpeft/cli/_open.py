@@ -110,6 +110,31 @@ def kind_of(folder: Path) -> str:
     return found[0]
 
 
+def open_tokenizer(base: Path, adapter: Path | None = None):
+    """The tokenizer of a base, as an adapter was trained with it.
+
+    An own adapter says what was changed, a PEFT one has a tokenizer of its own beside
+    it or none.
+
+    Returns:
+        ``(tokenizer, changed)``: whether it differs from what the base's files say.
+        ``(None, False)``: neither has one.
+    """
+    from jaxpeft import interop, models
+    from jaxpeft.models._tokenizer import has_tokenizer, read_tokenizer
+
+    if adapter is not None and kind_of(adapter) == PEFT and has_tokenizer(adapter):
+        return models.tokenizer(adapter), True
+    if not has_tokenizer(base):
+        return None, False
+    options: dict[str, Any] = {}
+    if adapter is not None and kind_of(adapter) == OWN:
+        options = interop.adapter_info(adapter)["metadata"].get("tokenizer") or {}
+    found = models.tokenizer(base, **options)
+    plain = models.tokenizer_options(read_tokenizer(base))
+    return found, plain != models.tokenizer_options(found)
+
+
 def new_folder(name: str) -> Path:
     """An output folder that is not there yet, or empty; checked before any work."""
     folder = Path(name)

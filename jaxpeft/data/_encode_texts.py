@@ -1,6 +1,8 @@
 """From rows of a writing task to token ids, and which of them are learnt."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,9 @@ from jaxpeft.data._encoded import Encoded
 from jaxpeft.data._labels import text_of
 from jaxpeft.data._task import value_of
 from jaxpeft.data._texts import TextTask
+from jaxpeft.models import turn_end
+
+_LOG = logging.getLogger("jaxpeft.data")
 
 # The ids of a sequence, and for each whether it is to be predicted.
 _Sequence = tuple[list[int], list[bool]]
@@ -37,14 +42,21 @@ def encode_texts(
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "`tokenizer` has no end token, after which writing stops. Write "
-            "tokenizer.eos_token = ..., one of its tokens."
+            "models.tokenizer(name, eos_token=...), one of its tokens, or "
+            "config.tokenizer.eos_token."
         )
     if task.form == "chat" and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"`tokenizer` has no chat template, and task {task.name!r} is of messages. "
-            "Write tokenizer.chat_template = ..., or give prompts and completions."
+            'Write models.tokenizer(name, chat_template="chatml"), another template or '
+            "a file, or config.tokenizer.chat_template, or give prompts and "
+            "completions."
         )
-    forms = {"text": _text, "completion": _completion, "chat": _chat, "choice": _choice}
+    forms = {"text": _text, "completion": _completion, "choice": _choice}
+    ends = {tokenizer.eos_token_id}
+    if task.form == "chat":
+        ends |= {turn_end(tokenizer)}
+        forms["chat"] = functools.partial(_chat, ends=ends)
     encode = forms[task.form]
     ids: list[int] = []
     learnt: list[bool] = []
@@ -72,6 +84,13 @@ def encode_texts(
         )
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     learn = np.asarray(learnt, bool)
+    if task.form == "chat" and not ends.intersection(np.asarray(ids)[learn].tolist()):
+        _LOG.warning(
+            "%s: the chat template ends no turn with a token of its own or the end "
+            "token, so that a model does not learn to stop; `stop` of models.generate "
+            "takes a text, too",
+            name,
+        )
     return Encoded(
         name=name,
         ids=np.asarray(ids, np.int32),
@@ -140,7 +159,14 @@ def _choice(
     return _completion(tokenizer, texts, columns[:2], where)
 
 
-def _chat(tokenizer: Any, row: Any, columns: tuple[str, ...], where: str) -> _Sequence:
+def _chat(
+    tokenizer: Any,
+    row: Any,
+    columns: tuple[str, ...],
+    where: str,
+    *,
+    ends: Collection[int | None],
+) -> _Sequence:
     messages = [
         _message(message, f"{where}, message {i}")
         for i, message in enumerate(value_of(row, columns[0], where))
@@ -177,10 +203,9 @@ def _chat(tokenizer: Any, row: Any, columns: tuple[str, ...], where: str) -> _Se
                 "told apart. Give prompts and completions."
             )
         end = len(through)
-        # Writing stops at the end token; templates put a line end behind it.
-        if tokenizer.eos_token_id in through[len(before) :]:
-            end = len(before) + 1
-            end += through[len(before) :].index(tokenizer.eos_token_id)
+        # Writing stops at a turn's end; templates put a line end behind it.
+        stops = (k for k in range(len(before), end) if through[k] in ends)
+        end = next(stops, end - 1) + 1
         learnt[len(before) : end] = [True] * (end - len(before))
     return ids, [False, *learnt[1:]]
 

@@ -126,8 +126,9 @@ def check_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            "`tokenizer` has no padding token. Where the model has no embedding to "
-            "spare for one, write tokenizer.pad_token = tokenizer.eos_token."
+            "`tokenizer` has no padding token. models.tokenizer(name) takes the end "
+            "token where there is none; name one of its tokens, "
+            "models.tokenizer(name, pad_token=...) or config.tokenizer.pad_token."
         )
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= vocab_size:

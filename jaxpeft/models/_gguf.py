@@ -51,7 +51,8 @@ _FIELDS = {
     "vocab_size": "vocab_size",
 }
 _CHECKED = ("attention.value_length", "rope.dimension_count")
-_IDS = ("bos", "eos", "padding")
+_IDS = ("bos", "padding")
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 
 
 class Slice(NamedTuple):
@@ -224,6 +225,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
             config[f"{ours}_token_id"] = file.field(f"tokenizer.ggml.{name}_token_id")
         if (divisors := file.rope_divisors()) is not None:
             config["rope_parameters"] = _scaled_rope(divisors, config)
+        ends = [file.field(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+        ends = [i for i in dict.fromkeys(ends) if i is not None]
+        config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
         names = list(file.keys())
         if "vocab_size" not in config:
             table = file.get_slice("embed_tokens.weight").get_shape()

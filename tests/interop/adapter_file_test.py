@@ -318,7 +318,7 @@ def test_a_flipped_bit_is_noticed(folder, params, name):
     file.write_bytes(whole)
     after = load_adapter(folder, params)
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    assert sum(not np.array_equal(x, y) for x, y in pairs) == 1  # control: it is one of them
+    assert sum(not np.array_equal(x, y) for x, y in pairs) == 1  # control
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
