@@ -113,6 +113,14 @@ def _class_of(model_type: Any) -> tuple[Any, Any]:
     )
 
 
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding of a config; None for a family that is not here."""
+    if config.get("model_type") not in FAMILIES:
+        return None
+    _, read = _class_of(config["model_type"])
+    return read(config).vocab_size
+
+
 def abstract(model: nn.Module) -> dict[str, Any]:
     """Returns the parameters of a model as shapes and dtypes, without memory.
 
