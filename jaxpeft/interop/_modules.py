@@ -42,6 +42,11 @@ class Module(NamedTuple):
         """``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"norm"``."""
         return self.row.kind
 
+    @property
+    def saved(self) -> str:
+        """Its path in a checkpoint of the tree alone."""
+        return (self.row.saved or self.row.theirs).replace("{i}", str(self.number))
+
     def order(self, d_out: int) -> np.ndarray:
         """Which of our output features is each of the checkpoint's."""
         size = self.row.interleaved

@@ -191,7 +191,8 @@ def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str
     that no other row shares; everything else by full paths. Ends that several rows
     share are never written, even where all of them are sites: the checkpoint's model
     may have a module more than our table (a pooler) that ends alike. So may it where
-    the tree lacks the first layers or one between, as a part of a pipeline does.
+    the tree lacks the first layers or one between, as a part of a pipeline does, or
+    is the text part of a model with vision.
     """
     chosen = {module.name for module in sites}
     rows: dict[str, list[Module]] = {}
@@ -209,6 +210,7 @@ def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str
             e for e in ends if not any(t == e or t.endswith("." + e) for t in others)
         ]
         whole = [m.number for m in each] in ([None], [*range(len(each))])
+        whole = whole and not each[0].row.saved
         if len(hits) == len(each) and free and whole:
             names.append(free[0])
         else:

@@ -23,6 +23,7 @@ from jaxpeft.interop._tensors import is_finite, on_host
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # What families call their number of layers.
 LAYERS = ("num_hidden_layers", "n_layer")
+LABELS = ("id2label", "label2id")
 GENERATION = "generation_config.json"
 # What older versions wrote beside a tokenizer's config, and would still be read.
 OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
@@ -74,6 +75,7 @@ def save_hf(
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
             a quantisation, ``pad_token_id`` and, for a new head, labels and
             architecture; tokenizer, generation config and chat template are copied.
+            Of a model with vision, the config of the text part alone is written.
         tokenizer: a tokenizer of transformers, to be written instead of that in
             ``source``; where the config has no ``pad_token_id``, it gets this one's.
         stop: token ids after which a text has ended (``models.stop_tokens``); those
@@ -179,6 +181,11 @@ def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, A
             "leave `source` out."
         )
     kept = json.loads(file.read_text(encoding="utf-8"))
+    inner, kind = kept.get("text_config"), config["model_type"]
+    if inner is not None and inner.get("model_type", kind) == kind:
+        # The tree is the text part of a larger model, and stands alone from here on.
+        labels = {name: kept[name] for name in LABELS if name in kept}
+        kept = dict(config) | labels
     if kept.get("model_type") != config["model_type"]:
         raise ValueError(
             f"`config` is of a {config['model_type']!r} and the one in `source` of a "
@@ -226,7 +233,7 @@ def _planned(table: Table, dtype: np.dtype | None) -> list[Planned]:
     planned = []
     for module, part in _parts(table):
         kind = dtype or jnp.dtype(table.leaves[module.leaves[part]].dtype)
-        name = f"{module.name}.{part}"
+        name = f"{module.saved}.{part}"
         planned.append(Planned(name, table.tensor_shape(module, part), kind))
     kinds = sorted({tensor.dtype.name for tensor in planned})
     if len(kinds) > 1:
@@ -258,7 +265,7 @@ def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
             if is_node(pieces.get("weight")):
                 before = detach(tree)["module"]
                 old = {p: before[name] for name, p in inside.items()}
-                drift[module.name] = _change(old["weight"], merged["weight"])
+                drift[module.saved] = _change(old["weight"], merged["weight"])
         for part in sorted(module.leaves, reverse=True):
             value = on_host(merged[part])
             with np.errstate(over="ignore"):  # looked for here
@@ -267,7 +274,7 @@ def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
                 held = "" if not is_finite(value) else f", beyond what {dtype} holds"
                 raise ValueError(
                     f"`params`: {module.leaves[part]!r} is not finite, as "
-                    f"{module.name}.{part}{held}; nothing was written."
+                    f"{module.saved}.{part}{held}; nothing was written."
                 )
             yield cast
 

@@ -14,8 +14,8 @@ from jaxpeft.models._config import BERTS, read_config
 from jaxpeft.models._deberta import Deberta
 from jaxpeft.models._deberta_config import read_deberta_config
 from jaxpeft.models._decoder import Decoder
-from jaxpeft.models._decoder_config import read_decoder_config
-from jaxpeft.models._decoder_families import TRAITS
+from jaxpeft.models._decoder_config import read_decoder_config, text_part
+from jaxpeft.models._decoder_families import TRAITS, WHOLES
 from jaxpeft.models._families import FAMILIES
 
 
@@ -90,6 +90,7 @@ def end_ids(config: Mapping[str, Any], *more: Mapping[str, Any]) -> tuple[int, .
 
     Those that are no row of the embedding, such as -1, are never written.
     """
+    config = text_part(config)
     size, found = config.get("vocab_size"), []
     for one in (config, *more):
         ids = one.get("eos_token_id")
@@ -100,7 +101,7 @@ def end_ids(config: Mapping[str, Any], *more: Mapping[str, Any]) -> tuple[int, .
 
 def _class_of(model_type: Any) -> tuple[Any, Any]:
     """The module of a family, and what reads its config."""
-    if model_type in TRAITS:
+    if model_type in TRAITS or model_type in WHOLES:
         return Decoder, read_decoder_config
     if model_type in BERTS:
         return Bert, read_config
