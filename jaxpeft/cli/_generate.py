@@ -2,8 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
 
 from jaxpeft.cli._console import note, stage
 from jaxpeft.cli._open import (
@@ -108,7 +108,7 @@ def run(given: argparse.Namespace) -> None:
         print(text if len(new) == 1 else " ".join(text.splitlines()))
 
 
-def _lines(stream: TextIO) -> list[str]:
+def _lines(stream: Iterable[str]) -> list[str]:
     """The lines that are not blank, without their ends, of Windows' kind as well."""
     lines = [line.rstrip("\r\n") for line in stream]
     kept = [line for line in lines if line.strip()]

@@ -87,7 +87,8 @@ class StopTexts:
 
     def _spell(self, text: bytes) -> list[int]:
         """The fewest tokens that are written as a text; none where there are none."""
-        ids = {piece: i for i, piece in reversed([*enumerate(self._pieces)])}
+        # The last of those that read alike: SentencePiece has bytes before its words.
+        ids = {piece: i for i, piece in enumerate(self._pieces)}
         best: list[list[int] | None] = [[]]
         for end in range(1, len(text) + 1):
             ways = [

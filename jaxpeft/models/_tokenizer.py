@@ -165,6 +165,11 @@ def turn_end(tokenizer: Any) -> int | None:
     template = getattr(tokenizer, "chat_template", None)
     if not template or (isinstance(template, Mapping) and "default" not in template):
         return None
+    return _turn_end(tokenizer, str(template), len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)  # asked once a chat
+def _turn_end(tokenizer: Any, template: str, size: int) -> int | None:
     import jinja2
 
     chat = [
