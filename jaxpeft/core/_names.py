@@ -34,6 +34,8 @@ class ModuleName(NamedTuple):
         interleaved: the head size, where the output's rotary pairs lie side by side,
             2j and 2j + 1, in our tree; the checkpoint has them half a head apart.
             For q, k and the norms of their heads; 0: ours are as the checkpoint's.
+        saved: its path in a checkpoint of the tree alone, where ``theirs`` lies in a
+            larger model that the tree is a part of; empty: it is ``theirs``.
     """
 
     theirs: str
@@ -41,3 +43,4 @@ class ModuleName(NamedTuple):
     kind: str
     tied: str = ""
     interleaved: int = 0
+    saved: str = ""

@@ -23,9 +23,11 @@ from jaxpeft.core._node import leaves_with_path, working_dtype
 from jaxpeft.core._paths import nearest
 from jaxpeft.interop._format import (
     CONFIG,
+    DIGEST,
     TENSORS,
     adapter_info,
     build_method,
+    digest,
     method_names,
 )
 from jaxpeft.interop._tensors import TensorFile
@@ -57,7 +59,8 @@ def load_adapter(
         FileNotFoundError: there is no adapter in the folder.
         ValueError: another version or format, unknown methods, sites that are not in
             ``params`` or already adapted, kernels of another shape or another base,
-            leaves missing, left over or mis-shaped. All are listed.
+            leaves missing, left over, mis-shaped or not finite, or a file that is not
+            as it was saved. All are listed.
     """
     folder = Path(folder)
     config = adapter_info(folder)
@@ -71,7 +74,7 @@ def load_adapter(
             f"{CONFIG} and {TENSORS} in {str(folder)!r} come from different saves (one "
             "was interrupted, or only one file was copied); copy both again."
         )
-    problems: list[str] = []
+    problems = _damages(folder / TENSORS, config)
     methods = [_load_method(entry, problems) for entry in config["methods"]]
     kernels = dict(leaves_with_path(params))
     wanted: set[str] = set()
@@ -84,6 +87,7 @@ def load_adapter(
         node = _load_site(entry, methods, kernels, file, check_base, problems, common)
         if node is not None:
             made[entry["path"]] = node
+    problems += file.not_finite(wanted & set(file.shapes))
     problems += [
         f"left over: {name!r} belongs to no site"
         for name in sorted(set(file.shapes) - wanted)
@@ -97,6 +101,16 @@ def load_adapter(
     is_site = lambda x: isinstance(x, AdaptedKernel)
     treedef = jax.tree.structure(params, is_leaf=is_site)
     return treedef.unflatten([made.get(path, x) for path, x in kernels.items()])
+
+
+def _damages(file: Path, config: Mapping[str, Any]) -> list[str]:
+    """Whether the file of arrays is the one that was saved, bit for bit."""
+    if DIGEST not in config or digest(file) == config[DIGEST]:  # older ones have none
+        return []
+    return [
+        f"{file.name} is not as it was saved: its SHA-256 is not the one in {CONFIG}. "
+        "It was damaged or changed; copy the folder again"
+    ]
 
 
 def _load_method(entry: Mapping[str, Any], problems: list[str]) -> Adapter | None:

@@ -65,9 +65,9 @@ def load_peft(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights are not safetensors, a file lies outside of the
-            folder, the config asks for what is not done here, or file, config and
-            tree do not fit. Nothing is loaded then.
+        ValueError: the weights are not safetensors or not finite, a file lies outside
+            of the folder, the config asks for what is not done here, or file, config
+            and tree do not fit. Nothing is loaded then.
 
     Example:
         >>> import tempfile, jax, jaxpeft as jp
@@ -104,6 +104,7 @@ def load_peft(
                 problems.append(f"left over: {key!r} is not what the config asks for")
     sites = _by_leaf(found, problems)
     _check_shared(found, table, file, problems)
+    problems += file.not_finite(used & set(file.shapes))
     if problems:
         lines = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(

@@ -190,7 +190,9 @@ def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str
     A row of the table all of whose modules are sites is named by the shortest end
     that no other row shares; everything else by full paths. Ends that several rows
     share are never written, even where all of them are sites: the checkpoint's model
-    may have a module more than our table (a pooler) that ends alike.
+    may have a module more than our table (a pooler) that ends alike. So may it where
+    the tree lacks the first layers or one between, as a part of a pipeline does, or
+    is the text part of a model with vision.
     """
     chosen = {module.name for module in sites}
     rows: dict[str, list[Module]] = {}
@@ -207,7 +209,9 @@ def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str
         free = [
             e for e in ends if not any(t == e or t.endswith("." + e) for t in others)
         ]
-        if len(hits) == len(each) and free:
+        whole = [m.number for m in each] in ([None], [*range(len(each))])
+        whole = whole and not each[0].row.saved
+        if len(hits) == len(each) and free and whole:
             names.append(free[0])
         else:
             names += hits

@@ -15,7 +15,7 @@ from jaxpeft.core._lift import (
 )
 from jaxpeft.core._node import OUT
 from jaxpeft.interop._modules import Module, Table
-from jaxpeft.interop._tensors import on_host
+from jaxpeft.interop._tensors import is_finite, on_host
 
 OTHER_WAYS = (
     "jaxpeft.merge and save_hf write a whole model, save_adapter writes jaxpeft's own "
@@ -74,11 +74,6 @@ class Collected(NamedTuple):
 def reordered(x: np.ndarray, axes: tuple, order: np.ndarray) -> np.ndarray:
     """A leaf with its out axis, where it has one, in another order."""
     return np.take(x, order, axes.index(OUT)) if OUT in axes else x
-
-
-def is_finite(x: np.ndarray) -> bool:
-    """Whether all of a floating array is."""
-    return bool(np.all(np.isfinite(x.astype(np.float32))))
 
 
 def collect(table: Table, untie: bool, problems: list[str]) -> Collected:

@@ -18,9 +18,12 @@ from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
-from jaxpeft.interop._tensors import on_host
+from jaxpeft.interop._tensors import is_finite, on_host
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# What families call their number of layers.
+LAYERS = ("num_hidden_layers", "n_layer")
+LABELS = ("id2label", "label2id")
 GENERATION = "generation_config.json"
 # What older versions wrote beside a tokenizer's config, and would still be read.
 OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
@@ -72,6 +75,7 @@ def save_hf(
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
             a quantisation, ``pad_token_id`` and, for a new head, labels and
             architecture; tokenizer, generation config and chat template are copied.
+            Of a model with vision, the config of the text part alone is written.
         tokenizer: a tokenizer of transformers, to be written instead of that in
             ``source``; where the config has no ``pad_token_id``, it gets this one's.
         stop: token ids after which a text has ended (``models.stop_tokens``); those
@@ -88,9 +92,9 @@ def save_hf(
         What was written, with each adapter's change of its weight.
 
     Raises:
-        ValueError: a leaf is in no row of ``names``, an adapter depends on the input,
-            a value is not finite, the dtypes differ, or ``config`` and the source's
-            are of different models.
+        ValueError: a leaf is in no row of ``names``, a layer is missing, an adapter
+            depends on the input, a value is not finite, the dtypes differ, or
+            ``config`` and the source's are of different models.
         FileExistsError: the folder has files in it.
 
     Example:
@@ -110,6 +114,7 @@ def save_hf(
         content["pad_token_id"] = tokenizer.pad_token_id
     table = Table(names, dict(leaves_with_path(params)), axes)
     _check(table, params)
+    _check_layers(table, content)
     planned = _planned(table, None if dtype is None else jnp.dtype(dtype))
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
@@ -176,6 +181,11 @@ def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, A
             "leave `source` out."
         )
     kept = json.loads(file.read_text(encoding="utf-8"))
+    inner, kind = kept.get("text_config"), config["model_type"]
+    if inner is not None and inner.get("model_type", kind) == kind:
+        # The tree is the text part of a larger model, and stands alone from here on.
+        labels = {name: kept[name] for name in LABELS if name in kept}
+        kept = dict(config) | labels
     if kept.get("model_type") != config["model_type"]:
         raise ValueError(
             f"`config` is of a {config['model_type']!r} and the one in `source` of a "
@@ -207,11 +217,23 @@ def _check(table: Table, params: PyTree) -> None:
         )
 
 
+def _check_layers(table: Table, config: Mapping[str, Any]) -> None:
+    """Raises unless every layer is there: a reader would draw the others at random."""
+    have = sorted({m.number for m in table.modules if m.number is not None})
+    counts = [config[field] for field in LAYERS if config.get(field) is not None]
+    count = counts[0] if counts else max(have, default=-1) + 1
+    if have and have != [*range(count)]:
+        raise ValueError(
+            f"`params` has layers {have}, and the model {count} from 0 up; give the "
+            "whole tree. save_adapter and save_peft write the adapters of a part."
+        )
+
+
 def _planned(table: Table, dtype: np.dtype | None) -> list[Planned]:
     planned = []
     for module, part in _parts(table):
         kind = dtype or jnp.dtype(table.leaves[module.leaves[part]].dtype)
-        name = f"{module.name}.{part}"
+        name = f"{module.saved}.{part}"
         planned.append(Planned(name, table.tensor_shape(module, part), kind))
     kinds = sorted({tensor.dtype.name for tensor in planned})
     if len(kinds) > 1:
@@ -243,15 +265,18 @@ def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
             if is_node(pieces.get("weight")):
                 before = detach(tree)["module"]
                 old = {p: before[name] for name, p in inside.items()}
-                drift[module.name] = _change(old["weight"], merged["weight"])
+                drift[module.saved] = _change(old["weight"], merged["weight"])
         for part in sorted(module.leaves, reverse=True):
             value = on_host(merged[part])
-            if not np.all(np.isfinite(value.astype(np.float32))):
+            with np.errstate(over="ignore"):  # looked for here
+                cast = table.tensor(module, part, value, sliced=sliced).astype(dtype)
+            if not is_finite(cast):
+                held = "" if not is_finite(value) else f", beyond what {dtype} holds"
                 raise ValueError(
                     f"`params`: {module.leaves[part]!r} is not finite, as "
-                    f"{module.name}.{part}; nothing was written."
+                    f"{module.saved}.{part}{held}; nothing was written."
                 )
-            yield table.tensor(module, part, value, sliced=sliced).astype(dtype)
+            yield cast
 
 
 def _pieces(table: Table, module: Module) -> tuple[dict[str, Any], bool]:

@@ -23,9 +23,9 @@ from jaxpeft.interop._peft_config import (
     TENSORS,
     in_saved_module,
 )
-from jaxpeft.interop._peft_sites import AdaptedModule, choose_form, collect, is_finite
+from jaxpeft.interop._peft_sites import AdaptedModule, choose_form, collect
 from jaxpeft.interop._peft_tensors import native, plain
-from jaxpeft.interop._tensors import on_host, write_tensors
+from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 
 FORMS = ("auto", "native", "portable")
 

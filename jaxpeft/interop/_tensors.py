@@ -1,6 +1,6 @@
 """safetensors files of whole arrays; the only caller of the library's writer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ def on_host(x: Any) -> np.ndarray:
         x = multihost_utils.process_allgather(x, tiled=True)
     # ascontiguousarray alone would turn a scalar into shape (1,).
     return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x))
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether no number of an array is NaN or infinite."""
+    return bool(np.isfinite(x).all())
 
 
 def write_tensors(
@@ -82,3 +87,11 @@ class TensorFile:
     def read(self, name: str) -> np.ndarray:
         """Reads one array."""
         return self._file.get_tensor(name)
+
+    def not_finite(self, names: Iterable[str]) -> list[str]:
+        """What is wrong with those of some arrays that hold NaN or infinity."""
+        return [
+            f"{name!r} has numbers that are NaN or infinite"
+            for name in sorted(names)
+            if not is_finite(self.read(name))
+        ]

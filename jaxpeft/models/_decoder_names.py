@@ -19,7 +19,11 @@ def decoder_names(
     rows = _gpt2() if gpt2 else _llama(config)
     prefix = "" if head is None else "transformer." if gpt2 else "model."
     names = [
-        (prefix + theirs, theirs.replace(".{i}", ".layer_{i}").replace(".", "/"), kind)
+        (
+            prefix + config.part + theirs,
+            theirs.replace(".{i}", ".layer_{i}").replace(".", "/"),
+            kind,
+        )
         for theirs, kind in rows
     ]
     if head == "causal_lm" and not config.tie_word_embeddings:
@@ -28,8 +32,12 @@ def decoder_names(
         names.append(("score", "score", "linear"))
     tied = head == "causal_lm" and config.tie_word_embeddings
     table = "wte" if gpt2 else "embed_tokens"
+    part = config.part
     return tuple(
-        row._replace(tied="lm_head" if tied and row.ours == table else "")
+        row._replace(
+            tied="lm_head" if tied and row.ours == table else "",
+            saved=row.theirs.replace(part, "", 1) if part else "",
+        )
         for row in module_names(names, scanned)
     )
 

@@ -1,5 +1,6 @@
 """From a Hugging Face folder to a Linen module and its parameters."""
 
+import collections
 import functools
 import json
 import logging
@@ -100,8 +101,8 @@ def load(
 
     Raises:
       ValueError: if there is no such model, its config is not implemented, its
-        tensors do not fit (all are listed), a file is cut short, or ``key`` is
-        needed and absent.
+        tensors do not fit (all are listed), a file is cut short, a number is NaN or
+        infinite, or ``key`` is needed and absent.
     """
     folder = _find(folder_or_name)
     config = _read_config(folder)
@@ -127,7 +128,7 @@ def load(
     )
     matched = match(
         folder,
-        sketch.config.model_type,
+        config["model_type"],
         tensors,
         wanted,
         shapes,
@@ -319,12 +320,23 @@ def _modules(paths: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(path.rpartition("/")[0] for path in paths))
 
 
+def _grouped(names: tuple[str, ...]) -> list[str]:
+    """Names of tensors; of many in one part of a model, such as vision, the part's."""
+    roots = collections.Counter(".".join(name.split(".")[:2]) for name in names)
+    found = {}
+    for name in sorted(names):
+        root = ".".join(name.split(".")[:2])
+        many = roots[root] > 4
+        found[f"{root}.* ({roots[root]} tensors)" if many else name] = None
+    return list(found)
+
+
 def _report(
     name: str, leaves: int, new: tuple[str, ...], ignored: tuple[str, ...]
 ) -> None:
     text = f"{name}: {leaves - len(new)} leaves read"
     if ignored:
-        text += f"; not used by this model: {', '.join(sorted(ignored))}"
+        text += f"; not used by this model: {', '.join(_grouped(ignored))}"
     if new:
         text += f"; NOT in the checkpoint, drawn at random: {', '.join(new)}"
     _LOG.log(logging.WARNING if new else logging.INFO, "%s", text)

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxpeft.models._chat_templates import chat_template as _chat_template
 from jaxpeft.models._checkpoint import GGUF
+from jaxpeft.models._folder_tokenizer import folder_tokenizer
 from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
 from jaxpeft.models._load import _find, _read_config, named_ends
 
@@ -53,8 +54,9 @@ def tokenizer(
             in its place.
 
     Raises:
-        ValueError: there is no such model, a token is not in its vocabulary, or
-            there is no such template or it does not render.
+        ValueError: there is no such model, its tokenizer's files are missing or
+            another model's, a token is not in its vocabulary, or there is no such
+            template or it does not render.
 
     Example:
         >>> tokenizer("smollm2", chat_template="alpaca")  # doctest: +SKIP
@@ -78,9 +80,7 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder or a GGUF file, as its files have it."""
     if folder.suffix == GGUF and folder.is_file():
         return gguf_tokenizer(folder)
-    from transformers import AutoTokenizer  # slow to import
-
-    return AutoTokenizer.from_pretrained(folder)
+    return folder_tokenizer(folder)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -142,6 +142,19 @@ def test_what_does_not_fit_is_refused(case, copy, params):
         load_peft(copy, params, names=STACKED, axes=AXES)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(copy, params, value):
+    tensors = tensors_of(copy)
+    bad = [f"{PART}.1.up.lora_B.weight", "base_model.model.score.bias"]
+    for key in bad:
+        tensors[key] = tensors[key] + np.float32(value)
+    save_file(tensors, copy / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="nothing was loaded") as raised:
+        load_peft(copy, params, names=STACKED, axes=AXES)
+    for key in bad:
+        assert f"{key!r} has numbers that are NaN or infinite" in str(raised.value)
+
+
 def test_all_that_does_not_fit_is_listed_at_once(copy, params):
     tensors = tensors_of(copy)
     gone = [f"{PART}.{i}.up.lora_A.weight" for i in range(L)]
