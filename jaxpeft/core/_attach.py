@@ -13,6 +13,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._allocation import Allocation, attach_arguments
+from jaxpeft.core._finite import check_finite
 from jaxpeft.core._kept import only_adds, take_components
 from jaxpeft.core._layers import site_methods
 from jaxpeft.core._lift import (
@@ -61,7 +62,8 @@ def attach(
     """Puts an adapter beside the kernels that ``targets`` names.
 
     Pure and traceable: under ``jax.eval_shape`` the sites of a model of any size
-    cost no memory. Attaching again to the result adds adapters at other sites.
+    cost no memory. Attaching again to the result adds adapters at other sites. Kernels
+    are looked through for NaN and infinities first, unless they are traced or shapes.
 
     Args:
         params: any pytree of arrays, or of their ``jax.ShapeDtypeStruct``: a Linen
@@ -93,7 +95,7 @@ def attach(
 
     Raises:
         ValueError: an entry matches nothing, a site is adapted already, a kernel is
-            not floating or its axes have no roles, or a rank is not possible.
+            not floating or finite or its axes have no roles, or a rank is not possible.
         TypeError: the adapter or the key is of the wrong kind.
 
     Example:
@@ -135,6 +137,7 @@ def attach(
         "alpha", alpha_pattern, adapter.alpha, by_path, roles, ranks
     )
     _check(adapter, by_path, roles, ranks)
+    check_finite({path: by_path[path] for path in paths}, roles)
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
