@@ -257,7 +257,7 @@ def _drawn(mixed: Mixed, seed: int, epoch: int) -> Integer[ndarray, " epoch_rows
     """
     drawn = []
     for task, quota in enumerate(mixed.quotas):
-        rows = np.flatnonzero(mixed.task_ids == task)
+        rows = np.arange(*np.searchsorted(mixed.task_ids, [task, task + 1]))
         first, last = epoch * quota // len(rows), -(-(epoch + 1) * quota // len(rows))
         shuffles = [
             rows[np.argsort(_draws(seed, i, len(rows), task=task), kind="stable")]

@@ -10,7 +10,7 @@ from numpy import ndarray
 from jaxpeft.data._encode_choices import encode_choices
 from jaxpeft.data._encode_texts import encode_texts
 from jaxpeft.data._encoded import Encoded
-from jaxpeft.data._labels import label_of, text_of
+from jaxpeft.data._labels import label_reader, text_of
 from jaxpeft.data._mixed import MixedTask, join, of_part
 from jaxpeft.data._pack import pack
 from jaxpeft.data._task import Rows, Task, near_misses
@@ -157,6 +157,7 @@ def _encode(
     name = f"{task.name}/{split}"
     ids, types, lengths, labels = [], [], [], []
     has_types = "token_type_ids" in tokenizer.model_input_names
+    label_of = label_reader(task)
     for chunk in chunks:
         texts: tuple[list[str], ...] = tuple([] for _ in task.text)
         for number in chunk:
@@ -164,7 +165,7 @@ def _encode(
             where = f"Task {task.name!r}, split {split!r}, row {number}"
             for column, column_texts in zip(task.text, texts, strict=True):
                 column_texts.append(text_of(row, column, where))
-            labels.append(label_of(task, row, where))
+            labels.append(label_of(row, where))
         found = tokenizer(
             *texts,
             truncation=True,

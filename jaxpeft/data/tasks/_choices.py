@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.data._labels import text_of
+from jaxpeft.data._lines import bare_name
 from jaxpeft.data._sources import read_tfds
+from jaxpeft.data._splits import also_in_train
 from jaxpeft.data._task import value_of
 from jaxpeft.data._texts import TextTask, make_text_task
-from jaxpeft.data.tasks._files import read_file
+from jaxpeft.data.tasks._files import read_splits, settle
 
 COLUMNS = {"prompt": "prompt", "choices": "choices", "answer": "answer"}
 
@@ -20,7 +22,7 @@ COLUMNS = {"prompt": "prompt", "choices": "choices", "answer": "answer"}
 def choices(
     *,
     train: str | Path,
-    validation: str | Path,
+    validation: str | Path | None = None,
     test: str | Path | None = None,
     prompt: str,
     choices: str | Sequence[str],
@@ -29,12 +31,18 @@ def choices(
     lead: str = " ",
     metrics: Sequence[str] | None = None,
     pack: bool = False,
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> TextTask:
-    r"""Returns a multiple-choice task over .jsonl files (.csv, .tsv: by column).
+    r"""Returns a multiple-choice task over files, as `files` reads them.
+
+    In .csv and .tsv files the choices have a column each.
 
     Args:
       train: file of the training rows.
-      validation: file of the validation rows.
+      validation: file of the validation rows. None cuts a tenth off `train`, chosen by
+        the hash of the prompt, so that none is in both.
       test: file of the test rows; None: no test split.
       prompt: what is read, columns in braces: "{question}\nAnswer:".
       choices: the column of lists of choices; or the columns, a choice each.
@@ -44,6 +52,9 @@ def choices(
       metrics: out of "accuracy", "accuracy_per_token", the deciding one first; None:
         both, in this order (`jaxpeft.data.score`).
       pack: whether several training rows share a sequence.
+      delimiter: as in `files`, with the following.
+      quoting: whether marks quote in .csv and .tsv files.
+      encoding: of the files.
 
     Returns:
       The task, rows in order. A "/" in the name of a column goes into one of several
@@ -70,16 +81,19 @@ def choices(
       ([' Bamako', ' Oslo'], 1)
     """
     paths = {"train": train, "validation": validation, "test": test}
-    paths = {split: Path(path) for split, path in paths.items() if path is not None}
-    read = {split: read_file(path, split) for split, path in paths.items()}
-    name = Path(train).stem
+    paths = {split: path for split, path in paths.items() if path is not None}
+    reading = dict(delimiter=delimiter, quoting=quoting, encoding=encoding)
+    read = read_splits(paths, **reading)
+    name = bare_name(train).stem
+    rows = _rows(name, read, prompt, choices, answer, answers, lead)
+    splits, shared = settle(rows, [COLUMNS["prompt"]], train)
     return make_text_task(
         name,
-        _rows(name, read, prompt, choices, answer, answers, lead),
+        splits,
         **COLUMNS,
         metrics=metrics,
         pack=pack,
-        facts={"files": {split: str(path) for split, path in paths.items()}},
+        facts={"files": {split: str(path) for split, path in paths.items()}, **shared},
     )
 
 
@@ -129,13 +143,18 @@ def tfds_choices(
         ours: read_tfds(dataset, split=theirs, data_dir=data_dir)
         for ours, theirs in splits.items()
     }
+    rows = _rows(dataset, read, prompt, choices, answer, answers, lead)
     return make_text_task(
         dataset,
-        _rows(dataset, read, prompt, choices, answer, answers, lead),
+        rows,
         **COLUMNS,
         metrics=metrics,
         pack=pack,
-        facts={"tfds": dataset, "splits": dict(splits)},
+        facts={
+            "tfds": dataset,
+            "splits": dict(splits),
+            "also_in_train": also_in_train(rows, [COLUMNS["prompt"]]),
+        },
     )
 
 
@@ -150,6 +169,7 @@ def _rows(
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of any columns as rows of a prompt, choices and an answer."""
     pieces = _pieces(prompt)
+    places = None if answers is None else _places(answers)
     fields = [field for _, field in pieces if field]
     found: dict[str, list[dict[str, Any]]] = {}
     for split, rows in splits.items():
@@ -172,8 +192,8 @@ def _rows(
                 )
             read = [text_of({"choices": text}, "choices", where) for text in listed]
             right = _inside(row, answer, where)
-            if answers is not None:
-                right = _place(right, answers, f"{where}: column {answer!r}")
+            if places is not None:
+                right = _place(right, places, f"{where}: column {answer!r}")
             found[split].append(
                 {
                     "prompt": "".join(text + texts.get(f, "") for text, f in pieces),
@@ -210,13 +230,20 @@ def _inside(row: Mapping[str, Any], column: str, where: str) -> Any:
     return _inside(value, rest, where)
 
 
-def _place(value: Any, answers: Sequence[str | int], where: str) -> int:
+def _places(answers: Sequence[str | int]) -> dict[str, int]:
+    """The place that each of `answers` stands for."""
+    said = [str(answer) for answer in answers]
+    if len(set(said)) < len(said):
+        raise ValueError(f"`answers` must differ, a place each; got {tuple(said)}.")
+    return {answer: place for place, answer in enumerate(said)}
+
+
+def _place(value: Any, places: Mapping[str, int], where: str) -> int:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     value = value.decode(errors="replace") if isinstance(value, bytes) else value
-    said = [str(answer) for answer in answers]
-    if str(value) not in said:
+    if str(value) not in places:
         raise ValueError(
-            f"{where} must be one of `answers` {tuple(said)}; got {value!r}."
+            f"{where} must be one of `answers` {tuple(places)}; got {value!r}."
         )
-    return said.index(str(value))
+    return places[str(value)]
