@@ -97,6 +97,12 @@ def read_lines(path: str | PathLike, encoding: str | None = None) -> Iterator[st
 
 
 def _checked(path: Any, number: int, line: str, encoding: str) -> str:
+    if "\0" in line:
+        order = "be" if line.startswith("\0") else "le"
+        raise ValueError(
+            f"{path}, line {number} has a NUL, which no text has. If "
+            f'the file is of UTF-16, write encoding="utf-16-{order}".'
+        )
     if not line.isascii() and (bad := _UNDECODED.search(line)):
         at = bad.start()
         around = _UNDECODED.sub("�", line[max(at - 20, 0) : at + 20].strip())
@@ -104,12 +110,6 @@ def _checked(path: Any, number: int, line: str, encoding: str) -> str:
             f"{path}, line {number} is not {encoding}: byte "
             f"0x{ord(bad[0]) - 0xDC00:02x} in {around!r}. Say in what it is written "
             'with `encoding`: encoding="latin-1", or of spreadsheets "cp1252".'
-        )
-    if "\0" in line:
-        order = "be" if line.startswith("\0") else "le"
-        raise ValueError(
-            f"{path}, line {number} has a NUL, which no text has: {line[:20]!r}. If "
-            f'the file is of UTF-16, write encoding="utf-16-{order}".'
         )
     return line.removeprefix("\ufeff") if number == 1 else line
 

@@ -52,8 +52,8 @@ _IGNORED = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u06
 _IGNORED |= frozenset(map(chr, [0x3164, 0xFFA0, *range(0xFE00, 0xFE10)]))
 _IGNORED |= frozenset(map(chr, range(0xE0100, 0xE01F0)))
 _CHARACTERS = _Characters()
-# An accent by itself, as in "it´s", is a sign; NFKC puts it on a space.
-_ACCENTS = re.compile("(?<!\\S)[\u0300-\u036f\u3099\u309a]+")
+# An accent on nothing, as in "it´s", or on what was taken out.
+_ACCENTS = re.compile("(?<!\\S)[\u0300-\u036f\u20d0-\u20ff\u3099\u309a]+")
 # A space between two letters of scripts that write none between words: Thai, Lao,
 # Tibetan, Burmese, Khmer, kana, Han.
 _ALONE = "[\u0e00-\u109f\u1780-\u17ff\u3005\u3040-\u9fff\U00020000-\U0003ffff]"
@@ -94,8 +94,7 @@ def _key(text: str) -> str:
         folded = unicodedata.normalize("NFD", text)
         for _ in range(2):  # what folding case makes may have a compatible form again
             folded = unicodedata.normalize("NFKC", folded.casefold())
-        folded = _ACCENTS.sub(" ", folded)
-    words = folded.translate(_CHARACTERS).split()
+    words = _ACCENTS.sub(" ", folded.translate(_CHARACTERS)).split()
     if folded.isascii() or not words:
         return " ".join(words or folded.split())
     # What is dropped may have stood between two parts of one character.
