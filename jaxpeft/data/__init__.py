@@ -24,6 +24,7 @@ from jaxpeft.data._prompts import write_prompt as write_prompt
 from jaxpeft.data._sample import sample as sample
 from jaxpeft.data._sample import unpacked as unpacked
 from jaxpeft.data._score import score as score
+from jaxpeft.data._sources import is_file_name as is_file_name
 from jaxpeft.data._sources import read_csv as read_csv
 from jaxpeft.data._sources import read_jsonl as read_jsonl
 from jaxpeft.data._sources import read_parquet as read_parquet

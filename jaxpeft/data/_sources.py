@@ -208,10 +208,14 @@ def read_file(path: str | PathLike, what: str, **options: Any) -> list[dict[str,
 
 
 def is_file_name(name: str | PathLike) -> bool:
-    """Whether a name ends as those of files do that `read_file` reads.
+    """Returns whether a name ends as that of a file of rows does: "a.csv", "B.JSON.gz".
 
     Args:
       name: with or without folders.
+
+    Example:
+      >>> is_file_name("rows.tsv.gz"), is_file_name("opinions/nyt")
+      (True, False)
     """
     return bare_name(name).suffix.lower() in READERS
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpeft.numerics import optional
+
 # What is read, and checked against the package that wrote it.
 QUANTISATIONS = ("F32", "F16", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -121,12 +123,8 @@ class GgufFile:
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, size: int, changed: int) -> Any:
     """The reader of a file; its lists of tokens take seconds to read."""
-    try:
+    with optional("GGUF files"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "GGUF files are read with the `gguf` package: pip install gguf."
-        ) from error
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:

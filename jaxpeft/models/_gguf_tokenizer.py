@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.models._gguf import GgufFile
+from jaxpeft.numerics import optional
 
 _CONTROL = 3  # the type of tokens such as <|im_start|>
 
@@ -17,8 +18,9 @@ def gguf_tokenizer(path: Path) -> Any:
     Raises:
       ValueError: if its tokenizer is of a kind that is not implemented.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import AddedToken, PreTrainedTokenizerFast
+    with optional("Tokenizers"):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+        from transformers import AddedToken, PreTrainedTokenizerFast
 
     with GgufFile(path) as file:
         get = {

@@ -31,8 +31,25 @@ def optional(what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        extra = EXTRAS.get(module, "train")
         raise ImportError(
-            f"{what} need the package `{module}`: pip install 'jaxpeft[{extra}]'.",
-            name=error.name,
+            f"{what} need the package `{module}`: {_install(error)}.", name=error.name
         ) from error
+
+
+def import_message(error: ImportError) -> str:
+    """Returns what an import error says, with the command that helps.
+
+    Args:
+        error: from ``optional``, which has the command already, or any other.
+
+    Example:
+        >>> import_message(ModuleNotFoundError("No module named 'rich'", name="rich"))
+        "No module named 'rich'. Write: pip install 'jaxpeft[train]'"
+    """
+    text = str(error)
+    return text if "pip install" in text else f"{text}. Write: {_install(error)}"
+
+
+def _install(error: ImportError) -> str:
+    module = (error.name or "").partition(".")[0]
+    return f"pip install 'jaxpeft[{EXTRAS.get(module, 'train')}]'"
