@@ -237,6 +237,8 @@ def _run(config, workdir, stack):
         f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
         f"of {config.batch_size} rows on {mesh.size} device(s); {folder}"
     )
+    for line in data.notes(task):  # rows held out that were trained on
+        bar.note(line)
     if first_step == total_steps:
         bar.note("This run is complete. Another one: --workdir=PATH.")
     elif first_step:

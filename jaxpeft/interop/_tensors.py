@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpeft.numerics import optional
+
 
 def on_host(x: Any) -> np.ndarray:
     """Returns an array as a contiguous NumPy array of the same shape and bits.
@@ -47,7 +49,8 @@ def write_tensors(
     Raises:
         ValueError: an array's dtype has no form in the file that reads back.
     """
-    from safetensors.numpy import save_file
+    with optional("Files of weights"):
+        from safetensors.numpy import save_file
 
     arrays = {name: on_host(x) for name, x in tensors.items()}
     for name, array in arrays.items():
@@ -69,7 +72,8 @@ class TensorFile:
     """A safetensors file opened for reading: the header first, arrays on demand."""
 
     def __init__(self, file: str | Path):
-        from safetensors import SafetensorError, safe_open
+        with optional("Files of weights"):
+            from safetensors import SafetensorError, safe_open
 
         try:
             self._file = safe_open(file, framework="np")

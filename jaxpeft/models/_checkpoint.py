@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpeft.models._families import Source
 from jaxpeft.models._gguf import GgufFile, is_readable
+from jaxpeft.numerics import optional
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,7 +107,8 @@ def opened(files: Any) -> Iterator[dict[Path, Any]]:
     Yields:
       A handle for each path.
     """
-    from safetensors import SafetensorError, safe_open
+    with optional("Files of weights"):
+        from safetensors import SafetensorError, safe_open
 
     with contextlib.ExitStack() as stack:
         handles = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.models._build import vocabulary_size
+from jaxpeft.numerics import optional
 
 WHOLE = "tokenizer.json"  # everything in one file
 
@@ -25,7 +26,8 @@ def folder_tokenizer(folder: Path) -> Any:
       ValueError: some of its files are missing, or its vocabulary does not fit the
         model's.
     """
-    from transformers import AutoTokenizer  # slow to import
+    with optional("Tokenizers"):
+        from transformers import AutoTokenizer  # slow to import
 
     try:
         made = AutoTokenizer.from_pretrained(folder)

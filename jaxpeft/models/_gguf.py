@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpeft.models._rope import Rope, frequencies
+from jaxpeft.numerics import optional
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # checked against transformers' reader
 
@@ -150,12 +151,8 @@ class GgufFile:
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, size: int, changed: int) -> Any:
     """The reader of a file; its lists of tokens take seconds to read."""
-    try:
+    with optional("GGUF files"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "GGUF files are read with the `gguf` package: pip install gguf."
-        ) from error
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.models._gguf import GgufFile
+from jaxpeft.numerics import optional
 
 # Types of tokens. Those of control (<|im_end|>) and those a user defined (<think>) stay
 # whole in a text; the others (normal, unknown, unused, byte) are found by merging.
@@ -82,8 +83,9 @@ def gguf_tokenizer(path: Path) -> Any:
       ValueError: if its tokenizer is of a kind that is not implemented, or the file
         contradicts itself.
     """
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
+    with optional("Tokenizers"):
+        from tokenizers import AddedToken
+        from transformers import PreTrainedTokenizerFast
 
     with GgufFile(path) as file:
         get = {name: file.field(f"tokenizer.ggml.{name}") for name in _FIELDS}

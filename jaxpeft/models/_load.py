@@ -39,6 +39,7 @@ from jaxpeft.models._families import FAMILIES, Source, sources
 from jaxpeft.models._gguf import gguf_config
 from jaxpeft.models._match import match
 from jaxpeft.models._packaged import fetch_packaged, packaged
+from jaxpeft.numerics import optional
 
 AT_ONCE = 1 << 28  # bytes of a stack that may be on the host as a whole
 
@@ -167,7 +168,8 @@ def _find(folder_or_name: str | Path) -> Path:
     parts = name.split("/")
     if isinstance(folder_or_name, Path) or len(parts) > 2 or name[:1] in "./~":
         raise ValueError(f"`folder_or_name` {name!r} is no folder.")
-    from huggingface_hub import snapshot_download
+    with optional("Names on the Hugging Face hub"):
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
