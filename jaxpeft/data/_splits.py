@@ -117,10 +117,10 @@ def row_key(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str:
     """
     texts = []
     for column in columns:
-        if isinstance(row.get(column), str | bytes | None):
-            texts.append(read_text(row, column, where))
-        else:
+        if isinstance(row.get(column), list | tuple | Mapping):
             texts += _read_of_chat(messages_of(row, column, where))
+        else:
+            texts.append(read_text(row, column, where))
     return text_key(texts)
 
 
