@@ -87,10 +87,10 @@ def read_lines(path: str | PathLike, encoding: str | None = None) -> Iterator[st
                 number += 1
                 yield _checked(path, number, line, said)
                 line = ""
-        except UnicodeError as error:  # UTF-16 without a mark
+        except UnicodeError as error:  # UTF-16 or UTF-32 without a mark
             raise ValueError(
                 f"{path} is not {said}: {error}. Without a byte-order mark, write "
-                'encoding="utf-16-le" or "utf-16-be".'
+                f'encoding="{said}-le" or "{said}-be".'
             ) from None
         if line:
             yield _checked(path, number + 1, line, said)

@@ -197,8 +197,8 @@ def prompt_files(
         output is not among `labels`.
 
     Example:
-      >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp()) / "moods.jsonl"
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "moods.jsonl"
       >>> _ = path.write_text('{"input": "hm", "output": "bad"}')
       >>> prompt_files(path, path).labels
       ('bad',)

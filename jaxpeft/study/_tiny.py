@@ -46,8 +46,9 @@ def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
     """Returns the tokenizer of ``tiny_model``: a token a byte, no files.
 
     Args:
-        words: have a token each, as short words have in tokenizers of real models: the
-            classes of a task, which are told apart by their first token.
+        words: what answers are told apart by, by their first token. Where two begin
+            with the same byte, each has a token of its own, as short words have in
+            tokenizers of real models.
 
     Raises:
         ValueError: there are more words than the model has room for.
@@ -61,6 +62,8 @@ def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
         import transformers
 
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    if len({word.encode()[:1] for word in words}) == len(words):
+        return tokenizer
     room = _CONFIG["vocab_size"] - len(tokenizer)
     if len(words) > room:
         raise ValueError(

@@ -24,9 +24,6 @@ NEEDS = {
         {"a": [1.0, 2.0]}, folder / "x.png"
     ),
     "orbax": lambda folder: training.Checkpointer(folder, config={}),
-    "tensorboardX": lambda folder: training.MetricsWriter(
-        folder, after=None, tensorboard=True
-    ),
     "grain": lambda folder: data.batches(one_row(), 1, seed=0),
     "pyarrow": lambda folder: data.read_parquet(folder / "x.parquet"),
     "zstandard": lambda folder: data.read_jsonl(folder / "x.jsonl.zst"),
