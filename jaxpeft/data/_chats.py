@@ -69,10 +69,13 @@ def encode_chat(
     marked = _MARKS.search(template) and getattr(tokenizer, "is_fast", False)
     # Each: the text, what of it is learnt, and how many messages it is of.
     parts: list[tuple[str, list[tuple[int, int]], int]] = []
+    endless = False  # whether something is said of which the end is not learnt
     for i, role in enumerate(roles):
         if role != "assistant":
             continue
         text, span, count = _turn(tokenizer, render, messages, i, where, notes)
+        said = messages[i].get("content", "").rstrip()
+        endless |= bool(said) and text[slice(*span)].rstrip().endswith(said)
         if parts and text.startswith(parts[-1][0]):
             parts[-1] = text, [*parts[-1][1], span], count
         else:
@@ -95,13 +98,13 @@ def encode_chat(
             # Earlier turns of a rewritten history are learnt in their own sequences.
             first = spanned.index(True) if any(spanned) else 0
             learnt[:first] = [False] * first
-        ends = _ends(tokenizer)
-        stops = any(i in ends for i, learn in zip(ids, learnt, strict=True) if learn)
-        notes["chats_without_end"] += not stops
+            ends = _ends(tokenizer)
+            endless |= _count(ends, ids, spanned) > _count(ends, ids, learnt)
         learnt[0] = False
         if not any(learnt):
             raise ValueError(f"{where}: no token of what the assistant says is learnt.")
         found.append((ids, learnt))
+    notes["chats_without_end"] += endless
     return found
 
 
@@ -128,7 +131,12 @@ def _turn(
     start = len(os.path.commonprefix([prompt, text]))
     if _dense(said) not in _dense(text[len(base) :]):
         # The template leaves out a part of what is said, even of the last turn.
-        text = _written(base, prompt, text, said, where, i)
+        text = _written(base, prompt, text, said.rstrip(), start)
+        if not text:
+            raise ValueError(
+                f"{where}: the chat template does not write what message {i} says, so "
+                "that it cannot be learnt. Give prompts and completions."
+            )
         start, count = len(prompt), 0
     elif start < len(prompt):  # the turn is not written as it is opened
         place = text.find(said.strip(), len(base))
@@ -140,9 +148,12 @@ def _turn(
     return text, (start, min(places, default=len(text))), count
 
 
-def _written(base: str, prompt: str, text: str, said: str, where: str, i: int) -> str:
-    """The prompt, all that is said, and what the template closes a turn with."""
-    said = said.rstrip()
+def _written(base: str, prompt: str, text: str, said: str, start: int) -> str:
+    """The prompt, all that is said, and what the template closes a turn with.
+
+    Of what is said the template's text has the end alone, where the turn begins, at
+    `start`. Nothing: it has not.
+    """
     least, most = 0, len(said)  # the longest end of it that the template has written
     while least < most:
         middle = (least + most) // 2
@@ -150,12 +161,10 @@ def _written(base: str, prompt: str, text: str, said: str, where: str, i: int) -
             most = middle
         else:
             least = middle + 1
-    if not said[least:].strip():
-        raise ValueError(
-            f"{where}: the chat template does not write what message {i} says, so that "
-            "it cannot be learnt. Give prompts and completions."
-        )
-    closing = text[text.rindex(said[least:]) + len(said[least:]) :]
+    place = text.rindex(said[least:])
+    if text[start:place].strip() or place + len(said) - least <= start:
+        return ""
+    closing = text[place + len(said) - least :]
     # The prompt may open what is thought already.
     opening, rest = prompt[len(base) :].rstrip(), said.lstrip()
     given = next(
@@ -194,6 +203,11 @@ def _ends(tokenizer: Any) -> set[int]:
     """The tokens after which a turn has ended."""
     own = {tokenizer.eos_token_id, turn_end(tokenizer)}
     return {token for token in own if token is not None}
+
+
+def _count(ends: set[int], ids: list[int], learnt: list[bool]) -> int:
+    """How many end tokens are among those that are learnt."""
+    return sum(learn and i in ends for i, learn in zip(ids, learnt, strict=True))
 
 
 def _note_unread(

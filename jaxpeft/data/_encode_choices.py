@@ -38,7 +38,7 @@ def encode_choices(
         prompt, choices, right = choices_of(row, task.columns, where)
         found = read_behind(tokenizer, prompt, choices, task.columns[0], where, notes)
         for place, choice in enumerate(choices):
-            if not found[place][1] or not choice.strip():
+            if not found[place][1]:
                 raise ValueError(
                     f"{where}: choice {place}, {choice!r}, has no token to score."
                 )

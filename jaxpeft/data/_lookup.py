@@ -59,11 +59,10 @@ def task(
             reason = f"{option!r} is given" if option in given else "it takes none"
             raise ValueError(f"Task {name!r} cannot be given {first!r}: {reason}.")
         given[option] = first
-    made = lambda given: function(**given)
+    changes = {}
     if "bad_rows" in given and "bad_rows" not in known and not rest:
-        bad_rows = given.pop("bad_rows")
-        check_bad_rows(bad_rows)
-        made = lambda given: function(**given)._replace(bad_rows=bad_rows)
+        changes["bad_rows"] = given.pop("bad_rows")
+        check_bad_rows(changes["bad_rows"])
     for option in given:
         if option not in known and not rest:
             near = near_misses(option, known)
@@ -74,4 +73,4 @@ def task(
             raise ValueError(
                 f"Task {name!r} needs the option {option!r}; given: {sorted(given)}."
             )
-    return made(given)
+    return function(**given)._replace(**changes)

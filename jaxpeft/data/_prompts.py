@@ -150,21 +150,20 @@ def prompt_set(
         used.update(map(key, watching))
     asked = order[held_out][:evaluated]
     more = list(islice(new, evaluated - len(asked)))
-    train_records = of("train", first)
-    evaluated_records = of(held_out, asked) + of("train", more)
+    shown, held, added = of("train", first), of(held_out, asked), of("train", more)
     if bad := {split: rows.facts() for split, rows in good.items() if rows.bad}:
         facts |= {"bad_rows": bad}
-        if not train_records or not evaluated_records:
+        if not shown or not held + added:
             raise ValueError(f"`task` {task.name!r} has too few good rows: {bad}.")
     facts |= {
         "seed": seed,
-        "evaluated_from": {held_out: len(asked), "train": len(more)},
+        "evaluated_from": {held_out: len(held), "train": len(added)},
     }
     return PromptSet(
         name=task.name,
-        train=train_records,
+        train=shown,
         validation=watched,
-        evaluated=evaluated_records,
+        evaluated=held + added,
         labels=labels,
         facts=facts,
     )

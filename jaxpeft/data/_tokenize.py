@@ -51,7 +51,8 @@ def tokenize(
       out too, with the reason of the "first_bad_row"; "borders_moved", prompts that by
       themselves have other tokens than before their completion, which a warning says
       (`jaxpeft.models.joint`); "chats_by_turns", whose turns are sequences of their
-      own; "chats_without_end", in which no token that ends a turn is learnt;
+      own; "chats_without_end", where the template does not close a turn or its marks
+      leave the end token out, so that the model is not taught to stop;
       "unread KEY", what messages have and the chat template never asks for.
 
     Raises:

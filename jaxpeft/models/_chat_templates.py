@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.models._prompts import opened
+from jaxpeft.numerics import optional
 
 _LOG = logging.getLogger("jaxpeft.models")
 
@@ -165,7 +166,8 @@ def chat_template(tokenizer: Any, given: str) -> str:
             f"`chat_template` {given!r} is no file, no Jinja text and none of "
             f"{', '.join(TEMPLATES)}.{f' Did you mean {near[0]!r}?' if near else ''}"
         )
-    import jinja2
+    with optional("Chat templates"):
+        import jinja2
 
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

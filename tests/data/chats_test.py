@@ -192,10 +192,24 @@ def test_a_turn_that_is_opened_with_what_the_template_leaves_out(tokenizer_with)
     assert texts_of(tokenizer, plain) == [(whole, "Me.<|im_end|>Yes.<|im_end|>")]
 
 
+def test_a_turn_that_is_not_closed_is_counted(tokenizer_with):
+    open_end = CHATML.replace(
+        "<|im_end|>\n",
+        "{% if not loop.last or m['role'] == 'user' %}<|im_end|>{{ '\\n' }}{% endif %}",
+    )
+    encoded = encode(tokenizer_with(open_end), [{"m": PLAIN}])
+    assert encoded.facts["chats_without_end"] == 1
+    closed = encode(tokenizer_with(CHATML), [{"m": PLAIN}])
+    assert "chats_without_end" not in closed.facts
+
+
 def test_a_template_that_does_not_say_it_at_all(tokenizer_with):
+    """Also where what is said ends as the header or the end token does."""
     silent = CHATML.replace("{{ m['content'] }}", "")
-    with pytest.raises(ValueError, match="does not write what message 2 says"):
-        encode(tokenizer_with(silent), [{"m": PLAIN}])
+    for said in ("Me.", "It", "an end"):
+        chat = [PLAIN[1], {"role": "assistant", "content": said}]
+        with pytest.raises(ValueError, match="does not write what message 1 says"):
+            encode(tokenizer_with(silent), [{"m": chat}])
 
 
 def test_tools_and_further_keys_reach_the_template(tokenizer_with):

@@ -217,7 +217,10 @@ def test_rows_that_held_out_splits_share_with_training_are_counted():
 def test_a_cut_names_the_row_it_cannot_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     for row, message in (
-        ({"m": [{"role": "user"}]}, "row 1, message 0, of the role 'user', has no 'content'"),
+        (
+            {"m": [{"role": "user"}]},
+            "row 1, message 0, of the role 'user', has no 'content'",
+        ),
         ({"m": ["hello"]}, "row 1, message 0 must be .*role.*; got 'hello'"),
         ({"m": None}, "row 1 has no value in column 'm'"),
         ({"m": 3}, "row 1: column 'm' must be text; got int 3"),

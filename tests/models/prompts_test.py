@@ -126,6 +126,16 @@ def test_a_token_across_the_border_is_the_completion_s(kind, prompt, completion)
         assert theirs[0] + theirs[1] != whole
 
 
+def test_a_prompt_of_other_tokens_that_ends_where_one_ends():
+    """Two line ends are one token at the end of a text, and two before a word."""
+    tokenizer = tokenizer_of("gpt2")
+    alone = models.opened(tokenizer, "undone.\n\n")
+    before, after = models.joint(tokenizer, "undone.\n\n", "Hello")
+    names = tokenizer.convert_ids_to_tokens
+    assert names(alone)[-1] == "ĊĊ" and names(before)[-2:] == ["Ċ", "Ċ"]
+    assert names(after) == ["Hello"]
+
+
 def test_without_offsets():
     """A slow tokenizer: cut where the prompt alone goes another way."""
     fast = byte_level()

@@ -93,13 +93,12 @@ def alpaca(
         splits[split] = [row for _, row in good.read(range(len(rows)), one)]
         if facts := good.facts():
             bad[split] = facts
-    columns = {"messages": "messages"} if chat else {}
-    columns = columns or {"prompt": "prompt", "completion": "completion"}
-    splits, shared = settle(splits, list(columns)[:1], train, bad_rows)
+    columns = ["messages"] if chat else ["prompt", "completion"]
+    splits, shared = settle(splits, columns[:1], train, bad_rows)
     return make_text_task(
         name,
         splits,
-        **columns,
+        **{column: column for column in columns},
         metrics=metrics,
         pack=pack,
         bad_rows=bad_rows,
