@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpeft.models._decoder_families import TRAITS
+
 # What is read, and checked against the package that wrote it.
 QUANTISATIONS = ("F32", "F16", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -198,4 +200,5 @@ def gguf_config(path: Path) -> dict[str, Any]:
             table = file.get_slice("embed_tokens.weight").get_shape()
             config["vocab_size"] = table[0]
         tied = "lm_head.weight" not in names
-        return {"model_type": kind, **config, "tie_word_embeddings": tied}
+        writes = {"architectures": [f"{TRAITS[kind].stem}ForCausalLM"]}
+        return {"model_type": kind, **writes, **config, "tie_word_embeddings": tied}
