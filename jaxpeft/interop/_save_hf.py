@@ -222,7 +222,7 @@ def _check_layers(table: Table, config: Mapping[str, Any]) -> None:
     have = sorted({m.number for m in table.modules if m.number is not None})
     counts = [config[field] for field in LAYERS if config.get(field) is not None]
     count = counts[0] if counts else max(have, default=-1) + 1
-    if have and have != [*range(count)]:
+    if have and not set(have) >= {*range(count)}:
         raise ValueError(
             f"`params` has layers {have}, and the model {count} from 0 up; give the "
             "whole tree. save_adapter and save_peft write the adapters of a part."
