@@ -18,7 +18,14 @@ from jaxpeft.core import _compat
 from jaxpeft.core._bound import Bound, NoRule, along, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
 from jaxpeft.core._rows import check_rows, row_changes
-from jaxpeft.core._thin import Read, labelled_dot, oriented, precision_of, read
+from jaxpeft.core._thin import (
+    Read,
+    labelled_dot,
+    oriented,
+    precision_of,
+    read,
+    shown,
+)
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
@@ -146,6 +153,7 @@ def dot_general(
     else:
         y = run(x, w.base)
 
+    x = shown(w, x, x_labels)
     rank = [("r", 0)]
     h_labels = batch + x_free + rank
 
