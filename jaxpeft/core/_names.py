@@ -14,10 +14,14 @@ class ModuleName(NamedTuple):
         kind: ``"linear"`` (a weight [out, in]), ``"conv1d"`` (a weight [in, out], as
             GPT-2 has it), ``"embedding"`` or ``"norm"``.
         tied: the other module of the checkpoint that shares this one's weight,
-            ``"lm_head"``; empty: none does.
+            ``"lm_head"``; empty: none does. Two more rows say where the two lie once
+            each has a leaf of its own (``interop.untie``): one of the same
+            ``theirs`` and another ``ours``, one of the other module.
         interleaved: the head size, where the output's rotary pairs lie side by side,
             2j and 2j + 1, in our tree; the checkpoint has them half a head apart.
             For q, k and the norms of their heads; 0: ours are as the checkpoint's.
+        called: whether the checkpoint's class calls the module. Where it only reads
+            the weight, an adapter of PEFT's beside it does nothing.
     """
 
     theirs: str
@@ -25,3 +29,4 @@ class ModuleName(NamedTuple):
     kind: str
     tied: str = ""
     interleaved: int = 0
+    called: bool = True

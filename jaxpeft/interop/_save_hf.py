@@ -74,9 +74,12 @@ def save_hf(
         folder: a new or an empty folder.
         names: what the modules are called in the checkpoint: ``model.names``.
         config: content of ``config.json``: ``model.hf_config``.
+            Of an untied tree (``untie``) the folder's says
+            ``tie_word_embeddings: false``.
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
-            a quantisation and, for a new head, labels and architecture; tokenizer,
-            generation config and chat template are copied.
+            a quantisation, a tie that is none any more and, for a new head, labels
+            and architecture; tokenizer, generation config and chat template are
+            copied.
         dtype: dtype of the tensors; by default the leaves', which must then be one:
             transformers loads in the one dtype that ``config.json`` names.
         max_shard_size: largest file of weights, in bytes or as ``"500MB"``; above
@@ -112,6 +115,8 @@ def save_hf(
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
     content |= {"dtype": kind.name}
+    if any(row.tied in table.by_name for row in table.rows):
+        content["tie_word_embeddings"] = False  # each has a table of its own here
     files = shards(planned, most)
     names_of = [WEIGHTS]
     if len(files) > 1:
