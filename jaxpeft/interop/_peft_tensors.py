@@ -23,6 +23,13 @@ def native(sites: list[AdaptedModule], modules: list[Module], problems: list[str
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     listed: dict[str, list] = {}
+    # What one site's method sets is said of all: of the others it is PEFT's default.
+    usual = {
+        field: DEFAULTS[site.form.peft_type][field]
+        for site in sites
+        for field in site.form.fields
+        if field in DEFAULTS[site.form.peft_type]
+    }
     for site in sites:
         form, name, kind = site.form, site.module.name, site.module.kind
         leaves = form.to_leaves(*site.ordered(), kind)
@@ -31,7 +38,10 @@ def native(sites: list[AdaptedModule], modules: list[Module], problems: list[str
             _add_shared(tensors, key, on_host(site.frozen[ours].T), name, problems)
         for field, here in form.lists.items():
             listed.setdefault(field, []).extend([site.module] if here else [])
-        _merge(config, {"peft_type": form.peft_type, **form.fields}, name, problems)
+        own = {"peft_type": form.peft_type, **usual, **form.fields}
+        if kind == "embedding":  # which PEFT decomposes in no way
+            own.pop("init_lora_weights", None)
+        _merge(config, own, name, problems)
         if site.rank is not None:
             ranks[name] = site.rank
         if site.alpha is not None:
