@@ -116,7 +116,10 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
             continue
         (module, *_) = modules
         if path == module.leaves.get("weight") and module.row.tied and not untie:
-            heads[module.name] = _tied_head(module)
+            # A table that is written whole is so as it lies, for both.
+            kind = "embedding" if form.whole else "linear"
+            row = ModuleName(module.row.tied, module.row.ours, kind)
+            heads[module.name] = module._replace(name=row.theirs, row=row)
             if not form.whole and not is_plain(node.adapter):
                 problems.append(
                     f"{module.name!r} shares its weight with {module.row.tied!r}, and "
@@ -151,12 +154,6 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
     biases = [m for m in modules if trained.get(m.name) == {"bias"}]
     ordered = [sites[m.name] for m in modules if m.name in sites]
     return Collected(ordered, whole, biases, modules, bool(heads))
-
-
-def _tied_head(module: Module) -> Module:
-    """The output head that has its weight from an embedding."""
-    row = ModuleName(module.row.tied, module.row.ours, "linear")
-    return module._replace(name=row.theirs, row=row)
 
 
 def _turned(site: AdaptedModule, head: Module) -> AdaptedModule:
