@@ -1,11 +1,12 @@
 """The adapted modules of a tree, and the form in which PEFT can have them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpeft.core import AdaptedKernel, ModuleName, PeftForm
+from jaxpeft.core import AdaptedKernel, Adapter, ModuleName, PeftForm
 from jaxpeft.core._lift import (
     layer_leaves,
     leaf_axes,
@@ -201,7 +202,24 @@ class _Host:
         return frozen, trainable, site.ranks or none, site.alphas or none
 
 
-def choose_form(form: str, sites: list[AdaptedModule], problems: list[str]) -> str:
+def decomposed_tie(name: str, method: Adapter, rows: Sequence[ModuleName]) -> str:
+    """Why a method that decomposes the base has no place on a tied head in PEFT."""
+    tied = {row.tied: row.theirs for row in rows if row.tied}
+    if name not in tied or not method.peft.redone:
+        return ""
+    return (
+        f"{name!r}: what {method.name!r} takes out of the weight, PEFT takes out of "
+        f"that of {tied[name]!r}, which is the same one, so that its look-up changes "
+        "too"
+    )
+
+
+def choose_form(
+    form: str,
+    sites: list[AdaptedModule],
+    rows: Sequence[ModuleName],
+    problems: list[str],
+) -> str:
     """``"native"``, ``"converted"`` or ``"portable"``, and what stands in its way."""
     if form == "auto":
         redone = [s.form.redone or s.form.peft_type is None for s in sites]
@@ -213,6 +231,8 @@ def choose_form(form: str, sites: list[AdaptedModule], problems: list[str]) -> s
         if not site.module.row.called:
             problems.append(f"{name!r} {NOT_CALLED}")
         if form == "native":
+            if why := decomposed_tie(name, site.node.adapter, rows):
+                problems.append(f"{why}; form='auto' writes plain LoRA")
             if site.form.peft_type is None or site.form.refusal:
                 why = site.form.refusal or f"PEFT has no {method!r}"
                 problems.append(f"{name!r}: {why}; form='auto' writes plain LoRA")

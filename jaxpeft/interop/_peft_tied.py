@@ -16,6 +16,7 @@ from jaxpeft.core._paths import resolve_pattern
 from jaxpeft.core._products import is_plain
 from jaxpeft.interop._modules import Table
 from jaxpeft.interop._peft_attach import Found, read_leaf
+from jaxpeft.interop._peft_sites import decomposed_tie
 from jaxpeft.interop._peft_whole import Whole
 from jaxpeft.interop._untie import Tie, loosened, ties
 
@@ -88,7 +89,11 @@ def settle(config, table: Table, tied: Table, found, whole, file, problems):
     """
     pairs = ties(table.rows)
     for site in found:
-        _check_decomposed(site, table.rows, problems)
+        if why := decomposed_tie(site.module.name, site.adapter, table.rows):
+            problems.append(
+                f"{why}. Convert the adapter to plain LoRA in PEFT, over a model "
+                "whose head is its own (path_initial_model_for_weight_conversion)"
+            )
     alone = {row.theirs: row for row in table.rows if row.tied}
     for name in (*(s.module.name for s in found), *(w.module.name for w in whole)):
         row = alone.get(name)
@@ -125,18 +130,6 @@ def _home(pairs: Sequence[Tie], each: Found | Whole) -> str:
     """The name of the module that has the leaf in a tied tree."""
     name = each.module.name
     return next((t.modules[0] for t in pairs if name in t.modules), name)
-
-
-def _check_decomposed(site: Found, rows: Sequence[ModuleName], problems) -> None:
-    heads = {row.tied: row.theirs for row in rows if row.tied}
-    name, method = site.module.name, site.adapter
-    if name in heads and method.peft.redone:
-        problems.append(
-            f"{name!r}: what {method.name!r} takes out of the weight, PEFT takes out "
-            f"of {heads[name]!r}, too, which shares it, so that its look-up is not the "
-            "base's. Convert the adapter to plain LoRA in PEFT "
-            "(path_initial_model_for_weight_conversion) over an untied model"
-        )
 
 
 def _one_site(config, tie: Tie, own: Sequence[Found], file, problems) -> Found | None:

@@ -139,7 +139,7 @@ def save_peft(
     sites, biases = found.sites, found.biases
     whole = found.whole + _head(table, task_type, found.whole)
     biases = [m for m in biases if m not in whole]
-    written = choose_form(form, sites, problems)
+    written = choose_form(form, sites, table.rows, problems)
     _check(written, rank, whole + biases, problems)
     _raise(problems)
 
