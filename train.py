@@ -134,7 +134,7 @@ def _run(config, workdir, stack):
     adapter_key = next(keys)
     whole_key = next(keys) if config.head else None
     if config.start:  # what another run saved, head and all
-        adapted = interop.load_adapter(config.start, params)
+        adapted = interop.load_adapter(config.start, params, names=model.names)
     else:
         adapted = jp.attach(
             params,
@@ -157,7 +157,8 @@ def _run(config, workdir, stack):
         )
     if config.stage:
         adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
-    specs = training.param_specs(params, mesh, axes=model.axes)
+    # An adapter read from PEFT may have untied the head from the embedding.
+    specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
     adapted = training.place(adapted, mesh, specs)
     trainable, frozen = jp.partition(adapted)
     sizes = jp.count(adapted)
@@ -327,7 +328,8 @@ def _run(config, workdir, stack):
         overwrite=True,  # by a run that was complete
     )
     _, fresh = load_base()
-    reloaded = training.place(interop.load_adapter(saved, fresh), mesh, specs)
+    reloaded = interop.load_adapter(saved, fresh, names=model.names)
+    reloaded = training.place(reloaded, mesh, specs)
     again = evaluate(*jp.partition(reloaded), held_out, bar)
     if again != after:
         raise RuntimeError(f"the saved adapter scores {again} when read, not {after}.")

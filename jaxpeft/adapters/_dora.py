@@ -187,7 +187,7 @@ def dora(
 def _read(config, kind):
     """The options that a PEFT config means; see ``PeftForm.read``."""
     start = config.get("init_lora_weights")
-    if start in ("pissa", "olora"):
+    if start in ("pissa", "olora") and kind != "embedding":
         if kind != "linear" and not (start == "pissa" and kind == "conv1d"):
             return None
         options = read_lora(config, kind, (start,), use_dora=True)

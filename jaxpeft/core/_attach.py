@@ -40,7 +40,12 @@ from jaxpeft.core._node import (
     wider,
     working_dtype,
 )
-from jaxpeft.core._paths import Targets, module_path, resolve_pattern
+from jaxpeft.core._paths import (
+    Targets,
+    matrix_words,
+    module_path,
+    resolve_pattern,
+)
 from jaxpeft.core._per_layer import per_layer_values
 from jaxpeft.core._progress import Progress
 from jaxpeft.core._targets import choose
@@ -87,7 +92,8 @@ def attach(
             also leaves out everything inside the modules that it names.
         axes: roles of the axes of kernels, ``{pattern: "layer in out"}``. Words:
             ``in``, ``out``, and any other word for a batch axis (a stacked layer,
-            an expert). Two axes are ``"in out"`` unless said otherwise; kernels
+            an expert). Two axes are ``"in out"`` (the table of an output head,
+            ``lm_head/embedding``: ``"out in"``) unless said otherwise; kernels
             with more need an entry.
 
     Returns:
@@ -169,7 +175,7 @@ def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
     roles = {}
     for path in paths:
         shape = by_path[path].shape
-        words = given.get(path, "in out" if len(shape) == 2 else None)
+        words = given.get(path, matrix_words(path) if len(shape) == 2 else None)
         if words is None:
             raise ValueError(
                 f"site {path!r} has shape {tuple(shape)}, and a parameter tree does "

@@ -1,7 +1,7 @@
 """Reading adapters from a folder: everything fits, or nothing is loaded."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxpeft.core import AdaptedKernel, Adapter, Site
+from jaxpeft.core import AdaptedKernel, Adapter, ModuleName, Site
 from jaxpeft.core._lift import (
     from_matrices,
     initialise,
@@ -31,11 +31,16 @@ from jaxpeft.interop._format import (
     method_names,
 )
 from jaxpeft.interop._tensors import TensorFile
+from jaxpeft.interop._untie import untied_for
 from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
 
 
 def load_adapter(
-    folder: str | Path, params: PyTree, *, check_base: bool = True
+    folder: str | Path,
+    params: PyTree,
+    *,
+    check_base: bool = True,
+    names: Sequence[ModuleName] = (),
 ) -> PyTree:
     """Puts saved adapters back beside the kernels they were trained with.
 
@@ -51,6 +56,8 @@ def load_adapter(
             the adapter was trained with; of leaves that were trained in full, the
             dtype alone. ``False`` allows another base of the same shapes, such as the
             same weights in another dtype.
+        names: ``model.names``. With them a tied tree is untied (``untie``) where the
+            adapter acts on the embedding or on the head alone, as PEFT's do.
 
     Returns:
         The adapted tree, equal in structure and leaves to the saved one.
@@ -76,6 +83,7 @@ def load_adapter(
         )
     problems = _damages(folder / TENSORS, config)
     methods = [_load_method(entry, problems) for entry in config["methods"]]
+    params = untied_for(params, names, [entry["path"] for entry in config["sites"]])
     kernels = dict(leaves_with_path(params))
     wanted: set[str] = set()
     made: dict[str, AdaptedKernel] = {}
@@ -140,7 +148,12 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
     count = len(problems)
     if kernel is None:
         near = nearest(path, list(kernels))
-        problems.append(f"no leaf {path!r} in `params`; nearest: {near}")
+        problems.append(
+            f"no leaf {path!r} in `params`; nearest: {near}. Of a tied model, an "
+            "adapter of the embedding or the head alone needs names=model.names."
+            if path.endswith("/embedding")
+            else f"no leaf {path!r} in `params`; nearest: {near}"
+        )
         return None
     if isinstance(kernel, AdaptedKernel):
         problems.append(f"{path!r} already carries {kernel.adapter.name!r}")

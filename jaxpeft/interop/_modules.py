@@ -10,7 +10,12 @@ from jaxpeft.core import AdaptedKernel, ModuleName
 from jaxpeft.core._attach import parse_roles
 from jaxpeft.core._lift import matrix_shape, to_matrices
 from jaxpeft.core._node import BATCH, IN, OUT
-from jaxpeft.core._paths import module_path, nearest, resolve_pattern
+from jaxpeft.core._paths import (
+    matrix_words,
+    module_path,
+    nearest,
+    resolve_pattern,
+)
 
 KINDS = ("linear", "conv1d", "embedding", "norm")
 MATRICES = ("linear", "conv1d", "embedding")
@@ -82,6 +87,7 @@ class Table:
         self.leaves = dict(leaves)
         weights = [p for p, x in leaves.items() if len(x.shape) >= 2]
         self.words = resolve_pattern("axes", axes, weights) if axes else {}
+        self.rows = tuple(map(_checked, names))
         owned: dict[str, dict[str, str]] = {}
         for path in leaves:
             last = path.rpartition("/")[2]
@@ -89,8 +95,8 @@ class Table:
             if kind:
                 owned.setdefault(module_path(path), {})[kind] = path
         self.modules: list[Module] = []
-        for row in names:
-            self.modules += self._expand(_checked(row), owned)
+        for row in self.rows:
+            self.modules += self._expand(row, owned)
         self.by_name = {module.name: module for module in self.modules}
         self.by_leaf: dict[str, list[Module]] = {}
         for module in self.modules:
@@ -191,7 +197,8 @@ class Table:
         """Roles of a matrix's axes: as given, or two after those of its stack."""
         roles, ndim = self.roles_of(path), len(self.leaves[path].shape)
         if roles is None:
-            roles = (IN, OUT) if module.layer is None else (BATCH, IN, OUT)
+            matrix = tuple(matrix_words(path).split())
+            roles = matrix if module.layer is None else (BATCH, *matrix)
         if len(roles) != ndim:
             raise ValueError(
                 f"the kernel {path!r} has {ndim} axes and nothing says which of them "

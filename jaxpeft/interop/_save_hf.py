@@ -72,10 +72,13 @@ def save_hf(
         folder: a new or an empty folder.
         names: what the modules are called in the checkpoint: ``model.names``.
         config: content of ``config.json``: ``model.hf_config``.
+            Of an untied tree (``untie``) the folder's says
+            ``tie_word_embeddings: false``.
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
-            a quantisation, ``pad_token_id`` and, for a new head, labels and
-            architecture; tokenizer, generation config and chat template are copied.
-            Of a model with vision, the config of the text part alone is written.
+            a quantisation, a tie that is none any more, ``pad_token_id`` and, for a
+            new head, labels and architecture; tokenizer, generation config and chat
+            template are copied. Of a model with vision, the config of the text part
+            alone is written.
         tokenizer: a tokenizer of transformers, to be written instead of that in
             ``source``; where the config has no ``pad_token_id``, it gets this one's.
         stop: token ids after which a text has ended (``models.stop_tokens``); those
@@ -119,6 +122,8 @@ def save_hf(
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
     content |= {"dtype": kind.name}
+    if any(row.tied in table.by_name for row in table.rows):
+        content["tie_word_embeddings"] = False  # each has a table of its own here
     files = shards(planned, most)
     names_of = [WEIGHTS]
     if len(files) > 1:

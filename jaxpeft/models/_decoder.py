@@ -42,6 +42,10 @@ class Decoder(nn.Module):
     Hugging Face: ``self_attn/q_proj/kernel``, ``mlp/gate_proj/kernel`` and so on. In
     GPT-2 they are ``wte``, ``wpe``, ``h/layer_{i}/...`` and ``ln_f``.
 
+    Where the config ties head and embedding, ``embed_tokens/embedding`` is both. The
+    same model also runs a tree in which each has its own table (``interop.untie``):
+    ``embed_tokens/lookup/embedding`` and ``lm_head/embedding``, both [V, D].
+
     Attributes:
       config: sizes and constants.
       head: None, ``"causal_lm"``, ``"classification"`` or ``"regression"``.
@@ -115,6 +119,8 @@ class Decoder(nn.Module):
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
         if self.head == "causal_lm" and not config.tie_word_embeddings:
             self.lm_head = _head(self, config.vocab_size)
+        elif self._is_untied:
+            self.lm_head = Embedding(*options, config.vocab_size)
         if self.head in ("classification", "regression"):
             self.score = _head(self, self.num_labels)
 
@@ -219,10 +225,18 @@ class Decoder(nn.Module):
         gpt2 = self.config.model_type == "gpt2"
         if not self.config.tie_word_embeddings:
             out = self.lm_head(hidden)
+        elif self._is_untied:
+            out = self.lm_head.attend(hidden)
         else:
             out = (self.wte if gpt2 else self.embed_tokens).attend(hidden)
         out, cap = at_least_float32(out), self.config.final_logit_softcapping
         return out if cap is None else jnp.tanh(out / cap) * cap
+
+    @property
+    def _is_untied(self) -> bool:
+        """Whether a tied config's parameters have a table for the head alone."""
+        tied = self.head == "causal_lm" and self.config.tie_word_embeddings
+        return tied and self.has_variable("params", "lm_head")
 
     def _positions(self, tokens: int, positions: Any, cache: Any) -> Array:
         longest = self.config.max_position_embeddings
