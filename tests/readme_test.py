@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -52,3 +53,24 @@ def test_commands_can_be_read():
 
     commands = re.findall(r"^jaxpeft (.*)$", TEXT, re.MULTILINE)
     assert {parser().parse_args(c.split()).command for c in commands} >= {"merge"}
+
+
+def test_what_commands_name_is_there():
+    """Tasks, models and methods of the README's commands, in blocks and in lines."""
+    from jaxpeft import data, models
+    from jaxpeft.cli._main import parser
+    from jaxpeft.study._tiny import TINY
+
+    commands = re.findall(r"(?:^|`)jaxpeft ([a-z]+ [^`\n]+)", TEXT, re.MULTILINE)
+    seen = set()
+    for command in commands:
+        given = vars(parser().parse_args(shlex.split(command)))
+        if (task := given.get("task")) and not data.is_file_name(task):
+            name = task.partition("/")[0].removeprefix("prompted")
+            assert hasattr(data.tasks, name), command
+            seen.add("task")
+        for model in filter(None, (given.get("model"), given.get("base"))):
+            own = model in models.packaged or model == TINY
+            assert own or "/" in model, command  # or a folder of the reader's
+            seen.add("model")
+    assert seen == {"task", "model"} and any("--model tiny" in c for c in commands)

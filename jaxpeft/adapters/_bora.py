@@ -77,7 +77,8 @@ def bora(
         stop_gradient_norms: whether both norms are constants for differentiation. The
             merged kernel does not change when the first magnitude is multiplied by a
             number; the exact gradient knows, one with constant norms drifts.
-        eps: norms are clamped at eps, > 0.
+        eps: norms are clamped at eps, > 0, of the norm of what W and a b bring to them
+            (and at 1e-6 of it, float32's own limit, if eps is below).
 
     Returns:
         An ``Adapter`` with trainable ``a``, ``b``, ``m_out`` and ``m_in`` (float32
@@ -127,21 +128,21 @@ def bora(
         magnitudes = {f"m_{axis}": norms[axis] for axis in order}
         return frozen, {"a": a, "b": b} | magnitudes
 
-    def ratio(axis, squares, frozen, trainable):
-        if stop_gradient_norms:
-            squares = jax.lax.stop_gradient(squares)
-        live = frozen[f"live_{axis}"]
-        return magnitude_ratio(trainable[f"m_{axis}"], squares, live, eps)
+    held = jax.lax.stop_gradient if stop_gradient_norms else lambda x: x
 
     def factors(kernel, frozen, trainable):
         a, b = trainable["a"], frozen["scale"] * trainable["b"]
-        base = frozen[f"w2_{first}"]
-        squares = factored_square_norms(kernel, a, b, first, base)
-        scale = {first: ratio(first, squares, frozen, trainable)}
-        weight = scale[first] ** 2
-        base = square_norms(kernel, last, weight)
-        squares = factored_square_norms(kernel, a, b, last, base, weight)
-        scale[last] = ratio(last, squares, frozen, trainable)
+
+        def ratio(axis, base, weight=None):
+            squares = factored_square_norms(
+                kernel, held(a), held(b), axis, base, weight, eps=eps
+            )
+            live = frozen[f"live_{axis}"]
+            return magnitude_ratio(trainable[f"m_{axis}"], squares, live)
+
+        scale = {first: ratio(first, frozen[f"w2_{first}"])}
+        weight = held(scale[first] ** 2)
+        scale[last] = ratio(last, square_norms(kernel, last, weight), weight)
         return Factors(a=a, b=b, c=scale["in"], o=scale["out"])
 
     def report(frozen, trainable):

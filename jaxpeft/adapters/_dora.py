@@ -86,7 +86,8 @@ def dora(
         stop_gradient_norm: whether the norm is a constant for differentiation, as
             the paper proposes to save memory. Here the exact gradient costs one more
             thin matmul and no memory; the magnitude's gradient is the same.
-        eps: the norm is clamped at eps, > 0.
+        eps: the norm is clamped at eps, > 0, of the norm of what W and a b bring to it
+            (and at 1e-6 of it, float32's own limit, if eps is below).
 
     Returns:
         An ``Adapter`` with trainable ``a``, ``b`` and ``m_out`` (float32 whatever the
@@ -145,10 +146,10 @@ def dora(
             pairs.append((-frozen["a0"], frozen["scale"] * frozen["b0"]))
         a = jnp.concatenate([a for a, _ in pairs], 1)
         b = jnp.concatenate([b for _, b in pairs], 0)
-        squares = factored_square_norms(kernel, a, b, "out", frozen["w2_out"])
         if stop_gradient_norm:
-            squares = jax.lax.stop_gradient(squares)
-        o = magnitude_ratio(trainable["m_out"], squares, frozen["live_out"], eps)
+            a, b = jax.lax.stop_gradient((a, b))
+        squares = factored_square_norms(kernel, a, b, "out", frozen["w2_out"], eps=eps)
+        o = magnitude_ratio(trainable["m_out"], squares, frozen["live_out"])
         fixed = pairs[1] if init in STARTS else None
         return Factors(a=pairs[0][0], b=pairs[0][1], o=o, fixed=fixed)
 
@@ -186,7 +187,7 @@ def dora(
 def _read(config, kind):
     """The options that a PEFT config means; see ``PeftForm.read``."""
     start = config.get("init_lora_weights")
-    if start in ("pissa", "olora"):
+    if start in ("pissa", "olora") and kind != "embedding":
         if kind != "linear" and not (start == "pissa" and kind == "conv1d"):
             return None
         options = read_lora(config, kind, (start,), use_dora=True)

@@ -1,10 +1,19 @@
 """``jaxpeft export``, ``import`` and ``convert``: an adapter in another file format."""
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._open import OWN, PEFT, add_base, new_folder, open_adapter
+from jaxpeft.cli._open import (
+    OWN,
+    PEFT,
+    add_base,
+    changed_options,
+    new_folder,
+    open_adapter,
+    open_tokenizer,
+)
 
 FORMS = ("own", "peft", "native", "portable")
 TASKS = (
@@ -80,9 +89,13 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         )
     # PEFT's classifiers bring their head along, which plain LoRA has no place for.
     task = None if form == "portable" else _TASK_OF.get(opened.model.head)
+    tokenizer = open_tokenizer(opened.folder, Path(given.adapter))
     with stage(f"writing {given.out}"):
         if form == "own":
-            interop.save_adapter(opened.adapted, out, metadata={"from": given.adapter})
+            told = {"from": given.adapter}
+            if tokenizer is not None:
+                told["tokenizer"] = changed_options(opened.folder, tokenizer)
+            interop.save_adapter(opened.adapted, out, metadata=told)
             print(f"{out}: jaxpeft's own adapter")
             return
         saved = interop.save_peft(
@@ -95,6 +108,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
             base_model=given.base_model or given.base,
             task_type=given.task_type or task,
             untie=given.untie,
+            tokenizer=tokenizer,
         )
     for name, error in saved.errors.items():
         note(f"{name}: cut to rank {saved.rank}, {error:.1e} of its change is lost")

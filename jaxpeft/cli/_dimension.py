@@ -24,8 +24,8 @@ on where it was stopped. In steps, or all of them:
   all       the three; figures go into figures/ below --out
   points    the dimension of points in a file, .npy or .csv, without any model
 
-The model "tiny" is random and needs no download: a study of it takes a minute, and
-shows nothing but how it is done.
+The model "tiny" is random and needs no download: a study of it with --n-eval 300
+--shots 0,1,2 takes a minute or two, and shows nothing but how it is done.
 """
 EXAMPLE = (
     "jaxpeft dimension --model smollm2 --task trec --n-eval 1000 --shots 0,1,5\n"
@@ -47,8 +47,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("step", nargs="?", default="all", choices=STEPS, help="(default: all)")
     add("--model", help='a decoder: a folder, a packaged model, a hub name, or "tiny"')
-    add("--task", help="a task with classes or choices, or a .jsonl of input, output")
-    add("--eval", metavar="FILE", help="with a .jsonl --task: the questions asked")
+    add("--task", help="a task with classes or choices, or a file of input, output")
+    add("--eval", metavar="FILE", help="with a file as --task: the questions asked")
     add(
         "--task-option",
         action="append",
@@ -159,7 +159,8 @@ def _collect(given: argparse.Namespace) -> None:
     with stage(f"reading {given.task}"):
         records = _records(given)
     tiny = given.model == study._tiny.TINY
-    tokenizer = study.tiny_tokenizer() if tiny else models.tokenizer(given.model)
+    words = [] if given.label_tokens == "none" else records.labels or []
+    tokenizer = study.tiny_tokenizer(words) if tiny else models.tokenizer(given.model)
     study.collect_runs(
         given.out,
         runs,
@@ -201,27 +202,25 @@ def _records(given: argparse.Namespace):
 
     template = given.template and given.template.replace("\\n", "\n")
     words = given.words and [word.strip() for word in given.words.split(",")]
-    if not given.task.endswith(".jsonl"):
+    options = named_options("--task-option", given.task_option)
+    if not data.is_file_name(given.task):
         if given.eval:
-            raise ValueError("--eval goes with a --task that is a .jsonl file.")
-        named = {
-            "name": given.task,
-            **named_options("--task-option", given.task_option),
-        }
+            raise ValueError("--eval goes with a --task that is a file.")
         return data.prompt_set(
-            data.task(named),
+            data.task({"name": given.task, **options}),
             train=given.n_train,
             evaluated=given.n_eval,
             seed=given.seed,
             template=template,
             words=words,
         )
-    if given.template or given.task_option or not given.eval:
+    if given.template or set(options) - {"encoding"} or not given.eval:
         raise ValueError(
-            "a --task that is a .jsonl file needs --eval FILE, and takes neither "
-            "--template nor --task-option: its inputs are prompts as they stand."
+            "a --task that is a file needs --eval FILE, and takes neither --template "
+            "nor a --task-option but encoding=NAME: its inputs are prompts as they "
+            "stand."
         )
-    found = data.prompt_files(given.task, given.eval, labels=words)
+    found = data.prompt_files(given.task, given.eval, labels=words, **options)
     return found._replace(
         train=found.train[: given.n_train], evaluated=found.evaluated[: given.n_eval]
     )

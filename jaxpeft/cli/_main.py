@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from jaxpeft.cli import _convert, _describe, _dimension, _generate, _merge, _ranks
 from jaxpeft.cli._console import note
+from jaxpeft.numerics import import_message
 
 COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate, _ranks, _dimension)
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given.run(given)
     except ImportError as error:
-        note(f"jaxpeft: error: {error}. Write: pip install 'jaxpeft[train]'")
+        note(f"jaxpeft: error: {import_message(error)}")
     except (ValueError, OSError, RuntimeError) as error:
         note(f"jaxpeft: error: {_in_flags(str(error))}")
     except KeyboardInterrupt:

@@ -1,9 +1,16 @@
 """``jaxpeft merge``: base and adapter as one checkpoint."""
 
 import argparse
+from pathlib import Path
 
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._open import add_base, new_folder, open_adapter
+from jaxpeft.cli._open import (
+    add_base,
+    changed_options,
+    new_folder,
+    open_adapter,
+    open_tokenizer,
+)
 
 NAME = "merge"
 SUMMARY = "fold an adapter into its base, as a folder that transformers opens"
@@ -37,19 +44,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
-    from jaxpeft import interop
+    from jaxpeft import interop, models
 
     opened = open_adapter(given)
+    model, config, folder = opened.model, opened.model.hf_config, opened.folder
+    tokenizer, stop = open_tokenizer(folder, Path(given.adapter)), ()
+    if tokenizer is not None and isinstance(model, models.Decoder):
+        # transformers' classifiers find the end of a row by this id.
+        config = config | {"pad_token_id": tokenizer.pad_token_id}
+        if model.head == "causal_lm":
+            stop = models.stop_tokens(folder, tokenizer)
+    if tokenizer is not None and folder.is_dir():
+        # Where nothing was changed, the base's own files say it best.
+        tokenizer = tokenizer if changed_options(folder, tokenizer) else None
     with stage(f"merging into {given.out}"):
         saved = interop.save_hf(
             opened.adapted,
             out,
-            names=opened.model.names,
-            config=opened.model.hf_config,
-            source=opened.folder,
+            names=model.names,
+            config=config,
+            source=folder if folder.is_dir() else None,
+            tokenizer=tokenizer,
+            stop=stop,
             dtype=given.dtype,
             max_shard_size=given.max_shard_size,
-            axes=opened.model.axes,
+            axes=model.axes,
         )
     for name, (most, share) in list(saved.drift.items())[:3]:
         note(f"{name}: changed by {share:.2%} of its norm, one weight by {most:.3g}")

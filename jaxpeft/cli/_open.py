@@ -110,6 +110,45 @@ def kind_of(folder: Path) -> str:
     return found[0]
 
 
+def open_tokenizer(base: Path, adapter: Path | None = None):
+    """The tokenizer of a base, as an adapter was trained with it; None: there is none.
+
+    An own adapter says what was changed, a PEFT one has a tokenizer of its own beside
+    it or none.
+    """
+    from jaxpeft import interop, models
+    from jaxpeft.models._tokenizer import has_tokenizer
+
+    if adapter is not None and kind_of(adapter) == PEFT and has_tokenizer(adapter):
+        return models.tokenizer(adapter)
+    if not has_tokenizer(base):
+        return None
+    options: dict[str, Any] = {}
+    if adapter is not None and kind_of(adapter) == OWN:
+        options = interop.adapter_info(adapter)["metadata"].get("tokenizer") or {}
+    return models.tokenizer(base, **options)
+
+
+def changed_options(base: Path, tokenizer) -> dict[str, str]:
+    """The options of ``models.tokenizer`` in which a tokenizer differs from a base's.
+
+    Tokens that the base's does not have are left out: its model has no row for them.
+    """
+    from jaxpeft import models
+    from jaxpeft.models._tokenizer import has_tokenizer, read_tokenizer
+
+    if not has_tokenizer(base):
+        return {}
+    plain = read_tokenizer(base)
+    before, vocabulary = models.tokenizer_options(plain), plain.get_vocab()
+    return {
+        name: value
+        for name, value in models.tokenizer_options(tokenizer).items()
+        if value not in (None, before[name])
+        and (name == "chat_template" or value in vocabulary)
+    }
+
+
 def new_folder(name: str) -> Path:
     """An output folder that is not there yet, or empty; checked before any work."""
     folder = Path(name)
@@ -156,7 +195,9 @@ def _read(given: argparse.Namespace, folder: Path, kind: str, model, params):
 
     with stage(f"reading the adapter {folder}"):
         if kind == OWN:
-            return interop.load_adapter(folder, params, check_base=not given.any_base)
+            return interop.load_adapter(
+                folder, params, check_base=not given.any_base, names=model.names
+            )
         return interop.load_peft(
             folder, params, names=model.names, axes=model.axes, ignore=given.ignore
         )
@@ -187,6 +228,7 @@ def open_adapters(
     from jaxpeft import serving
     from jaxpeft.core._node import nodes
     from jaxpeft.core._products import not_low_rank
+    from jaxpeft.interop._untie import untied_for
     from jaxpeft.serving._write import change_rank
 
     found = {name: _wanted(given, folder) for name, folder in folders.items()}
@@ -204,7 +246,7 @@ def open_adapters(
     each = [node for tree in trees.values() for node in nodes(tree)]
     paths = {node.site.path for node in each}
     slots = serving.slots(
-        params,
+        untied_for(params, model.names, paths),
         lambda path, leaf: path in paths,
         capacity=len(trees),
         # What has no rank is refused by name when it is loaded.
@@ -247,13 +289,14 @@ def _drawn(model, adapted) -> list[str]:
     if model.head is None:
         return []
     body = flat(models.abstract(model.clone(head=None)))
+    head = flat(models.abstract(model)).keys() - body.keys()
     waiting = {}
     for path, leaf in leaves_with_path(adapted):
         node = isinstance(leaf, AdaptedKernel)
         if node and leaf.adapter.peft is not None and leaf.adapter.peft.whole:
             continue
         value = leaf.base if node else leaf
-        if path not in body and value.ndim > 1:
+        if path in head and value.ndim > 1:
             waiting[path] = value
     places = dict.fromkeys(waiting)
     drawn = draw_leaves(model, jax.random.key(SEED), tuple(waiting), places)
@@ -298,6 +341,7 @@ def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free
     """The first settings with which the model has every site, or else ``first``."""
     from jaxpeft import models
     from jaxpeft.core import flat
+    from jaxpeft.interop._untie import untied_for
 
     tried = [first]
     if free:
@@ -313,7 +357,8 @@ def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free
                 model = models.from_config(config, **settings)
             except ValueError:
                 continue  # a family without this head
-            shapes = {p: list(x.shape) for p, x in flat(models.abstract(model)).items()}
+            plain = untied_for(models.abstract(model), model.names, sites)
+            shapes = {path: list(x.shape) for path, x in flat(plain).items()}
             if all(shapes.get(path) == shape for path, shape in sites.items()):
                 return settings
     return first

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._allocation import Allocation, attach_arguments
+from jaxpeft.core._finite import check_finite
 from jaxpeft.core._kept import only_adds, take_components
 from jaxpeft.core._layers import site_methods
 from jaxpeft.core._lift import (
@@ -39,7 +40,12 @@ from jaxpeft.core._node import (
     wider,
     working_dtype,
 )
-from jaxpeft.core._paths import Targets, module_path, resolve_pattern
+from jaxpeft.core._paths import (
+    Targets,
+    matrix_words,
+    module_path,
+    resolve_pattern,
+)
 from jaxpeft.core._per_layer import per_layer_values
 from jaxpeft.core._progress import Progress
 from jaxpeft.core._targets import choose
@@ -61,7 +67,8 @@ def attach(
     """Puts an adapter beside the kernels that ``targets`` names.
 
     Pure and traceable: under ``jax.eval_shape`` the sites of a model of any size
-    cost no memory. Attaching again to the result adds adapters at other sites.
+    cost no memory. Attaching again to the result adds adapters at other sites. Kernels
+    are looked through for NaN and infinities first, unless they are traced or shapes.
 
     Args:
         params: any pytree of arrays, or of their ``jax.ShapeDtypeStruct``: a Linen
@@ -85,7 +92,8 @@ def attach(
             also leaves out everything inside the modules that it names.
         axes: roles of the axes of kernels, ``{pattern: "layer in out"}``. Words:
             ``in``, ``out``, and any other word for a batch axis (a stacked layer,
-            an expert). Two axes are ``"in out"`` unless said otherwise; kernels
+            an expert). Two axes are ``"in out"`` (the table of an output head,
+            ``lm_head/embedding``: ``"out in"``) unless said otherwise; kernels
             with more need an entry.
 
     Returns:
@@ -93,7 +101,7 @@ def attach(
 
     Raises:
         ValueError: an entry matches nothing, a site is adapted already, a kernel is
-            not floating or its axes have no roles, or a rank is not possible.
+            not floating or finite or its axes have no roles, or a rank is not possible.
         TypeError: the adapter or the key is of the wrong kind.
 
     Example:
@@ -135,6 +143,7 @@ def attach(
         "alpha", alpha_pattern, adapter.alpha, by_path, roles, ranks
     )
     _check(adapter, by_path, roles, ranks)
+    check_finite({path: by_path[path] for path in paths}, roles)
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
@@ -166,7 +175,7 @@ def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
     roles = {}
     for path in paths:
         shape = by_path[path].shape
-        words = given.get(path, "in out" if len(shape) == 2 else None)
+        words = given.get(path, matrix_words(path) if len(shape) == 2 else None)
         if words is None:
             raise ValueError(
                 f"site {path!r} has shape {tuple(shape)}, and a parameter tree does "

@@ -36,6 +36,8 @@ class Bound:
         rows: ``RowFactors`` with the batch axes first, or ``None``.
         key: dropout keys ``[*batch]``, or ``None``.
         leaves: ``(frozen, trainable)`` for taps, batch axes first, or ``None``.
+        mask: 0 at positions of the input that are padding, batch axes first, or
+            ``None``.
         names: the roles of the base's axes when it was bound; slicing a leading axis
             leaves the last ``base.ndim`` of them valid.
         path: the site.
@@ -54,6 +56,7 @@ class Bound:
     rows: Any
     key: Any
     leaves: Any
+    mask: Any
     names: tuple[str, ...]
     path: str
     dropout: float
@@ -61,7 +64,7 @@ class Bound:
 
     def tree_flatten(self):
         arrays = (self.base, self.a, self.b, self.fixed, self.c, self.o)
-        arrays += (self.phi, self.router, self.rows, self.key, self.leaves)
+        arrays += (self.phi, self.router, self.rows, self.key, self.leaves, self.mask)
         return arrays, (self.names, self.path, self.dropout, self.observe)
 
     @classmethod
@@ -119,6 +122,7 @@ def bind(node: AdaptedKernel, taps: bool):
         rows=f.rows,
         key=key,
         leaves=leaves,
+        mask=(node.call or {}).get("mask"),
         names=node.roles,
         path=node.site.path,
         dropout=node.adapter.dropout,
@@ -204,6 +208,7 @@ def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
         rows=rows,
         key=each("rest", w.key),
         leaves=each("rest", w.leaves),
+        mask=each("rest", w.mask),
         **base,
     )
 

@@ -15,7 +15,7 @@ from jaxpeft.core._bound import bind
 from jaxpeft.core._evaluate import Evaluator
 from jaxpeft.core._infer import infer_axes
 from jaxpeft.core._node import AdaptedKernel, Site, is_node, leaves_with_path
-from jaxpeft.core._paths import Targets, resolve_pattern
+from jaxpeft.core._paths import Targets, matrix_words, resolve_pattern
 from jaxpeft.core._targets import choose
 
 _WAY_OUT = (
@@ -132,7 +132,7 @@ def _watched(
     if inferred:
         roles |= {path: axes[path] for path in plain if path in axes}
     elif plain:
-        roles |= {p: "in out" for p in plain if kernels[p].ndim == 2}
+        roles |= {p: matrix_words(p) for p in plain if kernels[p].ndim == 2}
         roles |= resolve_pattern("axes", axes, plain)
 
     def node(path: str, x):

@@ -17,8 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft.core import _compat
 from jaxpeft.core._bound import Bound, NoRule, along, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
-from jaxpeft.core._rows import check_rows, row_changes
-from jaxpeft.core._thin import Read, labelled_dot, oriented, precision_of, read
+from jaxpeft.core._rows import check_rows, looked_up_changes, row_changes
+from jaxpeft.core._thin import (
+    Read,
+    labelled_dot,
+    oriented,
+    precision_of,
+    read,
+    shown,
+)
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
@@ -146,6 +153,7 @@ def dot_general(
     else:
         y = run(x, w.base)
 
+    x = shown(w, x, x_labels)
     rank = [("r", 0)]
     h_labels = batch + x_free + rank
 
@@ -278,8 +286,10 @@ def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: in
             f"rows are looked up along axis {axis}, but its roles are "
             f"{' '.join(w.roles)!r}: a table is 'in out'"
         )
-    if w.reads_input:
+    if w.phi is not None:
         raise NoRule("its method depends on the input, and a look-up has none")
+    if w.rows is not None and not index_ndim:
+        raise NoRule("rows choose an adapter, and here one id is looked up alone")
     rows = along(w, axis, lambda x, position: take(x, position))
     y, delta = rows.base, None
     out = y.ndim - index_ndim
@@ -294,6 +304,11 @@ def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: in
             a = times(a, rows.c[..., None])
         more = jnp.tensordot(a, b, 1)
         delta = more if delta is None else delta + more
+    if rows.rows is not None:  # slots: nothing else is beside the table
+        check_rows(rows.rows, y.shape, w.path)
+        chosen = (rows.rows.index != 0).reshape(-1, *(1,) * (y.ndim - 1))
+        delta = looked_up_changes(rows.rows, index_ndim)
+        return jnp.where(chosen, finish(y, delta, None, None), y)
     return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
 
 

@@ -22,7 +22,7 @@ from jaxpeft.core._contract import (
     times,
 )
 from jaxpeft.core._node import IN, OUT, wider
-from jaxpeft.core._thin import HIGHEST, labelled_dot, precision_of
+from jaxpeft.core._thin import HIGHEST, labelled_dot, precision_of, shown
 
 
 def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
@@ -87,7 +87,12 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     routed = None
     if w.router is not None:
         routed = labelled_dot(
-            rows(x), front + ins, w.router, ins + rank, front + rank, HIGHEST
+            shown(w, rows(x), front + ins),
+            front + ins,
+            w.router,
+            ins + rank,
+            front + rank,
+            HIGHEST,
         )
     if uses.tap_of(w) is not None:
         seen = windows(x, w.base.shape, params)

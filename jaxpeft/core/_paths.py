@@ -11,6 +11,8 @@ import jax
 BIASES = ("bias", "b")
 PARAMETERS = ("kernel", "embedding", "embeddings", "weight", "w", "scale", *BIASES)
 
+OUTPUT_HEADS = ("lm_head",)  # modules that predict tokens
+
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 
@@ -51,6 +53,16 @@ def module_path(path: str) -> str:
     """The path of the module that owns a leaf: without a last ``kernel``, ..."""
     head, _, last = path.rpartition("/")
     return head if head and last in PARAMETERS else path
+
+
+def matrix_words(path: str) -> str:
+    """Roles of a matrix's two axes where nothing else says them.
+
+    An output head's table ``[V, D]`` is used the other way round than a kernel.
+    """
+    *_, module, last = ("", *path.split("/"))
+    is_table = module in OUTPUT_HEADS and last in ("embedding", "embeddings")
+    return "out in" if is_table else "in out"
 
 
 def suffix_match(pattern: str, path: str) -> bool:

@@ -134,7 +134,10 @@ def read_lora(
     wanted = {"use_dora": False, "kasa_config": False} | wanted
     if config["peft_type"] != "LORA" or kind not in LORA_KINDS:
         return None
-    if config["init_lora_weights"] not in tuple(starts):
+    start = config["init_lora_weights"]
+    if kind == "embedding" and start != "loftq":
+        start = True  # PEFT takes nothing out of a table, whatever it is told
+    if start not in tuple(starts):
         return None
     if any(bool(config[field]) is not value for field, value in wanted.items()):
         return None

@@ -90,6 +90,32 @@ def row_changes(factors: RowFactors, x, precision):
     return _each(h * scale.astype(h.dtype), b, precision)
 
 
+def looked_up_changes(factors: RowFactors, index_ndim: int):
+    """What each row's pair adds to the rows of a table that are looked up.
+
+    Args:
+        factors: their ``a [*index, slots, r]`` as looked up, in every slot;
+            ``b [slots, r, *out]``.
+        index_ndim: the number of index axes; the first one are the rows.
+
+    Returns:
+        ``[*index, *out]``, float32 or wider. Rows of slot 0 hold anything; rows whose
+        index is no slot are NaN.
+    """
+    a, b, scale, slot = factors.a, factors.b, factors.scale, factors.index
+    rows, index, out = len(slot), a.shape[:index_ndim], b.shape[2:]
+    if factors.how == "taken":  # a slot is a row's own
+        slot = jnp.arange(rows)
+    else:
+        slot, scale = _checked(scale, slot)
+        b = jnp.take(b, slot, 0)
+    own = slot.reshape(rows, *(1,) * (index_ndim + 1))
+    h = jnp.take_along_axis(a, own, index_ndim).reshape(rows, -1, a.shape[-1])
+    h = h * scale.reshape(-1, 1, 1).astype(h.dtype)
+    delta = _each(h, b.reshape(rows, b.shape[1], -1), None)
+    return delta.reshape(*index, *out)
+
+
 def _checked(scale, index):
     """``index`` within the slots, and each row's scale: NaN where it was not."""
     inside = jnp.clip(index, 0, scale.shape[0] - 1)

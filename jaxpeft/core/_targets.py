@@ -10,6 +10,7 @@ from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._node import is_node
 from jaxpeft.core._paths import (
     BIASES,
+    OUTPUT_HEADS,
     compiled,
     in_module,
     module_path,
@@ -20,7 +21,6 @@ from jaxpeft.core._paths import (
 # A linear layer's weight among the standard names; heads that predict tokens are
 # left out of "all-linear", as in HF PEFT.
 _NOT_LINEAR = ("embedding", "embeddings", "bias", "scale", "b")
-_OUTPUT_HEADS = ("lm_head",)
 
 
 def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -> bool:
@@ -60,7 +60,7 @@ def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
             and leaf.ndim >= 2
             and _floating(leaf)
             and p.rpartition("/")[2] not in _NOT_LINEAR
-            and module_path(p).rpartition("/")[2] not in _OUTPUT_HEADS
+            and module_path(p).rpartition("/")[2] not in OUTPUT_HEADS
         }
     else:
         found = _match("targets", targets, leaves, adapter)

@@ -5,6 +5,7 @@ a few columns costs almost as much as a down-projection of many. So kernels that
 the same input share one product ``x [a_q | a_k | a_v | router_q | ...]``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax import lax
 
 from jaxpeft.core._bound import Bound, NoRule, assign, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
+from jaxpeft.numerics import where_shown
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -49,6 +51,21 @@ def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None):
     labels += [l for l in w_labels if l not in both]
     order = [labels.index(l) for l in out_labels]
     return y if order == list(range(len(order))) else y.transpose(order)
+
+
+def shown(w: Bound, x, x_labels):
+    """The input as its adapter sees it: 0 in padding, whatever it holds there.
+
+    A mask of other positions than the input's is left to the tap, which refuses it.
+    """
+    if w.mask is None or math.prod(w.dims(BATCH)) != 1:
+        return x
+    mask = w.mask.reshape(w.mask.shape[len(w.dims(BATCH)) :])
+    places = [i for i, l in enumerate(x_labels) if l[0] == "x"][: mask.ndim]
+    if tuple(x.shape[i] for i in places) != mask.shape:
+        return x
+    shape = [x.shape[i] if i in places else 1 for i in range(x.ndim)]
+    return where_shown(mask.reshape(shape), x)
 
 
 def oriented(w: Bound, summed, batch) -> Bound:
@@ -154,5 +171,8 @@ def read_together(kernels: list[Bound], x, params: dict, kernel_first: bool):
         x_labels[i] = ("w", j)
     out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
     labels = [("w", i) for i in ins] + [("r", 0)]
+    if len({w.mask is None for w in kernels}) > 1:
+        return None
+    x = shown(first, x, x_labels)  # a call has one mask for all
     product = lambda columns, how: labelled_dot(x, x_labels, columns, labels, out, how)
     return read(kernels, product, precision_of(params))

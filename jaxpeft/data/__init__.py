@@ -13,6 +13,7 @@ from jaxpeft.data._mixed import gather_scores as gather_scores
 from jaxpeft.data._mixed import held_out as held_out
 from jaxpeft.data._mixed import mix as mix
 from jaxpeft.data._mixed import mixture_shares as mixture_shares
+from jaxpeft.data._notes import notes as notes
 from jaxpeft.data._pack import pack as pack
 from jaxpeft.data._prompts import PromptSet as PromptSet
 from jaxpeft.data._prompts import Record as Record
@@ -23,9 +24,12 @@ from jaxpeft.data._prompts import write_prompt as write_prompt
 from jaxpeft.data._sample import sample as sample
 from jaxpeft.data._sample import unpacked as unpacked
 from jaxpeft.data._score import score as score
+from jaxpeft.data._sources import is_file_name as is_file_name
 from jaxpeft.data._sources import read_csv as read_csv
 from jaxpeft.data._sources import read_jsonl as read_jsonl
+from jaxpeft.data._sources import read_parquet as read_parquet
 from jaxpeft.data._sources import read_tfds as read_tfds
+from jaxpeft.data._splits import also_in_train as also_in_train
 from jaxpeft.data._splits import deduplicate as deduplicate
 from jaxpeft.data._splits import split_rows as split_rows
 from jaxpeft.data._splits import text_key as text_key

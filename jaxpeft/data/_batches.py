@@ -20,6 +20,7 @@ from jaxtyping import Integer
 from numpy import ndarray
 
 from jaxpeft.data._encoded import Encoded, Mixed
+from jaxpeft.numerics import optional
 
 # One batch of a plan: the rows in it and the length they are padded to.
 _Planned = tuple[Integer[ndarray, " _"], int]
@@ -194,7 +195,9 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
 
 
 def _dataset(count: int, batch: Callable[[int], dict[str, ndarray]]) -> Any:
-    import grain  # not at the top: it takes longer to import than all else here
+    # Not at the top: it takes longer to import than all else here.
+    with optional("Batches"):
+        import grain
 
     return grain.MapDataset.range(count).map(batch)
 
@@ -257,7 +260,7 @@ def _drawn(mixed: Mixed, seed: int, epoch: int) -> Integer[ndarray, " epoch_rows
     """
     drawn = []
     for task, quota in enumerate(mixed.quotas):
-        rows = np.flatnonzero(mixed.task_ids == task)
+        rows = np.arange(*np.searchsorted(mixed.task_ids, [task, task + 1]))
         first, last = epoch * quota // len(rows), -(-(epoch + 1) * quota // len(rows))
         shuffles = [
             rows[np.argsort(_draws(seed, i, len(rows), task=task), kind="stable")]

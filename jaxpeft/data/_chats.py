@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxpeft.data._messages import messages_of, tools_of
+from jaxpeft.models import turn_end
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 
@@ -97,7 +98,8 @@ def encode_chat(
             # Earlier turns of a rewritten history are learnt in their own sequences.
             first = spanned.index(True) if any(spanned) else 0
             learnt[:first] = [False] * first
-            endless |= _ends(tokenizer, ids, spanned) > _ends(tokenizer, ids, learnt)
+            ends = _ends(tokenizer)
+            endless |= _count(ends, ids, spanned) > _count(ends, ids, learnt)
         learnt[0] = False
         if not any(learnt):
             raise ValueError(f"{where}: no token of what the assistant says is learnt.")
@@ -140,11 +142,10 @@ def _turn(
         place = text.find(said.strip(), len(base))
         start = start if place < 0 else min(start, place)
         notes["borders_moved"] += 1
-    end = len(text)
-    # Writing stops at the end token; templates put a line end behind it.
-    if tokenizer.eos_token in text[start:]:
-        end = text.index(tokenizer.eos_token, start) + len(tokenizer.eos_token)
-    return text, (start, end), count
+    # Writing stops at a turn's end; templates put a line end behind it.
+    ends = tokenizer.convert_ids_to_tokens(sorted(_ends(tokenizer)))
+    places = [text.find(end, start) + len(end) for end in ends if end in text[start:]]
+    return text, (start, min(places, default=len(text))), count
 
 
 def _written(base: str, prompt: str, text: str, said: str, start: int) -> str:
@@ -198,10 +199,15 @@ def _learnt(
     return ids, learnt
 
 
-def _ends(tokenizer: Any, ids: list[int], learnt: list[bool]) -> int:
+def _ends(tokenizer: Any) -> set[int]:
+    """The tokens after which a turn has ended."""
+    own = {tokenizer.eos_token_id, turn_end(tokenizer)}
+    return {token for token in own if token is not None}
+
+
+def _count(ends: set[int], ids: list[int], learnt: list[bool]) -> int:
     """How many end tokens are among those that are learnt."""
-    pairs = zip(ids, learnt, strict=True)
-    return sum(learn and token == tokenizer.eos_token_id for token, learn in pairs)
+    return sum(learn and i in ends for i, learn in zip(ids, learnt, strict=True))
 
 
 def _note_unread(

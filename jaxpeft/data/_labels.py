@@ -2,12 +2,12 @@
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxpeft.data._task import Task, near_misses, value_of
+from jaxpeft.data._task import Task, listed, near_misses, value_of
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -35,44 +35,62 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
-def label_of(task: Task, row: Mapping[str, Any], where: str) -> int | float:
-    """Returns the row's label: a class id, or a finite number for regression.
+def label_reader(
+    task: Task,
+) -> Callable[[Mapping[str, Any], str], int | float]:
+    """Returns what reads a row's label: a class id, or a finite number for regression.
 
     A class may be given by its id or by its name. Where a name reads like a number
     ("1" to "5" for stars), numbers are taken for names, so that a label 5 means the
     class called "5" and never the sixth.
+
+    Args:
+      task: the task; its classes are put into a table here, once for all rows.
+
+    Returns:
+      ``(row, where) -> label``; `where` names the row in errors.
     """
+    if task.labels is None:
+        return lambda row, where: _number(_plain(task, row, where), task.label, where)
+    names = task.labels
+    ids = {name: i for i, name in enumerate(names)}
+    numeric = any(map(_reads_as_integer, names))
+
+    def read(row: Mapping[str, Any], where: str) -> int:
+        value = _plain(task, row, where)
+        at = f"{where}: `label` {value!r}"
+        if isinstance(value, numbers.Integral):  # bool is one: False, True are 0, 1
+            if numeric:
+                value = str(int(value))
+            elif 0 <= value < len(names):
+                return int(value)
+            else:
+                raise ValueError(
+                    f"{at} is outside the {len(names)} classes, which are 0 to "
+                    f"{len(names) - 1}: {listed(names)}."
+                )
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{at} is a {type(value).__name__}; a class is its integer id or its "
+                f"name, one of {listed(names)}. For regression, write labels=None."
+            )
+        if value in ids:
+            return ids[value]
+        hint = near_misses(value, names)
+        if _reads_as_integer(value) and not numeric:
+            texts = listed([repr(str(i)) for i in range(len(names))])
+            hint += f" For a column of class ids as text, write labels=[{texts}]."
+        raise ValueError(f"{at} is none of the class names.{hint}")
+
+    return read
+
+
+def _plain(task: Task, row: Mapping[str, Any], where: str) -> Any:
+    """The row's label as a value of Python's own."""
     value = value_of(row, task.label, where)
     if isinstance(value, np.ndarray) and value.ndim == 0:  # what TFDS gives
         value = value.item()
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if task.labels is None:
-        return _number(value, task.label, where)
-    at = f"{where}: `label` {value!r}"
-    names = task.labels
-    if isinstance(value, numbers.Integral):  # bool is one: False, True are 0, 1
-        if any(_reads_as_integer(name) for name in names):
-            value = str(int(value))
-        elif 0 <= value < len(names):
-            return int(value)
-        else:
-            raise ValueError(
-                f"{at} is outside the {len(names)} classes, which are 0 to "
-                f"{len(names) - 1}: {', '.join(names)}."
-            )
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{at} is a {type(value).__name__}; a class is its integer id or its name, "
-            f"one of {', '.join(names)}. For regression, write labels=None."
-        )
-    if value in names:
-        return names.index(value)
-    hint = near_misses(value, names)
-    if _reads_as_integer(value) and not any(map(_reads_as_integer, names)):
-        ids = [str(i) for i in range(len(names))]
-        hint += f" For a column of class ids as text, write labels={ids}."
-    raise ValueError(f"{at} is none of the class names.{hint}")
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _number(value: Any, column: str, where: str) -> float:

@@ -5,15 +5,17 @@ import json
 import random
 import string
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.data._bad_rows import good_rows
 from jaxpeft.data._choices import choices_of
-from jaxpeft.data._labels import label_of, text_of
+from jaxpeft.data._labels import label_reader, text_of
+from jaxpeft.data._lines import bare_name
 from jaxpeft.data._prompt_forms import CHOICES, FORMS
-from jaxpeft.data._sources import read_jsonl
+from jaxpeft.data._sources import read_file
+from jaxpeft.data._splits import row_key
 from jaxpeft.data._task import Task, near_misses
 from jaxpeft.data._templates import read_text
 from jaxpeft.data._texts import TextTask
@@ -79,7 +81,8 @@ def prompt_set(
     Of a task with classes the output is the word of the class, of multiple choice a
     letter, of prompts and completions the completion. The training split is shuffled;
     its first rows are `train`. Rows of "test" (where there is none, of "validation")
-    are `evaluated`, and where these are too few, training rows beyond the first.
+    are `evaluated`, and where these are too few, training rows beyond the first, but
+    for those that say what one of the first says.
 
     Args:
       task: the task.
@@ -125,13 +128,28 @@ def prompt_set(
         record for _, record in good[split].read(numbers, read)
     )
     first, rest = order["train"][:train], order["train"][train:]
+    columns = task.text if isinstance(task, Task) else task.columns[:1]
+
+    def key(i: int) -> str | int:
+        row, where = task.splits["train"][i], f"Task {task.name!r}, train, row {i}"
+        try:
+            return row_key(row, columns, where)
+        except ValueError:
+            if task.bad_rows == "raise":
+                raise
+            return i  # equal to no other; it is left out when it is read
+
+    used = set(map(key, first))
+    new = (i for i in rest if key(i) not in used)  # none asks what was shown
     held_out = "test" if "test" in order else "validation"
     if held_out == "test":
         watched = of("validation", order["validation"][:validation])
     else:
-        watched, rest = of("train", rest[:validation]), rest[validation:]
+        watching = list(islice(new, validation))
+        watched = of("train", watching)
+        used.update(map(key, watching))
     asked = order[held_out][:evaluated]
-    more = rest[: evaluated - len(asked)]
+    more = list(islice(new, evaluated - len(asked)))
     shown, held, added = of("train", first), of(held_out, asked), of("train", more)
     if bad := {split: rows.facts() for split, rows in good.items() if rows.bad}:
         facts |= {"bad_rows": bad}
@@ -157,15 +175,18 @@ def prompt_files(
     *,
     labels: Sequence[str] | None = None,
     name: str | None = None,
+    encoding: str | None = None,
 ) -> PromptSet:
-    """Returns the records of two .jsonl files of {"input": ..., "output": ...}.
+    """Returns the records of two files of {"input": ..., "output": ...}.
 
     Args:
-      train: file of records to demonstrate with, in order.
+      train: file of records to demonstrate with, in order: .jsonl or another kind that
+        `jaxpeft.data.tasks.files` reads.
       evaluated: file of records that are asked.
       labels: all outputs that there are; None: those of both files, in the order of
         the alphabet.
       name: of the set; None: the name of `train`.
+      encoding: of the files; None: UTF-8, or what a byte-order mark says.
 
     Returns:
       The records.
@@ -175,17 +196,15 @@ def prompt_files(
         output is not among `labels`.
 
     Example:
-      >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp()) / "moods.jsonl"
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "moods.jsonl"
       >>> _ = path.write_text('{"input": "hm", "output": "bad"}')
       >>> prompt_files(path, path).labels
       ('bad',)
     """
     found = {}
     for argument, path in (("train", train), ("evaluated", evaluated)):
-        rows = read_jsonl(path)
-        if not rows:
-            raise ValueError(f"`{argument}` {str(path)!r} has no records.")
+        rows = read_file(path, f"`{argument}` file", encoding=encoding)
         found[argument] = tuple(
             Record(*(text_of(row, c, f"{path}, record {i}") for c in Record._fields))
             for i, row in enumerate(rows)
@@ -197,7 +216,7 @@ def prompt_files(
         )
     labels = tuple(outputs if labels is None else labels)
     facts = {"files": {"train": str(train), "evaluated": str(evaluated)}}
-    name = Path(train).stem if name is None else name
+    name = bare_name(train).stem if name is None else name
     return PromptSet(name, found["train"], (), found["evaluated"], labels, facts)
 
 
@@ -353,8 +372,10 @@ def _classes(task: Task, template: str | None, words: Sequence[str] | None):
             f"{', '.join(task.labels)}; got {words}."
         )
 
+    label_of = label_reader(task)
+
     def read(row: Any, where: str, _: Any) -> Record:
         texts = {column: text_of(row, column, where) for column in task.text}
-        return Record(template.format(**texts), words[label_of(task, row, where)])
+        return Record(template.format(**texts), words[label_of(row, where)])
 
     return read, words, {"template": template, "words": list(words)}

@@ -192,4 +192,10 @@ def near_misses(name: Any, names: Any) -> str:
     names = [str(n) for n in names]
     near = difflib.get_close_matches(str(name), names, n=3)
     nearest = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"{nearest} There is: {', '.join(names)}."
+    return f"{nearest} There is: {listed(names)}."
+
+
+def listed(names: Sequence[str], most: int = 200) -> str:
+    """Returns names with commas, and of very many how many are left out."""
+    more = f", ... and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -12,7 +12,7 @@ from jaxpeft.data._bad_rows import good_rows
 from jaxpeft.data._encode_choices import encode_choices
 from jaxpeft.data._encode_texts import encode_texts
 from jaxpeft.data._encoded import Encoded
-from jaxpeft.data._labels import label_of, text_of
+from jaxpeft.data._labels import label_reader, text_of
 from jaxpeft.data._mixed import MixedTask, join, of_part
 from jaxpeft.data._pack import pack
 from jaxpeft.data._task import Rows, Task, near_misses
@@ -143,8 +143,9 @@ def check_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            "`tokenizer` has no padding token. Where the model has no embedding to "
-            "spare for one, write tokenizer.pad_token = tokenizer.eos_token."
+            "`tokenizer` has no padding token. models.tokenizer(name) takes the end "
+            "token where there is none; name one of its tokens, "
+            "models.tokenizer(name, pad_token=...) or config.tokenizer.pad_token."
         )
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= vocab_size:
@@ -174,10 +175,10 @@ def _encode(
     name = f"{task.name}/{split}"
     ids, types, lengths, labels = [], [], [], []
     has_types = "token_type_ids" in tokenizer.model_input_names
-    good = good_rows(task, split)
+    good, label_of = good_rows(task, split), label_reader(task)
 
     def read(row: Any, where: str, _: Any) -> tuple[list[str], int | float]:
-        return [text_of(row, c, where) for c in task.text], label_of(task, row, where)
+        return [text_of(row, c, where) for c in task.text], label_of(row, where)
 
     for chunk in chunks:
         pairs = [pair for _, pair in good.read(chunk, read)]

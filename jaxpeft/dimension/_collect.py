@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxpeft.numerics import where_shown
+
 POOLS = ("mean", "last", "first")
 _STATE = "collected.json"
 
@@ -55,7 +57,7 @@ def pool(
         weights = ((places == at) & real).astype(jnp.float32)
     lead = (1,) * (hidden.ndim - 3)
     shown = real.reshape(*lead, *real.shape, 1)
-    hidden = jnp.where(shown, hidden.astype(jnp.float32), 0)
+    hidden = where_shown(shown, hidden.astype(jnp.float32))
     total = jnp.einsum(
         "...btd,bt->...bd", hidden, weights, precision=jax.lax.Precision.HIGHEST
     )

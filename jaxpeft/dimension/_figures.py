@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxpeft.dimension._estimate import IdEstimate
 from jaxpeft.dimension._fit import twonn_points
 from jaxpeft.dimension._profile import dims_of, normalized_auc, normalized_auc_sd
+from jaxpeft.numerics import optional
 
 Profile = Sequence[IdEstimate | float]
 Score = float | tuple[float, float]  # and its standard deviation
@@ -317,13 +318,15 @@ def _pair(score: Score) -> tuple[float, float]:
 
 
 def _colours(count: int) -> Any:
-    import matplotlib
+    with optional("Figures"):
+        import matplotlib
 
     return matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
 def _figure(panels: int, title: str):
-    from matplotlib.figure import Figure  # no global state, no display
+    with optional("Figures"):  # of no global state, without a display
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * panels + 0.5, 4), layout="constrained")
     figure.suptitle(title)

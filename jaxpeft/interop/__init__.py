@@ -9,3 +9,4 @@ from jaxpeft.interop._save_hf import save_hf as save_hf
 from jaxpeft.interop._save_peft import SavedPeft as SavedPeft
 from jaxpeft.interop._save_peft import save_peft as save_peft
 from jaxpeft.interop._tensors import write_tensors as write_tensors
+from jaxpeft.interop._untie import untie as untie

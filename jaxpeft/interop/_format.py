@@ -1,5 +1,6 @@
 """The two files of a saved adapter, and the way from a name to a method."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -10,6 +11,7 @@ from jaxpeft import adapters
 from jaxpeft.core import Adapter, PeftForm
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
+DIGEST = "sha256"  # of the arrays' file, in CONFIG
 FORMAT, VERSION = "jaxpeft adapter", 1
 KEYS = ("id", "jaxpeft", "methods", "sites", "metadata")
 
@@ -20,6 +22,12 @@ def version() -> str:
         return metadata.version("jaxpeft")
     except metadata.PackageNotFoundError:
         return "of a source tree that is not installed"
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def method_names() -> list[str]:

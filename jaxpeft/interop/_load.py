@@ -1,7 +1,7 @@
 """Reading adapters from a folder: everything fits, or nothing is loaded."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxpeft.core import AdaptedKernel, Adapter, Site
+from jaxpeft.core import AdaptedKernel, Adapter, ModuleName, Site
 from jaxpeft.core._lift import (
     from_matrices,
     initialise,
@@ -23,17 +23,24 @@ from jaxpeft.core._node import leaves_with_path, working_dtype
 from jaxpeft.core._paths import nearest
 from jaxpeft.interop._format import (
     CONFIG,
+    DIGEST,
     TENSORS,
     adapter_info,
     build_method,
+    digest,
     method_names,
 )
 from jaxpeft.interop._tensors import TensorFile
+from jaxpeft.interop._untie import untied_for
 from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
 
 
 def load_adapter(
-    folder: str | Path, params: PyTree, *, check_base: bool = True
+    folder: str | Path,
+    params: PyTree,
+    *,
+    check_base: bool = True,
+    names: Sequence[ModuleName] = (),
 ) -> PyTree:
     """Puts saved adapters back beside the kernels they were trained with.
 
@@ -49,6 +56,8 @@ def load_adapter(
             the adapter was trained with; of leaves that were trained in full, the
             dtype alone. ``False`` allows another base of the same shapes, such as the
             same weights in another dtype.
+        names: ``model.names``. With them a tied tree is untied (``untie``) where the
+            adapter acts on the embedding or on the head alone, as PEFT's do.
 
     Returns:
         The adapted tree, equal in structure and leaves to the saved one.
@@ -57,7 +66,8 @@ def load_adapter(
         FileNotFoundError: there is no adapter in the folder.
         ValueError: another version or format, unknown methods, sites that are not in
             ``params`` or already adapted, kernels of another shape or another base,
-            leaves missing, left over or mis-shaped. All are listed.
+            leaves missing, left over, mis-shaped or not finite, or a file that is not
+            as it was saved. All are listed.
     """
     folder = Path(folder)
     config = adapter_info(folder)
@@ -71,8 +81,9 @@ def load_adapter(
             f"{CONFIG} and {TENSORS} in {str(folder)!r} come from different saves (one "
             "was interrupted, or only one file was copied); copy both again."
         )
-    problems: list[str] = []
+    problems = _damages(folder / TENSORS, config)
     methods = [_load_method(entry, problems) for entry in config["methods"]]
+    params = untied_for(params, names, [entry["path"] for entry in config["sites"]])
     kernels = dict(leaves_with_path(params))
     wanted: set[str] = set()
     made: dict[str, AdaptedKernel] = {}
@@ -84,6 +95,7 @@ def load_adapter(
         node = _load_site(entry, methods, kernels, file, check_base, problems, common)
         if node is not None:
             made[entry["path"]] = node
+    problems += file.not_finite(wanted & set(file.shapes))
     problems += [
         f"left over: {name!r} belongs to no site"
         for name in sorted(set(file.shapes) - wanted)
@@ -97,6 +109,16 @@ def load_adapter(
     is_site = lambda x: isinstance(x, AdaptedKernel)
     treedef = jax.tree.structure(params, is_leaf=is_site)
     return treedef.unflatten([made.get(path, x) for path, x in kernels.items()])
+
+
+def _damages(file: Path, config: Mapping[str, Any]) -> list[str]:
+    """Whether the file of arrays is the one that was saved, bit for bit."""
+    if DIGEST not in config or digest(file) == config[DIGEST]:  # older ones have none
+        return []
+    return [
+        f"{file.name} is not as it was saved: its SHA-256 is not the one in {CONFIG}. "
+        "It was damaged or changed; copy the folder again"
+    ]
 
 
 def _load_method(entry: Mapping[str, Any], problems: list[str]) -> Adapter | None:
@@ -126,7 +148,12 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
     count = len(problems)
     if kernel is None:
         near = nearest(path, list(kernels))
-        problems.append(f"no leaf {path!r} in `params`; nearest: {near}")
+        problems.append(
+            f"no leaf {path!r} in `params`; nearest: {near}. Of a tied model, an "
+            "adapter of the embedding or the head alone needs names=model.names."
+            if path.endswith("/embedding")
+            else f"no leaf {path!r} in `params`; nearest: {near}"
+        )
         return None
     if isinstance(kernel, AdaptedKernel):
         problems.append(f"{path!r} already carries {kernel.adapter.name!r}")

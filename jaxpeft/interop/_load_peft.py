@@ -11,26 +11,33 @@ from jaxtyping import PyTree
 
 from jaxpeft.core import Adapter, ModuleName
 from jaxpeft.core._lift import init_shapes, matrix_shape
-from jaxpeft.core._node import is_node, leaves_with_path
+from jaxpeft.core._node import is_node
 from jaxpeft.core._paths import nearest
 from jaxpeft.interop._format import forms
 from jaxpeft.interop._modules import MATRICES, Module, Table
 from jaxpeft.interop._peft_attach import Found, attach_sites, attach_whole
 from jaxpeft.interop._peft_config import (
     CONFIG,
-    COPIES,
     NO_TARGETS,
     PREFIX,
     TENSORS,
     by_pattern,
-    in_saved_module,
     listed,
     read_config,
     targets,
+    with_tied,
+)
+from jaxpeft.interop._peft_sites import NOT_CALLED
+from jaxpeft.interop._peft_tied import bound, settle, tables
+from jaxpeft.interop._peft_whole import (
+    Keys,
+    by_leaf,
+    check_copies,
+    partial,
+    whole_leaves,
 )
 from jaxpeft.interop._tensors import TensorFile
-
-Keys = dict[str, dict[str, str]]  # module: {end of the key: key}
+from jaxpeft.interop._untie import untied_for
 
 
 def load_peft(
@@ -50,6 +57,12 @@ def load_peft(
     is used and all that the config asks for is in the file, or one error lists what
     is not.
 
+    Of a model that ties its head to its embedding PEFT adapts one of the two, unless
+    ``ensure_weight_tying`` is set: the tree that comes back is then untied
+    (``untie``), and the same model runs it. Embeddings that
+    ``save_embedding_layers`` left in the file must be those of ``params``; where they
+    are others, and nothing adapts them, they take their place and are trained.
+
     Args:
         folder: an adapter folder, with ``adapter_config.json`` and
             ``adapter_model.safetensors``. A second, named adapter is a sub-folder.
@@ -65,9 +78,9 @@ def load_peft(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights are not safetensors, a file lies outside of the
-            folder, the config asks for what is not done here, or file, config and
-            tree do not fit. Nothing is loaded then.
+        ValueError: the weights are not safetensors or not finite, a file lies outside
+            of the folder, the config asks for what is not done here, or file, config
+            and tree do not fit. Nothing is loaded then.
 
     Example:
         >>> import tempfile, jax, jaxpeft as jp
@@ -89,32 +102,40 @@ def load_peft(
     _check_files(folder)
     config = read_config(folder, ignore)
     file = TensorFile(folder / TENSORS)
-    table = Table(names, dict(leaves_with_path(params)), axes)
+    table, tied = tables(params, names, axes)
+    config = with_tied(config, table.rows)
     problems: list[str] = []
     shared = {key for _, form in forms().values() for key in form.shared.values()}
     keys = _keys(file, table, shared, problems)
     found = _sites(config, table, keys, file, problems, "target_modules" in ignore)
-    whole = _whole(config, table, keys, file, problems)
-    used = {key for site in found for key in site.keys.values()}
-    used |= {key for each in whole.values() for _, _, key in each}
+    whole = whole_leaves(config, table, keys, file, problems)
+    methods = {site.module.name: site.adapter for site in found}
+    copies, other = check_copies(table, keys, file, methods, whole, problems)
+    whole += other
+    used = {key for site in found for key in site.keys.values()} | copies
+    used |= {each.key for each in whole}
     used |= {key for site in found for key in site.adapter.peft.shared.values()}
     for ends in keys.values():
-        for end, key in ends.items():
-            if key not in used and not end.startswith(COPIES):
+        for key in ends.values():
+            if key not in used:
                 problems.append(f"left over: {key!r} is not what the config asks for")
-    sites = _by_leaf(found, problems)
     _check_shared(found, table, file, problems)
+    found, whole = settle(config, table, tied, found, whole, file, problems)
+    sites, leaves = _by_leaf(found, problems), by_leaf(whole, problems)
+    problems += file.not_finite(used & set(file.shapes))
     if problems:
         lines = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(
             f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
             + lines
         )
-    tree = params
+    paths = {*sites, *leaves}
+    table = tied if paths <= tied.leaves.keys() else table
+    tree = untied_for(params, table.rows, paths)
     for adapter in dict.fromkeys(each[0].adapter for each in sites.values()):
         own = {p: each for p, each in sites.items() if each[0].adapter is adapter}
-        tree = attach_sites(tree, adapter, own, file, axes, config)
-    return attach_whole(tree, table, whole, file)
+        tree = attach_sites(tree, adapter, own, file, table.words, config)
+    return attach_whole(tree, table, leaves, file)
 
 
 def _check_files(folder: Path) -> None:
@@ -160,6 +181,9 @@ def _keys(file: TensorFile, table: Table, shared: set[str], problems) -> Keys:
         parts = [p for p in key.removeprefix(PREFIX).split(".") if p != "default"]
         names = (".".join(parts[:i]) for i in reversed(range(1, len(parts))))
         name = next((n for n in names if n in table.by_name), None)
+        if name is None and (why := bound(table, key.removeprefix(PREFIX))):
+            problems.append(f"{key!r}: {why}")
+            continue
         if name is None:
             near = nearest(key.removeprefix(PREFIX), list(table.by_name))
             problems.append(
@@ -205,6 +229,9 @@ def _site(config, module: Module, table, keys: Keys, file, problems) -> Found | 
     if path is None or is_node(table.leaves[path]):
         why = "has no weight" if path is None else "already carries an adapter"
         problems.append(f"{name!r} {why} in `params`")
+        return None
+    if not module.row.called:
+        problems.append(f"{name!r} {NOT_CALLED}")
         return None
     adapter = _method(_at_module(config, name), module.kind, problems)
     if adapter is None:
@@ -326,37 +353,6 @@ def _expected(adapter: Adapter, module: Module, table: Table, rank):
     return {end: tuple(x.shape) for end, x in leaves.items()}
 
 
-def _whole(config, table: Table, keys: Keys, file, problems):
-    """``{path of our leaf: [(module, part, key), ...]}`` of leaves in the file."""
-    found: dict[str, list[tuple[Module, str, str]]] = {}
-    for module in table.modules:
-        ends = keys.get(module.name, {})
-        saved = in_saved_module(config, module.name)
-        for part, path in module.leaves.items():
-            key = ends.get(part)
-            if saved and key is None:
-                problems.append(f"missing: {PREFIX}{module.name}.{part}")
-            if part == "bias" and config.get("bias", "none") != "none" and not saved:
-                key = ends.get("base_layer.bias", key)
-            elif not saved:
-                continue
-            if key is None:
-                continue
-            shape = table.tensor_shape(module, part)
-            if is_node(table.leaves[path]):
-                problems.append(f"{path!r} already carries an adapter in `params`")
-            elif file.shapes[key] != shape:
-                problems.append(
-                    f"{key!r} has shape {list(file.shapes[key])}; the model's is "
-                    f"{list(shape)}"
-                )
-            found.setdefault(path, []).append((module, part, key))
-    for path, each in found.items():
-        if len(each) < each[0][0].layers:
-            problems.append(_partial(path, [m for m, *_ in each]))
-    return found
-
-
 def _by_leaf(found: list[Found], problems) -> dict[str, list[Found]]:
     """Sites by our kernel; all layers of a stack, by one method."""
     sites: dict[str, list[Found]] = {}
@@ -364,13 +360,5 @@ def _by_leaf(found: list[Found], problems) -> dict[str, list[Found]]:
         sites.setdefault(site.module.leaves["weight"], []).append(site)
     for path, each in sites.items():
         if len(each) < each[0].module.layers and not problems:
-            problems.append(_partial(path, [site.module for site in each]))
+            problems.append(partial(path, [site.module for site in each]))
     return sites
-
-
-def _partial(path: str, modules: list[Module]) -> str:
-    have = [module.layer for module in modules]
-    return (
-        f"{path!r} is a stack of {modules[0].layers} layers, and the file is about "
-        f"layers {have} alone; load into a model with scan_layers=False"
-    )

@@ -1,5 +1,6 @@
 """The modules of a checkpoint, one by one, and where each lies in our tree."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,12 @@ from jaxpeft.core import AdaptedKernel, ModuleName
 from jaxpeft.core._attach import parse_roles
 from jaxpeft.core._lift import matrix_shape, to_matrices
 from jaxpeft.core._node import BATCH, IN, OUT
-from jaxpeft.core._paths import module_path, nearest, resolve_pattern
+from jaxpeft.core._paths import (
+    matrix_words,
+    module_path,
+    nearest,
+    resolve_pattern,
+)
 
 KINDS = ("linear", "conv1d", "embedding", "norm")
 MATRICES = ("linear", "conv1d", "embedding")
@@ -26,6 +32,7 @@ class Module(NamedTuple):
         layer: its place in our stack of layers, or ``None`` where it lies alone.
         layers: how many layers the stack has; 1 for a module alone.
         leaves: paths of our leaves, under ``"weight"`` and ``"bias"``.
+        number: the number of its layer in ``name``, or ``None`` where there is none.
     """
 
     name: str
@@ -33,11 +40,17 @@ class Module(NamedTuple):
     layer: int | None
     layers: int
     leaves: dict[str, str]
+    number: int | None = None
 
     @property
     def kind(self) -> str:
         """``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"norm"``."""
         return self.row.kind
+
+    @property
+    def saved(self) -> str:
+        """Its path in a checkpoint of the tree alone."""
+        return (self.row.saved or self.row.theirs).replace("{i}", str(self.number))
 
     def order(self, d_out: int) -> np.ndarray:
         """Which of our output features is each of the checkpoint's."""
@@ -74,6 +87,7 @@ class Table:
         self.leaves = dict(leaves)
         weights = [p for p, x in leaves.items() if len(x.shape) >= 2]
         self.words = resolve_pattern("axes", axes, weights) if axes else {}
+        self.rows = tuple(map(_checked, names))
         owned: dict[str, dict[str, str]] = {}
         for path in leaves:
             last = path.rpartition("/")[2]
@@ -81,8 +95,8 @@ class Table:
             if kind:
                 owned.setdefault(module_path(path), {})[kind] = path
         self.modules: list[Module] = []
-        for row in names:
-            self.modules += self._expand(_checked(row), owned)
+        for row in self.rows:
+            self.modules += self._expand(row, owned)
         self.by_name = {module.name: module for module in self.modules}
         self.by_leaf: dict[str, list[Module]] = {}
         for module in self.modules:
@@ -105,14 +119,11 @@ class Table:
                 return [Module(row.theirs, row, None, 1, leaves)]
             count = self._stack_size(leaves)
             each = (row.theirs.replace("{i}", str(i)) for i in range(count))
-            return [Module(n, row, i, count, leaves) for i, n in enumerate(each)]
-        found, i = [], 0
-        while (leaves := owned.get(row.ours.replace("{i}", str(i)))) is not None:
-            found.append(
-                Module(row.theirs.replace("{i}", str(i)), row, None, 1, leaves)
-            )
-            i += 1
-        return found
+            return [Module(n, row, i, count, leaves, i) for i, n in enumerate(each)]
+        return [
+            Module(row.theirs.replace("{i}", str(i)), row, None, 1, leaves, i)
+            for i, leaves in _layers(row.ours, owned)
+        ]
 
     def _stack_size(self, leaves: Mapping[str, str]) -> int:
         for path in leaves.values():
@@ -186,7 +197,8 @@ class Table:
         """Roles of a matrix's axes: as given, or two after those of its stack."""
         roles, ndim = self.roles_of(path), len(self.leaves[path].shape)
         if roles is None:
-            roles = (IN, OUT) if module.layer is None else (BATCH, IN, OUT)
+            matrix = tuple(matrix_words(path).split())
+            roles = matrix if module.layer is None else (BATCH, *matrix)
         if len(roles) != ndim:
             raise ValueError(
                 f"the kernel {path!r} has {ndim} axes and nothing says which of them "
@@ -194,6 +206,15 @@ class Table:
                 "'in out out'}, or axes=model.axes."
             )
         return roles
+
+
+def _layers(pattern: str, owned: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    """The layers that a tree has of ``layer_{i}/q``: their numbers, in order."""
+    first, *rest = map(re.escape, pattern.split("{i}"))
+    numbered = first + "(?P<i>0|[1-9][0-9]*)" + "(?P=i)".join(rest)
+    matches = (re.fullmatch(numbered, path) for path in owned)
+    found = {int(match["i"]): owned[match[0]] for match in matches if match}
+    return sorted(found.items())
 
 
 def _checked(row: ModuleName) -> ModuleName:

@@ -50,7 +50,7 @@ def attach_sites(
             return node
         layers = []
         for site in sites[node.site.path]:
-            leaves = {end: _read(file, key) for end, key in site.keys.items()}
+            leaves = {end: read_leaf(file, key) for end, key in site.keys.items()}
             if form.arrange is not None:
                 leaves = form.arrange(config, site.module.name, leaves)
             made = form.from_leaves(leaves, site.module.kind)
@@ -58,7 +58,7 @@ def attach_sites(
         if form.shared and not shared:  # one array for all sites
             shared.update(
                 {
-                    ours: put_leaf(_read(file, key).T, node.base, (None, None))
+                    ours: put_leaf(read_leaf(file, key).T, node.base, (None, None))
                     for ours, key in form.shared.items()
                 }
             )
@@ -70,7 +70,7 @@ def attach_sites(
     return jax.tree.map(filled, tree, is_leaf=is_node)
 
 
-def _read(file: TensorFile, key: str) -> np.ndarray:
+def read_leaf(file: TensorFile, key: str) -> np.ndarray:
     """A leaf in float32, whatever the file has; PEFT does the same."""
     return np.asarray(file.read(key), np.float32)
 
@@ -112,7 +112,7 @@ def attach_whole(tree, table: Table, whole, file):
         if not is_node(node) or node.site.path not in whole:
             return node
         modules, parts, keys = zip(*whole[node.site.path], strict=True)
-        value = table.leaf(modules, parts[0], [_read(file, key) for key in keys])
+        value = table.leaf(modules, parts[0], [read_leaf(file, key) for key in keys])
         ((name, like),) = node.trainable.items()
         return node.replace(
             trainable=place_leaves(node, {name: value.astype(like.dtype)})

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.core import ModuleName
+from jaxpeft.core._paths import OUTPUT_HEADS
 from jaxpeft.core._peft_rules import in_layers, listed
 from jaxpeft.interop._modules import Module
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an empty list
-
-# What PEFT writes beside the leaves themselves: the base's own weights of a targeted
-# embedding, and with all biases those of modules that are saved whole, twice more.
-COPIES = ("base_layer.weight", "original_module.", "modules_to_save.")
 
 # Defaults of the fields that matter, as PEFT 0.21 fills them in; by peft_type where
 # types differ. A field may be left out of a file.
@@ -38,6 +36,7 @@ _LORA = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "kasa_config": None,
+    "ensure_weight_tying": False,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": _COMMON | _LORA,
@@ -72,22 +71,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 NOTES = ("peft_type", "peft_version", "task_type", "base_model_name_or_path")
 
 # What is said even where it is the default: not every reader fills defaults in.
-PLAIN_FIELDS = {"LORA": {n: v for n, v in _LORA.items() if n != "kasa_config"}}
+_RARE = ("kasa_config", "ensure_weight_tying")
+PLAIN_FIELDS = {"LORA": {n: v for n, v in _LORA.items() if n not in _RARE}}
 
 # Fields that change nothing of the function once the weights are trained.
 _UNUSED = (
     *("auto_mapping", "revision", "inference_mode", "runtime_config"),
     *("megatron_core", "qalora_group_size", "eva_config", "lora_ga_config"),
-    *("corda_config", "loftq_config", "ensure_weight_tying"),
+    *("corda_config", "loftq_config"),
 )
 
 # PEFT adds these to modules_to_save for sequence and token classification.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+_TYING = ("embed_tokens", "lm_head")  # by which PEFT knows what may be tied
 TASKS = (
     *("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS"),
     "FEATURE_EXTRACTION",
 )
-_OUTPUT_HEADS = ("lm_head",)
 
 
 def read_config(folder: Path, ignore: Sequence[str]) -> dict[str, Any]:
@@ -135,6 +135,31 @@ def read_config(folder: Path, ignore: Sequence[str]) -> dict[str, Any]:
     return known | {n: v for n, v in kept.items() if n in known or n in NOTES}
 
 
+def with_tied(config: Mapping[str, Any], names: Sequence[ModuleName]) -> dict[str, Any]:
+    """The config with what ``ensure_weight_tying`` adds to its lists of modules.
+
+    It puts embedding and head among the targets, or among what is saved whole, where
+    one of the two is there under a name that PEFT knows.
+
+    Args:
+        config: with defaults.
+        names: rows of the model; those that are tied say which two belong together.
+    """
+    pair = [name for row in names if row.tied for name in (row.theirs, row.tied)]
+    if not config.get("ensure_weight_tying") or not pair:
+        return dict(config)
+    known = lambda name: name.rpartition(".")[2] in _TYING
+    saved, wanted = config["modules_to_save"] or (), config["target_modules"] or ()
+    if any(map(known, saved)):
+        return config | {"modules_to_save": [*saved, *pair]}
+    if isinstance(wanted, str):
+        either = "|".join([f"(?:{wanted})", *map(re.escape, pair)])
+        hit = any(re.fullmatch(wanted, name) for name in _TYING)
+        return config | ({"target_modules": either} if hit else {})
+    hit = any(map(known, wanted))
+    return config | ({"target_modules": [*wanted, *pair]} if hit else {})
+
+
 def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module]:
     """The modules that a config's ``target_modules`` means, by PEFT's rules.
 
@@ -155,7 +180,7 @@ def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module
             continue
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             linear = module.kind in ("linear", "conv1d")
-            hit = linear and path.rpartition(".")[2] not in _OUTPUT_HEADS
+            hit = linear and path.rpartition(".")[2] not in OUTPUT_HEADS
         elif isinstance(wanted, str):
             hit = re.fullmatch(wanted, path) is not None
         elif path in wanted:
@@ -190,7 +215,9 @@ def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str
     A row of the table all of whose modules are sites is named by the shortest end
     that no other row shares; everything else by full paths. Ends that several rows
     share are never written, even where all of them are sites: the checkpoint's model
-    may have a module more than our table (a pooler) that ends alike.
+    may have a module more than our table (a pooler) that ends alike. So may it where
+    the tree lacks the first layers or one between, as a part of a pipeline does, or
+    is the text part of a model with vision.
     """
     chosen = {module.name for module in sites}
     rows: dict[str, list[Module]] = {}
@@ -207,7 +234,9 @@ def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str
         free = [
             e for e in ends if not any(t == e or t.endswith("." + e) for t in others)
         ]
-        if len(hits) == len(each) and free:
+        whole = [m.number for m in each] in ([None], [*range(len(each))])
+        whole = whole and not each[0].row.saved
+        if len(hits) == len(each) and free and whole:
             names.append(free[0])
         else:
             names += hits

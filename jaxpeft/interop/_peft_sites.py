@@ -1,10 +1,12 @@
 """The adapted modules of a tree, and the form in which PEFT can have them."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpeft.core import AdaptedKernel, PeftForm
+from jaxpeft.core import AdaptedKernel, Adapter, ModuleName, PeftForm
 from jaxpeft.core._lift import (
     layer_leaves,
     leaf_axes,
@@ -14,12 +16,20 @@ from jaxpeft.core._lift import (
     unpadded_layers,
 )
 from jaxpeft.core._node import OUT
+from jaxpeft.core._products import is_plain
 from jaxpeft.interop._modules import Module, Table
-from jaxpeft.interop._tensors import on_host
+from jaxpeft.interop._tensors import is_finite, on_host
 
 OTHER_WAYS = (
     "jaxpeft.merge and save_hf write a whole model, save_adapter writes jaxpeft's own "
     "file"
+)
+
+
+NOT_CALLED = (
+    "is a module that transformers' class never calls: it reads the weight alone, so "
+    "that an adapter of PEFT's beside it does nothing before it is merged. Merge it, "
+    "or have the weight trained in full (modules_to_save), which the class does read"
 )
 
 
@@ -64,11 +74,15 @@ class Collected(NamedTuple):
         sites: modules with an adapter, in the order of the table.
         whole: modules of which the weight is trained in full.
         biases: modules of which the bias alone is.
+        modules: all modules that there are in PEFT; of a tied table, both.
+        tying: whether the two of a tied table are to have one adapter.
     """
 
     sites: list[AdaptedModule]
     whole: list[Module]
     biases: list[Module]
+    modules: list[Module]
+    tying: bool
 
 
 def reordered(x: np.ndarray, axes: tuple, order: np.ndarray) -> np.ndarray:
@@ -76,15 +90,11 @@ def reordered(x: np.ndarray, axes: tuple, order: np.ndarray) -> np.ndarray:
     return np.take(x, order, axes.index(OUT)) if OUT in axes else x
 
 
-def is_finite(x: np.ndarray) -> bool:
-    """Whether all of a floating array is."""
-    return bool(np.all(np.isfinite(x.astype(np.float32))))
-
-
 def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
     """Sorts a tree's adapted leaves; what cannot be sorted goes to ``problems``."""
     sites: dict[str, AdaptedModule] = {}
     trained: dict[str, set[str]] = {}
+    heads: dict[str, Module] = {}  # of tied tables that are adapted, by the table's
     host = _Host()
     for path, node in table.leaves.items():
         if not isinstance(node, AdaptedKernel):
@@ -100,12 +110,18 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
                 f"{path!r}: {node.adapter.name!r} has no form in PEFT; {OTHER_WAYS}"
             )
             continue
-        for module in modules:
-            if path == module.leaves.get("weight") and module.row.tied and not untie:
+        (module, *_) = modules
+        if path == module.leaves.get("weight") and module.row.tied and not untie:
+            # A table that is written whole is so as it lies, for both.
+            kind = "embedding" if form.whole else "linear"
+            row = ModuleName(module.row.tied, module.row.ours, kind)
+            heads[module.name] = module._replace(name=row.theirs, row=row)
+            if not form.whole and not is_plain(node.adapter):
                 problems.append(
-                    f"{module.name!r} shares its weight with {module.row.tied!r}: "
-                    "in PEFT only the look-up would change, which is not the same "
-                    "function; merge instead, or write untie=True"
+                    f"{module.name!r} shares its weight with {module.row.tied!r}, and "
+                    f"{node.adapter.name!r} changes both as one matrix, which PEFT "
+                    "does not: merge instead; untie=True writes another function, the "
+                    "adapter of the look-up alone"
                 )
         if form.whole:
             for module in modules:
@@ -117,17 +133,32 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
             if site.rank == 0:
                 continue  # PEFT raises on it: the layer is its kernel
             sites[module.name] = site
+            if head := heads.get(module.name):
+                sites[head.name] = _turned(site, head)
             problems += [
                 f"{module.name!r}: leaf {leaf!r} is not finite"
                 for leaf, x in {**site.frozen, **site.trainable}.items()
                 if not is_finite(x)
             ]
+    for name, head in heads.items():
+        if "weight" in trained.get(name, ()):
+            trained[head.name] = {"weight"}
+    modules = [*table.modules, *heads.values()]
     both = [n for n, parts in trained.items() if "weight" in parts and n in sites]
     problems += [f"{n!r} is trained in full and has an adapter as well" for n in both]
-    whole = [m for m in table.modules if "weight" in trained.get(m.name, ())]
-    biases = [m for m in table.modules if trained.get(m.name) == {"bias"}]
-    ordered = [sites[m.name] for m in table.modules if m.name in sites]
-    return Collected(ordered, whole, biases)
+    whole = [m for m in modules if "weight" in trained.get(m.name, ())]
+    biases = [m for m in modules if trained.get(m.name) == {"bias"}]
+    ordered = [sites[m.name] for m in modules if m.name in sites]
+    return Collected(ordered, whole, biases, modules, bool(heads))
+
+
+def _turned(site: AdaptedModule, head: Module) -> AdaptedModule:
+    """A plain adapter of a table, as that of the head that is its transpose."""
+    there = dataclasses.replace(site.node.site, roles=site.node.roles[::-1])
+    a, b = site.trainable["a"], site.trainable["b"]
+    return site._replace(
+        module=head, node=site.node.replace(site=there), trainable={"a": b.T, "b": a.T}
+    )
 
 
 class _Host:
@@ -166,7 +197,24 @@ class _Host:
         return frozen, trainable, site.ranks or none, site.alphas or none
 
 
-def choose_form(form: str, sites: list[AdaptedModule], problems: list[str]) -> str:
+def decomposed_tie(name: str, method: Adapter, rows: Sequence[ModuleName]) -> str:
+    """Why a method that decomposes the base has no place on a tied head in PEFT."""
+    tied = {row.tied: row.theirs for row in rows if row.tied}
+    if name not in tied or not method.peft.redone:
+        return ""
+    return (
+        f"{name!r}: what {method.name!r} takes out of the weight, PEFT takes out of "
+        f"that of {tied[name]!r}, which is the same one, so that its look-up changes "
+        "too"
+    )
+
+
+def choose_form(
+    form: str,
+    sites: list[AdaptedModule],
+    rows: Sequence[ModuleName],
+    problems: list[str],
+) -> str:
     """``"native"``, ``"converted"`` or ``"portable"``, and what stands in its way."""
     if form == "auto":
         redone = [s.form.redone or s.form.peft_type is None for s in sites]
@@ -175,7 +223,11 @@ def choose_form(form: str, sites: list[AdaptedModule], problems: list[str]) -> s
         name, method = site.module.name, site.node.adapter.name
         if site.module.kind == "norm":
             problems.append(f"{name!r} is a norm; PEFT has no adapter for it")
+        if not site.module.row.called:
+            problems.append(f"{name!r} {NOT_CALLED}")
         if form == "native":
+            if why := decomposed_tie(name, site.node.adapter, rows):
+                problems.append(f"{why}; form='auto' writes plain LoRA")
             if site.form.peft_type is None or site.form.refusal:
                 why = site.form.refusal or f"PEFT has no {method!r}"
                 problems.append(f"{name!r}: {why}; form='auto' writes plain LoRA")

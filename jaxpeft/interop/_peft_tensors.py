@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.interop._modules import Module, Table
+from jaxpeft.interop._modules import Module
 from jaxpeft.interop._pairs import balance, pad
 from jaxpeft.interop._peft_config import (
     DEFAULTS,
@@ -16,13 +16,20 @@ from jaxpeft.interop._peft_sites import AdaptedModule
 from jaxpeft.interop._tensors import on_host
 
 
-def native(sites: list[AdaptedModule], table: Table, problems: list[str]):
+def native(sites: list[AdaptedModule], modules: list[Module], problems: list[str]):
     """``(tensors, config)`` of the methods' own forms."""
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     listed: dict[str, list] = {}
+    # What one site's method sets is said of all: of the others it is PEFT's default.
+    usual = {
+        field: DEFAULTS[site.form.peft_type][field]
+        for site in sites
+        for field in site.form.fields
+        if field in DEFAULTS[site.form.peft_type]
+    }
     for site in sites:
         form, name, kind = site.form, site.module.name, site.module.kind
         leaves = form.to_leaves(*site.ordered(), kind)
@@ -31,7 +38,10 @@ def native(sites: list[AdaptedModule], table: Table, problems: list[str]):
             _add_shared(tensors, key, on_host(site.frozen[ours].T), name, problems)
         for field, here in form.lists.items():
             listed.setdefault(field, []).extend([site.module] if here else [])
-        _merge(config, {"peft_type": form.peft_type, **form.fields}, name, problems)
+        own = {"peft_type": form.peft_type, **usual, **form.fields}
+        if kind == "embedding":  # which PEFT decomposes in no way
+            own.pop("init_lora_weights", None)
+        _merge(config, own, name, problems)
         if site.rank is not None:
             ranks[name] = site.rank
         if site.alpha is not None:
@@ -50,10 +60,12 @@ def native(sites: list[AdaptedModule], table: Table, problems: list[str]):
                     f"{config['peft_type']} has one {field} for all sites in PEFT, and "
                     f"here they differ: {sorted(set(values.values()))}; form='portable'"
                 )
-    return tensors, config | _lists(sites, listed, table)
+    return tensors, config | _lists(sites, listed, modules)
 
 
-def _lists(sites, listed: dict[str, list[Module]], table: Table) -> dict[str, Any]:
+def _lists(
+    sites, listed: dict[str, list[Module]], modules: list[Module]
+) -> dict[str, Any]:
     """``target_modules``, and the fields that list a part of them.
 
     PEFT wants those to be a subset, entry by entry: so the parts are named first.
@@ -61,10 +73,10 @@ def _lists(sites, listed: dict[str, list[Module]], table: Table) -> dict[str, An
     fields, names = {}, []
     rest = [site.module for site in sites]
     for field, part in listed.items():
-        fields[field] = target_names(part, table.modules)
+        fields[field] = target_names(part, modules)
         names += fields[field]
         rest = [module for module in rest if module not in part]
-    return fields | {"target_modules": names + target_names(rest, table.modules)}
+    return fields | {"target_modules": names + target_names(rest, modules)}
 
 
 def _merge(config: dict[str, Any], own: dict[str, Any], name: str, problems) -> None:
@@ -99,7 +111,10 @@ def _alpha(site: AdaptedModule) -> int | float:
 
 
 def plain(
-    sites: list[AdaptedModule], rank: int | None, table: Table, problems: list[str]
+    sites: list[AdaptedModule],
+    rank: int | None,
+    modules: list[Module],
+    problems: list[str],
 ):
     """``(tensors, config, errors)`` of plain LoRA, one rank for all.
 
@@ -130,5 +145,5 @@ def plain(
             ends = ("lora_embedding_A", "lora_embedding_B")
         for end, x in zip(ends, (a, b), strict=True):
             tensors[f"{PREFIX}{name}.{end}"] = on_host(x.T)
-    config |= _lists(sites, {}, table) | {"r": top, "lora_alpha": top}
+    config |= _lists(sites, {}, modules) | {"r": top, "lora_alpha": top}
     return tensors, config, errors

@@ -17,14 +17,16 @@ from jaxpeft.core._lift import shared_names
 from jaxpeft.core._node import leaves_with_path
 from jaxpeft.interop._format import (
     CONFIG,
+    DIGEST,
     FORMAT,
     TENSORS,
     VERSION,
     build_method,
+    digest,
     method_names,
     version,
 )
-from jaxpeft.interop._tensors import on_host, write_tensors
+from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 from jaxpeft.numerics import checksum, projection
 
 
@@ -38,8 +40,8 @@ def save_adapter(
     """Writes the adapters of a tree, without its base, to a folder.
 
     Two files: ``adapter.json`` (methods with all their options; for each site its
-    path, axis roles, ranks, alphas and a fingerprint of its base kernel) and
-    ``adapter.safetensors`` (every frozen and trained leaf, under
+    path, axis roles, ranks, alphas and a fingerprint of its base kernel; the SHA-256 of
+    the other file) and ``adapter.safetensors`` (every frozen and trained leaf, under
     ``path/of/kernel/leaf``, bit for bit). Dropout keys are not saved. A new folder
     appears whole or not at all.
 
@@ -56,7 +58,7 @@ def save_adapter(
 
     Raises:
         ValueError: the tree has no adapters, a method is not one of
-            ``jaxpeft.adapters``, or ``metadata`` is not JSON.
+            ``jaxpeft.adapters``, a leaf is not finite, or ``metadata`` is not JSON.
         FileExistsError: the folder has files in it and ``overwrite`` is not set.
 
     Example:
@@ -87,6 +89,11 @@ def save_adapter(
         )
     methods = list(dict.fromkeys(node.adapter for node in sites))
     tensors, shared = _tensors(sites)
+    if bad := [name for name, leaf in tensors.items() if not is_finite(leaf)]:
+        raise ValueError(
+            f"`adapted` has leaves with NaN or infinity, {bad}; nothing was written. "
+            "Go back to the last step whose loss was finite."
+        )
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -97,11 +104,11 @@ def save_adapter(
         "metadata": dict(metadata or {}),
     }
     try:
-        text = json.dumps(config, indent=1, allow_nan=False)
+        json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise ValueError(f"`metadata` must be what JSON can hold: {e}") from e
     if jax.process_index() == 0:
-        _write(folder, text, tensors, config["id"])
+        _write(folder, config, tensors)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -182,14 +189,18 @@ def _site_entry(node: AdaptedKernel, methods: list[Adapter], shared) -> dict[str
     }
 
 
-def _write(folder: Path, text: str, tensors: dict[str, np.ndarray], name: str) -> None:
+def _write(
+    folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> None:
     """Writes both files beside their place, then moves them there."""
+    name = config["id"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.{name}")
     new.mkdir()
     try:
         header = {"format": FORMAT, "id": name}
         write_tensors(new / TENSORS, tensors, header)
+        text = json.dumps(config | {DIGEST: digest(new / TENSORS)}, indent=1)
         (new / CONFIG).write_text(text + "\n", encoding="utf-8")
         if folder.is_dir() and any(folder.iterdir()):
             # A crash between the two leaves files of different ids, which loading

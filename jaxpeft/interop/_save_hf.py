@@ -13,24 +13,20 @@ from jaxtyping import PyTree
 
 from jaxpeft.core import AdaptedKernel, ModuleName, detach, merge, mergeable
 from jaxpeft.core._lift import shared_names
+from jaxpeft.core._names import BESIDE
 from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_dtype
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
-from jaxpeft.interop._tensors import on_host
+from jaxpeft.interop._tensors import is_finite, on_host
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# What goes along from the folder of the base: no weights, no code.
-BESIDE = (
-    *(
-        "generation_config.json",
-        "chat_template*",
-        "tokenizer*",
-        "vocab.*",
-        "merges.txt",
-    ),
-    *("special_tokens_map.json", "added_tokens.json", "*.model"),
-)
+# What families call their number of layers.
+LAYERS = ("num_hidden_layers", "n_layer")
+LABELS = ("id2label", "label2id")
+GENERATION = "generation_config.json"
+# What older versions wrote beside a tokenizer's config, and would still be read.
+OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
 
@@ -59,6 +55,8 @@ def save_hf(
     names: Sequence[ModuleName],
     config: Mapping[str, Any],
     source: str | Path | None = None,
+    tokenizer: Any = None,
+    stop: Sequence[int] = (),
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     axes: Mapping[str, str] | None = None,
@@ -74,9 +72,18 @@ def save_hf(
         folder: a new or an empty folder.
         names: what the modules are called in the checkpoint: ``model.names``.
         config: content of ``config.json``: ``model.hf_config``.
+            Of an untied tree (``untie``) the folder's says
+            ``tie_word_embeddings: false``.
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
-            a quantisation and, for a new head, labels and architecture; tokenizer,
-            generation config and chat template are copied.
+            a quantisation, a tie that is none any more, ``pad_token_id`` and, for a
+            new head, labels and architecture; tokenizer, generation config and chat
+            template are copied. Of a model with vision, the config of the text part
+            alone is written.
+        tokenizer: a tokenizer of transformers, to be written instead of that in
+            ``source``; where the config has no ``pad_token_id``, it gets this one's.
+        stop: token ids after which a text has ended (``models.stop_tokens``); those
+            that ``generation_config.json`` lacks are added there, so that
+            ``generate`` of transformers stops, too.
         dtype: dtype of the tensors; by default the leaves', which must then be one:
             transformers loads in the one dtype that ``config.json`` names.
         max_shard_size: largest file of weights, in bytes or as ``"500MB"``; above
@@ -88,9 +95,9 @@ def save_hf(
         What was written, with each adapter's change of its weight.
 
     Raises:
-        ValueError: a leaf is in no row of ``names``, an adapter depends on the input,
-            a value is not finite, the dtypes differ, or ``config`` and the source's
-            are of different models.
+        ValueError: a leaf is in no row of ``names``, a layer is missing, an adapter
+            depends on the input, a value is not finite, the dtypes differ, or
+            ``config`` and the source's are of different models.
         FileExistsError: the folder has files in it.
 
     Example:
@@ -106,12 +113,17 @@ def save_hf(
     folder, most = Path(folder), _bytes(max_shard_size)
     check_free(folder)
     content = _config(config, source)
+    if tokenizer is not None and content.get("pad_token_id") is None:
+        content["pad_token_id"] = tokenizer.pad_token_id
     table = Table(names, dict(leaves_with_path(params)), axes)
     _check(table, params)
+    _check_layers(table, content)
     planned = _planned(table, None if dtype is None else jnp.dtype(dtype))
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
     content |= {"dtype": kind.name}
+    if any(row.tied in table.by_name for row in table.rows):
+        content["tie_word_embeddings"] = False  # each has a table of its own here
     files = shards(planned, most)
     names_of = [WEIGHTS]
     if len(files) > 1:
@@ -126,6 +138,8 @@ def save_hf(
             _write(None if new is None else new / file, tensors, stream)
         if new is not None:
             _beside(new, source)
+            _write_tokenizer(new, tokenizer)
+            _add_stops(new / GENERATION, content, stop)
             _dump(new / CONFIG, content)
             if len(files) > 1:
                 where = {
@@ -172,14 +186,19 @@ def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, A
             "leave `source` out."
         )
     kept = json.loads(file.read_text(encoding="utf-8"))
+    inner, kind = kept.get("text_config"), config["model_type"]
+    if inner is not None and inner.get("model_type", kind) == kind:
+        # The tree is the text part of a larger model, and stands alone from here on.
+        labels = {name: kept[name] for name in LABELS if name in kept}
+        kept = dict(config) | labels
     if kept.get("model_type") != config["model_type"]:
         raise ValueError(
             f"`config` is of a {config['model_type']!r} and the one in `source` of a "
             f"{kept.get('model_type')!r}; give the folder of this model's base."
         )
     kept.pop("quantization_config", None)
-    for field in ("architectures", "problem_type"):
-        if field in config:
+    for field in ("architectures", "problem_type", "pad_token_id"):
+        if config.get(field) is not None:
             kept[field] = config[field]
     count = config.get("num_labels")
     if count is not None and len(kept.get("id2label") or ()) != count:
@@ -203,11 +222,23 @@ def _check(table: Table, params: PyTree) -> None:
         )
 
 
+def _check_layers(table: Table, config: Mapping[str, Any]) -> None:
+    """Raises unless every layer is there: a reader would draw the others at random."""
+    have = sorted({m.number for m in table.modules if m.number is not None})
+    counts = [config[field] for field in LAYERS if config.get(field) is not None]
+    count = counts[0] if counts else max(have, default=-1) + 1
+    if have and not set(have) >= {*range(count)}:
+        raise ValueError(
+            f"`params` has layers {have}, and the model {count} from 0 up; give the "
+            "whole tree. save_adapter and save_peft write the adapters of a part."
+        )
+
+
 def _planned(table: Table, dtype: np.dtype | None) -> list[Planned]:
     planned = []
     for module, part in _parts(table):
         kind = dtype or jnp.dtype(table.leaves[module.leaves[part]].dtype)
-        name = f"{module.name}.{part}"
+        name = f"{module.saved}.{part}"
         planned.append(Planned(name, table.tensor_shape(module, part), kind))
     kinds = sorted({tensor.dtype.name for tensor in planned})
     if len(kinds) > 1:
@@ -239,15 +270,18 @@ def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
             if is_node(pieces.get("weight")):
                 before = detach(tree)["module"]
                 old = {p: before[name] for name, p in inside.items()}
-                drift[module.name] = _change(old["weight"], merged["weight"])
+                drift[module.saved] = _change(old["weight"], merged["weight"])
         for part in sorted(module.leaves, reverse=True):
             value = on_host(merged[part])
-            if not np.all(np.isfinite(value.astype(np.float32))):
+            with np.errstate(over="ignore"):  # looked for here
+                cast = table.tensor(module, part, value, sliced=sliced).astype(dtype)
+            if not is_finite(cast):
+                held = "" if not is_finite(value) else f", beyond what {dtype} holds"
                 raise ValueError(
                     f"`params`: {module.leaves[part]!r} is not finite, as "
-                    f"{module.name}.{part}; nothing was written."
+                    f"{module.saved}.{part}{held}; nothing was written."
                 )
-            yield table.tensor(module, part, value, sliced=sliced).astype(dtype)
+            yield cast
 
 
 def _pieces(table: Table, module: Module) -> tuple[dict[str, Any], bool]:
@@ -309,7 +343,31 @@ def _beside(new: Path, source: str | Path | None) -> None:
     for pattern in BESIDE if source is not None else ():
         for file in Path(source).glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, new / file.name)
+                copy = new / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+
+
+def _write_tokenizer(new: Path, tokenizer: Any) -> None:
+    if tokenizer is not None:
+        for name in OLD_TOKENIZER:
+            (new / name).unlink(missing_ok=True)
+        tokenizer.save_pretrained(new)
+
+
+def _add_stops(file: Path, config: Mapping[str, Any], stop: Sequence[int]) -> None:
+    """Adds to a generation config the ids that it lacks."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # Without such a file transformers takes these from the config; with one, from it.
+    known = {f"{name}_token_id": None for name in ("bos", "eos", "pad")}
+    known |= {name: config.get(name) for name in known} | kept
+    ends = known["eos_token_id"]
+    ends = [*ends] if isinstance(ends, list) else [ends] if ends is not None else []
+    if set(stop) <= set(ends):
+        return
+    ends = list(dict.fromkeys([*ends, *stop]))
+    known["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    _dump(file, {name: value for name, value in known.items() if value is not None})
 
 
 def _dump(file: Path, content: Mapping[str, Any]) -> None:

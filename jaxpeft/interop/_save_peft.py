@@ -23,9 +23,9 @@ from jaxpeft.interop._peft_config import (
     TENSORS,
     in_saved_module,
 )
-from jaxpeft.interop._peft_sites import AdaptedModule, choose_form, collect, is_finite
+from jaxpeft.interop._peft_sites import AdaptedModule, choose_form, collect
 from jaxpeft.interop._peft_tensors import native, plain
-from jaxpeft.interop._tensors import on_host, write_tensors
+from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 
 FORMS = ("auto", "native", "portable")
 
@@ -63,6 +63,7 @@ def save_peft(
     task_type: str | None = None,
     axes: Mapping[str, str] | None = None,
     untie: bool = False,
+    tokenizer: Any = None,
 ) -> SavedPeft:
     """Writes the adapters of a tree as a folder that HF PEFT loads.
 
@@ -90,8 +91,13 @@ def save_peft(
             or not.
         axes: roles of the axes of kernels beyond two that are saved whole, as in
             ``attach``; ``model.axes``.
-        untie: write an adapter on an embedding that is also the output head. PEFT's
-            then acts on the look-up alone.
+        untie: write an adapter on a table that is embedding and output head in one
+            as PEFT's of the embedding: it then acts on the look-up alone, which is
+            not the tree's function. Without it, LoRA and full training of such a
+            table are written for both (``ensure_weight_tying``), other methods are
+            refused. What ``load_peft`` read of one of the two needs no such choice.
+        tokenizer: a tokenizer of transformers, to be written beside it: with the chat
+            template and the padding token that it was trained with.
 
     Returns:
         What was written. With several processes all must call this; the first one
@@ -136,16 +142,18 @@ def save_peft(
     sites, biases = found.sites, found.biases
     whole = found.whole + _head(table, task_type, found.whole)
     biases = [m for m in biases if m not in whole]
-    written = choose_form(form, sites, problems)
+    written = choose_form(form, sites, table.rows, problems)
     _check(written, rank, whole + biases, problems)
     _raise(problems)
 
     errors: dict[str, float] = {}
     if written == "native":
-        tensors, config = native(sites, table, problems)
+        tensors, config = native(sites, found.modules, problems)
     else:
-        tensors, config, errors = plain(sites, rank, table, problems)
-    saved = _saved_modules(table, whole, tensors, problems)
+        tensors, config, errors = plain(sites, rank, found.modules, problems)
+    saved = _saved_modules(table, whole, found.modules, tensors, problems)
+    if found.tying:
+        config["ensure_weight_tying"] = True
     if biases:
         config["bias"] = "all"
         _add_biases(table, whole, sites, tensors, config, problems)
@@ -171,6 +179,8 @@ def save_peft(
             (new / CONFIG).write_text(text + "\n", encoding="utf-8")
             card = _card(base_model, written, name, errors)
             (new / "README.md").write_text(card, encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
     modules = tuple(module.name for module in adapted_modules)
     return SavedPeft(
         folder, written, _rank(config, sites), modules, tuple(saved), errors
@@ -228,7 +238,7 @@ def _tensor(table: Table, module: Module, part: str, problems) -> np.ndarray:
     return tensor
 
 
-def _saved_modules(table, whole, tensors, problems) -> list[str]:
+def _saved_modules(table, whole, modules, tensors, problems) -> list[str]:
     """Adds whole modules to the tensors; returns names for modules_to_save."""
     for module in whole:
         for part, path in module.leaves.items():
@@ -242,7 +252,7 @@ def _saved_modules(table, whole, tensors, problems) -> list[str]:
             tensors[f"{PREFIX}{module.name}.{part}"] = _tensor(
                 table, module, part, problems
             )
-    return _roots([m.name for m in whole], [m.name for m in table.modules])
+    return _roots([m.name for m in whole], [m.name for m in modules])
 
 
 def _add_biases(table, whole, sites, tensors, config, problems) -> None:

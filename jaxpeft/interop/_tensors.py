@@ -1,11 +1,13 @@
 """safetensors files of whole arrays; the only caller of the library's writer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxpeft.numerics import optional
 
 
 def on_host(x: Any) -> np.ndarray:
@@ -29,6 +31,11 @@ def on_host(x: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x))
 
 
+def is_finite(x: np.ndarray) -> bool:
+    """Whether no number of an array is NaN or infinite."""
+    return bool(np.isfinite(x).all())
+
+
 def write_tensors(
     file: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
@@ -42,7 +49,8 @@ def write_tensors(
     Raises:
         ValueError: an array's dtype has no form in the file that reads back.
     """
-    from safetensors.numpy import save_file
+    with optional("Files of weights"):
+        from safetensors.numpy import save_file
 
     arrays = {name: on_host(x) for name, x in tensors.items()}
     for name, array in arrays.items():
@@ -64,7 +72,8 @@ class TensorFile:
     """A safetensors file opened for reading: the header first, arrays on demand."""
 
     def __init__(self, file: str | Path):
-        from safetensors import SafetensorError, safe_open
+        with optional("Files of weights"):
+            from safetensors import SafetensorError, safe_open
 
         try:
             self._file = safe_open(file, framework="np")
@@ -82,3 +91,11 @@ class TensorFile:
     def read(self, name: str) -> np.ndarray:
         """Reads one array."""
         return self._file.get_tensor(name)
+
+    def not_finite(self, names: Iterable[str]) -> list[str]:
+        """What is wrong with those of some arrays that hold NaN or infinity."""
+        return [
+            f"{name!r} has numbers that are NaN or infinite"
+            for name in sorted(names)
+            if not is_finite(self.read(name))
+        ]

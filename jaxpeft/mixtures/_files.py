@@ -104,8 +104,8 @@ def import_domain(
         The tree with the domain; all other leaves are the same arrays.
 
     Raises:
-        ValueError: it is no such file, or the domain does not fit; all reasons are
-            listed.
+        ValueError: it is no such file or damaged, or the domain does not fit; all
+            reasons are listed.
     """
     facts, arrays = _read(Path(file))
     name = facts["name"] if name is None else name
@@ -159,4 +159,12 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{str(file)!r} is of format {facts['format']!r}, version "
             f"{facts['version']!r}; this reads {FORMAT!r}, version {VERSION}."
         )
+    bad = [
+        f"{entry['path']}/{leaf}"
+        for entry in facts["sites"]
+        for leaf, i in entry["leaves"].items()
+        if not np.isfinite(arrays[i]).all()
+    ]
+    if bad:
+        raise ValueError(f"{str(file)!r} has leaves with NaN or infinity: {bad}.")
     return facts, arrays

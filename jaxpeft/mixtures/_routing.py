@@ -11,6 +11,7 @@ from jaxtyping import Float64, PyTree
 from numpy import ndarray
 
 from jaxpeft.core._node import nodes
+from jaxpeft.numerics import optional
 
 DEAD = 0.01  # a share of the load that is this part of an even one is none
 
@@ -223,8 +224,9 @@ def plot_routing(
     Raises:
         ValueError: a layer that no router is in.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with optional("Figures"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     numbers = [-1 if layer is None else layer for _, layer in report.routers]
     known = sorted(set(numbers))

@@ -1,6 +1,5 @@
 """From a config to a Linen module, and parameters drawn for it."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,8 @@ from jaxpeft.models._config import BERTS, read_config
 from jaxpeft.models._deberta import Deberta
 from jaxpeft.models._deberta_config import read_deberta_config
 from jaxpeft.models._decoder import Decoder
-from jaxpeft.models._decoder_config import read_decoder_config
-from jaxpeft.models._decoder_families import TRAITS
+from jaxpeft.models._decoder_config import read_decoder_config, text_part
+from jaxpeft.models._decoder_families import TRAITS, WHOLES
 from jaxpeft.models._families import FAMILIES
 
 
@@ -73,6 +72,7 @@ def from_config(
     if num_labels < 1:
         raise ValueError(f"`num_labels` is {num_labels}; write at least 1.")
     param_dtype = floating("param_dtype", param_dtype, jnp.float32)
+    more = {"stop_tokens": end_ids(raw)} if build is Decoder else {}
     return build(
         known,
         head=head,
@@ -81,23 +81,45 @@ def from_config(
         param_dtype=param_dtype,
         scan_layers=scan_layers,
         remat=remat,
+        **more,
     )
+
+
+def end_ids(config: Mapping[str, Any], *more: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids in ``eos_token_id`` of configs, a number or a list, each once.
+
+    Those that are no row of the embedding, such as -1, are never written.
+    """
+    config = text_part(config)
+    size, found = config.get("vocab_size"), []
+    for one in (config, *more):
+        ids = one.get("eos_token_id")
+        found += ids if isinstance(ids, list | tuple) else [ids]
+    known = (i for i in found if i is not None and 0 <= i < (size or i + 1))
+    return tuple(dict.fromkeys(known))
 
 
 def _class_of(model_type: Any) -> tuple[Any, Any]:
     """The module of a family, and what reads its config."""
-    if model_type in TRAITS:
+    if model_type in TRAITS or model_type in WHOLES:
         return Decoder, read_decoder_config
     if model_type in BERTS:
         return Bert, read_config
     if model_type == "deberta-v2":
         return Deberta, read_deberta_config
-    known = sorted(FAMILIES)
-    near = difflib.get_close_matches(str(model_type), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    # No near name is offered: families with near names are built otherwise.
     raise ValueError(
-        f"`config` has model_type {model_type!r}; known are {known}.{hint}"
+        f"`config` has model_type {model_type!r}, which is not implemented; known are "
+        f"{sorted(FAMILIES)}."
     )
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding of a config; None for a family that is not here."""
+    if config.get("model_type") not in FAMILIES:
+        return None
+    _, read = _class_of(config["model_type"])
+    return read(config).vocab_size
 
 
 def abstract(model: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.models._families import Source
-from jaxpeft.models._gguf import QUANTISATIONS, GgufFile
+from jaxpeft.models._gguf import GgufFile, is_readable
+from jaxpeft.numerics import optional
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,7 +41,7 @@ class Tensor(NamedTuple):
     def numpy_dtype(self) -> np.dtype | None:
         """The dtype it is read as, or None if it is no floating type read here."""
         if self.file.suffix == GGUF:
-            return np.dtype(np.float32) if self.dtype in QUANTISATIONS else None
+            return np.dtype(np.float32) if is_readable(self.dtype) else None
         found = _DTYPES.get(self.dtype)
         return None if found is None else np.dtype(found)
 
@@ -106,7 +107,8 @@ def opened(files: Any) -> Iterator[dict[Path, Any]]:
     Yields:
       A handle for each path.
     """
-    from safetensors import SafetensorError, safe_open
+    with optional("Files of weights"):
+        from safetensors import SafetensorError, safe_open
 
     with contextlib.ExitStack() as stack:
         handles = {}
@@ -146,6 +148,9 @@ def read_leaf(
       source: where the leaf lies.
       index: the block of our leaf, a slice (step 1) for every axis.
       dtype: dtype of the result.
+
+    Raises:
+      ValueError: a number of it is NaN or infinite, in the file or in ``dtype``.
     """
     if source.stacked:
         layers, index = range(index[0].start, index[0].stop), index[1:]
@@ -159,9 +164,38 @@ def read_leaf(
         view = row.T if source.transposed else row
         for start, stop in _chunks(theirs, tensors[layer].numpy_dtype):
             rows = (slice(theirs[0].start + start, theirs[0].start + stop), *theirs[1:])
-            part = read_block(handles, tensors[layer], rows)
-            view[start:stop] = part.astype(dtype, copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for here
+                part = read_block(handles, tensors[layer], rows)
+                view[start:stop] = _finite(part, tensors[layer], dtype)
     return block if source.stacked else block[0]
+
+
+def _finite(part: np.ndarray, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    """A part of a tensor in another dtype, unless that holds NaN or infinity."""
+    cast = part.astype(dtype, copy=False)
+    if _is_finite(cast):
+        return cast
+    if _is_finite(part):
+        raise ValueError(
+            f"`param_dtype` is {np.dtype(dtype).name}, and {tensor.name} in "
+            f"{tensor.file} has numbers up to {np.abs(part).max()}, beyond what that "
+            "holds; write param_dtype='bfloat16' or 'float32'."
+        )
+    count = int(np.sum(~np.isfinite(part)))
+    raise ValueError(
+        f"{tensor.name} in {tensor.file} is not finite: {count} of the {part.size} "
+        "numbers read at once are NaN or infinite. The file was damaged, or saved "
+        "from a training that had diverged; fetch it again."
+    )
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    if x.dtype.itemsize != 2:
+        return bool(np.isfinite(x).all())
+    # NumPy has no fast test of half precision; without their sign bits, numbers are
+    # ordered as integers are, and infinity and NaN come last.
+    infinity = np.array(np.inf, x.dtype).view(np.uint16)
+    return bool(((x.view(np.uint16) & 0x7FFF) < infinity).all())
 
 
 def _chunks(index: tuple[slice, ...], dtype: Any) -> Iterator[tuple[int, int]]:

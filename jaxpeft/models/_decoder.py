@@ -42,6 +42,10 @@ class Decoder(nn.Module):
     Hugging Face: ``self_attn/q_proj/kernel``, ``mlp/gate_proj/kernel`` and so on. In
     GPT-2 they are ``wte``, ``wpe``, ``h/layer_{i}/...`` and ``ln_f``.
 
+    Where the config ties head and embedding, ``embed_tokens/embedding`` is both. The
+    same model also runs a tree in which each has its own table (``interop.untie``):
+    ``embed_tokens/lookup/embedding`` and ``lm_head/embedding``, both [V, D].
+
     Attributes:
       config: sizes and constants.
       head: None, ``"causal_lm"``, ``"classification"`` or ``"regression"``.
@@ -60,6 +64,9 @@ class Decoder(nn.Module):
         sliding layers alternate in one scan): ``model.clone(attention="cudnn")``. None
         takes splash attention on a TPU where it can (of several, where a mesh is in
         context), else what ``jax.nn.dot_product_attention`` takes.
+      stop_tokens: ids after which a text has ended, as the files it was loaded from
+        say (``eos_token_id`` of ``config.json`` and ``generation_config.json``); what
+        ``models.generate`` stops at by default.
     """
 
     config: DecoderConfig
@@ -70,6 +77,7 @@ class Decoder(nn.Module):
     scan_layers: bool = False
     remat: str | None = None
     attention: str | None = None
+    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses unknown names."""
@@ -111,6 +119,8 @@ class Decoder(nn.Module):
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
         if self.head == "causal_lm" and not config.tie_word_embeddings:
             self.lm_head = _head(self, config.vocab_size)
+        elif self._is_untied:
+            self.lm_head = Embedding(*options, config.vocab_size)
         if self.head in ("classification", "regression"):
             self.score = _head(self, self.num_labels)
 
@@ -143,8 +153,9 @@ class Decoder(nn.Module):
 
         Returns:
           In float32 at least, logits [batch, tokens, V] of the next token, or
-          [batch, num_labels] at the last token that is no padding (neither by
-          ``attention_mask`` nor by the config's ``pad_token_id``). Without a head the
+          [batch, num_labels] at the last token that is no padding: by
+          ``attention_mask``, and where that is None by the config's ``pad_token_id``
+          (which may be the token that ends a text, too). Without a head the
           last hidden state [batch, tokens, D], which ``method="logits"`` turns into
           logits of a language model. With ``hidden_states=True`` a pair of that and
           [L + 1, batch, tokens, D]: the embeddings, then every layer's output, the
@@ -214,10 +225,18 @@ class Decoder(nn.Module):
         gpt2 = self.config.model_type == "gpt2"
         if not self.config.tie_word_embeddings:
             out = self.lm_head(hidden)
+        elif self._is_untied:
+            out = self.lm_head.attend(hidden)
         else:
             out = (self.wte if gpt2 else self.embed_tokens).attend(hidden)
         out, cap = at_least_float32(out), self.config.final_logit_softcapping
         return out if cap is None else jnp.tanh(out / cap) * cap
+
+    @property
+    def _is_untied(self) -> bool:
+        """Whether a tied config's parameters have a table for the head alone."""
+        tied = self.head == "causal_lm" and self.config.tie_word_embeddings
+        return tied and self.has_variable("params", "lm_head")
 
     def _positions(self, tokens: int, positions: Any, cache: Any) -> Array:
         longest = self.config.max_position_embeddings
@@ -244,11 +263,12 @@ class Decoder(nn.Module):
 
     def _last(self, x: Array, input_ids: Any, attention_mask: Any) -> Array:
         """The state of each row's last token that is no padding."""
-        real = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
-            real = real & jnp.asarray(attention_mask).astype(bool)
-        if self.config.pad_token_id is not None:
-            real = real & (jnp.asarray(input_ids) != self.config.pad_token_id)
+            real = jnp.asarray(attention_mask).astype(bool)
+        elif self.config.pad_token_id is not None:
+            real = jnp.asarray(input_ids) != self.config.pad_token_id
+        else:
+            real = jnp.ones(input_ids.shape, bool)
         places = jnp.arange(input_ids.shape[1])[None]
         last = jnp.max(jnp.where(real, places, 0), axis=1)
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

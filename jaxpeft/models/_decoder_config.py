@@ -14,9 +14,13 @@ from jaxpeft.models._decoder_families import (
     BIASED,
     DEFAULTS,
     FAMILY_DEFAULTS,
+    OTHER_PARTS,
+    OUTER,
+    PART,
     SPELLINGS,
     TRAITS,
     UNREAD,
+    WHOLES,
     Traits,
 )
 from jaxpeft.models._parts import ACTIVATIONS
@@ -71,7 +75,9 @@ class DecoderConfig:
       attention_scale: what scores are multiplied by.
       attn_logit_softcapping: bound of scores by tanh, or None.
       final_logit_softcapping: bound of logits by tanh, or None.
-      raw: the ``config.json`` all this was read from.
+      part: where it lies in the class of a larger model, ``"language_model."``, or "".
+      raw: the ``config.json`` all this was read from; of a larger model, what it says
+        about the text part.
     """
 
     model_type: str
@@ -101,6 +107,7 @@ class DecoderConfig:
     attention_scale: float
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
+    part: str
     raw: str = dataclasses.field(repr=False)
 
     @property
@@ -113,12 +120,15 @@ def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Returns the checked config of a decoder.
 
     Args:
-      raw: the content of a ``config.json`` whose ``model_type`` is in ``TRAITS``.
+      raw: the content of a ``config.json`` whose ``model_type`` is in ``TRAITS`` or
+        ``WHOLES``.
 
     Raises:
       ValueError: if a field that changes the function has a value that is not
         implemented, or sizes do not fit each other.
     """
+    part = PART if raw["model_type"] in WHOLES else ""
+    raw = text_part(raw)
     model_type = raw["model_type"]
     refuse(raw, _REFUSED)
     if model_type != "phi3":  # its own code was published beside it; same function
@@ -165,8 +175,32 @@ def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range"):
         values[name] = float(values[name] or 0)  # some files have 0 or null for 0.0
     return DecoderConfig(
-        model_type=model_type, raw=json.dumps(dict(raw), default=str), **values
+        model_type=model_type,
+        part=part,
+        raw=json.dumps(dict(raw), default=str),
+        **values,
     )
+
+
+def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what a config says about its text model; a config of text is that.
+
+    Raises:
+      ValueError: if the text part of a larger model is of another family than its
+        model type has.
+    """
+    family = WHOLES.get(raw.get("model_type"))
+    if family is None:
+        return raw
+    inner = raw.get("text_config") or {}
+    if inner.get("model_type", family) != family:
+        raise ValueError(
+            f"`config` has model_type {raw['model_type']!r} and a 'text_config' of "
+            f"{inner['model_type']!r}; only {family!r} is implemented there."
+        )
+    around = {name: x for name, x in raw.items() if name not in OTHER_PARTS}
+    outer = {name: raw[name] for name in OUTER if raw.get(name) is not None}
+    return {**around, **inner, **outer, "model_type": family}
 
 
 def _values(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:

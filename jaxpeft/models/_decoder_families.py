@@ -36,6 +36,18 @@ TRAITS = {
     "gpt2": Traits("GPT2", fused=True),
 }
 
+# Models of several parts -> the family of their text part, which alone is read.
+WHOLES = {"gemma3": "gemma3_text"}
+# Where it lies in transformers' class of the whole, and fields on the other parts.
+PART = "language_model."
+OTHER_PARTS = (
+    *("text_config", "vision_config", "mm_tokens_per_image", "architectures"),
+    *("image_token_index", "boi_token_index", "eoi_token_index"),
+    *("image_token_id", "boi_token_id", "eoi_token_id"),
+)
+# Fields that the whole decides, though its text part may have them, too.
+OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+
 # What transformers assumes for a field that config.json leaves out.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,

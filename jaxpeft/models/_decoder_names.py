@@ -3,12 +3,16 @@
 from jaxpeft.core import ModuleName
 from jaxpeft.models._decoder_config import DecoderConfig
 from jaxpeft.models._families import module_names
+from jaxpeft.models._parts import LOOKUP
 
 
 def decoder_names(
     config: DecoderConfig, head: str | None, scanned: bool
 ) -> tuple[ModuleName, ...]:
     """Returns the names of a decoder's modules, as transformers' class has them.
+
+    A tied model has rows for both kinds of tree: with one leaf for embedding and
+    head, and untied, with one for each.
 
     Args:
       config: its sizes and constants.
@@ -19,19 +23,26 @@ def decoder_names(
     rows = _gpt2() if gpt2 else _llama(config)
     prefix = "" if head is None else "transformer." if gpt2 else "model."
     names = [
-        (prefix + theirs, theirs.replace(".{i}", ".layer_{i}").replace(".", "/"), kind)
+        (
+            prefix + config.part + theirs,
+            theirs.replace(".{i}", ".layer_{i}").replace(".", "/"),
+            kind,
+        )
         for theirs, kind in rows
     ]
-    if head == "causal_lm" and not config.tie_word_embeddings:
+    if head == "causal_lm":
         names.append(("lm_head", "lm_head", "linear"))
     if head in ("classification", "regression"):
         names.append(("score", "score", "linear"))
-    tied = head == "causal_lm" and config.tie_word_embeddings
-    table = "wte" if gpt2 else "embed_tokens"
-    return tuple(
-        row._replace(tied="lm_head" if tied and row.ours == table else "")
-        for row in module_names(names, scanned)
-    )
+    words, *others = module_names(names, scanned)
+    found = [words, *others]
+    if head == "causal_lm" and config.tie_word_embeddings:
+        # The table is both modules, or each has its own: the tree says which.
+        apart = words._replace(ours=f"{words.ours}/{LOOKUP}")
+        found = [words._replace(tied="lm_head"), apart, *others]
+    part = config.part
+    saved = lambda theirs: theirs.replace(part, "", 1) if part else ""
+    return tuple(row._replace(saved=saved(row.theirs)) for row in found)
 
 
 def _llama(config: DecoderConfig) -> list[tuple[str, str]]:

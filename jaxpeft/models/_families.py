@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jaxpeft.core import ModuleName
 from jaxpeft.models._deberta_config import DebertaConfig
-from jaxpeft.models._decoder_families import TRAITS
+from jaxpeft.models._decoder_families import PART, TRAITS, WHOLES
 
 # kind -> (tensor on disk, our leaf, whether ours is its transpose)
 KINDS = {
@@ -53,6 +53,7 @@ class Family(NamedTuple):
 
     Attributes:
       prefix: what the base model's names start with inside a model with a head.
+      older: what they start with in other files, tried in this order after it.
       heads: first parts of the names of all heads' modules.
       drawn: those of them that may be absent from a checkpoint, and are drawn then.
       ignored: patterns of tensors no model here has, without the prefix.
@@ -62,6 +63,14 @@ class Family(NamedTuple):
     heads: tuple[str, ...]
     drawn: tuple[str, ...]
     ignored: tuple[str, ...]
+    older: tuple[str, ...] = ()
+
+    def within(self, name: str) -> str:
+        """A tensor's name without what the base model's names start with."""
+        for prefix in (self.prefix, *self.older):
+            if name.startswith(prefix):
+                return name.removeprefix(prefix)
+        return name
 
 
 _BUFFERS = ("*.position_ids", "*.token_type_ids")
@@ -85,6 +94,14 @@ FAMILIES = {
         (*_BUFFERS, "lm_predictions.*", "mask_predictions.*", "cls.*", "qa_outputs.*"),
     ),
     **dict.fromkeys(TRAITS, _DECODER),
+    **dict.fromkeys(
+        WHOLES,
+        _DECODER._replace(
+            prefix="model." + PART,
+            older=(PART + "model.", PART, "model."),
+            ignored=(*_DECODER.ignored, "vision_tower.*", "multi_modal_projector.*"),
+        ),
+    ),
     "gpt2": _DECODER._replace(
         prefix="transformer.", ignored=("*.attn.bias", "*.attn.masked_bias")
     ),
@@ -161,7 +178,11 @@ def deberta_names(
         rows = [("deberta." + theirs, ours, kind) for theirs, ours, kind in rows]
         rows.append(("pooler.dense", "pooler/dense", "linear"))
         rows.append(("classifier", "classifier", "linear"))
-    return module_names(rows, scanned)
+    # transformers takes the weight of this one and never calls the module.
+    return tuple(
+        row._replace(called=not row.theirs.endswith("rel_embeddings"))
+        for row in module_names(rows, scanned)
+    )
 
 
 def module_names(
@@ -189,7 +210,8 @@ def sources(
       layers: number of layers.
     """
     found = {}
-    for theirs, ours, kind, *_ in names:
+    for row in names:
+        theirs, ours, kind = row.saved or row.theirs, row.ours, row.kind
         for tensor, leaf, transposed in KINDS[kind]:
             name, path = f"{theirs.removeprefix(prefix)}.{tensor}", f"{ours}/{leaf}"
             every = tuple(name.format(i=i) for i in range(layers))

@@ -12,9 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What is read, and checked against the package that wrote it.
-QUANTISATIONS = ("F32", "F16", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0")
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+from jaxpeft.models._decoder_families import TRAITS
+from jaxpeft.models._rope import Rope, frequencies
+from jaxpeft.numerics import optional
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # checked against transformers' reader
+
+_ROPE = "rope_freqs.weight"  # a divisor for each of a head's rotary frequencies
+# What all models of Llama 3.1 to 3.3 have; their files hold the divisors alone.
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 _TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 _LAYER = {
@@ -43,7 +53,8 @@ _FIELDS = {
     "vocab_size": "vocab_size",
 }
 _CHECKED = ("attention.value_length", "rope.dimension_count")
-_IDS = ("bos", "eos", "padding")
+_IDS = ("bos", "padding")
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 
 
 class Slice(NamedTuple):
@@ -67,11 +78,24 @@ class Slice(NamedTuple):
         rows = np.arange(self.get_shape()[0])
         if self.heads:  # within a head row 2 j + s there is row s h / 2 + j here
             rows = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        data = self.tensor.data
-        if data.ndim == 1:  # a norm or a bias, never quantised
-            return data[rows[index[0]]].astype(np.float32)
-        block = gguf.quants.dequantize(data[rows[index[0]]], self.tensor.tensor_type)
-        return block[:, index[1]]
+        data, kind = self.tensor.data, self.tensor.tensor_type
+        if len(index) == 1:  # a norm or a bias: one row
+            return gguf.quants.dequantize(data, kind)[rows[index[0]]]
+        return gguf.quants.dequantize(data[rows[index[0]]], kind)[:, index[1]]
+
+
+@functools.cache
+def is_readable(quantisation: str) -> bool:
+    """Whether the ``gguf`` package turns a quantisation into numbers."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[quantisation]
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class GgufFile:
@@ -89,7 +113,7 @@ class GgufFile:
 
     def keys(self) -> Iterator[str]:
         """The names of the tensors, as Hugging Face has them."""
-        return iter(self._tensors)
+        return (name for name in self._tensors if name != _ROPE)
 
     def get_slice(self, name: str) -> Slice:
         """One tensor, not read yet."""
@@ -101,6 +125,13 @@ class GgufFile:
             if ".k_proj." in name:
                 paired = self.field("llama.attention.head_count_kv") or heads
         return Slice(self._tensors[name], paired)
+
+    def rope_divisors(self) -> np.ndarray | None:
+        """What the rotary frequencies are divided by, if the file says so."""
+        tensor = self._tensors.get(_ROPE)
+        if tensor is None:
+            return None
+        return Slice(tensor, 0)[slice(0, int(tensor.shape[0])),]
 
     def field(self, name: str) -> Any:
         """The value of a field, or None."""
@@ -121,15 +152,16 @@ class GgufFile:
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, size: int, changed: int) -> Any:
     """The reader of a file; its lists of tokens take seconds to read."""
-    try:
+    with optional("GGUF files"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "GGUF files are read with the `gguf` package: pip install gguf."
-        ) from error
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise ValueError(
+                f"{path} has tensors in a format that the installed `gguf` package "
+                f"does not know: {error}. Try a newer one: pip install -U gguf."
+            ) from error
         raise ValueError(
             f"{path} ({size} bytes) is no whole GGUF file: {error}. It may have been "
             "cut short while copied; fetch it again."
@@ -189,9 +221,46 @@ def gguf_config(path: Path) -> dict[str, Any]:
         for name in _IDS:
             ours = {"padding": "pad"}.get(name, name)
             config[f"{ours}_token_id"] = file.field(f"tokenizer.ggml.{name}_token_id")
+        if (divisors := file.rope_divisors()) is not None:
+            config["rope_parameters"] = _scaled_rope(divisors, config)
+        ends = [file.field(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+        ends = [i for i in dict.fromkeys(ends) if i is not None]
+        config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
         names = list(file.keys())
         if "vocab_size" not in config:
             table = file.get_slice("embed_tokens.weight").get_shape()
             config["vocab_size"] = table[0]
         tied = "lm_head.weight" not in names
-        return {"model_type": kind, **config, "tie_word_embeddings": tied}
+        writes = {"architectures": [f"{TRAITS[kind].stem}ForCausalLM"]}
+        return {"model_type": kind, **writes, **config, "tie_word_embeddings": tied}
+
+
+def _scaled_rope(divisors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+    """The ``rope_parameters`` of divisors: Llama 3.1's where they are those.
+
+    Others are written as LongRoPE's, with the same divisors for texts of any length.
+    """
+    theta = config.pop("rope_theta", 1e4)
+    if len(divisors) != config["head_dim"] // 2:
+        raise ValueError(
+            f"{_ROPE} has {len(divisors)} divisors for {config['head_dim'] // 2} "
+            "rotary frequencies."
+        )
+    factor = float(divisors.max())
+    low, high, original = _LLAMA3.values()
+    plain = Rope(theta, config["head_dim"])
+    scaled = plain._replace(
+        rope_type="llama3", factor=factor, low=low, high=high, original=original
+    )
+    if np.allclose(divisors, frequencies(plain) / frequencies(scaled), rtol=1e-4):
+        return {"rope_theta": theta, "rope_type": "llama3", "factor": factor} | _LLAMA3
+    each = [float(x) for x in divisors]
+    return {
+        "rope_theta": theta,
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+        "short_factor": each,
+        "long_factor": each,
+    }

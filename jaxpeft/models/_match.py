@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.models._checkpoint import Tensor
-from jaxpeft.models._families import FAMILIES, OLD_NAMES, Source
+from jaxpeft.models._families import FAMILIES, OLD_NAMES, Family, Source
 
 
 class Match(NamedTuple):
@@ -47,7 +47,7 @@ def match(
       ValueError: listing all missing, unused and misfitting tensors at once.
     """
     family = FAMILIES[model_type]
-    by_name, doubles = _canonical(tensors, family.prefix)
+    by_name, doubles = _canonical(tensors, family)
     heads = {path.split("/")[0] for path in wanted} & set(family.heads)
     skipped = set(family.heads) - heads
     skipped |= {"classifier", "score"} & set(family.heads) if other_task else set()
@@ -91,13 +91,13 @@ def match(
 
 
 def _canonical(
-    tensors: Mapping[str, Tensor], prefix: str
+    tensors: Mapping[str, Tensor], family: Family
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors by name without prefix and in today's words; names met twice."""
     found: dict[str, Tensor] = {}
     doubles = []
     for name, tensor in sorted(tensors.items()):
-        short = name.removeprefix(prefix)
+        short = family.within(name)
         for old, today in OLD_NAMES.items():
             if short.endswith(old):
                 short = short.removesuffix(old) + today

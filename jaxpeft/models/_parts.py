@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import UNSCALED
 
+LOOKUP = "lookup"  # a table for the look-up alone, inside of the embedding's module
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # erf, as in the paper's code
     "gelu_new": nn.gelu,  # tanh form
@@ -96,11 +98,19 @@ class LayerNorm(Part):
 
 
 class Embedding(Part):
-    """A table of ``rows`` vectors; an id outside of it gives NaN."""
+    """A table of ``rows`` vectors; an id outside of it gives NaN.
+
+    It is ``embedding``, or ``lookup/embedding`` where the parameters have that.
+    """
 
     rows: int
 
     def setup(self) -> None:
+        if self.has_variable("params", LOOKUP):
+            self.lookup = Embedding(
+                self.config, self.dtype, self.param_dtype, self.rows
+            )
+            return
         self.embedding = self.param(
             "embedding",
             nn.initializers.normal(self.config.initializer_range),
@@ -111,6 +121,8 @@ class Embedding(Part):
     def __call__(
         self, ids: Int[Array | np.ndarray, "*batch"]
     ) -> Float[Array, "*batch d"]:
+        if self.has_variable("params", LOOKUP):
+            return self.lookup(ids)
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch rows"]:

@@ -1,4 +1,4 @@
-"""Linear algebra and a loss that other rooms rely on; it knows nothing of adapters."""
+"""What other rooms rely on: linear algebra, a loss, imports; no word of adapters."""
 
 from jaxpeft.numerics._bottom import Triplets as Triplets
 from jaxpeft.numerics._bottom import bottom_triplets as bottom_triplets
@@ -42,6 +42,9 @@ from jaxpeft.numerics._norm import frobenius_norm as frobenius_norm
 from jaxpeft.numerics._norm import gram_distance as gram_distance
 from jaxpeft.numerics._norm import outer_gram_distance as outer_gram_distance
 from jaxpeft.numerics._norm import safe_sqrt as safe_sqrt
+from jaxpeft.numerics._optional import import_message as import_message
+from jaxpeft.numerics._optional import optional as optional
+from jaxpeft.numerics._shown import where_shown as where_shown
 from jaxpeft.numerics._start import bottom_factors as bottom_factors
 from jaxpeft.numerics._start import qr_factors as qr_factors
 from jaxpeft.numerics._start import top_factors as top_factors

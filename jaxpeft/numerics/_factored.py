@@ -1,7 +1,9 @@
 """Norms of ``W + a b`` along one axis, without ever forming it.
 
 With Gram matrices the square norms of all out features (or of all in features) cost
-two thin matmuls: only ``[r, d_out]`` and ``[d_in, r]`` arrays are made.
+two thin matmuls: only ``[r, d_out]`` and ``[d_in, r]`` arrays are made. Where ``a b``
+takes away most of a feature of ``W``, what is left drowns in the rounding of what
+cancelled: such features, if there are any, are formed, a few at a time.
 """
 
 from typing import Literal
@@ -65,15 +67,28 @@ def factored_square_norms(
     axis: Literal["out", "in"],
     base: Float[Array, " m"],
     weight: Float[Array, " n"] | None = None,
+    *,
+    eps: float = 0.0,
 ) -> Float[Array, " m"]:
     r"""Returns the weighted square norms of the features of ``W + a b``.
 
     .. math:: n_j^2 = \sum_i f_i W_{ij}^2 + 2 (W^T F a\, b)_{jj}
               + (b^T a^T F a\, b)_{jj}, \qquad F = \mathrm{diag}(f)
 
-    for the out features; for the in features the same of the transposes. In float32
-    the sum may come out slightly negative where the terms cancel: clamp it before a
-    root.
+    for the out features; for the in features the same of the transposes. How well this
+    is known depends on how much cancels. With what is added up,
+
+    .. math:: M_j = \sum_i f_i W_{ij}^2 + \sum_k (a^T F a)_{kk} b_{kj}^2
+
+    and p the precision of its products (5e-7 over float32, 2e-4 over bfloat16, 1e-15
+    over float64), the error of the sum is below :math:`p M_j`. Features with
+    :math:`n_j^2 < \sqrt p\, M_j` are therefore formed, 16 at a time, and their squares
+    added up; in a step without any this costs a comparison. So the relative error of
+    a norm :math:`n_j` is at most the larger of :math:`\sqrt p / 2` (4e-4 over float32)
+    and :math:`2 u \sqrt{M_j} / n_j`, u = 1.2e-7 being float32's step. Norms are
+    clamped at :math:`\max(\epsilon, 8 u) \sqrt{M_j}`, where rounding would be a quarter
+    of them; no gradient flows through a clamped one. The result is 0 where W and a b
+    both are, and only there.
 
     Args:
         kernel: W, of any floating dtype; constant for differentiation.
@@ -82,22 +97,119 @@ def factored_square_norms(
         axis: "out" for one number per out feature, "in" for one per in feature.
         base: ``square_norms(kernel, axis, weight)``.
         weight: f, of the summed axis's length; ``None`` means ones.
+        eps: least norm over :math:`\sqrt{M_j}`, at least 0.
 
     Returns:
-        ``[d_out]`` or ``[d_in]``, float32 (float64 over float64).
+        ``[d_out]`` or ``[d_in]``, float32 (float64 over float64). Differentiable in
+        reverse mode, and in forward mode over that.
 
     Example:
         >>> w, a, b = jnp.eye(2), jnp.ones((2, 1)), jnp.array([[1.0, 0.0]])
         >>> factored_square_norms(w, a, b, "out", square_norms(w, "out"))
         Array([5., 1.], dtype=float32)
     """
+    kernel = lax.stop_gradient(kernel)
     if axis == "in":  # the out features of the transpose
         a, b = b.T, a.T
     left = a if weight is None else a * weight[:, None]
-    cross = _thin_product(left, lax.stop_gradient(kernel), 0 if axis == "out" else 1)
+    cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
     gram = jnp.matmul(left.T, a, precision=_HIGHEST)
     own = jnp.sum(jnp.matmul(gram, b, precision=_HIGHEST) * b, 0)
-    return base + 2 * jnp.sum(cross * b, 0) + own
+    squares = base + 2 * jnp.sum(cross * b, 0) + own
+
+    size = lax.stop_gradient(base + jnp.sum(jnp.diagonal(gram)[:, None] * b**2, 0))
+    precise, step = _precision(kernel.dtype, squares.dtype)
+    cancelled = lax.stop_gradient(squares) < precise**0.5 * size
+    formed = _formed_square_norms(axis, kernel, a, b, weight, cancelled)
+    squares = jnp.where(cancelled, formed, squares)
+    least = max(eps, 8 * step) ** 2 * size
+    return jnp.where(squares < least, least, squares)  # NaN stays NaN
+
+
+def _precision(kernel: jnp.dtype, dtype: jnp.dtype) -> tuple[float, float]:
+    """How well Gram matrices give square norms, and the step of their dtype."""
+    step = float(jnp.finfo(dtype).eps)
+    narrow = float(jnp.finfo(kernel).eps) ** 2  # two parts of `_narrow_product`
+    return 4 * max(step, narrow if kernel.itemsize < dtype.itemsize else 0), step
+
+
+_AT_ONCE = 16  # features; too few to be an array of the kernel's size
+
+
+def _each_block(chosen, start, add):
+    """``add(carry, where, there)`` for the chosen features, ``_AT_ONCE`` at a time.
+
+    As many steps as there are blocks of chosen ones, none without; also under `vmap`,
+    where a `cond` would compute both branches.
+    """
+    width = min(_AT_ONCE, chosen.shape[0])
+
+    def body(state):
+        left, carry = state
+        there, where = lax.top_k(left.astype(jnp.float32), width)
+        return left.at[where].set(False), add(carry, where, there > 0)
+
+    more = lambda state: jnp.any(state[0])
+    return lax.while_loop(more, body, (chosen, start))[1]
+
+
+def _block(axis, kernel, a, b, where):
+    """``[n, width]``: the chosen features of W + a b; and the pairs that were added.
+
+    They are added pair by pair: exact on every device, and nothing larger is made.
+    """
+    part = jnp.take(kernel, where, axis=1 if axis == "out" else 0, mode="clip")
+    part = (part if axis == "out" else part.T).astype(a.dtype)
+    pairs = a.T, jnp.take(b, where, axis=1, mode="clip")
+    add = lambda v, pair: (v + pair[0][:, None] * pair[1][None], None)
+    return lax.scan(add, part, pairs)[0], pairs
+
+
+def _weighted(x, weight):
+    return x if weight is None else x * weight[:, None]
+
+
+def _formed(axis, kernel, a, b, weight, chosen):
+    def add(found, where, there):
+        v, _ = _block(axis, kernel, a, b, where)
+        new = jnp.sum(_weighted(v * v, weight), 0)
+        return found.at[where].set(jnp.where(there, new, found[where]))
+
+    return _each_block(chosen, jnp.zeros(chosen.shape, a.dtype), add)
+
+
+def _formed_forward(axis, kernel, a, b, weight, chosen):
+    inputs = kernel, a, b, weight, chosen
+    return _formed(axis, *inputs), inputs
+
+
+def _formed_backward(axis, inputs, g):
+    kernel, a, b, weight, chosen = inputs
+
+    def add(carry, where, there):
+        to_a, to_b, to_weight = carry
+        v, pairs = _block(axis, kernel, a, b, where)
+        own = jnp.where(there, g[where], 0)[None]
+        to_v = 2 * _weighted(v, weight) * own
+
+        def each(_, pair):
+            left, right = pair
+            return None, ((to_v * right[None]).sum(1), (to_v * left[:, None]).sum(0))
+
+        new_a, new_b = lax.scan(each, None, pairs)[1]
+        to_a, to_b = to_a + new_a.T, to_b.at[:, where].add(new_b)
+        if weight is not None:
+            to_weight += jnp.sum(v * v * own, 1)
+        return to_a, to_b, to_weight
+
+    start = jax.tree.map(jnp.zeros_like, (a, b, weight))
+    return None, *_each_block(chosen, start, add), None
+
+
+# Square norms of the chosen features, 0 for the others. A loop of unknown length has no
+# derivative of its own.
+_formed_square_norms = jax.custom_vjp(_formed, nondiff_argnums=(0,))
+_formed_square_norms.defvjp(_formed_forward, _formed_backward)
 
 
 def _thin_product(x, kernel, axis: int):
@@ -146,29 +258,28 @@ def magnitude_ratio(
     magnitude: Float[Array, " n"],
     squares: Float[Array, " n"],
     live: Array,
-    eps: float,
 ) -> Float[Array, " n"]:
     r"""Returns magnitudes over norms, 1 for features that are not alive.
 
-    .. math:: m / \sqrt{\max(n^2, \epsilon^2)}
+    .. math:: m / \sqrt{n^2}
 
     Args:
         magnitude: m, any sign.
-        squares: square norms ``n^2``; may be slightly negative by cancellation.
-        live: booleans; where False the result is 1 and no gradient flows.
-        eps: clamp of the norm, > 0; no gradient flows through a clamped norm.
+        squares: square norms ``n^2``, at least 0.
+        live: booleans; where False, or where the norm is 0, the result is 1 and no
+            gradient flows.
 
     Returns:
         The factors, finite wherever ``m`` is.
 
     Example:
         >>> m, live = jnp.array([3.0, 3.0]), jnp.array([True, False])
-        >>> magnitude_ratio(m, jnp.array([4.0, 0.0]), live, 1e-8)
+        >>> magnitude_ratio(m, jnp.array([4.0, 0.0]), live)
         Array([1.5, 1. ], dtype=float32)
     """
-    clamped = jnp.maximum(squares, jnp.asarray(eps**2, squares.dtype))
-    safe = jnp.where(live, clamped, jnp.ones_like(clamped))
-    return jnp.where(live, magnitude / safe_sqrt(safe), jnp.ones_like(magnitude))
+    live = live & (squares != 0)
+    norms = jnp.sqrt(jnp.where(live, squares, jnp.ones_like(squares)))
+    return jnp.where(live, magnitude / norms, jnp.ones_like(magnitude))
 
 
 def live_features(norms: Float[Array, " n"]) -> Array:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxpeft.numerics._shown import where_shown
+
 
 def router_logits(
     routed: Float[Array, "*rows n"],
@@ -182,9 +184,8 @@ def routing_sums(
     rest = tuple(range(1, len(shape)))
     there = logits != -jnp.inf
     count = jnp.sum(there, -1, keepdims=True)
-    # Padding may hold anything, also what is no number: it is left out, not times 0.
-    logits = jnp.where(real[..., None], logits, 0.0)
-    gates = jnp.where(real[..., None], lax.stop_gradient(gates), 0.0)
+    logits = where_shown(real, logits)
+    gates = where_shown(real, lax.stop_gradient(gates))
     load = gates
     if top_k is not None:
         kept = (kept & real[..., None]).astype(dtype)

@@ -71,7 +71,6 @@ def input_moments(
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     w = jnp.asarray(mask).reshape(-1, 1).astype(jnp.float32)
-    x = jnp.where(w > 0, x, 0)  # what is not finite in padding stays out
     if keep is not None:
         return leading_rows(x, w[:, 0], min(keep, x.shape[-1]))
     count, mean, centred = centre(x, w[:, 0])

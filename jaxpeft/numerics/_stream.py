@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxpeft.numerics._shown import where_shown
+
 CHUNK = 256  # vectors at a time; the workspace is a Gram matrix of about this width
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -74,7 +76,6 @@ def leading_rows(
 
     def step(seen, chunk):
         x, w = chunk
-        x = jnp.where(w[:, None] > 0, x, 0)  # what is not finite in padding stays out
         count, mean, rows = centre(x, w)
         return _joined(seen, Leading(count, mean, jnp.sum(rows * rows), rows)), None
 
@@ -90,12 +91,13 @@ def centre(
 
     Args:
         x: vectors.
-        weight: 1 at those that count, else 0: of those nothing is left.
+        weight: 1 at those that count, else 0: of those nothing is left, whatever they
+            hold.
 
     Returns:
         ``(count, mean, centred)``.
     """
-    count = jnp.sum(weight)
+    count, x = jnp.sum(weight), where_shown(weight, x)
     mean = jnp.matmul(weight, x, precision=_EXACT) / jnp.maximum(count, 1)
     centred = (x - mean[None]) * weight[:, None]
     # A long float32 sum is off by some 1e-5; what it left behind is small, and exact.

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
 from jaxpeft.core import ModuleName, attach, detach
-from jaxpeft.core._node import is_node, map_nodes, nodes
+from jaxpeft.core._node import is_node, leaves_with_path, map_nodes, nodes
 from jaxpeft.core._paths import Targets, nearest
 from jaxpeft.core._rows import (
     WAYS,
@@ -82,7 +82,8 @@ def slots(
         exclude: as in ``attach``.
         axes: as in ``attach``; ``model.axes``.
         modules: names of the modules in the checkpoint, ``model.names``, where
-            adapters come from HF PEFT's files.
+            adapters come from HF PEFT's files. Those of a tied model's embedding or
+            head alone need slots over ``interop.untie(params, names=model.names)``.
         how: ``"gather"`` takes each row's pair out of the slots, a copy of
             rows x (d_in + d_out) x r numbers at each kernel; ``"ragged"`` sorts the
             rows by slot and multiplies group by group (``jax.lax.ragged_dot``, which
@@ -201,7 +202,8 @@ def load(
         tree = _read(slots, Path(adapter), check_base, ignore)
     own = {node.site.path: node for node in nodes(slots.tree)}
     found = nodes(tree)
-    problems = [problem for node in found for problem in misfits(own, node)]
+    paths = {path for path, _ in leaves_with_path(slots.tree)}
+    problems = [problem for node in found for problem in misfits(own, node, paths)]
     if not found:
         problems = ["it is a tree without adapters; give one that attach made"]
     if problems:
@@ -246,7 +248,9 @@ def _read(slots: Slots, folder: Path, check_base: bool, ignore: Sequence[str]):
 
     params = detach(slots.tree)
     if (folder / OWN).is_file():
-        return interop.load_adapter(folder, params, check_base=check_base)
+        return interop.load_adapter(
+            folder, params, check_base=check_base, names=slots.modules
+        )
     if folder.is_file():
         raise ValueError(
             f"`adapter` {str(folder)!r} is a file, and adapters are folders. A domain "

@@ -1,7 +1,7 @@
 """From an adapter to slots: what fits, and the writing of it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,14 +17,23 @@ from jaxpeft.interop._tensors import on_host
 PAIR = ("a", "b", "scale")
 
 
-def misfits(own: Mapping[str, AdaptedKernel], node: AdaptedKernel) -> list[str]:
+def misfits(
+    own: Mapping[str, AdaptedKernel], node: AdaptedKernel, paths: Collection[str]
+) -> list[str]:
     """Why a site of an adapter cannot go into a slot of its kernel.
 
     Args:
         own: the kernels with slots, by path.
         node: the site.
+        paths: of all leaves of the base with slots.
     """
     path = node.site.path
+    if path not in paths:
+        return [
+            f"{path!r} is no leaf of the slots' base. If that ties its head to its "
+            "embedding and the adapter is on one of the two, make slots over "
+            "jaxpeft.interop.untie(params, names=model.names)"
+        ]
     if path not in own:
         return [
             f"{path!r} has no slots; make them there too: serving.slots(params, "

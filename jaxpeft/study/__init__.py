@@ -1,5 +1,10 @@
 """Learning paradigms compared by the intrinsic dimension of what a model thinks."""
 
+from jaxpeft.numerics import optional as _optional
+
+with _optional("Studies"):
+    import ml_collections as _ml_collections  # noqa: F401
+
 from jaxpeft.study._asked import Asked as Asked
 from jaxpeft.study._asked import ask as ask
 from jaxpeft.study._collect import Run as Run

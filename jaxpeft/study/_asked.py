@@ -110,7 +110,8 @@ def ask(
     asked = [every[number] for number in kept]
     if label_tokens != "none":
         tokens = _label_tokens(records, asked, tokenizer, label_tokens)
-        right = np.array([records.labels.index(r.output) for r in asked], np.int32)
+        places = {label: place for place, label in enumerate(records.labels)}
+        right = np.array([places[record.output] for record in asked], np.int32)
     highest = max(max(ids), 0 if tokens is None else int(np.max(tokens)))
     if highest >= vocab_size:
         raise ValueError(

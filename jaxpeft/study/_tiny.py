@@ -1,10 +1,12 @@
 """A model so small that a study of it takes a minute, and needs no download."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxpeft import models
+from jaxpeft.numerics import optional
 
 TINY = "tiny"
 _CONFIG = {
@@ -40,13 +42,34 @@ def tiny_model(seed: int = 0) -> tuple[Any, Any]:
     return model, models.init(model, jax.random.key(seed))
 
 
-def tiny_tokenizer() -> Any:
+def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
     """Returns the tokenizer of ``tiny_model``: a token a byte, no files.
+
+    Args:
+        words: what answers are told apart by, by their first token. Where two begin
+            with the same byte, each has a token of its own, as short words have in
+            tokenizers of real models.
+
+    Raises:
+        ValueError: there are more words than the model has room for.
+        ImportError: transformers is not installed.
 
     Example:
         >>> tiny_tokenizer()("ab", add_special_tokens=False)["input_ids"]
         [100, 101]
     """
-    import transformers
+    with optional("Tokenizers"):
+        import transformers
 
-    return transformers.ByT5Tokenizer()
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    if len({word.encode()[:1] for word in words}) == len(words):
+        return tokenizer
+    room = _CONFIG["vocab_size"] - len(tokenizer)
+    if len(words) > room:
+        raise ValueError(
+            f"`label_tokens`: {len(words)} labels are too many for the model 'tiny', "
+            f"which has room for {room}. Write label_tokens='none', or take another "
+            "model."
+        )
+    tokenizer.add_tokens([word for word in words if word])
+    return tokenizer

@@ -1,3 +1,8 @@
+from jaxpeft.numerics import optional as _optional
+
+with _optional("Runs"):
+    import ml_collections as _ml_collections  # noqa: F401
+
 from jaxpeft.training._causal import causal_forward as causal_forward
 from jaxpeft.training._causal import causal_loss as causal_loss
 from jaxpeft.training._causal import objective as objective

@@ -63,6 +63,7 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
             hidden = apply_model(
                 body, params, inputs, mesh=mesh, deterministic=deterministic, rngs=rngs
             )
+            hidden = numerics.where_shown(batch["target_weights"], hidden)
             read_out = lambda h: model.apply({"params": params}, h, method="logits")
             return numerics.token_cross_entropy(
                 read_out, hidden, targets, chunk=CHUNK * shards
@@ -72,6 +73,7 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         found = call_adapted(apply, adapted, batch, inputs, batch["targets"], rngs)
         (losses, hits), routing = split_routed(found)
         weights = batch["target_weights"]
+        losses = numerics.where_shown(weights, losses)
         sums = (losses * weights, weights, hits.astype(weights.dtype) * weights)
         outputs = jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1)
         return outputs if routing is None else Routed(outputs, routing)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxpeft.core import flat, unflat
 from jaxpeft.core._node import is_node
+from jaxpeft.numerics import optional
 from jaxpeft.training._config import config_differences
 from jaxpeft.training._state import TrainState, check_finite
 
@@ -76,12 +77,13 @@ class Checkpointer:
         Raises:
             ValueError: ``mode`` is unknown.
         """
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import (
-            AnyPreservationPolicy,
-            BestN,
-            LatestN,
-        )
+        with optional("Checkpoints"):
+            import orbax.checkpoint as ocp
+            from orbax.checkpoint.checkpoint_managers import (
+                AnyPreservationPolicy,
+                BestN,
+                LatestN,
+            )
 
         if mode not in ("max", "min"):
             raise ValueError(f"`mode` must be 'max' or 'min', got {mode!r}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpeft import core
+from jaxpeft import core, numerics
 from jaxpeft.training._mesh import batch_sharding, put_batch, replicated
 from jaxpeft.training._routed import add_sums, split_routed, sum_rows
 from jaxpeft.training._state import TrainState
@@ -73,7 +73,8 @@ def eval_step(
         adapted = core.combine(trainable, frozen)
         outputs, routing = split_routed(forward(adapted, batch, None))
         values, weights = loss(outputs, batch)
-        sums = jnp.sum(values * weights), jnp.sum(weights), sum_rows(routing)
+        losses = numerics.where_shown(weights, values) * weights
+        sums = jnp.sum(losses), jnp.sum(weights), sum_rows(routing)
         return EvalOutput(outputs, batch["label"], batch["weight"], *sums)
 
     where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)

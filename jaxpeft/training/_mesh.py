@@ -10,7 +10,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.core import inherit_specs
 from jaxpeft.core._node import leaves_with_path
-from jaxpeft.core._paths import module_path, names_leaf, resolve_pattern
+from jaxpeft.core._paths import (
+    matrix_words,
+    module_path,
+    names_leaf,
+    resolve_pattern,
+)
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
@@ -123,7 +128,8 @@ def param_specs(
     1. Leaves with fewer than two axes, and all that are named ``bias`` or ``scale``
        (stacked ones have two), are replicated.
     2. The matrix axes are those that ``axes`` calls ``in`` or ``out``; without an
-       entry, the last two. All others are batch axes and are never cut.
+       entry, the last two (of an output head's table, ``out`` comes first). All
+       others are batch axes and are never cut.
     3. ``tensor`` cuts the axis that the first matching rule names (of several, the
        largest that divides). A kernel no rule names is not cut by ``tensor``.
     4. ``fsdp`` cuts the largest matrix axis that is left and divides.
@@ -220,7 +226,7 @@ def _matrix_axes(path: str, shape: tuple[int, ...], words: str | None):
     if len(shape) < 2 or path.rpartition("/")[2] in ("bias", "scale"):
         return {}
     if words is None:
-        return {len(shape) - 2: "in", len(shape) - 1: "out"}
+        return dict(enumerate(matrix_words(path).split(), len(shape) - 2))
     roles = words.split()
     if len(roles) != len(shape):
         raise ValueError(

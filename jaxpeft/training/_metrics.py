@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from jaxpeft.numerics import optional
+
 METRICS_FILE = "metrics.jsonl"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -49,7 +51,8 @@ class MetricsWriter:
             _rewrite(path, [e for e in read_metrics(folder) if e["step"] <= after])
         self._file = open(path, "a", encoding="utf-8")
         if tensorboard:
-            import tensorboardX
+            with optional("TensorBoard's files"):
+                import tensorboardX
 
             self._board = tensorboardX.SummaryWriter(
                 str(folder / "tensorboard"),

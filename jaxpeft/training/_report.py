@@ -16,6 +16,7 @@ import ml_collections
 import rich.console
 import rich.table
 
+from jaxpeft.numerics import optional
 from jaxpeft.training._metrics import (
     METRICS_FILE,
     compile_seconds,
@@ -46,8 +47,9 @@ def plot_curves(folder: Path, *, score: str, title: str) -> Path:
     Raises:
         ValueError: there is no ``train`` event to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with optional("Figures"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     train, evals = read_metrics(folder, "train"), read_metrics(folder, "eval")
     if not train:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft import core, mixtures
+from jaxpeft import core, mixtures, numerics
 from jaxpeft.allocate import Allocator
 from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
 from jaxpeft.training._optimizer import Optimizer
@@ -216,7 +216,7 @@ def train_step(
         auxiliary = jnp.zeros((), jnp.float32)
         if sums is not None:
             auxiliary = mixtures.auxiliary(adapted, sums)["penalty"]
-        value = jnp.sum(values * weights)
+        value = jnp.sum(numerics.where_shown(weights, values) * weights)
         return value + auxiliary * weight, (weight, auxiliary * weight)
 
     task_grad = jax.value_and_grad(task, has_aux=True)

@@ -1,6 +1,10 @@
 """Splits by the hash of the text: no text twice, no order, no leak."""
 
+import json
 import random
+import re
+import sys
+import unicodedata
 
 import pytest
 
@@ -75,3 +79,177 @@ def test_shares_must_sum_to_one():
         data.split_rows(rows_of(3), text=["text"], shares={"train": 0.8, "test": 0.1})
     with pytest.raises(ValueError, match="`shares` must be positive"):
         data.split_rows(rows_of(3), text=["text"], shares={"train": 1.5, "test": -0.5})
+
+
+# What one person writes and another, in the languages of the world.
+SPELLINGS = {
+    "Russian": ("Привет, мир номер {}", "ПРИВЕТ  МИР — номер {}!"),
+    "Greek, whose last s is another": ("ο δρόμος {}", "Ο ΔΡΌΜΟΣ {}."),
+    "German": ("die große Straße {}", "DIE GROSSE STRASSE {}!"),
+    "accents apart": ("un café crème {}", "un cafe\u0301 cre\u0300me {}"),
+    "Hindi": ("यह हिन्दी है {}", "यह  हिन्दी है। {}"),
+    "Thai": ("ภาษาไทย สวัสดี {}", "ภาษาไทยสวัสดี! {}"),
+    "Arabic with points": ("كتب الولد {}", "كَتَبَ الْوَلَدُ {}"),
+    "Arabic, stretched": ("سلام {}", "ســلام {}"),
+    "Hebrew with points": ("שלום {}", "שָׁלוֹם {}"),
+    "Persian, joined without": ("می\u200cخواهم {}", "میخواهم {}"),
+    "Chinese": ("你好，世界{}", "你好 世界{}！"),
+    "Japanese, narrow": ("ﾄﾞﾗｺﾞﾝ {}", "ドラゴン。{}"),
+    "Korean apart": ("안녕 {}", unicodedata.normalize("NFD", "안녕 {}")),
+    "wide Latin": ("Hello World {}", "Ｈｅｌｌｏ，Ｗｏｒｌｄ {}"),
+    "emoji": ("so good 😀❤ {}", "So good 😀 ❤\ufe0f {}"),
+    "a soft hyphen": ("cooperate {}", "co\u00adoperate {}"),
+}
+DIFFERENT = [
+    ("की", "का"),  # the vowels are marks
+    ("हिन्दी", "हन्द"),
+    ("กา", "กี"),
+    ("ไม่", "ไม้"),  # tones
+    ("café", "cafe"),
+    ("ὁδός", "ὀδός"),
+    ("й", "и"),
+    ("great 😀", "great 😡"),
+    ("😀", "😡"),
+    ("は", "ば"),
+    ("五", "六"),
+    ("１", "２"),
+]
+
+
+@pytest.mark.parametrize("language", SPELLINGS)
+def test_two_spellings_of_one_text_have_one_key(language):
+    one, other = (text.format(7) for text in SPELLINGS[language])
+    assert one != other
+    key = data.text_key([one])
+    assert key == data.text_key([other])
+    assert key == data.text_key([key])
+    assert key != data.text_key([one.replace("7", "8")])
+    assert key.startswith(one[0].casefold()[:1]) or not one[0].isascii()
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_different_texts_have_different_keys(one, other):
+    assert data.text_key([one]) != data.text_key([other])
+
+
+def test_a_key_is_the_same_in_every_form_of_unicode():
+    """Of every character, between two letters, as Unicode itself writes it anew."""
+    tried = 0
+    for code in range(0x80, sys.maxunicode + 1):
+        character = chr(code)
+        forms = {unicodedata.normalize(form, character) for form in ("NFD", "NFKD")}
+        if forms == {character} or 0xAC10 <= code < 0xF900:
+            continue  # nothing to write anew; Hangul that goes as its first ones do
+        key = data.text_key([f"x{character}y"])
+        for other in forms:
+            assert data.text_key([f"x{other}y"]) == key, (hex(code), other)
+        assert data.text_key([key]) == key, hex(code)
+        tried += 1
+    assert tried > 4000
+
+
+def test_keys_of_ascii_are_what_they_have_always_been():
+    """Published splits hang on them: words in lower case, a space between."""
+    draw = random.Random(0)
+    characters = [chr(code) for code in range(128)] + list("abc  ") * 20
+    for _ in range(2000):
+        text = "".join(draw.choices(characters, k=draw.randrange(12)))
+        words = re.findall(r"[a-z0-9_]+", text.lower()) or text.lower().split()
+        assert data.text_key([text]) == " ".join(words)
+
+
+FORMS = {
+    "classes": dict(name="files", text="q", label="y", labels=["0", "1"]),
+    "pairs": dict(name="files", text=["q", "c"], label="y", labels=["0", "1"]),
+    "text": dict(name="texts", text="q"),
+    "completion": dict(name="texts", prompt="q", completion="a"),
+    "chat": dict(name="texts", messages="m"),
+    "choices": dict(name="choices", prompt="{q}\n?", choices=["a", "b"], answer="y"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_kind_of_task_has_a_text_on_both_sides(form, tmp_path):
+    rows = []
+    for number in range(40):
+        for language, pair in SPELLINGS.items():
+            for place, text in enumerate(pair):
+                q = text.format(number)
+                chat = [
+                    {"role": "system", "content": language},
+                    {"role": "user", "content": q},
+                    {"role": "assistant", "content": f"answer {place}"},
+                ]
+                row = {"id": f"{language} {number}", "q": q, "m": chat, "c": language}
+                rows.append(row | {"a": f"w{place}", "b": "x", "y": place})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = dict(FORMS[form])
+    task = data.task(options | {"train": path})
+    assert sum(map(len, task.splits.values())) == len(rows)
+    if form == "choices":  # whose rows have the prompt alone
+        ids = {row["q"] + "\n?": row["id"] for row in rows}
+        of = lambda row: ids[row["prompt"]]
+    else:
+        of = lambda row: row["id"]
+    sides = [{of(row) for row in task.splits[s]} for s in ("train", "validation")]
+    assert not sides[0] & sides[1]
+    assert min(map(len, sides)) > 20
+    assert "also_in_train" not in task.facts
+    # Two files that were cut by the row leak, and it is said how much.
+    halves = [tmp_path / "even.jsonl", tmp_path / "odd.jsonl"]
+    for half, part in zip(halves, (rows[::2], rows[1::2]), strict=True):
+        half.write_text("\n".join(map(json.dumps, part)), encoding="utf-8")
+    task = data.task(options | {"train": halves[0], "test": halves[1]})
+    assert task.facts["also_in_train"] == {"test": len(rows) // 2}
+    assert f"even: of the {len(rows) // 2} rows of test" in data.notes(task)[0]
+
+
+def test_rows_that_held_out_splits_share_with_training_are_counted():
+    train = [{"t": "Yes!"}, {"t": "no"}, {"t": "yes"}]
+    splits = {"train": train, "validation": [{"t": "YES"}, {"t": "so"}], "test": train}
+    assert data.also_in_train(splits, ["t"]) == {"validation": 1, "test": 3}
+    assert data.also_in_train({"train": train}, ["t"]) == {}
+    with pytest.raises(ValueError, match="Split 'test', row 1 has no column 't'"):
+        data.also_in_train(splits | {"test": [{"t": "a"}, {"x": "b"}]}, ["t"])
+
+
+def test_a_cut_names_the_row_it_cannot_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for row, message in (
+        (
+            {"m": [{"role": "user"}]},
+            "row 1, message 0, of the role 'user', has no 'content'",
+        ),
+        ({"m": ["hello"]}, "row 1, message 0 must be .*role.*; got 'hello'"),
+        ({"m": None}, "row 1 has no value in column 'm'"),
+        ({"m": 3}, "row 1: column 'm' must be text; got int 3"),
+    ):
+        good = {"m": [{"role": "user", "content": "a"}]}
+        path.write_text("\n".join(map(json.dumps, [good, row])))
+        with pytest.raises(ValueError, match=message):
+            data.task(dict(name="texts", train=path, messages="m"))
+
+
+def test_no_prompt_asks_what_was_shown():
+    """Rows of our own cut, out of a training split that says things twice."""
+    rows = [
+        {"t": text.format(i % 50), "y": i % 2}
+        for i in range(400)
+        for text in SPELLINGS["Russian"]
+    ]
+    validation = [{"t": "held out", "y": 0}]
+    splits = {"train": rows, "validation": validation}
+    for more in ({}, {"test": [{"t": "tested", "y": 1}]}):
+        task = data.make_task(
+            "toy", splits | more, text="t", label="y", labels=["a", "b"]
+        )
+        found = data.prompt_set(
+            task, train=10, validation=3, evaluated=100, template="{t}?"
+        )
+        keys = [
+            {data.text_key([record.input]) for record in part}
+            for part in (found.train, found.evaluated, found.validation)
+        ]
+        assert len(found.evaluated) == 100 and not keys[0] & keys[1]
+        assert not keys[2] & keys[1]

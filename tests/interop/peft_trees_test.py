@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from families_toolbox import config_of, tensors_of
+from families_toolbox import config_of, scrambled, tensors_of
 from safetensors.numpy import save_file
 from trees_toolbox import (
     AXES,
@@ -27,7 +27,7 @@ from trees_toolbox import (
 )
 
 import jaxpeft as jp
-from jaxpeft.interop import load_peft, save_peft
+from jaxpeft.interop import load_peft, save_hf, save_peft
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +202,25 @@ def test_a_hub_cache_of_links_is_read(copy, params, tmp_path):
         (snapshot / file.name).symlink_to(blobs / str(i))
     tree = load_peft(snapshot, params, names=STACKED, axes=AXES)
     assert re.match("AdaptedKernel", repr(tree["score"]["kernel"]))
+
+
+def test_a_part_of_the_layers(params, tmp_path):
+    """A tree without its first layers, or with a gap, is written by its numbers."""
+    plain = unrolled(params)
+    layers = plain["layers"]
+    part = {"layers": {f"layer_{n}": layers[f"layer_{n % L}"] for n in (2, 3, 10)}}
+    adapted = scrambled(jp.attach(part, jp.lora(2), ["up"], key=KEY))
+    saved = save_peft(adapted, tmp_path / "part", names=UNROLLED)
+    ups = [f"model.layers.{n}.up" for n in (2, 3, 10)]
+    assert list(saved.sites) == ups
+    # "up" would also mean layers 0 and 1 of the whole model.
+    assert config_of(saved.folder)["target_modules"] == ups
+    again = load_peft(saved.folder, part, names=UNROLLED)
+    for one, other in zip(*map(jax.tree.leaves, (again, adapted)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"layers \[2, 3, 10\].*the model 11 from 0"):
+        save_hf(part, tmp_path / "no", names=UNROLLED, config={"model_type": "mine"})
+    config = {"model_type": "mine", "num_hidden_layers": L + 1}
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 2\].*the model 4 from 0"):
+        save_hf(params, tmp_path / "no", names=STACKED, config=config, axes=AXES)
+    assert not (tmp_path / "no").exists()

@@ -195,6 +195,9 @@ def test_what_is_not_written(tmp_path):
     bad = {"a": node.trainable["a"].at[1].set(jnp.inf), "b": node.trainable["b"]}
     tree["layers"]["up"]["kernel"] = node.replace(trainable=bad)
     refused("'layers/up/kernel' is not finite, as model.layers.1.up.weight", tree)
+    wide = params | {"norm": {"scale": jnp.full(6, 1e5)}}
+    refused("'norm/scale' is not finite.* beyond what float16", wide, dtype="float16")
+    save(wide, tmp_path / "wide", dtype="bfloat16")
     (tmp_path / "base").mkdir()
     refused("holds no config.json", error=FileNotFoundError, source=tmp_path / "base")
     (tmp_path / "base" / "config.json").write_text('{"model_type": "yours"}')

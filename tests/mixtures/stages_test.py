@@ -251,6 +251,24 @@ def test_a_domain_goes_through_a_file(name, tmp_path):
         mixtures.import_domain(tree, tmp_path / "bad.npz")
 
 
+def test_a_damaged_domain(tmp_path):
+    tree = mixtures.stage(grown("modula_res"), "router")
+    without = mixtures.remove_domain(tree, "code")
+    file = mixtures.export_domain(tree, "code", tmp_path / "code.npz")
+    whole = bytearray(file.read_bytes())
+    leaf = np.asarray((tree["w"].frozen | tree["w"].trainable)["b.code"]).tobytes()
+    whole[whole.index(leaf) + 5] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match="no file of export_domain: .*CRC"):
+        mixtures.import_domain(without, file)
+    node = tree["w"]
+    bad = lambda part: {n: x * np.nan if n == "b.code" else x for n, x in part.items()}
+    node = node.replace(frozen=bad(node.frozen), trainable=bad(node.trainable))
+    file = mixtures.export_domain({"w": node}, "code", tmp_path / "nan.npz")
+    with pytest.raises(ValueError, match=r"NaN or infinity: \['w/b'\]"):
+        mixtures.import_domain(without, file)
+
+
 def test_a_folded_universal_expert_is_the_same_function():
     tree = mixtures.stage(grown("modula_res"), "router")
     with pytest.raises(ValueError, match="stage 'all' trains the universal"):

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_toolbox import D, assert_same, tensors
 
 from jaxpeft import models
+from jaxpeft.models._families import FAMILIES
 
 
 def test_all_that_does_not_fit_is_listed_at_once(write):
@@ -100,7 +102,7 @@ def test_folders_without_weights(tmp_path, tiny):
     with pytest.raises(ValueError, match="AutoModel.from_pretrained.*save_pretrained"):
         models.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "lama"}))
-    with pytest.raises(ValueError, match=r"'lama'; known are .*mean 'llama'"):
+    with pytest.raises(ValueError, match=r"'lama', which is not .*'llama'"):
         models.load(tmp_path)
 
 
@@ -130,6 +132,46 @@ def test_the_hub_gives_a_folder(write, monkeypatch):
     ((name, patterns),) = asked
     assert name == "someone/bert"
     assert "model*.safetensors" in patterns and "*.bin" not in patterns
+
+
+@pytest.mark.interop
+def test_no_family_is_taken_for_its_neighbour(tmp_path):
+    """Of all that transformers knows, what is not implemented has no near name here."""
+    from transformers import CONFIG_MAPPING
+
+    others = set(CONFIG_MAPPING.keys()) - set(FAMILIES)
+    assert {"mixtral", "qwen2_moe", "llama4", "gemma3n", "phi", "xlm-roberta"} < others
+    for name in sorted(others):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+        with pytest.raises(ValueError, match=f"{name!r}, which is not impl") as caught:
+            models.load(tmp_path)
+        assert "mean" not in str(caught.value)
+    assert {"bert", "llama", "gemma3_text"} < set(CONFIG_MAPPING.keys())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_weights_that_are_not_finite(write, value, dtype, scan_layers):
+    content = tensors(dtype=dtype)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    content[name][3, 5] = value
+    with pytest.raises(ValueError, match=f"{name} in .*safetensors is not finite: 1 o"):
+        models.load(write(content), scan_layers=scan_layers)
+    content[name][3, 5] = 0
+    content["classifier.weight"][0, 0] = value  # of a head that is not read
+    models.load(write(content, folder="whole"), scan_layers=scan_layers)
+
+
+def test_numbers_beyond_the_dtype_asked_for(write):
+    content = tensors()
+    content["bert.embeddings.LayerNorm.weight"][0] = 1e5
+    folder = write(content)
+    with pytest.raises(
+        ValueError, match="`param_dtype` is float16, .*LayerNorm.weight"
+    ):
+        models.load(folder, param_dtype="float16")
+    models.load(folder, param_dtype="bfloat16")
 
 
 def test_torch_is_not_needed(write):

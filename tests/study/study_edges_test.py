@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import dimension, interop, study
+from jaxpeft import data, dimension, interop, study
 from jaxpeft.cli import _dimension, main
+from jaxpeft.data._prompt_forms import FORMS
 from jaxpeft.study import _collect, _findings, _tiny
 from jaxpeft.study._estimate import Result
 
@@ -104,3 +105,51 @@ def test_what_a_step_does_not_use_is_refused(tmp_path, capsys):
     given = ["dimension", "--model", "tiny", "--task", "trec", "--out", str(tmp_path)]
     assert main([*given, "--runs", "other"]) == 2
     assert "takes no --runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", sorted(FORMS))
+def test_the_tiny_model_tells_the_words_of_every_task_apart(task):
+    """Which begin with the same byte where bytes are all that it reads."""
+    template, words = FORMS[task]
+    record = data.Record("which?", words[0])
+    records = data.PromptSet(task, (), (), (record,), words, {})
+    for how in ("in_context", "bare"):
+        found = study.ask(
+            records,
+            study.tiny_tokenizer(words),
+            vocab_size=384,
+            max_length=99,
+            label_tokens=how,
+        )
+        assert len(set(found.tokens[0].tolist())) == len(words)
+    firsts = {word.encode()[:1] for word in words}
+    if len(firsts) < len(words):
+        with pytest.raises(ValueError, match="begin with the same token"):
+            study.ask(records, study.tiny_tokenizer(), vocab_size=384, max_length=99)
+
+
+def test_the_tiny_model_on_trec(tmp_path, capsys):
+    given = ["dimension", "collect", "--model", "tiny", "--task", "trec", "--n-eval"]
+    given += ["4", "--shots", "0,1", "--out", str(tmp_path / "study")]
+    assert main(given) == 0, capsys.readouterr().err
+    assert "icl-1: 4 prompts" in capsys.readouterr().err
+
+
+def test_the_tiny_model_has_room_for_so_many_words():
+    assert len(study.tiny_tokenizer([f"w{i}" for i in range(125)])) == 384
+    with pytest.raises(ValueError, match="126 labels are too many .* room for 125"):
+        study.tiny_tokenizer([f"w{i}" for i in range(126)])
+
+
+def test_files_of_records_in_another_encoding(tmp_path):
+    row = '{"input": "café?", "output": "yes"}\n'
+    (tmp_path / "r.json").write_bytes(row.encode("latin-1"))
+    file = str(tmp_path / "r.json")
+    given = _dimension_arguments("--task", file, "--eval", file)
+    with pytest.raises(ValueError, match='encoding="latin-1"'):
+        _dimension._records(given)
+    given.task_option = ["encoding=latin-1"]
+    assert _dimension._records(given).train[0].input == "café?"
+    given.task_option = ["cache=x"]
+    with pytest.raises(ValueError, match="a --task-option but encoding=NAME"):
+        _dimension._records(given)

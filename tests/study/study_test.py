@@ -332,7 +332,7 @@ def test_what_the_command_refuses(folder, tmp_path, capsys):
 
     assert "needs --task" in says()
     assert "needs --eval FILE" in says(*files[:2])
-    assert "goes with a --task that is a .jsonl" in says("--task", "trec", *files[2:])
+    assert "goes with a --task that is a file" in says("--task", "trec", *files[2:])
     assert "Did you mean 'trec'" in says("--task", "treck")
     assert "write whole numbers" in says(*files, "--shots", "0;1")
     assert "--estimator has 'mle'" in says(*files, "--estimator", "mle")

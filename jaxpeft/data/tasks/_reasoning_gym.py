@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxpeft.data._task import near_misses
 from jaxpeft.data._texts import TextTask, make_text_task
+from jaxpeft.numerics import optional
 
 # Rows of one seed. A generator makes its row i from the sum of its seed and i: with
 # seeds 0 and 1 all rows but one would be the same.
@@ -73,14 +74,9 @@ def reasoning_gym(
     References:
       Stojanovski et al., Reasoning Gym, arXiv 2505.24760; Apache-2.0.
     """
-    try:
+    with optional("Tasks of reasoning-gym"):
         import reasoning_gym as gym
         from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise ImportError(
-            "Tasks of reasoning_gym are made by the `reasoning-gym` package: "
-            "pip install 'jaxpeft[reasoning]'."
-        ) from error
     sizes = {"test": test, "validation": validation, "train": train}
     templates = {"prompt": (prompt, "question"), "completion": (completion, "answer")}
     _check(sizes, seed, templates)

