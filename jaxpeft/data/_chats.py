@@ -74,8 +74,7 @@ def encode_chat(
         if role != "assistant":
             continue
         text, span, count = _turn(tokenizer, render, messages, i, where, notes)
-        said = messages[i].get("content", "").rstrip()
-        endless |= bool(said) and text[slice(*span)].rstrip().endswith(said)
+        endless |= not any(end in text[slice(*span)] for end in _end_texts(tokenizer))
         if parts and text.startswith(parts[-1][0]):
             parts[-1] = text, [*parts[-1][1], span], count
         else:
@@ -143,8 +142,8 @@ def _turn(
         start = start if place < 0 else min(start, place)
         notes["borders_moved"] += 1
     # Writing stops at a turn's end; templates put a line end behind it.
-    ends = tokenizer.convert_ids_to_tokens(sorted(_ends(tokenizer)))
-    places = [text.find(end, start) + len(end) for end in ends if end in text[start:]]
+    ends = [end for end in _end_texts(tokenizer) if end in text[start:]]
+    places = [text.index(end, start) + len(end) for end in ends]
     return text, (start, min(places, default=len(text))), count
 
 
@@ -203,6 +202,10 @@ def _ends(tokenizer: Any) -> set[int]:
     """The tokens after which a turn has ended."""
     own = {tokenizer.eos_token_id, turn_end(tokenizer)}
     return {token for token in own if token is not None}
+
+
+def _end_texts(tokenizer: Any) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(sorted(_ends(tokenizer)))
 
 
 def _count(ends: set[int], ids: list[int], learnt: list[bool]) -> int:
