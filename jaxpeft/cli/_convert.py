@@ -9,6 +9,7 @@ from jaxpeft.cli._open import (
     OWN,
     PEFT,
     add_base,
+    changed_options,
     new_folder,
     open_adapter,
     open_tokenizer,
@@ -77,7 +78,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         _refuse(given, "rank", "task_type", "base_model", "untie")
     elif form != "portable":
         _refuse(given, "rank")
-    from jaxpeft import interop, models
+    from jaxpeft import interop
 
     opened = open_adapter(given)
     if needed is not None and opened.kind != needed:
@@ -88,11 +89,12 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         )
     # PEFT's classifiers bring their head along, which plain LoRA has no place for.
     task = None if form == "portable" else _TASK_OF.get(opened.model.head)
-    tokenizer, changed = open_tokenizer(opened.folder, Path(given.adapter))
+    tokenizer = open_tokenizer(opened.folder, Path(given.adapter))
     with stage(f"writing {given.out}"):
         if form == "own":
-            told = {"tokenizer": models.tokenizer_options(tokenizer)} if changed else {}
-            told |= {"from": given.adapter}
+            told = {"from": given.adapter}
+            if tokenizer is not None:
+                told["tokenizer"] = changed_options(opened.folder, tokenizer)
             interop.save_adapter(opened.adapted, out, metadata=told)
             print(f"{out}: jaxpeft's own adapter")
             return

@@ -118,7 +118,7 @@ def _lines(stream: Iterable[str]) -> list[str]:
 
 
 def _tokenizer(folder: Path, adapter: Path | None):
-    found, _ = open_tokenizer(folder, adapter)
+    found = open_tokenizer(folder, adapter)
     if found is None:
         raise ValueError(f"{str(folder)!r} has no tokenizer, and text needs one.")
     return found

@@ -4,7 +4,13 @@ import argparse
 from pathlib import Path
 
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._open import add_base, new_folder, open_adapter, open_tokenizer
+from jaxpeft.cli._open import (
+    add_base,
+    changed_options,
+    new_folder,
+    open_adapter,
+    open_tokenizer,
+)
 
 NAME = "merge"
 SUMMARY = "fold an adapter into its base, as a folder that transformers opens"
@@ -42,13 +48,15 @@ def run(given: argparse.Namespace) -> None:
 
     opened = open_adapter(given)
     model, config, folder = opened.model, opened.model.hf_config, opened.folder
-    tokenizer, changed = open_tokenizer(folder, Path(given.adapter))
-    stop = ()
+    tokenizer, stop = open_tokenizer(folder, Path(given.adapter)), ()
     if tokenizer is not None and isinstance(model, models.Decoder):
         # transformers' classifiers find the end of a row by this id.
         config = config | {"pad_token_id": tokenizer.pad_token_id}
         if model.head == "causal_lm":
             stop = models.stop_tokens(folder, tokenizer)
+    if tokenizer is not None and folder.is_dir():
+        # Where nothing was changed, the base's own files say it best.
+        tokenizer = tokenizer if changed_options(folder, tokenizer) else None
     with stage(f"merging into {given.out}"):
         saved = interop.save_hf(
             opened.adapted,
@@ -56,7 +64,7 @@ def run(given: argparse.Namespace) -> None:
             names=model.names,
             config=config,
             source=folder if folder.is_dir() else None,
-            tokenizer=tokenizer if changed or not folder.is_dir() else None,
+            tokenizer=tokenizer,
             stop=stop,
             dtype=given.dtype,
             max_shard_size=given.max_shard_size,

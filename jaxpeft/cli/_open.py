@@ -111,28 +111,42 @@ def kind_of(folder: Path) -> str:
 
 
 def open_tokenizer(base: Path, adapter: Path | None = None):
-    """The tokenizer of a base, as an adapter was trained with it.
+    """The tokenizer of a base, as an adapter was trained with it; None: there is none.
 
     An own adapter says what was changed, a PEFT one has a tokenizer of its own beside
     it or none.
-
-    Returns:
-        ``(tokenizer, changed)``: whether it differs from what the base's files say.
-        ``(None, False)``: neither has one.
     """
     from jaxpeft import interop, models
-    from jaxpeft.models._tokenizer import has_tokenizer, read_tokenizer
+    from jaxpeft.models._tokenizer import has_tokenizer
 
     if adapter is not None and kind_of(adapter) == PEFT and has_tokenizer(adapter):
-        return models.tokenizer(adapter), True
+        return models.tokenizer(adapter)
     if not has_tokenizer(base):
-        return None, False
+        return None
     options: dict[str, Any] = {}
     if adapter is not None and kind_of(adapter) == OWN:
         options = interop.adapter_info(adapter)["metadata"].get("tokenizer") or {}
-    found = models.tokenizer(base, **options)
-    plain = models.tokenizer_options(read_tokenizer(base))
-    return found, plain != models.tokenizer_options(found)
+    return models.tokenizer(base, **options)
+
+
+def changed_options(base: Path, tokenizer) -> dict[str, str]:
+    """The options of ``models.tokenizer`` in which a tokenizer differs from a base's.
+
+    Tokens that the base's does not have are left out: its model has no row for them.
+    """
+    from jaxpeft import models
+    from jaxpeft.models._tokenizer import has_tokenizer, read_tokenizer
+
+    if not has_tokenizer(base):
+        return {}
+    plain = read_tokenizer(base)
+    before, vocabulary = models.tokenizer_options(plain), plain.get_vocab()
+    return {
+        name: value
+        for name, value in models.tokenizer_options(tokenizer).items()
+        if value not in (None, before[name])
+        and (name == "chat_template" or value in vocabulary)
+    }
 
 
 def new_folder(name: str) -> Path:

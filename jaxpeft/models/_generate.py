@@ -116,7 +116,7 @@ def generate(
         "top_p": np.float32(1.0 if top_p is None else top_p),
     }
     # Below float32's normal numbers a division by it is one by zero.
-    draws = temperature >= SMALLEST
+    draws = bool(temperature >= SMALLEST)
     run = _compiled(model.clone(stop_tokens=()), new, draws)
     key = jax.random.key(0) if key is None else key  # of no use without a draw
     limit = np.int32(max_new_tokens)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpeft.models._decoder_families import TRAITS
 from jaxpeft.models._rope import Rope, frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # checked against transformers' reader
@@ -233,7 +234,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
             table = file.get_slice("embed_tokens.weight").get_shape()
             config["vocab_size"] = table[0]
         tied = "lm_head.weight" not in names
-        return {"model_type": kind, **config, "tie_word_embeddings": tied}
+        writes = {"architectures": [f"{TRAITS[kind].stem}ForCausalLM"]}
+        return {"model_type": kind, **writes, **config, "tie_word_embeddings": tied}
 
 
 def _scaled_rope(divisors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
