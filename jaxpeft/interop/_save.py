@@ -91,7 +91,7 @@ def save_adapter(
     tensors, shared = _tensors(sites)
     if bad := [name for name, leaf in tensors.items() if not is_finite(leaf)]:
         raise ValueError(
-            f"`adapted` has leaves with NaN or infinity, {bad}; nothing was written. "
+            f"`adapted` has leaves that are not finite, {bad}; nothing was written. "
             "Go back to the last step whose loss was finite."
         )
     config = {

@@ -95,7 +95,7 @@ class TensorFile:
     def not_finite(self, names: Iterable[str]) -> list[str]:
         """What is wrong with those of some arrays that hold NaN or infinity."""
         return [
-            f"{name!r} has numbers that are NaN or infinite"
+            f"{name!r} is not finite (it has NaN or infinity)"
             for name in sorted(names)
             if not is_finite(self.read(name))
         ]

@@ -166,5 +166,5 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not np.isfinite(arrays[i]).all()
     ]
     if bad:
-        raise ValueError(f"{str(file)!r} has leaves with NaN or infinity: {bad}.")
+        raise ValueError(f"{str(file)!r} has leaves that are not finite: {bad}.")
     return facts, arrays

@@ -436,3 +436,20 @@ def test_arguments_that_are_refused(made):
     given = model.apply({"params": params}, long, positions=np.arange(41)[None] % 40)
     assert given.shape == (1, 41, 64)
     assert np.isnan(model.apply({"params": params}, np.array([[64]], np.int32))).any()
+
+
+def test_a_classifier_reads_the_last_token_of_the_mask():
+    """Also where that is the token rows are padded with, a text's end; without a
+    mask its id is all there is to go by, as in transformers."""
+    config = content("llama", pad_token_id=2)
+    model = models.from_config(config, head="classification", num_labels=3)
+    params = models.init(model, jax.random.key(0))
+    run = lambda *inputs: model.apply({"params": params}, *inputs)
+    ids = np.array([[5, 9, 2, 2, 2], [7, 2, 8, 9, 4]], np.int32)
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
+    found = run(ids, mask)
+    alone = run(ids[:1, :3], mask[:1, :3])
+    np.testing.assert_allclose(found[:1], alone, atol=1e-5)
+    other = run(ids[:1, :2], mask[:1, :2])
+    assert np.abs(other - found[:1]).max() > 1e-3
+    np.testing.assert_allclose(run(ids)[:1], other, atol=1e-5)
