@@ -88,7 +88,7 @@ def gelora(
         noise: a rise below so many of its standard deviations counts as none; 0: off.
             2 is a good one with ``sd="subsample"``, whose halves are shared by the
             states; without them it is taken as if the errors were independent,
-            which is too large.
+            which is too large. It needs estimates with their uncertainty.
         r_min: the least rank.
         r_max: the largest rank; ``None``: the kernel's smaller side.
         alpha_over_r: the scale of every site.
@@ -108,7 +108,8 @@ def gelora(
 
     Raises:
         ValueError: an estimate is negative or not finite, the number of layers does
-            not fit, a site is in no block, or the budget is too small.
+            not fit, a site is in no block, the budget is too small, or ``noise`` is
+            given where the uncertainty of a state is not known.
 
     Example:
         >>> shapes = {f"layer_{i}/q/kernel": KernelShape(None, 64, 64) for i in (0, 1)}
@@ -126,6 +127,7 @@ def gelora(
     _check(rounding, offset, noise, r_min, r_max, degenerate)
     _warn_of_few(profile)
     dims, sds, halves = _read(profile, degenerate)
+    _check_spreads(noise, sds)
     chain = blocks is None
     if chain:
         blocks = [Block(i, i + 1, "") for i in range(len(dims) - 1)]
@@ -230,11 +232,23 @@ def _read(profile, degenerate: str) -> tuple[list[float], list[float], list]:
         if not (math.isfinite(dim) and dim >= 0):
             raise ValueError(f"`profile` has dimension {dim} at state {i}")
         dims.append(dim)
-        sds.append(each.sd if known and not each.degenerate else math.nan)
+        spread = each.sd if known else math.nan
+        sds.append(0.0 if known and each.degenerate else spread)  # of one point: none
         halves.append(each.halves if known else ())
     if len(dims) < 2:
         raise ValueError(f"`profile` has {len(dims)} states; a block needs two")
     return dims, sds, halves
+
+
+def _check_spreads(noise, sds: Sequence[float]) -> None:
+    """Raises where a rise would be held against a deviation that nobody knows."""
+    unknown = [i for i, sd in enumerate(sds) if math.isnan(sd)]
+    if noise > 0 and unknown:
+        raise ValueError(
+            f"`noise` {noise} holds a rise against its standard deviation, and "
+            f"`profile` has none at states {unknown}: bare numbers have no spread. "
+            "Give the estimates of jaxpeft.dimension.id_profile, or noise=0."
+        )
 
 
 def _rise_sd(before, after, sd_before: float, sd_after: float) -> float:

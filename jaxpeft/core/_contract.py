@@ -203,7 +203,9 @@ def _each_row(w: Bound, x, x_labels, y, out, precision):
     )
     check_rows(factors, x.shape, w.path)
     rows = x.shape[0]
-    flat = _rows(x, x_labels, batch, ins)[0].reshape(rows, -1, math.prod(w.dims(IN)))
+    tokens = math.prod(x.shape[i] for _, i in rest[1:])
+    flat = _rows(x, x_labels, batch, ins)[0]
+    flat = flat.reshape(rows, tokens, math.prod(w.dims(IN)))
     delta = row_changes(factors, flat, precision)
     labels = batch + rest + outs
     delta = delta.reshape(
@@ -234,7 +236,8 @@ def _rows(x, labels, batch, ins):
     rest = [l for l in labels if l not in batch and l not in ins]
     x = x.transpose([labels.index(l) for l in shared + rest + ins])
     flat = x.shape[: len(shared) + len(rest)]
-    return x.reshape(*flat, -1), [l in labels for l in batch]
+    width = math.prod(x.shape[len(flat) :])
+    return x.reshape(*flat, width), [l in labels for l in batch]
 
 
 def _seen(x, x_labels, batch, ins, routed):

@@ -113,7 +113,8 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         h = down(z, w.a)
         if w.phi is not None:
             seen = rows(x) if routed is None else routed
-            h = gated(w.phi, seen.reshape(*h.shape[:-1], -1), [], h)
+            width = math.prod(w.dims(IN)) if routed is None else routed.shape[-1]
+            h = gated(w.phi, seen.reshape(*h.shape[:-1], width), [], h)
         delta = up(h, w.b)
     if w.fixed is not None:
         more = up(down(x, w.fixed[0]), w.fixed[1])
@@ -125,7 +126,8 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
 
 def _in_layout(y, group_axes: int, spec):
     """``[batch, *spatial, (groups,) d_out]`` in the convolution's own layout."""
-    y = y.reshape(*y.shape[: y.ndim - 1 - group_axes], -1)
+    split = y.ndim - 1 - group_axes  # an empty batch has no -1 in its shape
+    y = y.reshape(*y.shape[:split], math.prod(y.shape[split:]))
     places = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
     return y.transpose(tuple(places.index(i) for i in range(y.ndim)))
 
@@ -156,7 +158,7 @@ def windows(x, kernel_shape: tuple[int, ...], params: dict):
     for d in reversed(range(n)):
         stride, dilation = params["window_strides"][d], params["rhs_dilation"][d]
         x = _windowed(x, 1 + d, kernel_shape[spatial[d]], stride, dilation)
-    x = x.reshape(*x.shape[:-1], *(groups,) * (groups > 1), -1)
+    x = x.reshape(*x.shape[:-1], *(groups,) * (groups > 1), x.shape[-1] // groups)
     last = x.ndim - 1
     seen = {channel: last} | {axis: 2 + 2 * d for d, axis in enumerate(spatial)}
     middle = (last - 1,) if groups > 1 else ()

@@ -134,17 +134,17 @@ def _each(x, w, precision):
 
 
 def _ragged(a, b, scale, index, x, precision):
-    rows, tokens, d_in = x.shape
+    (rows, tokens, d_in), rank = x.shape, a.shape[-1]
     wide = wider(x.dtype, a.dtype, jnp.float32)
     order = jnp.argsort(index, stable=True)
     sizes = jnp.bincount(index, length=a.shape[0]).astype(jnp.int32) * tokens
     z = x[order].reshape(rows * tokens, d_in).astype(wide)
     h = lax.ragged_dot(z, a.astype(wide), sizes, precision)
-    h = h.reshape(rows, tokens, -1) * scale[order].astype(wide)
-    h = h.reshape(rows * tokens, -1)
+    h = h.reshape(rows, tokens, rank) * scale[order].astype(wide)
+    h = h.reshape(rows * tokens, rank)
     y = lax.ragged_dot(h, b.astype(wide), sizes, precision)
     back = jnp.argsort(order)
-    return y.reshape(rows, tokens, -1)[back]
+    return y.reshape(rows, tokens, b.shape[-1])[back]
 
 
 def is_slotted(node) -> bool:

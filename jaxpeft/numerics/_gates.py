@@ -132,7 +132,7 @@ def gated_copies(
         [[3.0, 6.0, 5.0, 10.0]]
     """
     spread = gates[..., :, None].astype(z.dtype) * z[..., None, :]
-    return spread.reshape(*z.shape[:-1], -1)
+    return spread.reshape(*z.shape[:-1], gates.shape[-1] * z.shape[-1])
 
 
 def routing_sums(
@@ -200,7 +200,8 @@ def routing_sums(
         "probabilities": total(jax.nn.softmax(logits) * weight[..., None]),
         "entropy": total(jnp.sum(surprise, -1)),
         "z": total(jax.nn.logsumexp(logits, -1) ** 2 * weight),
-        "active": there.reshape(-1, there.shape[-1])[0].astype(dtype),
+        # Where there is no token, none is active: nothing to balance.
+        "active": jnp.any(there, tuple(range(there.ndim - 1))).astype(dtype),
     }
 
 

@@ -195,3 +195,17 @@ def test_the_same_again():
     )
     assert once == again
     assert once.facts == again.facts
+
+
+def test_noise_of_bare_numbers_is_refused():
+    """It was taken as 0: nothing is known of their spread."""
+    message = r"`noise` 2 .*none at states \[0, 1\].*id_profile, or noise=0"
+    with pytest.raises(ValueError, match=message):
+        gelora(shapes(1), [5.0, 5.6], noise=2)
+    mixed = [estimate(5.0, 0.3), 5.6]
+    with pytest.raises(ValueError, match=r"none at states \[1\]"):
+        gelora(shapes(1), mixed, noise=2)
+    assert ranks([5.0, 5.6]) == [2]
+    # One point for all texts has a spread, which is 0.
+    profile = [estimate(float("nan"), float("nan"), degenerate=True), estimate(6.0)]
+    assert ranks(profile, noise=2, degenerate="zero") == [7]

@@ -222,3 +222,29 @@ def test_bad_input():
         forward(jp.combine(trainable, frozen), batch, None)
     with pytest.raises(ValueError, match="head=None, which has no loss"):
         training.objective(model.clone(head=None), mesh=mesh)
+
+
+def test_what_is_not_learnt_may_hold_anything():
+    """Losses of weight 0 that are no numbers change neither loss nor gradient."""
+    model, trainable, frozen = adapted_model(False, ["v_proj", "lm_head"])
+    mesh = training.make_mesh(devices=jax.devices()[:1])
+    forward, loss = training.objective(model, mesh=mesh)
+    rows = rows_of(texts(4))
+    bad = np.where(rows["target_weights"] > 0, rows["targets"], 10**6)
+
+    @jax.jit
+    def run(trainable, batch):
+        def mean(trainable):
+            outputs = forward(jp.combine(trainable, frozen), batch, None)
+            values, weights = training.causal_loss(outputs, batch)
+            return jnp.sum(values * weights), outputs
+
+        return jax.value_and_grad(mean, has_aux=True)(trainable)
+
+    rows["weight"] = np.ones(4, np.float32)
+    good, worse = (
+        run(trainable, training.put_batch(rows | {"targets": targets}, mesh))
+        for targets in (rows["targets"], np.int32(bad))
+    )
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(good))
+    jax.tree.map(np.testing.assert_array_equal, good, worse)
