@@ -89,7 +89,7 @@ def trained(of, folder, *, method="LoraConfig", whole="auto", **fields):
         for parameter in made.parameters():
             if parameter.requires_grad:
                 noise = of.torch.randn(parameter.shape, generator=generator)
-                parameter.data = parameter.data + 0.3 * noise
+                parameter.data += 0.3 * noise  # in place: tied factors share it
         made.save_pretrained(folder, save_embedding_layers=whole)
     return theirs(of, made.eval())
 
@@ -320,9 +320,7 @@ def test_old_keys_and_a_second_adapter(tied, tmp_path):
         model.base_model.set_adapter(["default", "two"])
     close(np.asarray(llama.run(merged(second))), theirs(llama, model.eval()))
     far(np.asarray(llama.run(merged(second))), both)
-    with pytest.raises(
-        ValueError, match="'embed_tokens/lookup/embedding'.*already|adap"
-    ):
+    with pytest.raises(ValueError, match="already carries an adapter in"):
         interop.load_peft(tmp_path / "one", second, names=llama.model.names)
 
 
@@ -368,7 +366,7 @@ def test_a_stack_and_two_devices(tied, tmp_path):
     )
     mesh = training.make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
     specs = training.param_specs(jp.detach(tree), mesh, axes=model.axes)
-    assert tuple(specs["lm_head"]["embedding"])[0] == training.TENSOR
+    assert tuple(specs["lm_head"]["embedding"])[0] == "tensor"
     placed = training.place(tree, mesh, specs)
     forward = jax.jit(jp.adapt(lambda params: model.apply({"params": params}, IDS)))
     close(np.asarray(forward(placed)), want)
