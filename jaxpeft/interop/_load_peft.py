@@ -120,7 +120,7 @@ def load_peft(
             if key not in used:
                 problems.append(f"left over: {key!r} is not what the config asks for")
     _check_shared(found, table, file, problems)
-    found, whole = settle(config, table, tied, found, whole, file, problems)
+    found, whole = settle(config, table, tied, keys, found, whole, file, problems)
     sites, leaves = _by_leaf(found, problems), by_leaf(whole, problems)
     problems += file.not_finite(used & set(file.shapes))
     if problems:

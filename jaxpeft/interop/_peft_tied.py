@@ -17,7 +17,7 @@ from jaxpeft.core._products import is_plain
 from jaxpeft.interop._modules import Table
 from jaxpeft.interop._peft_attach import Found, read_leaf
 from jaxpeft.interop._peft_sites import decomposed_tie
-from jaxpeft.interop._peft_whole import Whole
+from jaxpeft.interop._peft_whole import Keys, Whole
 from jaxpeft.interop._untie import Tie, loosened, ties
 
 
@@ -72,13 +72,14 @@ def _one_leaf(table: Table, row: ModuleName) -> str:
     )
 
 
-def settle(config, table: Table, tied: Table, found, whole, file, problems):
+def settle(config, table: Table, tied: Table, keys, found, whole, file, problems):
     """Puts what acts on embedding and head alike back onto the leaf that is both.
 
     Args:
         config: with defaults.
         table: modules of the untied tree.
         tied: modules of the tree as it is.
+        keys: the file's.
         found: adapters, on modules of ``table``.
         whole: leaves that the file has whole, of modules of ``table``.
         file: the file.
@@ -87,7 +88,7 @@ def settle(config, table: Table, tied: Table, found, whole, file, problems):
     Returns:
         ``(found, whole)``: on modules of ``tied`` throughout, or of ``table``.
     """
-    pairs = ties(table.rows)
+    pairs = [tie for tie in ties(table.rows) if tie.tied in tied.leaves]
     for site in found:
         if why := decomposed_tie(site.module.name, site.adapter, table.rows):
             problems.append(
@@ -102,14 +103,16 @@ def settle(config, table: Table, tied: Table, found, whole, file, problems):
     if problems:
         return found, whole
     for tie in pairs:
-        if tie.tied not in tied.leaves:
-            continue  # the tree was untied before
         own = [site for site in found if site.module.name in tie.modules]
         kept = [each for each in whole if each.module.name in tie.modules]
-        if own and any(not each.asked for each in kept):
-            keys = [each.key for each in kept if not each.asked]
+        if left := [each.key for each in kept if not each.asked]:
+            have = {each.module.name for each in kept}
+            for module in (table.by_name[name] for name in tie.modules):
+                if module.name not in have and (key := _weight_of(keys, module.name)):
+                    kept.append(Whole(module, "weight", key, asked=False))
+        if own and left:
             problems.append(
-                f"{keys} differ from the model's embedding, beside which the file has "
+                f"{left} differ from the model's embedding, beside which the file has "
                 "adapters: load the base that they belong to"
             )
         elif own or kept:
@@ -124,6 +127,10 @@ def settle(config, table: Table, tied: Table, found, whole, file, problems):
     found = [site._replace(module=by_name[_home(pairs, site)]) for site in found]
     whole = [each._replace(module=by_name[_home(pairs, each)]) for each in whole]
     return found, whole
+
+
+def _weight_of(keys: Keys, name: str) -> str | None:
+    return keys.get(name, {}).get("weight")
 
 
 def _home(pairs: Sequence[Tie], each: Found | Whole) -> str:

@@ -121,7 +121,7 @@ def test_no_adapter_goes_where_it_would_do_nothing(oracle, tmp_path):
             interop.save_peft(tree, tmp_path / "no", names=names, form=form)
     assert not (tmp_path / "no").exists()
     # Merged, the same tree is what transformers computes.
-    tree = scrambled(tree)
+    tree = scrambled(tree, scale=1.0)
     interop.save_hf(tree, tmp_path / "hf", names=names, config=model.hf_config)
     with quiet():
         merged = type(base).from_pretrained(tmp_path / "hf").eval()
@@ -129,7 +129,7 @@ def test_no_adapter_goes_where_it_would_do_nothing(oracle, tmp_path):
         plain = jp.merge(tree)
     want = np.asarray(model.apply({"params": plain}, IDS))
     close(logits(oracle, merged), want)
-    far(want, logits(oracle, base))
+    far(want, logits(oracle, base), least=0.01)
 
 
 def test_its_weight_as_a_whole_is_read(oracle, tmp_path):

@@ -70,6 +70,14 @@ def test_what_cannot_be_written(adapted, params, tmp_path):
     two = jp.attach(two, jp.lora(2, dropout=0.1), ["q_proj"], key=KEY, axes=AXES)
     refuse("lora_dropout=0.0 in the one PEFT config", two)
     save_peft(two, tmp_path / "joined", names=STACKED, form="portable")
+    plain = jp.attach(params, jp.lora(2), ["score"], key=KEY)
+    for other, said in (
+        (jp.pissa(2), "needs init_lora_weights='pissa'.*others True"),
+        (jp.kasa(2), "needs kasa_config={.*others None"),
+        (jp.dora(2), "needs use_dora=True.*others False"),
+    ):  # else the one config would make the plain site another method's
+        both = jp.attach(plain, other, ["o_proj"], key=KEY, axes=AXES)
+        refuse(said, both, form="native")
     head = jp.attach(params, jp.lora(2), ["score"], key=KEY)
     refuse(
         "score' is saved whole and its weight has an adap", head, task_type="SEQ_CLS"

@@ -83,6 +83,32 @@ def test_copies_of_the_rows_pairs_are_what_the_slots_hold(slots, trees):
         serving.with_rows(tree, index)
 
 
+@pytest.mark.parametrize("how", ["gather", "ragged"])
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_is_looked_up(how, copies):
+    """A table's rows plus each row's own pair of it; slot 0 bit for bit."""
+    table = {"words": {"embedding": numbers(8, D, seed=5)}}
+    ids = jnp.array([[1, 2, 7], [3, 4, 1], [0, 1, 2]])
+    look = jax.jit(jp.adapt(lambda p, ids: p["words"]["embedding"][ids]))
+    slots, trees = serving.slots(table, ["words"], capacity=3, rank=4, how=how), {}
+    for i, name in enumerate(["one", "two"]):
+        tree = jp.attach(table, jp.lora(2 + i, 7), ["words"], key=jax.random.key(i))
+        trainable, frozen = jp.partition(tree)
+        moved = jax.tree.map(lambda x: x + 0.3, trainable)
+        trees[name] = jp.combine(moved, frozen)
+        slots = serving.load(slots, name, trees[name])
+    index = serving.rows(slots, ["two", "__base__", "one"])
+    tree = serving.with_rows(slots.tree, index, copies=copies)
+    rows = look(tree, ids)
+    assert distance(rows[0], look(trees["two"], ids)[0]) < 1e-6
+    assert distance(rows[2], look(trees["one"], ids)[2]) < 1e-6
+    assert np.array_equal(rows[1], look(table, ids)[1])
+    assert distance(rows[0], look(table, ids)[0]) > 0.1
+    assert np.array_equal(look(tree, ids[:, 0]), rows[:, 0])
+    with pytest.raises(ValueError, match="which adapter 3 rows take, but the input"):
+        look(tree, ids[:2])
+
+
 def test_slots_of_a_lower_dtype(trees):
     """Half the room; adapters are rounded as they are loaded, products are not."""
     room = serving.slots(
@@ -292,7 +318,9 @@ def test_kernels_that_meet_no_rows_are_named(slots):
         "is used transposed": lambda p: (
             X @ x[None, :5].repeat(6, 0) @ p["out"]["kernel"].T
         ),
-        "a look-up has none": lambda p: p["out"]["kernel"][jnp.array([1, 2])],
+        "one id is looked up alone": lambda p: jnp.take(
+            p["out"]["kernel"], jnp.array(2), axis=0
+        ),
     }
     for why, f in cases.items():
         with pytest.raises(jp.core.UnsupportedError, match=f"'out/kernel'.*{why}"):
