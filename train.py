@@ -63,6 +63,7 @@ def _run(config, workdir, stack):
     # --------------------------------- Model and task ---------------------------------
 
     task = data.task(config.data)
+    described = data.task_metadata(task)  # names of classes: they go with the adapter
 
     def where(path, shape):  # every leaf is read straight to its place on the mesh
         return jax.NamedSharding(mesh, training.leaf_spec(path, shape, mesh))
@@ -289,7 +290,7 @@ def _run(config, workdir, stack):
             interop.save_adapter(
                 jp.combine(state.trainable, frozen),
                 folder / f"adapters/{step}",
-                metadata={"config": config.to_dict(), "step": step},
+                metadata={"config": config.to_dict(), **described, "step": step},
                 overwrite=True,  # by a run that was stopped right here
             )
         if saves:
@@ -314,7 +315,12 @@ def _run(config, workdir, stack):
     interop.save_adapter(
         jp.combine(best.state.trainable, best.frozen),
         saved,
-        metadata={"config": config.to_dict(), held_out: after, "step": best.step},
+        metadata={
+            "config": config.to_dict(),
+            **described,
+            held_out: after,
+            "step": best.step,
+        },
         overwrite=True,  # by a run that was complete
     )
     _, fresh = load_base()

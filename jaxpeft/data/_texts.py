@@ -32,6 +32,7 @@ class TextTask(NamedTuple):
       splits: rows by split, at least "train" and "validation".
       pack: whether several training rows share a sequence (`jaxpeft.data.pack`).
       facts: where the rows come from, JSON-able, for reports.
+      raw: of choices, how rows of other columns have become these (`data.Question`).
     """
 
     name: str
@@ -41,6 +42,7 @@ class TextTask(NamedTuple):
     splits: Mapping[str, Rows]
     pack: bool
     facts: Mapping[str, Any]
+    raw: Mapping[str, Any] | None = None
 
     @property
     def head(self) -> str:

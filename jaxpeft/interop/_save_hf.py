@@ -15,6 +15,7 @@ from jaxpeft.core import AdaptedKernel, ModuleName, detach, merge, mergeable
 from jaxpeft.core._lift import shared_names
 from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_dtype
 from jaxpeft.interop._folder import check_free, new_folder
+from jaxpeft.interop._labels import REGRESSION, is_head, named_head
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
 from jaxpeft.interop._tensors import on_host
@@ -59,6 +60,7 @@ def save_hf(
     names: Sequence[ModuleName],
     config: Mapping[str, Any],
     source: str | Path | None = None,
+    labels: Sequence[str] | None = None,
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     axes: Mapping[str, str] | None = None,
@@ -77,6 +79,10 @@ def save_hf(
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
             a quantisation and, for a new head, labels and architecture; tokenizer,
             generation config and chat template are copied.
+        labels: names of the classes, in the order of the head: what an adapter says of
+            itself (``head_info(folder).labels``). ``None``: the base's names, where
+            neither the head's weights nor its width are others than the base's; else
+            ``LABEL_0`` and so on, transformers' word for classes without a name.
         dtype: dtype of the tensors; by default the leaves', which must then be one:
             transformers loads in the one dtype that ``config.json`` names.
         max_shard_size: largest file of weights, in bytes or as ``"500MB"``; above
@@ -89,8 +95,8 @@ def save_hf(
 
     Raises:
         ValueError: a leaf is in no row of ``names``, an adapter depends on the input,
-            a value is not finite, the dtypes differ, or ``config`` and the source's
-            are of different models.
+            a value is not finite, the dtypes differ, ``config`` and the source's are
+            of different models, or ``labels`` are not one for each class.
         FileExistsError: the folder has files in it.
 
     Example:
@@ -108,6 +114,13 @@ def save_hf(
     content = _config(config, source)
     table = Table(names, dict(leaves_with_path(params)), axes)
     _check(table, params)
+    content = named_head(
+        content,
+        config.get("num_labels"),
+        labels,
+        number=config.get("problem_type") == REGRESSION,
+        trained=any(is_head(name) for name in _changed(table)),
+    )
     planned = _planned(table, None if dtype is None else jnp.dtype(dtype))
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
@@ -178,15 +191,18 @@ def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, A
             f"{kept.get('model_type')!r}; give the folder of this model's base."
         )
     kept.pop("quantization_config", None)
-    for field in ("architectures", "problem_type"):
-        if field in config:
-            kept[field] = config[field]
-    count = config.get("num_labels")
-    if count is not None and len(kept.get("id2label") or ()) != count:
-        kept.pop("num_labels", None)
-        kept["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-        kept["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+    if "architectures" in config:
+        kept["architectures"] = config["architectures"]
     return kept
+
+
+def _changed(table: Table) -> list[str]:
+    """Names of the modules with an adapter, or trained in full."""
+    return [
+        module.name
+        for module in table.modules
+        if any(is_node(table.leaves[path]) for path in module.leaves.values())
+    ]
 
 
 def _check(table: Table, params: PyTree) -> None:

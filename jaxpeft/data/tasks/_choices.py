@@ -80,7 +80,7 @@ def choices(
         metrics=metrics,
         pack=pack,
         facts={"files": {split: str(path) for split, path in paths.items()}},
-    )
+    )._replace(raw=_raw(prompt, choices, lead))
 
 
 def tfds_choices(
@@ -136,7 +136,12 @@ def tfds_choices(
         metrics=metrics,
         pack=pack,
         facts={"tfds": dataset, "splits": dict(splits)},
-    )
+    )._replace(raw=_raw(prompt, choices, lead))
+
+
+def _raw(prompt: str, choices: str | Sequence[str], lead: str) -> dict[str, Any]:
+    columns = choices if isinstance(choices, str) else list(choices)
+    return {"prompt": prompt, "choices": columns, "lead": lead}
 
 
 def _rows(
@@ -149,42 +154,59 @@ def _rows(
     lead: str,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of any columns as rows of a prompt, choices and an answer."""
-    pieces = _pieces(prompt)
-    fields = [field for _, field in pieces if field]
+    pieces = pieces_of(prompt)
     found: dict[str, list[dict[str, Any]]] = {}
     for split, rows in splits.items():
         found[split] = []
         for number in range(len(rows)):
             row = rows[number]
             where = f"Task {name!r}, split {split!r}, row {number}"
-            texts = {
-                field: text_of({field: _inside(row, field, where)}, field, where)
-                for field in fields
-            }
-            if isinstance(choices, str):
-                listed = _inside(row, choices, where)
-            else:
-                listed = [_inside(row, column, where) for column in choices]
-            if isinstance(listed, str | bytes | Mapping):
-                raise ValueError(
-                    f"{where}: column {choices!r} must be a list of texts; got "
-                    f"{listed!r}. Of columns of a choice each, give all names."
-                )
-            read = [text_of({"choices": text}, "choices", where) for text in listed]
+            read = read_choices(row, pieces, choices, lead, where)
             right = _inside(row, answer, where)
             if answers is not None:
                 right = _place(right, answers, f"{where}: column {answer!r}")
-            found[split].append(
-                {
-                    "prompt": "".join(text + texts.get(f, "") for text, f in pieces),
-                    "choices": [lead + text for text in read],
-                    "answer": right,
-                }
-            )
+            found[split].append({**read, "answer": right})
     return found
 
 
-def _pieces(prompt: str) -> list[tuple[str, str]]:
+def read_choices(
+    row: Mapping[str, Any],
+    pieces: Sequence[tuple[str, str]],
+    choices: str | Sequence[str],
+    lead: str,
+    where: str,
+) -> dict[str, Any]:
+    """A row of any columns as a prompt and choices, without the answer.
+
+    Args:
+      row: the row.
+      pieces: the prompt's template, from `pieces_of`.
+      choices: as in `choices`, with the following.
+      lead: put before each choice.
+      where: names the row in errors.
+    """
+    texts = {
+        field: text_of({field: _inside(row, field, where)}, field, where)
+        for _, field in pieces
+        if field
+    }
+    if isinstance(choices, str):
+        listed = _inside(row, choices, where)
+    else:
+        listed = [_inside(row, column, where) for column in choices]
+    if isinstance(listed, str | bytes | Mapping):
+        raise ValueError(
+            f"{where}: column {choices!r} must be a list of texts; got "
+            f"{listed!r}. Of columns of a choice each, give all names."
+        )
+    read = [text_of({"choices": text}, "choices", where) for text in listed]
+    return {
+        "prompt": "".join(text + texts.get(f, "") for text, f in pieces),
+        "choices": [lead + text for text in read],
+    }
+
+
+def pieces_of(prompt: str) -> list[tuple[str, str]]:
     """A template's literal texts, and the column behind each; "" behind the last."""
     try:
         parts = list(string.Formatter().parse(prompt))
