@@ -14,8 +14,8 @@ ORDER = [
     ["adapters", "allocate"],
     ["mixtures"],
     ["models", "interop"],
-    ["data", "training", "serving"],
-    ["study"],
+    ["data", "training"],
+    ["serving", "study"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -25,8 +25,9 @@ class Question(NamedTuple):
       columns: those that are read: one text or a pair; the text; the prompt; the
         messages; the prompt and the choices.
       labels: of a class, the names, in the order of the head.
-      first: of a class, the column of the head that the first of them has; others
-        belong to other tasks of a mixture.
+      first: of a class, the column of the head that the first of them has; the columns
+        of others belong to other tasks of a mixture.
+      width: of a class, how many columns the head has in all; None: that of `labels`.
       per_token: of a choice, whether the mean over its tokens decides, and not their
         sum.
       raw: of a choice, how rows as they stand in the files become a prompt and
@@ -39,6 +40,7 @@ class Question(NamedTuple):
     columns: tuple[str, ...]
     labels: tuple[str, ...] | None = None
     first: int = 0
+    width: int | None = None
     per_token: bool = False
     raw: Mapping[str, Any] | None = None
 
@@ -97,9 +99,9 @@ def questions(task: Task | TextTask | MixedTask) -> tuple[Question, ...]:
       [('one', 0), ('other', 2)]
     """
     if isinstance(task, MixedTask):
-        starts = [task.classes(name).start for name in task.parts]
+        starts = [task.classes(name).start for name in task.parts]  # 0 without classes
         return tuple(
-            _question(part)._replace(name=name, first=start)
+            _question(part)._replace(name=name, first=start, width=task.num_labels)
             for (name, part), start in zip(task.parts.items(), starts, strict=True)
         )
     return (_question(task),)

@@ -141,6 +141,10 @@ def make_task(
     return Task(name, columns, label, labels, metrics, splits, dict(facts or {}))
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_parts(
     name: str,
     kind: str,
