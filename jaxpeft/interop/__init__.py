@@ -1,5 +1,6 @@
 """Formats in and out: jaxpeft's own adapters, HF PEFT's, and whole checkpoints."""
 
+from jaxpeft.interop._format import adapter_folder as adapter_folder
 from jaxpeft.interop._format import adapter_info as adapter_info
 from jaxpeft.interop._labels import HeadInfo as HeadInfo
 from jaxpeft.interop._labels import head_info as head_info

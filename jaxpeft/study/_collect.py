@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpeft import data, dimension, models, training
+from jaxpeft import data, dimension, interop, models, training
 from jaxpeft.study._asked import Asked, ask, padded_lengths
 from jaxpeft.training._workdir import CONFIG_FILE
 
@@ -276,13 +276,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
                 f"{there or 'none'}. config.save_every='50 steps, kept' keeps them."
             )
         return [Run(f"sft-{name}@{s}", 0, str(p), s) for s, p in found.items()]
-    inner = folder / "adapter"
-    found = inner if inner.is_dir() else folder
-    if not any(found.glob("adapter*.json")):
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no adapter: neither adapter.json or "
-            "adapter_config.json, nor a folder adapter/ of a complete run."
-        )
+    found = interop.adapter_folder(folder)
     own = found / "adapter.json"
     read = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
     step = (read.get("metadata") or {}).get("step")
