@@ -2,6 +2,22 @@
 
 from typing import NamedTuple
 
+# What lies beside the weights of a checkpoint and belongs to it: how texts become
+# tokens, how a chat is written, how writing ends. Patterns of whole paths.
+BESIDE = (
+    "generation_config.json",
+    "chat_template*",
+    "chat_templates/*",
+    "additional_chat_templates/*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+)
+
 
 class ModuleName(NamedTuple):
     """One module, or one of each layer, under its two names.

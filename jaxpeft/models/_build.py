@@ -73,6 +73,7 @@ def from_config(
     if num_labels < 1:
         raise ValueError(f"`num_labels` is {num_labels}; write at least 1.")
     param_dtype = floating("param_dtype", param_dtype, jnp.float32)
+    more = {"stop_tokens": end_ids(raw)} if build is Decoder else {}
     return build(
         known,
         head=head,
@@ -81,7 +82,21 @@ def from_config(
         param_dtype=param_dtype,
         scan_layers=scan_layers,
         remat=remat,
+        **more,
     )
+
+
+def end_ids(config: Mapping[str, Any], *more: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids in ``eos_token_id`` of configs, a number or a list, each once.
+
+    Those that are no row of the embedding, such as -1, are never written.
+    """
+    size, found = config.get("vocab_size"), []
+    for one in (config, *more):
+        ids = one.get("eos_token_id")
+        found += ids if isinstance(ids, list | tuple) else [ids]
+    known = (i for i in found if i is not None and 0 <= i < (size or i + 1))
+    return tuple(dict.fromkeys(known))
 
 
 def _class_of(model_type: Any) -> tuple[Any, Any]:

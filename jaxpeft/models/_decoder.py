@@ -60,6 +60,9 @@ class Decoder(nn.Module):
         sliding layers alternate in one scan): ``model.clone(attention="cudnn")``. None
         takes splash attention on a TPU where it can (of several, where a mesh is in
         context), else what ``jax.nn.dot_product_attention`` takes.
+      stop_tokens: ids after which a text has ended, as the files it was loaded from
+        say (``eos_token_id`` of ``config.json`` and ``generation_config.json``); what
+        ``models.generate`` stops at by default.
     """
 
     config: DecoderConfig
@@ -70,6 +73,7 @@ class Decoder(nn.Module):
     scan_layers: bool = False
     remat: str | None = None
     attention: str | None = None
+    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses unknown names."""
@@ -143,8 +147,9 @@ class Decoder(nn.Module):
 
         Returns:
           In float32 at least, logits [batch, tokens, V] of the next token, or
-          [batch, num_labels] at the last token that is no padding (neither by
-          ``attention_mask`` nor by the config's ``pad_token_id``). Without a head the
+          [batch, num_labels] at the last token that is no padding: by
+          ``attention_mask``, and where that is None by the config's ``pad_token_id``
+          (which may be the token that ends a text, too). Without a head the
           last hidden state [batch, tokens, D], which ``method="logits"`` turns into
           logits of a language model. With ``hidden_states=True`` a pair of that and
           [L + 1, batch, tokens, D]: the embeddings, then every layer's output, the
@@ -244,11 +249,12 @@ class Decoder(nn.Module):
 
     def _last(self, x: Array, input_ids: Any, attention_mask: Any) -> Array:
         """The state of each row's last token that is no padding."""
-        real = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
-            real = real & jnp.asarray(attention_mask).astype(bool)
-        if self.config.pad_token_id is not None:
-            real = real & (jnp.asarray(input_ids) != self.config.pad_token_id)
+            real = jnp.asarray(attention_mask).astype(bool)
+        elif self.config.pad_token_id is not None:
+            real = jnp.asarray(input_ids) != self.config.pad_token_id
+        else:
+            real = jnp.ones(input_ids.shape, bool)
         places = jnp.arange(input_ids.shape[1])[None]
         last = jnp.max(jnp.where(real, places, 0), axis=1)
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

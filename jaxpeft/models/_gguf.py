@@ -43,7 +43,8 @@ _FIELDS = {
     "vocab_size": "vocab_size",
 }
 _CHECKED = ("attention.value_length", "rope.dimension_count")
-_IDS = ("bos", "eos", "padding")
+_IDS = ("bos", "padding")
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 
 
 class Slice(NamedTuple):
@@ -189,6 +190,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
         for name in _IDS:
             ours = {"padding": "pad"}.get(name, name)
             config[f"{ours}_token_id"] = file.field(f"tokenizer.ggml.{name}_token_id")
+        ends = [file.field(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+        ends = [i for i in dict.fromkeys(ends) if i is not None]
+        config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
         names = list(file.keys())
         if "vocab_size" not in config:
             table = file.get_slice("embed_tokens.weight").get_shape()

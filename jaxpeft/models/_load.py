@@ -14,18 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpeft.models._build import abstract, draw_leaves, floating, from_config, places
+from jaxpeft.core._names import BESIDE
+from jaxpeft.models._build import (
+    abstract,
+    draw_leaves,
+    end_ids,
+    floating,
+    from_config,
+    places,
+)
 from jaxpeft.models._checkpoint import (
     GGUF,
+    INDEX,
+    SINGLE,
     Tensor,
     are_equal,
     list_tensors,
     opened,
     read_leaf,
 )
+from jaxpeft.models._decoder import Decoder
 from jaxpeft.models._families import FAMILIES, Source, sources
 from jaxpeft.models._gguf import gguf_config
-from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
 from jaxpeft.models._match import match
 from jaxpeft.models._packaged import fetch_packaged, packaged
 
@@ -33,19 +43,16 @@ AT_ONCE = 1 << 28  # bytes of a stack that may be on the host as a whole
 
 _LOG = logging.getLogger("jaxpeft.models")
 
-# What is taken of a repository on the hub: no other framework's weights, no code.
-_HUB_FILES = (
+# What is taken of a repository on the hub: no code, no weights that are not read
+# here, none of them twice (model.fp16.safetensors, original/, onnx/).
+HUB_FILES = (
     "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
+    SINGLE,
+    INDEX,
+    "model-*-of-*.safetensors",
+    "model.safetensors-*-of-*.safetensors",
+    *BESIDE,
 )
-
 
 _WORDS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
 
@@ -106,6 +113,7 @@ def load(
         dtype=floating("dtype", dtype, floating("param_dtype", param_dtype, stored)),
         scan_layers=scan_layers,
         remat=remat,
+        **_stops(sketch, folder, config),
     )
     shapes = {
         path: leaf.shape
@@ -148,23 +156,6 @@ def load(
     return model, unflatten_dict(ordered, sep="/")
 
 
-def tokenizer(folder_or_name: str | Path) -> Any:
-    """Returns the tokenizer that belongs to a model, a transformers object.
-
-    Args:
-      folder_or_name: as for ``load``.
-
-    Raises:
-      ValueError: if there is no such model.
-    """
-    folder = _find(folder_or_name)
-    if folder.suffix == GGUF and folder.is_file():
-        return gguf_tokenizer(folder)
-    from transformers import AutoTokenizer  # slow to import
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def _find(folder_or_name: str | Path) -> Path:
     folder = Path(folder_or_name).expanduser()
     if folder.is_dir() or (folder.suffix == GGUF and folder.is_file()):
@@ -178,12 +169,26 @@ def _find(folder_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub's client raises a dozen kinds
         raise ValueError(
             f"`folder_or_name` {name!r} is no folder, no packaged model "
             f"({sorted(packaged)}), and the Hugging Face hub did not give it: {error}"
         ) from error
+
+
+def _stops(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decoder is told of where its writing ends."""
+    if isinstance(model, Decoder):
+        return {"stop_tokens": named_ends(folder, config)}
+    return {}
+
+
+def named_ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that ``config.json`` and ``generation_config.json`` end a text with."""
+    file = folder / "generation_config.json"
+    more = _read_json(file) if file.is_file() else {}
+    return end_ids(config, more)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
