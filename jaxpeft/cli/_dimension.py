@@ -231,7 +231,8 @@ def _load(given: argparse.Namespace, adapter: str | None):
     import jax.numpy as jnp
 
     from jaxpeft import models, study
-    from jaxpeft.cli._open import _read, kind_of
+    from jaxpeft.cli._folders import find
+    from jaxpeft.cli._open import _read
 
     asked = argparse.Namespace(
         base=given.model,
@@ -245,8 +246,7 @@ def _load(given: argparse.Namespace, adapter: str | None):
         model, params = study.tiny_model()
         if adapter is None:
             return model, params
-        folder = Path(adapter)
-        return model, _read(asked, folder, kind_of(folder), model, params)
+        return model, _read(asked, *find(adapter), model, params)
     if adapter is None:
         with stage(f"reading {given.model}"):
             return models.load(

@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 
 from jaxpeft.cli._console import stage
-from jaxpeft.cli._open import Wanted, add_base, open_adapter, open_adapters, open_base
+from jaxpeft.cli._folders import Wanted
+from jaxpeft.cli._open import (
+    add_base,
+    open_adapter,
+    open_adapters,
+    open_base,
+    open_tokenizer,
+)
 
 NAME = "generate"
 SUMMARY = "go on with a prompt, with or without an adapter"
@@ -24,7 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         metavar="[NAME=]ADAPTER",
-        help="an adapter's folder; with --rows several, each with a name",
+        help="an adapter's folder, or that of a run; with --rows several, each with a "
+        "name",
     )
     parser.add_argument(
         "--rows",
@@ -50,13 +58,14 @@ def run(given: argparse.Namespace) -> None:
     prompts = given.prompts or [line.rstrip("\n") for line in sys.stdin]
     if not any(prompts):
         raise ValueError("there is no PROMPT, and nothing on standard input.")
+    wanted = Wanted()
     if given.rows is not None:
         folders, rows = _named(given, len(prompts))
         folder, model, params = open_adapters(given, folders, rows)
     elif given.adapter is None:
         if given.head == "auto":
             given.head = "causal_lm"
-        folder, model, params = open_base(given, Wanted())
+        folder, model, params = open_base(given, wanted)
     else:
         if len(given.adapter) > 1:
             raise ValueError(
@@ -66,7 +75,8 @@ def run(given: argparse.Namespace) -> None:
         (given.adapter,) = given.adapter
         opened = open_adapter(given)
         folder, model, params = opened.folder, opened.model, opened.adapted
-    tokenizer = models.tokenizer(folder)
+        wanted = opened.wanted
+    tokenizer, stop = open_tokenizer(folder, wanted)
     if given.chat:
         ids = [
             tokenizer.apply_chat_template(
@@ -78,7 +88,6 @@ def run(given: argparse.Namespace) -> None:
         ]
     else:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    end = tokenizer.eos_token_id
     with stage(f"generating for {len(prompts)} prompt{'s' * (len(prompts) > 1)}"):
         new = models.generate(
             model,
@@ -88,7 +97,7 @@ def run(given: argparse.Namespace) -> None:
             temperature=given.temperature,
             top_k=given.top_k,
             top_p=given.top_p,
-            stop=[] if end is None else [end],
+            stop=stop,
             key=jax.random.key(given.seed) if given.temperature else None,
         )
     for row in new:

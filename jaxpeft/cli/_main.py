@@ -3,18 +3,32 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxpeft.cli import _convert, _describe, _dimension, _generate, _merge, _ranks
+from jaxpeft.cli import (
+    _convert,
+    _describe,
+    _dimension,
+    _generate,
+    _merge,
+    _predict,
+    _ranks,
+)
 from jaxpeft.cli._console import note
 
-COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate, _ranks, _dimension)
+COMMANDS = (
+    *(_describe, _merge, *_convert.DIRECTIONS),
+    *(_generate, _predict, _ranks, _dimension),
+)
 
 EPILOG = """\
 An adapter is a folder: jaxpeft's own (adapter.json) or HF PEFT's (adapter_config.json).
 A base is a folder with config.json and safetensors, a packaged model ("minilm"), or a
 name on the Hugging Face hub. Nothing is ever overwritten.
 
+An adapter names its base, which --base need not say then; a run of train.py is as good
+as the adapter in it.
+
 example:
-  jaxpeft export runs/quickstart/adapter --base minilm --out minilm-peft
+  jaxpeft export runs/quickstart --out quickstart-peft
 """
 
 
@@ -87,6 +101,7 @@ _FLAGS = {
     "label_tokens='none'": "--label-tokens none",
     "label_tokens='bare'": "--label-tokens bare",
     "`max_length`": "--max-length",
+    "`batch_size`": "--batch-size",
     "`estimators`": "--estimator",
     "`template`": "--template",
     "`words`": "--words",

@@ -3,21 +3,30 @@
 import argparse
 
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._open import add_base, new_folder, open_adapter
+from jaxpeft.cli._open import (
+    add_adapter,
+    add_base,
+    add_labels,
+    new_folder,
+    open_adapter,
+)
 
 NAME = "merge"
 SUMMARY = "fold an adapter into its base, as a folder that transformers opens"
 DESCRIPTION = """\
 Folds an adapter into its base and writes a Hugging Face folder: config.json,
 safetensors, the tokenizer's files. Folded in float32, rounded once to the base's dtype.
+Classes are called what the adapter calls them; where it does not say and its head is
+another than the base's, LABEL_0 and so on, or what --labels says.
 """
-EXAMPLE = "jaxpeft merge runs/quickstart/adapter --base minilm --out merged"
+EXAMPLE = "jaxpeft merge runs/quickstart --out merged"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add_adapter(parser)
     add_base(parser)
+    add_labels(parser)
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new or an empty folder"
     )
@@ -47,6 +56,7 @@ def run(given: argparse.Namespace) -> None:
             names=opened.model.names,
             config=opened.model.hf_config,
             source=opened.folder,
+            labels=opened.wanted.labels,
             dtype=given.dtype,
             max_shard_size=given.max_shard_size,
             axes=opened.model.axes,

@@ -1,45 +1,20 @@
 """From names on a command line to a model and an adapted tree."""
 
 import argparse
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.cli._console import stage
+from jaxpeft.cli._folders import OWN, PEFT, Wanted, find_adapter
 
-OWN, PEFT, MODEL = "own", "peft", "model"
 HEADS = ("auto", "none", "causal_lm", "classification", "regression")
 SEED = 0  # of what a checkpoint lacks
-_MARKS = {
-    OWN: "adapter.json",
-    PEFT: "adapter_config.json",
-    MODEL: "config.json",
-}
 _BY_CLASS = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
     "ForSequenceClassification": "classification",
 }
-_BY_TASK = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification"}
-_LABELS = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight$")
-
-
-class Wanted(NamedTuple):
-    """What an adapter's files say of the model that it belongs to.
-
-    Attributes:
-        head: as in ``models.load``; ``None``: they do not say.
-        labels: classes of the head.
-        sites: ``{path: shape}`` of leaves that the model must have.
-        param_dtype: in which the model was read when it was trained.
-    """
-
-    head: str | None = None
-    labels: int | None = None
-    sites: dict[str, list[int]] | None = None
-    param_dtype: str | None = None
 
 
 class Opened(NamedTuple):
@@ -50,20 +25,32 @@ class Opened(NamedTuple):
         adapted: its parameters, adapted.
         kind: which sort of folder the adapter was in, ``"own"`` or ``"peft"``.
         folder: the base's folder.
+        base: the base, as it was named.
+        wanted: what the adapter's files say; its labels are those of ``--labels``,
+            where they are given.
     """
 
     model: Any
     adapted: Any
     kind: str
     folder: Path
+    base: str
+    wanted: Wanted
 
 
-def add_base(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Adds the one adapter of a command."""
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="an adapter's folder, or that of a run"
+    )
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
     """Adds what says which base model is meant."""
     parser.add_argument(
         "--base",
-        required=required,
-        help="the base model: a folder, a packaged model, or a name on the hub",
+        help="the base model: a folder, a packaged model, or a name on the hub "
+        "(default: the one that the adapter names)",
     )
     parser.add_argument(
         "--head",
@@ -88,26 +75,15 @@ def add_base(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     )
 
 
-def kind_of(folder: Path) -> str:
-    """What a folder holds: an adapter of either sort, or a model.
-
-    Raises:
-        FileNotFoundError: it is no folder, or holds none of these.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r} is no folder.")
-    found = [kind for kind, mark in _MARKS.items() if (folder / mark).is_file()]
-    if OWN in found and PEFT in found:
-        raise ValueError(
-            f"{str(folder)!r} holds both {_MARKS[OWN]} and {_MARKS[PEFT]}; keep one "
-            "adapter a folder."
-        )
-    if not found:
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds none of {', '.join(_MARKS.values())}: neither an "
-            "adapter nor a model."
-        )
-    return found[0]
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Adds what the classes of the head are called."""
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="what the classes are called, in the head's order (default: what the "
+        "adapter says)",
+    )
 
 
 def new_folder(name: str) -> Path:
@@ -129,25 +105,42 @@ def open_adapter(given: argparse.Namespace, *, whole: bool = True) -> Opened:
         whole: refuse a model a part of which is neither in the base's files nor in
             the adapter's: it would be drawn at random.
     """
-    folder = Path(given.adapter)
-    kind, wanted = _wanted(given, folder)
+    folder, kind, wanted = _wanted(given, given.adapter)
     base, model, params = open_base(given, wanted)
     adapted = _read(given, folder, kind, model, params)
+    name = given.base or wanted.base
     if whole:
-        _check_whole(given, model, adapted, given.adapter)
-    return Opened(model, adapted, kind, base)
+        check_whole(model, adapted, name, given.adapter)
+    wanted = wanted._replace(labels=labels_of(given, model, wanted))
+    return Opened(model, adapted, kind, base, name, wanted)
 
 
-def _wanted(given: argparse.Namespace, folder: Path) -> tuple[str, Wanted]:
-    """The sort of an adapter's folder, and what it says of its model."""
-    kind = kind_of(folder)
-    if kind == MODEL:
-        raise ValueError(f"{str(folder)!r} holds a model, not an adapter.")
+def labels_of(
+    given: argparse.Namespace, model, wanted: Wanted
+) -> tuple[str, ...] | None:
+    """What the classes are called: what was said, or what the adapter says."""
+    from jaxpeft.interop._labels import checked
+
+    said = getattr(given, "labels", None)
+    if model.head == "classification":
+        labels = said or wanted.labels
+        return labels and checked(labels, model.num_labels, "--labels")
+    if said:
+        raise ValueError(
+            f"--labels {' '.join(said)}: the head is {model.head or 'none'} and has no "
+            "classes; leave --labels out."
+        )
+    return None
+
+
+def _wanted(given: argparse.Namespace, name: str | Path) -> tuple[Path, str, Wanted]:
+    """An adapter's folder, its sort, and what it says of its model."""
+    folder, kind, wanted = find_adapter(name)
     if kind == PEFT and given.any_base:
         raise ValueError("--any-base is for jaxpeft's own adapters; PEFT names none.")
     if kind == OWN and given.ignore:
         raise ValueError("--ignore is for PEFT's configs, and this adapter has none.")
-    return kind, _own(folder) if kind == OWN else _peft(folder)
+    return folder, kind, wanted
 
 
 def _read(given: argparse.Namespace, folder: Path, kind: str, model, params):
@@ -162,23 +155,26 @@ def _read(given: argparse.Namespace, folder: Path, kind: str, model, params):
         )
 
 
-def _check_whole(given: argparse.Namespace, model, adapted, name: str) -> None:
+def check_whole(model, adapted, base: str, name: str | None = None) -> None:
+    """Refuses a head a part of which is in no file, and would be drawn at random."""
     if drawn := _drawn(model, adapted):
         raise ValueError(
-            f"{', '.join(drawn)}: neither {given.base!r} nor {name!r} has "
-            "this part of the head, and drawn at random it would not be the model that "
-            "was trained. Name a base that has it, or leave the head out: --head none."
+            f"{', '.join(drawn)}: "
+            + (f"neither {base!r} nor {name!r} has " if name else f"{base!r} lacks ")
+            + "this part of the head, and drawn at random it would not be the model "
+            "that was trained. Name a base that has it, or leave the head out: "
+            "--head none."
         )
 
 
 def open_adapters(
-    given: argparse.Namespace, folders: Mapping[str, Path], rows: Sequence[str]
+    given: argparse.Namespace, names: Mapping[str, Path], rows: Sequence[str]
 ):
     """Reads the base and puts several adapters beside it.
 
     Args:
         given: the parsed arguments.
-        folders: the adapters, by name.
+        names: the adapters' folders, or those of runs, by name.
         rows: the name of each row's adapter; ``"__base__"`` for none.
 
     Returns:
@@ -189,17 +185,23 @@ def open_adapters(
     from jaxpeft.core._products import not_low_rank
     from jaxpeft.serving._write import change_rank
 
-    found = {name: _wanted(given, folder) for name, folder in folders.items()}
+    found = {name: _wanted(given, folder) for name, folder in names.items()}
     sites: dict[str, list[int]] = {}
-    for _, wanted in found.values():
+    for _, _, wanted in found.values():
         sites |= wanted.sites or {}
-    heads = [wanted.head for _, wanted in found.values() if wanted.head]
-    base, model, params = open_base(
-        given, Wanted(heads[0] if heads else None, sites=sites or None)
+    heads = [wanted.head for *_, wanted in found.values() if wanted.head]
+    bases = {wanted.base for *_, wanted in found.values()} - {None}
+    if given.base is None and len(bases) > 1:
+        raise ValueError(
+            f"--base is needed: the adapters name several, {', '.join(sorted(bases))}."
+        )
+    asked = Wanted(
+        heads[0] if heads else None, sites=sites or None, base=next(iter(bases), None)
     )
+    base, model, params = open_base(given, asked)
     trees = {
-        name: _read(given, folders[name], kind, model, params)
-        for name, (kind, _) in found.items()
+        name: _read(given, folder, kind, model, params)
+        for name, (folder, kind, _) in found.items()
     }
     each = [node for tree in trees.values() for node in nodes(tree)]
     paths = {node.site.path for node in each}
@@ -213,25 +215,72 @@ def open_adapters(
     )
     for name, tree in trees.items():
         slots = serving.load(slots, name, tree)
-    _check_whole(given, model, slots.tree, ", ".join(map(str, folders.values())))
+    name = given.base or asked.base
+    check_whole(model, slots.tree, name, ", ".join(map(str, names.values())))
     return base, model, serving.with_rows(slots.tree, serving.rows(slots, rows))
 
 
 def open_base(given: argparse.Namespace, wanted: Wanted):
-    """``(folder, model, params)`` of the base that was named."""
+    """``(folder, model, params)`` of the base that was named, or that is remembered."""
     import jax
 
     from jaxpeft import models
+
+    folder, name = find_base(given, wanted)
+    settings, width = _settings(given, folder, wanted)
+    key = jax.random.key(SEED)
+    with stage(f"reading the base {name}"):
+        # What of a head the checkpoint lacks is drawn; an adapter brings its own.
+        if width is None:
+            return folder, *models.load(folder, key=key, **settings)
+        asked = {"head": "classification", "num_labels": width}
+        model, params = models.load(folder, key=key, **settings | asked)
+    return folder, *_with_other_head(model, params, settings, key)
+
+
+def open_tokenizer(folder: Path, wanted: Wanted) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a base, as in the run, and the tokens that end its texts."""
+    from jaxpeft import models
+
+    tokenizer = models.tokenizer(folder, **(wanted.run.get("tokenizer") or {}))
+    return tokenizer, models.stop_tokens(folder, tokenizer)
+
+
+def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
+    """The base's folder, and its name as it was given or is remembered."""
     from jaxpeft.models._load import _find
 
-    with stage(f"finding the base {given.base}"):
-        folder = _find(given.base)
-    settings = _settings(given, folder, wanted)
-    settings["param_dtype"] = wanted.param_dtype
-    with stage(f"reading the base {given.base}"):
-        # What of a head the checkpoint lacks is drawn; an adapter brings its own.
-        model, params = models.load(folder, key=jax.random.key(SEED), **settings)
-    return folder, model, params
+    name = given.base or wanted.base
+    if not name:
+        who = getattr(given, "adapter", None)
+        raise ValueError(
+            "--base is needed"
+            + (f": {who!r} does not say which model it belongs to." if who else ".")
+        )
+    with stage(f"finding the base {name}"):
+        try:
+            return _find(name), name
+        except ValueError as error:
+            if given.base:
+                raise
+            raise ValueError(
+                f"the base that {str(given.adapter)!r} names, {name!r}, is not there: "
+                f"{error} If it lies elsewhere, write --base."
+            ) from error
+
+
+def _with_other_head(model, params, settings: dict[str, Any], key):
+    """A model of other classes than its checkpoint's, whose names are drawn anew."""
+    from jaxpeft import models
+    from jaxpeft.core import flat, unflat
+    from jaxpeft.models._build import draw_leaves
+
+    model = model.clone(head=settings["head"], num_labels=settings["num_labels"])
+    leaves = flat(params)
+    shapes = {path: leaf.shape for path, leaf in flat(models.abstract(model)).items()}
+    other = tuple(path for path in shapes if leaves[path].shape != shapes[path])
+    leaves |= draw_leaves(model, key, other, dict.fromkeys(other))
+    return model, unflat(params, leaves)
 
 
 def _drawn(model, adapted) -> list[str]:
@@ -261,23 +310,37 @@ def _drawn(model, adapted) -> list[str]:
 
 
 def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
-    """Head, number of labels and layout in which the adapter's sites are there."""
+    """How the model is read, so that the adapter's sites are there.
+
+    Returns:
+        ``(arguments of models.load, width of the checkpoint's own head where it is
+        another one, else None)``.
+    """
+    from jaxpeft.models._config import count_labels
     from jaxpeft.models._load import _read_config
 
     config = _read_config(folder)
     name = next(iter(config.get("architectures") or ()), "")
     head = next((h for end, h in _BY_CLASS.items() if name.endswith(end)), None)
+    own = count_labels(config) if head == "classification" else None
+    if own == 1 or (own and config.get("problem_type") == "regression"):
+        head = "regression"
     head, labels = wanted.head or head, given.num_labels
     if given.head != "auto":
         head = None if given.head == "none" else given.head
     if labels is None and head == "classification":
-        labels = wanted.labels
+        labels = wanted.width
     settings = {"head": head, "num_labels": labels}
     if wanted.head == head and wanted.head is not None:
         _check_head(given, config, settings)
-    if not wanted.sites:
-        return settings
-    return _fitting(config, settings, wanted.sites, free=given.head == "auto")
+    if wanted.sites:
+        free = given.head == "auto" and wanted.head is None
+        settings = _fitting(config, settings, wanted.sites, free=free)
+    settings["param_dtype"] = wanted.param_dtype
+    settings["dtype"] = (wanted.run.get("model") or {}).get("dtype")
+    heads = {"classification": settings["num_labels"], "regression": 1}
+    asked = heads.get(settings["head"])
+    return settings, own if None not in (own, asked) and own != asked else None
 
 
 def _check_head(given: argparse.Namespace, config, settings: dict[str, Any]) -> None:
@@ -287,9 +350,10 @@ def _check_head(given: argparse.Namespace, config, settings: dict[str, Any]) -> 
     try:
         models.from_config(config, **settings)
     except ValueError as e:
+        base = given.base or "the base that it names"
         raise ValueError(
             f"{given.adapter!r} asks for the head {settings['head']!r}, which "
-            f"{given.base!r} cannot have ({e}) Is it the right base? --head says "
+            f"{base!r} cannot have ({e}) Is it the right base? --head says "
             "another head."
         ) from e
 
@@ -317,32 +381,3 @@ def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free
             if all(shapes.get(path) == shape for path, shape in sites.items()):
                 return settings
     return first
-
-
-def _own(folder: Path) -> Wanted:
-    """What an adapter of our own says: the kernels that it sits on."""
-    from jaxpeft import interop
-
-    sites = interop.adapter_info(folder)["sites"]
-    dtypes = {site["base"]["dtype"] for site in sites}
-    return Wanted(
-        sites={site["path"]: site["base"]["shape"] for site in sites},
-        param_dtype=dtypes.pop() if len(dtypes) == 1 else None,
-    )
-
-
-def _peft(folder: Path) -> Wanted:
-    """What a PEFT adapter says: the task, and the width of a head that it holds."""
-    from jaxpeft.interop._tensors import TensorFile
-
-    try:
-        config = json.loads((folder / _MARKS[PEFT]).read_text(encoding="utf-8"))
-        head = _BY_TASK.get(config.get("task_type"))
-    except (ValueError, AttributeError):
-        return Wanted()  # the reader of the folder says what is wrong
-    file = folder / "adapter_model.safetensors"
-    if head != "classification" or not file.is_file():
-        return Wanted(head)
-    shapes = TensorFile(file).shapes
-    found = [shape[0] for name, shape in shapes.items() if _LABELS.search(name)]
-    return Wanted(head, found[-1] if found else None)

@@ -313,7 +313,7 @@ def wrong(hub, owned, tmp_path):
         ("import peft --base llama --out out --any-base", "--any-base is for"),
         ("import peft --base llama --out out --head none", "does not fit; nothing"),
         ("describe peft --head none", "write --base too"),
-        ("import peft --out out", "the following arguments are required: --base"),
+        ("import peft --out out", "does not say which model it belongs to"),
         ("exprt peft", "invalid choice: 'exprt'"),
     ],
 )
@@ -351,7 +351,7 @@ def test_other_ends(run, hub, tmp_path, monkeypatch, error, status, message):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "describe", "merge", "export", "import", "convert"]
+    "command", ["", "describe", "merge", "export", "import", "convert", "predict"]
 )
 def test_help_has_an_example(run, command):
     told = run(*command.split(), "--help")
