@@ -78,7 +78,7 @@ def make_task(
     *,
     text: str | Sequence[str],
     label: str,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | int] | None,
     metrics: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Task:

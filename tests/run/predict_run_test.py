@@ -19,7 +19,10 @@ from jaxpeft.cli import main
 NLI = ("contradiction", "entailment", "neutral")
 MOODS = ('an"gry', "calm, so far", "fröhlich")  # quotation marks, a comma, no ASCII
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+]
 
 
 @pytest.fixture

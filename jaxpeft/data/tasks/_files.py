@@ -24,7 +24,7 @@ def files(
     test: str | Path | None = None,
     text: str | Sequence[str],
     label: str,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | int] | None,
     metrics: Sequence[str] | None = None,
     wheel: str | None = None,
     sha256: str | None = None,
