@@ -49,7 +49,7 @@ class Question(NamedTuple):
         return self._asdict()
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> "Question":
+    def from_json(cls, given: Any) -> "Question":
         """Returns what `to_json` gave, read again.
 
         Raises:
