@@ -87,7 +87,7 @@ def run(given: argparse.Namespace) -> None:
             for prompt in prompts
         ]
     else:
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        ids = [models.opened(tokenizer, prompt) for prompt in prompts]
     with stage(f"generating for {len(prompts)} prompt{'s' * (len(prompts) > 1)}"):
         new = models.generate(
             model,

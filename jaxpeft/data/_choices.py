@@ -10,6 +10,7 @@ from numpy import ndarray
 
 from jaxpeft.data._labels import text_of
 from jaxpeft.data._task import value_of
+from jaxpeft.data._templates import read_text
 
 CHOICE_METRICS = ("accuracy", "accuracy_per_token")
 
@@ -18,7 +19,7 @@ def choices_of(
     row: Mapping[str, Any], columns: tuple[str, ...], where: str
 ) -> tuple[str, list[str], int]:
     """Returns a row's prompt, its choices, and the place of the right one."""
-    prompt = text_of(row, columns[0], where)
+    prompt = read_text(row, columns[0], where)
     given = value_of(row, columns[1], where)
     if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__"):
         raise ValueError(

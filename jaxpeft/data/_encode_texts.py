@@ -1,14 +1,17 @@
 """From rows of a writing task to token ids, and which of them are learnt."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from jaxpeft import models
+from jaxpeft.data._bad_rows import good_rows
+from jaxpeft.data._chats import encode_chat
 from jaxpeft.data._choices import choices_of
 from jaxpeft.data._encoded import Encoded
-from jaxpeft.data._labels import text_of
-from jaxpeft.data._task import value_of
+from jaxpeft.data._templates import read_text
 from jaxpeft.data._texts import TextTask
 
 # The ids of a sequence, and for each whether it is to be predicted.
@@ -44,26 +47,36 @@ def encode_texts(
             f"`tokenizer` has no chat template, and task {task.name!r} is of messages. "
             "Write tokenizer.chat_template = ..., or give prompts and completions."
         )
-    forms = {"text": _text, "completion": _completion, "chat": _chat, "choice": _choice}
+    forms = {
+        "text": _text,
+        "completion": _completion,
+        "chat": encode_chat,
+        "choice": _choice,
+    }
     encode = forms[task.form]
     ids: list[int] = []
     learnt: list[bool] = []
     lengths: list[int] = []
     counts = {"rows": len(rows), "continued": 0, "left_out": 0}
     longest = 0
+    good = good_rows(task, split)
+
+    def read(row: Any, where: str, notes: Counter[str]) -> list[_Sequence]:
+        return encode(tokenizer, row, task.columns, where, notes)
+
     for chunk in chunks:
-        for number in chunk:
-            where = f"Task {task.name!r}, split {split!r}, row {number}"
-            one = encode(tokenizer, rows[number], task.columns, where)
-            longest = max(longest, len(one[0]))
-            if len(one[0]) > max_length:
-                counts["continued" if task.form == "text" else "left_out"] += 1
-                if task.form != "text":
-                    continue
-            for some, these in _pieces(one, max_length):
-                ids += some
-                learnt += these
-                lengths.append(len(some))
+        for _, sequences in good.read(chunk, read):
+            for one in sequences:
+                longest = max(longest, len(one[0]))
+                if len(one[0]) > max_length:
+                    counts["continued" if task.form == "text" else "left_out"] += 1
+                    if task.form != "text":
+                        continue
+                for some, these in _pieces(one, max_length):
+                    ids += some
+                    learnt += these
+                    lengths.append(len(some))
+    counts |= good.facts()
     if not any(learnt):
         raise ValueError(
             f"{name} has nothing to learn: {counts['left_out']} of {len(rows)} rows "
@@ -92,108 +105,69 @@ def _pieces(sequence: _Sequence, max_length: int) -> Iterator[_Sequence]:
         yield ids[piece], [False, *learnt[piece][1:]]
 
 
-def plain(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, and none that a tokenizer puts around one."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def opened(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, behind the token that the tokenizer opens one with, if any."""
-    ids, begin = plain(tokenizer, text), tokenizer.bos_token_id
-    opens = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    return [begin, *ids] if opens and ids[:1] != [begin] else ids
-
-
-def _text(tokenizer: Any, row: Any, columns: tuple[str, ...], where: str) -> _Sequence:
-    ids = opened(tokenizer, text_of(row, columns[0], where))
+def _text(
+    tokenizer: Any,
+    row: Any,
+    columns: tuple[str, ...],
+    where: str,
+    notes: Counter[str],
+) -> list[_Sequence]:
+    ids = models.opened(tokenizer, read_text(row, columns[0], where))
     ids.append(tokenizer.eos_token_id)
     if len(ids) < 2:
         raise ValueError(f"{where}: column {columns[0]!r} has no text.")
-    return ids, [False] + [True] * (len(ids) - 1)
+    return [(ids, [False] + [True] * (len(ids) - 1))]
 
 
 def _completion(
-    tokenizer: Any, row: Any, columns: tuple[str, ...], where: str
-) -> _Sequence:
-    prompt, completion = (text_of(row, column, where) for column in columns)
-    before = prompt_ids(tokenizer, prompt, columns[0], where)
-    after = [*plain(tokenizer, completion), tokenizer.eos_token_id]
-    return before + after, [False] * len(before) + [True] * len(after)
+    tokenizer: Any,
+    row: Any,
+    columns: tuple[str, ...],
+    where: str,
+    notes: Counter[str],
+) -> list[_Sequence]:
+    texts = [read_text(row, column, where) for column in columns]
+    before, after = read_behind(tokenizer, *texts, columns[0], where, notes)
+    after = [*after, tokenizer.eos_token_id]
+    return [(before + after, [False] * len(before) + [True] * len(after))]
 
 
-def prompt_ids(tokenizer: Any, prompt: str, column: str, where: str) -> list[int]:
-    """Tokens of a prompt: apart, because alone it stands when the model is used."""
-    before = opened(tokenizer, prompt)
-    if not before:
+def _choice(
+    tokenizer: Any,
+    row: Any,
+    columns: tuple[str, ...],
+    where: str,
+    notes: Counter[str],
+) -> list[_Sequence]:
+    prompt, choices, right = choices_of(row, columns, where)
+    texts = {"prompt": prompt, "choice": choices[right]}
+    return _completion(tokenizer, texts, ("prompt", "choice"), where, notes)
+
+
+def read_behind(
+    tokenizer: Any,
+    prompt: str,
+    completion: str,
+    column: str,
+    where: str,
+    notes: Counter[str],
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of what is written behind it (`models.joint`).
+
+    Counts under "borders_moved" where the prompt by itself has other tokens.
+    """
+    before, after = models.joint(tokenizer, prompt, completion)
+    alone = models.opened(tokenizer, prompt)
+    if not alone:
         raise ValueError(
             f"{where}: column {column!r} has no text; without prompts, give the "
             "completions as `text`."
         )
-    return before
-
-
-def _choice(
-    tokenizer: Any, row: Any, columns: tuple[str, ...], where: str
-) -> _Sequence:
-    prompt, choices, right = choices_of(row, columns, where)
-    texts = {columns[0]: prompt, columns[1]: choices[right]}
-    return _completion(tokenizer, texts, columns[:2], where)
-
-
-def _chat(tokenizer: Any, row: Any, columns: tuple[str, ...], where: str) -> _Sequence:
-    messages = [
-        _message(message, f"{where}, message {i}")
-        for i, message in enumerate(value_of(row, columns[0], where))
-    ]
-    if not any(message["role"] == "assistant" for message in messages):
+    if not before:
         raise ValueError(
-            f"{where}: no message has the role 'assistant', whose words are learnt; "
-            f"roles are {[message['role'] for message in messages]}."
+            f"{where}: the first token is of the prompt {prompt[:40]!r} and of what "
+            f"follows, {completion[:40]!r}, so that nothing is left to be read. Begin "
+            "the one with a space, or end the other with a line end."
         )
-
-    def render(count: int, prompt: bool = False) -> list[int]:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:count],
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=prompt,
-            )
-        except Exception as error:  # templates raise what they like
-            raise ValueError(
-                f"{where}: the tokenizer's chat template refused it: {error}"
-            ) from error
-
-    ids = render(len(messages))
-    learnt = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, through = render(i, prompt=True), render(i + 1)
-        if ids[: len(through)] != through or through[: len(before)] != before:
-            raise ValueError(
-                f"{where}: with this chat template the tokens up to message {i} are "
-                "not the first ones of the whole, so that what is said there cannot be "
-                "told apart. Give prompts and completions."
-            )
-        end = len(through)
-        # Writing stops at the end token; templates put a line end behind it.
-        if tokenizer.eos_token_id in through[len(before) :]:
-            end = len(before) + 1
-            end += through[len(before) :].index(tokenizer.eos_token_id)
-        learnt[len(before) : end] = [True] * (end - len(before))
-    return ids, [False, *learnt[1:]]
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise ValueError(
-            f'{where} must be {{"role": ..., "content": ...}}; got {message!r}.'
-        )
-    # Text only; what else a template might read would be lost.
-    if set(message) != {"role", "content"}:
-        raise ValueError(
-            f"{where} must have 'role' and 'content' and nothing else; got "
-            f"{sorted(message)}."
-        )
-    return {key: text_of(message, key, where) for key in ("role", "content")}
+    notes["borders_moved"] += before != alone
+    return before, after

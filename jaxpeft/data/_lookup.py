@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxpeft.data import tasks
 from jaxpeft.data._mixed import MixedTask
-from jaxpeft.data._task import Task, near_misses
+from jaxpeft.data._task import Task, check_bad_rows, near_misses
 from jaxpeft.data._texts import TextTask
 
 
@@ -17,7 +17,8 @@ def task(
 
     Args:
       config: a name out of `jaxpeft.data.tasks`; or a mapping (a ConfigDict too) whose
-        "name" is one and whose other entries are the arguments of that function. What
+        "name" is one and whose other entries are the arguments of that function, or
+        `bad_rows`, which all tasks take: "raise", the default, or "skip". What
         stands behind a "/" is its first argument, where it takes one without a name:
         "reasoning_gym/chain_sum", "tfds_texts/gsm8k".
       **options: further arguments, before those of the mapping.
@@ -33,7 +34,7 @@ def task(
       >>> task("trec", progress=False)  # doctest: +SKIP
       >>> task("treck")
       Traceback (most recent call last):
-      ValueError: `name` 'treck' is no task. Did you mean 'trec'? There is: asdiv, ...
+      ValueError: `name` 'treck' is no task. Did you mean 'trec'? There is: alpaca, ...
     """
     if isinstance(config, str):
         config = {"name": config}
@@ -58,6 +59,11 @@ def task(
             reason = f"{option!r} is given" if option in given else "it takes none"
             raise ValueError(f"Task {name!r} cannot be given {first!r}: {reason}.")
         given[option] = first
+    made = lambda given: function(**given)
+    if "bad_rows" in given and "bad_rows" not in known and not rest:
+        bad_rows = given.pop("bad_rows")
+        check_bad_rows(bad_rows)
+        made = lambda given: function(**given)._replace(bad_rows=bad_rows)
     for option in given:
         if option not in known and not rest:
             near = near_misses(option, known)
@@ -68,4 +74,4 @@ def task(
             raise ValueError(
                 f"Task {name!r} needs the option {option!r}; given: {sorted(given)}."
             )
-    return function(**given)
+    return made(given)

@@ -9,11 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft.data._bad_rows import good_rows
 from jaxpeft.data._choices import choices_of
 from jaxpeft.data._labels import label_of, text_of
 from jaxpeft.data._prompt_forms import CHOICES, FORMS
 from jaxpeft.data._sources import read_jsonl
 from jaxpeft.data._task import Task, near_misses
+from jaxpeft.data._templates import read_text
 from jaxpeft.data._texts import TextTask
 
 DEMONSTRATIONS = ("official", "nested", "disjoint")
@@ -95,7 +97,8 @@ def prompt_set(
       The records.
 
     Raises:
-      ValueError: the task has no prompts (numbers, plain text, chats), no wording and
+      ValueError: a row cannot be read (unless the task says bad_rows="skip": `facts`
+        count it), the task has no prompts (numbers, plain text, chats), no wording and
         no `template` either, or a template or words that do not fit it.
 
     Example:
@@ -117,9 +120,9 @@ def prompt_set(
     order = {split: list(range(len(rows))) for split, rows in task.splits.items()}
     for numbers in order.values():
         random.Random(seed).shuffle(numbers)
+    good = {split: good_rows(task, split) for split in task.splits}
     of = lambda split, numbers: tuple(
-        read(task.splits[split][i], f"Task {task.name!r}, split {split!r}, row {i}")
-        for i in numbers
+        record for _, record in good[split].read(numbers, read)
     )
     first, rest = order["train"][:train], order["train"][train:]
     held_out = "test" if "test" in order else "validation"
@@ -129,15 +132,21 @@ def prompt_set(
         watched, rest = of("train", rest[:validation]), rest[validation:]
     asked = order[held_out][:evaluated]
     more = rest[: evaluated - len(asked)]
+    train_records = of("train", first)
+    evaluated_records = of(held_out, asked) + of("train", more)
+    if bad := {split: rows.facts() for split, rows in good.items() if rows.bad}:
+        facts |= {"bad_rows": bad}
+        if not train_records or not evaluated_records:
+            raise ValueError(f"`task` {task.name!r} has too few good rows: {bad}.")
     facts |= {
         "seed": seed,
         "evaluated_from": {held_out: len(asked), "train": len(more)},
     }
     return PromptSet(
         name=task.name,
-        train=of("train", first),
+        train=train_records,
         validation=watched,
-        evaluated=of(held_out, asked) + of("train", more),
+        evaluated=evaluated_records,
         labels=labels,
         facts=facts,
     )
@@ -290,19 +299,23 @@ def _reader(task: Any, template: str | None, words: Sequence[str] | None):
     if task.form == "completion":
         prompt, completion = task.columns
 
-        def written(row: Any, where: str) -> Record:
-            texts = (text_of(row, column, where) for column in (prompt, completion))
+        def written(row: Any, where: str, _: Any) -> Record:
+            texts = (read_text(row, column, where) for column in (prompt, completion))
             return Record(*(text.strip() for text in texts))
 
         return written, None, {}
+
+    def count(row: Any, where: str, _: Any) -> int:
+        return len(choices_of(row, task.columns, where)[1])
+
     most = max(
-        len(choices_of(rows[i], task.columns, f"{task.name}/{split}, row {i}")[1])
+        number
         for split, rows in task.splits.items()
-        for i in range(len(rows))
+        for _, number in good_rows(task, split).read(range(len(rows)), count)
     )
     letters = tuple(string.ascii_uppercase[:most])
 
-    def lettered(row: Any, where: str) -> Record:
+    def lettered(row: Any, where: str, _: Any) -> Record:
         prompt, choices, right = choices_of(row, task.columns, where)
         prompt = prompt.strip().removesuffix("Answer:").strip()
         options = [f"{a}. {b.strip()}" for a, b in zip(letters, choices, strict=False)]
@@ -341,7 +354,7 @@ def _classes(task: Task, template: str | None, words: Sequence[str] | None):
             f"{', '.join(task.labels)}; got {words}."
         )
 
-    def read(row: Any, where: str) -> Record:
+    def read(row: Any, where: str, _: Any) -> Record:
         texts = {column: text_of(row, column, where) for column in task.text}
         return Record(template.format(**texts), words[label_of(task, row, where)])
 

@@ -9,7 +9,7 @@ from jaxpeft.data._texts import TextTask
 
 FORMS = ("class", "number", "text", "completion", "chat", "choice")
 # How many columns of a row each form reads, without what is to be answered.
-_READ = {"class": (1, 2), "number": (1, 2), "choice": (2,)}
+_READ = {"class": (1, 2), "number": (1, 2), "chat": (1, 2), "choice": (2,)}
 
 
 class Question(NamedTuple):
@@ -23,7 +23,8 @@ class Question(NamedTuple):
         "text" (goes on with a text), "completion" (answers a prompt), "chat" (answers
         messages) or "choice" (which of some completions is likeliest).
       columns: those that are read: one text or a pair; the text; the prompt; the
-        messages; the prompt and the choices.
+        messages, and maybe the tools; the prompt and the choices. Those of a language
+        model's texts may be templates.
       labels: of a class, the names, in the order of the head.
       first: of a class, the column of the head that the first of them has; the columns
         of others belong to other tasks of a mixture.
@@ -163,7 +164,7 @@ def _question(task: Task | TextTask) -> Question:
     if isinstance(task, Task):
         form = "number" if task.regression else "class"
         return Question(task.name, form, task.text, task.labels)
-    read = 2 if task.form == "choice" else 1
+    read = 1 if task.form == "completion" else 2
     per_token = task.form == "choice" and task.metrics[0] == "accuracy_per_token"
     return Question(
         task.name,

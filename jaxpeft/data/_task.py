@@ -37,6 +37,8 @@ class Task(NamedTuple):
         which checkpoint is best.
       splits: rows by split, at least "train" and "validation".
       facts: where the rows come from and what was dropped, JSON-able, for reports.
+      bad_rows: "raise": a row that is not as it should be is an error; "skip": it is
+        left out and counted (`facts` of `jaxpeft.data.tokenize`).
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]
     splits: Mapping[str, Rows]
     facts: Mapping[str, Any]
+    bad_rows: str = "raise"
 
     @property
     def regression(self) -> bool:
@@ -68,6 +71,7 @@ class Task(NamedTuple):
         return 1 if self.labels is None else len(self.labels)
 
 
+BAD_ROWS = ("raise", "skip")
 CLASSIFICATION_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 REGRESSION_METRICS = ("pearson", "spearman")
 
@@ -81,6 +85,7 @@ def make_task(
     labels: Sequence[str | int] | None,
     metrics: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    bad_rows: str = "raise",
 ) -> Task:
     """Returns the `Task` with these rows, columns and labels, checked.
 
@@ -94,6 +99,8 @@ def make_task(
       metrics: names out of `jaxpeft.data.metrics`, the deciding one first; None means
         accuracy for classes, Pearson and Spearman for regression.
       facts: where the rows come from, JSON-able.
+      bad_rows: "raise", the first row without its columns, its text or a label of the
+        task is an error; "skip", such rows are left out and counted.
 
     Returns:
       The task. Its columns are looked for in the first row of each split here, and in
@@ -137,8 +144,9 @@ def make_task(
         metrics = REGRESSION_METRICS if labels is None else ("accuracy",)
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     kind = "regression" if labels is None else "classification"
-    check_parts(name, kind, metrics, allowed, splits, (*columns, label))
-    return Task(name, columns, label, labels, metrics, splits, dict(facts or {}))
+    check_parts(name, kind, metrics, allowed, splits, (*columns, label), bad_rows)
+    facts = dict(facts or {})
+    return Task(name, columns, label, labels, metrics, splits, facts, bad_rows)
 
 
 def _is_whole(value: Any) -> bool:
@@ -152,8 +160,10 @@ def check_parts(
     allowed: Sequence[str],
     splits: Mapping[str, Rows],
     columns: Sequence[str],
+    bad_rows: str,
 ) -> None:
     """Raises unless a task has known metrics and splits with rows and columns."""
+    check_bad_rows(bad_rows)
     for metric in metrics or ("",):
         if metric not in allowed:
             raise ValueError(
@@ -168,8 +178,14 @@ def check_parts(
     for split, rows in splits.items():
         if not len(rows):
             raise ValueError(f"Split {split!r} of task {name!r} is empty: no rows.")
-        for column in columns:
+        for column in columns if bad_rows == "raise" else ():
             value_of(rows[0], column, f"task {name!r}, split {split!r}, row 0")
+
+
+def check_bad_rows(bad_rows: str) -> None:
+    """Raises unless it says what becomes of bad rows."""
+    if bad_rows not in BAD_ROWS:
+        raise ValueError(f"`bad_rows` must be one of {BAD_ROWS}; got {bad_rows!r}.")
 
 
 def value_of(row: Mapping[str, Any], column: str, where: str) -> Any:

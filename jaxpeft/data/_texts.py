@@ -1,6 +1,6 @@
 """Tasks of writing: texts, prompts and completions, messages, or choices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +8,8 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from jaxpeft.data._choices import CHOICE_METRICS, score_choices
-from jaxpeft.data._task import Rows, check_parts
+from jaxpeft.data._task import Rows, check_parts, near_misses
+from jaxpeft.data._templates import is_template, pieces, read_text
 
 TEXT_METRICS = ("perplexity", "token_accuracy", "exact_match")
 
@@ -25,13 +26,16 @@ class TextTask(NamedTuple):
         and what follows it), "chat" (what the assistant says is learnt) or "choice"
         (the right one of some completions is learnt; held-out rows are scored by which
         of them the model finds likeliest).
-      columns: the columns of that: the text; prompt and completion; the messages;
-        prompt, choices and answer.
+      columns: the columns of that: the text; prompt and completion; the messages,
+        and maybe the tools; prompt, choices and answer. Texts, prompts and completions
+        may be templates over columns.
       metrics: "perplexity", "token_accuracy", "exact_match"; of choices "accuracy",
         "accuracy_per_token"; the first decides which checkpoint is best.
       splits: rows by split, at least "train" and "validation".
       pack: whether several training rows share a sequence (`jaxpeft.data.pack`).
       facts: where the rows come from, JSON-able, for reports.
+      bad_rows: "raise": a row that is not as it should be is an error; "skip": it is
+        left out and counted (`facts` of `jaxpeft.data.tokenize`).
       raw: of choices, how rows of other columns have become these (`data.Question`).
     """
 
@@ -42,6 +46,7 @@ class TextTask(NamedTuple):
     splits: Mapping[str, Rows]
     pack: bool
     facts: Mapping[str, Any]
+    bad_rows: str = "raise"
     raw: Mapping[str, Any] | None = None
 
     @property
@@ -71,16 +76,26 @@ def make_text_task(
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
+    tools: str | None = None,
     choices: str | None = None,
     answer: str | None = None,
     metrics: Sequence[str] | None = None,
     pack: bool = False,
     facts: Mapping[str, Any] | None = None,
+    bad_rows: str = "raise",
 ) -> TextTask:
-    """Returns the `TextTask` with these rows and columns, checked.
+    r"""Returns the `TextTask` with these rows and columns, checked.
 
     Give `text`; or `prompt` and `completion`; or `messages`; or `prompt`, `choices`
-    and `answer`.
+    and `answer`. The text, the prompt and the completion are columns, or templates
+    with columns in braces, "Q: {question}\nA:".
+
+    A prompt and what is behind it are tokenised as one text (`jaxpeft.models.joint`).
+    Of a chat each turn of the assistant is learnt behind what the model sees when it
+    says it, as the tokenizer's chat template writes it: where the template rewrites
+    what was said before, each turn is a sequence of its own. Where the template marks
+    what is generated ({% generation %}), just that is learnt, and else what is said
+    and the end token behind it.
 
     Args:
       name: short name, for reports and messages.
@@ -89,8 +104,12 @@ def make_text_task(
       prompt: the column that is read.
       completion: the column to be written after it, with its own leading space where
         there is one; an end token is put behind.
-      messages: the column of lists of {"role": ..., "content": ...}, which go through
-        the tokenizer's chat template.
+      messages: the column of lists of {"role": ..., "content": ...}, or, as in
+        ShareGPT's files, of {"from": ..., "value": ...}, which go through the
+        tokenizer's chat template with all else that they have (`tool_calls`, `name`).
+        Content may be in parts of text; what is null is not there.
+      tools: the column of the tools that a chat may call, a list or JSON of one, for
+        the chat template; may be absent from a row.
       choices: the column of lists of two or more different completions, each with its
         own leading space.
       answer: the column of the right one: its place in the list, from 0, or its text.
@@ -99,6 +118,8 @@ def make_text_task(
         order.
       pack: whether several training rows share a sequence.
       facts: where the rows come from, JSON-able.
+      bad_rows: "raise", the first row without its columns, or with what cannot be
+        read, is an error; "skip", such rows are left out and counted.
 
     Returns:
       The task.
@@ -116,18 +137,25 @@ def make_text_task(
       ('completion', ('q', 'a'))
     """
     given = {"text": text, "prompt": prompt, "completion": completion}
-    given |= {"messages": messages, "choices": choices, "answer": answer}
+    given |= {
+        "messages": messages,
+        "tools": tools,
+        "choices": choices,
+        "answer": answer,
+    }
     given = {k: v for k, v in given.items() if v is not None}
     forms = {
         ("text",): "text",
         ("prompt", "completion"): "completion",
         ("messages",): "chat",
+        ("messages", "tools"): "chat",
         ("prompt", "choices", "answer"): "choice",
     }
     if tuple(given) not in forms:
         raise ValueError(
             f"Task {name!r} needs the columns `text`, or `prompt` and `completion`, or "
-            f"`messages`, or `prompt`, `choices` and `answer`; got {given}."
+            f"`messages` (and maybe `tools`), or `prompt`, `choices` and `answer`; got "
+            f"{given}."
         )
     form, columns = forms[tuple(given)], tuple(given.values())
     kind, allowed = "writing", TEXT_METRICS
@@ -135,8 +163,28 @@ def make_text_task(
         kind, allowed = "multiple-choice", CHOICE_METRICS
     metrics = allowed if metrics is None else metrics
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    check_parts(name, kind, metrics, allowed, splits, columns)
-    return TextTask(name, form, columns, metrics, splits, pack, dict(facts or {}))
+    templates = {
+        argument: column
+        for argument, column in given.items()
+        if argument in ("text", "prompt", "completion") and is_template(column)
+    }
+    needed = [c for a, c in given.items() if a not in templates and a != "tools"]
+    check_parts(name, kind, metrics, allowed, splits, needed, bad_rows)
+    for argument, template in templates.items():
+        pieces(template, argument)
+        for split, rows in splits.items() if bad_rows == "raise" else ():
+            read_text(rows[0], template, f"task {name!r}, split {split!r}, row 0")
+    if tools and not any(tools in row for row in _each(splits["train"])):
+        near = near_misses(tools, splits["train"][0])
+        raise ValueError(
+            f"Task {name!r}: no training row has the column `tools` {tools!r}.{near}"
+        )
+    facts = dict(facts or {})
+    return TextTask(name, form, columns, metrics, splits, pack, facts, bad_rows)
+
+
+def _each(rows: Rows) -> Iterator[Mapping[str, Any]]:
+    return (rows[number] for number in range(len(rows)))
 
 
 def score_texts(
@@ -157,6 +205,8 @@ def score_texts(
             f"`outputs` of task {task.name!r} count {counts.sum():.0f} learnt tokens, "
             f"`labels` {np.sum(wanted)}: they are not of the same rows."
         )
+    if not counts.sum():
+        raise ValueError(f"`outputs` of task {task.name!r} have no learnt token.")
     if task.form == "choice":
         return score_choices(task.name, task.metrics, losses, labels)
     with np.errstate(over="ignore"):

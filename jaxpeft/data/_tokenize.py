@@ -1,5 +1,6 @@
 """From rows of text to rows of token ids: once, up front, with every row checked."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
 
+from jaxpeft.data._bad_rows import good_rows
 from jaxpeft.data._encode_choices import encode_choices
 from jaxpeft.data._encode_texts import encode_texts
 from jaxpeft.data._encoded import Encoded
@@ -38,18 +40,24 @@ def tokenize(
       max_length: longer rows are cut to this many tokens, special ones included; of a
         pair the longer text first. In a writing task no row is cut: a text goes on in
         another sequence, which repeats one token; a longer completion or chat is left
-        out. `facts` of the result counts both. A held-out row of choices that is too
-        long is an error.
+        out. A held-out row of choices that is too long is an error.
       splits: which to read; None: all.
       progress: whether to show a progress bar over large splits.
 
     Returns:
       `Encoded` by split; of a mixture "train" for all tasks, and each task's others
-      by themselves: "validation/trec".
+      by themselves: "validation/trec". Their `facts` count, where there are any:
+      texts that are "continued" and rows "left_out" for their length; "bad_rows", left
+      out too, with the reason of the "first_bad_row"; "borders_moved", prompts that by
+      themselves have other tokens than before their completion, which a warning says
+      (`jaxpeft.models.joint`); "chats_by_turns", whose turns are sequences of their
+      own; "chats_without_end", of which the template's marks leave the end token out;
+      "unread KEY", what messages have and the chat template never asks for.
 
     Raises:
       ValueError: if the tokenizer does not fit the vocabulary, has no padding token or
-        no room within `max_length`, or a row has no such column, no text, or a label
+        no room within `max_length`, or, unless the task says bad_rows="skip" and one
+        row is good, a row has no such column, no text, or a label
         outside the classes or not finite (naming split, row and value), or, in a
         writing task, the tokenizer has no end token or chat template where one is
         needed, or nothing is left to learn.
@@ -97,6 +105,14 @@ def tokenize(
         if split != "train" and isinstance(task, TextTask) and task.form == "choice":
             encode = encode_choices
         encoded[split] = encode(task, split, tokenizer, max_length, chunks)
+        if moved := (encoded[split].facts or {}).get("borders_moved"):
+            warnings.warn(
+                f"{encoded[split].name}: prompts by themselves have other tokens than "
+                f"before what follows them, {moved} of them. A model in use reads the "
+                "prompt alone (jaxpeft.models.joint): end it without a space, and "
+                "begin what follows with one.",
+                stacklevel=2,
+            )
         if split == "train" and isinstance(task, TextTask) and task.pack:
             encoded[split] = pack(encoded[split])
     return encoded
@@ -157,16 +173,19 @@ def _encode(
     name = f"{task.name}/{split}"
     ids, types, lengths, labels = [], [], [], []
     has_types = "token_type_ids" in tokenizer.model_input_names
+    good = good_rows(task, split)
+
+    def read(row: Any, where: str, _: Any) -> tuple[list[str], int | float]:
+        return [text_of(row, c, where) for c in task.text], label_of(task, row, where)
+
     for chunk in chunks:
-        texts: tuple[list[str], ...] = tuple([] for _ in task.text)
-        for number in chunk:
-            row = rows[number]
-            where = f"Task {task.name!r}, split {split!r}, row {number}"
-            for column, column_texts in zip(task.text, texts, strict=True):
-                column_texts.append(text_of(row, column, where))
-            labels.append(label_of(task, row, where))
+        pairs = [pair for _, pair in good.read(chunk, read)]
+        if not pairs:
+            continue
+        texts = zip(*(texts for texts, _ in pairs), strict=True)
+        labels += [label for _, label in pairs]
         found = tokenizer(
-            *texts,
+            *map(list, texts),
             truncation=True,
             max_length=max_length,
             padding=False,
@@ -178,6 +197,7 @@ def _encode(
         ids.append(_joined(found["input_ids"]))
         if has_types:
             types.append(_joined(found["token_type_ids"]))
+    facts = good.facts()
     return Encoded(
         name=name,
         ids=np.concatenate(ids),
@@ -186,6 +206,7 @@ def _encode(
         labels=np.asarray(labels, np.float32 if task.regression else np.int32),
         pad=tokenizer.pad_token_id,
         max_length=max_length,
+        facts={"rows": len(rows), **facts} if facts else None,
     )
 
 

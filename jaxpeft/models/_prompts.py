@@ -92,6 +92,8 @@ def _bare(tokenizer: Any, text: str) -> list[int]:
 
 def _front(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before every text, found with a short one."""
+    if not tokenizer.num_special_tokens_to_add():
+        return []
     bare, whole = _bare(tokenizer, "a"), tokenizer("a")["input_ids"]
     if not bare:  # a vocabulary without this letter and without an unknown token
         begins = (tokenizer.bos_token_id, tokenizer.cls_token_id)

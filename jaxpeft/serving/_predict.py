@@ -11,10 +11,9 @@ from jaxtyping import PyTree
 
 from jaxpeft import data, models, training
 from jaxpeft.core._node import leaves_with_path
-from jaxpeft.data._encode_texts import _message
-from jaxpeft.data._labels import text_of
-from jaxpeft.data._task import value_of
-from jaxpeft.data.tasks._choices import pieces_of, read_choices
+from jaxpeft.data._messages import messages_of, tools_of
+from jaxpeft.data._templates import read_text
+from jaxpeft.data.tasks._choices import read_choices
 from jaxpeft.models._cache import room
 from jaxpeft.training._evaluate import EvalOutput
 from jaxpeft.training._routed import split_routed
@@ -186,14 +185,13 @@ def _asked(rows, question: data.Question) -> Any:
             metrics=(),
             splits={_SPLIT: [{**row, "": 0.0 if number else "any"} for row in rows]},
             facts={},
+            bad_rows="named",
         )
     columns = question.columns
     if question.raw is not None:
-        pieces = pieces_of(question.raw["prompt"])
-        names, lead = question.raw["choices"], question.raw["lead"]
         columns = ("prompt", "choices")
         rows = [
-            read_choices(row, pieces, names, lead, _where(question, i))
+            read_choices(row, **question.raw, where=_where(question, i))
             for i, row in enumerate(rows)
         ]
     return data.TextTask(
@@ -204,6 +202,7 @@ def _asked(rows, question: data.Question) -> Any:
         splits={_SPLIT: [{**row, "": 0} for row in rows]},
         pack=False,
         facts={},
+        bad_rows="named",
     )
 
 
@@ -293,14 +292,14 @@ def _short(value: Any) -> float:
 
 def _prompts(model, tokenizer, rows, question, new: int) -> list[list[int]]:
     """Token ids of what each row asks to be gone on with, checked for room."""
-    (column,) = question.columns
+    column = question.columns[0]
     found, most = [], room(model.config) - new
     for number, row in enumerate(rows):
         where = _where(question, number)
         if question.form == "chat":
-            ids = _chat(tokenizer, value_of(row, column, where), where)
+            ids = _chat(tokenizer, row, question.columns, where)
         else:
-            ids = models.opened(tokenizer, text_of(row, column, where))
+            ids = models.opened(tokenizer, read_text(row, column, where))
         if not ids:
             raise ValueError(f"{where}: column {column!r} has no text to go on with.")
         if len(ids) > most:
@@ -312,13 +311,12 @@ def _prompts(model, tokenizer, rows, question, new: int) -> list[list[int]]:
     return found
 
 
-def _chat(tokenizer: Any, given: Any, where: str) -> list[int]:
+def _chat(tokenizer: Any, row: Any, columns: Sequence[str], where: str) -> list[int]:
     """Messages up to the answer that is asked for, in the tokenizer's chat template."""
-    if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__"):
-        raise ValueError(f"{where}: messages must be a list; got {given!r}.")
-    messages = [_message(one, f"{where}, message {i}") for i, one in enumerate(given)]
+    messages = messages_of(row, columns[0], where)
+    tools = tools_of(row, columns[1], where) if columns[1:] else None
     if messages and messages[-1]["role"] == "assistant":
-        messages.pop()  # of a row with its answer, the answer
+        messages = messages[:-1]  # of a row with its answer, the answer
     if not messages:
         raise ValueError(f"{where} has no message to answer.")
     if not getattr(tokenizer, "chat_template", None):
@@ -327,13 +325,14 @@ def _chat(tokenizer: Any, given: Any, where: str) -> list[int]:
             "tokenizer.chat_template = ..., or give prompts."
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=True
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
         )
     except Exception as error:  # templates raise what they like
         raise ValueError(
             f"{where}: the tokenizer's chat template refused it: {error}"
         ) from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _written(

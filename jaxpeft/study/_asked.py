@@ -12,7 +12,7 @@ from jaxpeft.data import (
     draw_demonstrations,
     write_prompt,
 )
-from jaxpeft.data._encode_texts import opened, plain
+from jaxpeft.models import joint, opened
 
 OVERFLOWS = ("error", "drop_demos")
 LABEL_TOKENS = ("in_context", "bare", "none")
@@ -163,8 +163,17 @@ def _label_tokens(
             "text may be an answer. For states without an accuracy, write "
             "label_tokens='none'."
         )
+    if len(records.labels) < 2:
+        raise ValueError(
+            f"`label_tokens` {how!r}: task {records.name!r} has the one label "
+            f"{records.labels[0]!r}, and every answer would be right. Write "
+            "label_tokens='none'."
+        )
     if how == "bare":
-        row = [plain(tokenizer, label)[0] for label in records.labels]
+        row = [
+            tokenizer(label, add_special_tokens=False)["input_ids"][0]
+            for label in records.labels
+        ]
         rows = np.array([row] * len(asked), np.int32)
     else:
         rows = np.empty((len(asked), len(records.labels)), np.int32)
@@ -173,14 +182,14 @@ def _label_tokens(
             prompt = write_prompt(record)
             before = opened(tokenizer, prompt)
             for j, label in enumerate(records.labels):
-                after = opened(tokenizer, prompt + label)
-                if after[: len(before)] != before or len(after) == len(before):
+                read, after = joint(tokenizer, prompt, label)
+                if read != before or not after:
                     raise ValueError(
                         f"`label_tokens` 'in_context': behind {prompt[-40:]!r} the "
                         f"label {label!r} changes the prompt's own tokens, or has "
                         "none. Write label_tokens='bare'."
                     )
-                rows[i, j] = after[len(before)]
+                rows[i, j] = after[0]
     for row in rows:
         if len(set(row.tolist())) < len(row):
             at = next(j for j, x in enumerate(row) if x in row[:j])

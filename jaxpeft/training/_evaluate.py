@@ -112,7 +112,7 @@ def predict(
         batches, and the mean loss.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: there is no row, or none with a loss to take the mean of.
     """
     outputs, labels = [], []
     loss_sum = weight_sum = 0.0
@@ -141,6 +141,8 @@ def predict(
         take(waiting)
     if not sum(map(len, labels)):
         raise ValueError("`batches` has no row of non-zero weight: nothing to evaluate")
+    if not weight_sum:
+        raise ValueError("`batches` has rows, but nothing learnt in them: no mean loss")
     return Predictions(
         outputs=np.concatenate(outputs),
         labels=np.concatenate(labels),

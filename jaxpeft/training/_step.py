@@ -161,7 +161,8 @@ def train_step(
     .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i} + \text{penalty}
 
     Sums run over the whole batch, whatever ``accumulate`` and the mesh are, so rows
-    of weight 0 are as if they were not there. The penalty is taken once a step. Of
+    of weight 0 are as if they were not there, and where all are, the first term and
+    its gradient are exactly 0. The penalty is taken once a step. Of
     adapters with routers it has their balance and z-losses too
     (``mixtures.auxiliary``); these are no sums over rows, so of micro-batches their
     weighted mean is taken.
@@ -249,13 +250,14 @@ def train_step(
         else:
             value, parts, grads = accumulated(*inputs)
         weight, auxiliary = parts
+        divisor = jnp.where(weight == 0, 1.0, weight)  # nothing to learn is 0, not nan
         penalty, penalty_grads = jax.value_and_grad(
             lambda t: core.penalty(core.combine(t, frozen))
         )(trainable)
         grads = jax.tree.map(
-            lambda g, p: g / weight.astype(g.dtype) + p, grads, penalty_grads
+            lambda g, p: g / divisor.astype(g.dtype) + p, grads, penalty_grads
         )
-        value, auxiliary = (value - auxiliary) / weight, auxiliary / weight
+        value, auxiliary = (value - auxiliary) / divisor, auxiliary / divisor
         penalty = penalty + auxiliary
         norm = optax.tree.norm(grads)
         if clip_norm is not None:

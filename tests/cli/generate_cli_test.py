@@ -1,12 +1,13 @@
 """``jaxpeft generate`` on a tiny random Llama with a tokenizer of its own."""
 
 import io
+import shutil
 
 import jax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import interop, models
+from jaxpeft import data, interop, models
 from jaxpeft.cli import main
 
 WORDS = ["<end>", "<unk>", *(f"w{i}" for i in range(62))]
@@ -84,6 +85,39 @@ def test_with_and_without_an_adapter(base, capsys, tmp_path, monkeypatch):
         for s in (0, 0, 1)
     }
     assert len(draws) == 2
+
+
+@pytest.mark.parametrize("single", ["$A <end>", "w5 $A <end>", "w5 w6 $A"])
+def test_a_prompt_is_opened_and_not_ended(base, capsys, tmp_path, single):
+    """What the tokenizer puts behind a text would say that there is no more."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = [w for w in ("<end>", "w5", "w6") if w in single]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(w, WORDS.index(w)) for w in special]
+    )
+    tokenizer.save_pretrained(folder)
+    front = [WORDS.index(w) for w in single.partition("$")[0].split()]
+    ids = [WORDS.index("w7"), WORDS.index("w9")]
+    model, params = models.load(folder, head="causal_lm")
+    new = models.generate(model, params, [front + ids], max_new_tokens=5, stop=[0])[0]
+    _, [line], _ = said(capsys, "w7 w9", "--base", folder)
+    assert line.split() == [WORDS[i] for i in new]
+    # What training reads as a prompt is the same.
+    reread = AutoTokenizer.from_pretrained(folder)
+    assert models.opened(reread, "w7 w9") == front + ids
+    reread.pad_token = "<end>"
+    rows = [{"q": "w7 w9", "a": " w3"}]
+    task = data.make_text_task(
+        "toy", {"train": rows, "validation": rows}, prompt="q", completion="a"
+    )
+    encoded = data.tokenize(task, reread, vocab_size=64, max_length=32)["train"]
+    assert encoded.ids[~encoded.learn].tolist() == front + ids
+    if "<end>" in single:  # control: the tokenizer's own reading ends the prompt
+        assert reread("w7 w9")["input_ids"] == [*front, *ids, 0]
 
 
 def test_bad_input(base, capsys, monkeypatch):

@@ -1,7 +1,14 @@
 """How a text is opened, and how it is cut into a prompt and its completion."""
 
 import pytest
-from prompt_ids_toolbox import KINDS, byte_level, metaspace, tokenizer_of, unigram
+from tokenizers_toolbox import (
+    KINDS,
+    byte_level,
+    harness,
+    metaspace,
+    tokenizer_of,
+    unigram,
+)
 
 from jaxpeft import models
 
@@ -17,18 +24,10 @@ FRONT = {
 }
 
 
-def harness(tokenizer, front, context, continuation):
-    """The rule of lm-evaluation-harness, written after its description."""
-
-    def encode(text):
-        return front + tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        continuation = context[-spaces:] + continuation
-        context = context[:-spaces]
-    whole, before = encode(context + continuation), encode(context)
-    return before, whole[len(before) :]
+def opener(tokenizer, kind):
+    """Tokens of a text behind those that this kind has in front."""
+    front = tokenizer.convert_tokens_to_ids(FRONT[kind])
+    return lambda text: front + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,10 +70,9 @@ PAIRS = [
 @pytest.mark.parametrize(("prompt", "completion"), PAIRS)
 def test_the_cut_is_the_harness_s(kind, prompt, completion):
     tokenizer = tokenizer_of(kind)
-    front = tokenizer.convert_tokens_to_ids(FRONT[kind])
     before, after = models.joint(tokenizer, prompt, completion)
     assert before + after == models.opened(tokenizer, prompt + completion)
-    theirs = harness(tokenizer, front, prompt, completion)
+    theirs = harness(opener(tokenizer, kind), prompt, completion)
     assert (before, after) == theirs
 
 
@@ -84,8 +82,7 @@ def test_a_line_end_stays_in_the_prompt(kind):
     tokenizer = tokenizer_of(kind)
     before, after = models.joint(tokenizer, "Hello\n", "Paris")
     assert before == models.opened(tokenizer, "Hello\n")
-    front = tokenizer.convert_tokens_to_ids(FRONT[kind])
-    theirs = harness(tokenizer, front, "Hello\n", "Paris")
+    theirs = harness(opener(tokenizer, kind), "Hello\n", "Paris")
     assert before + after == theirs[0] + theirs[1]
     alone = models.opened(tokenizer, "Hello")
     assert before[len(alone) :] == theirs[1][: len(before) - len(alone)]
@@ -124,8 +121,7 @@ def test_a_token_across_the_border_is_the_completion_s(kind, prompt, completion)
     )["offset_mapping"]
     inside = sum(end <= len(prompt) for _, end in found)
     assert len(before) == len(FRONT[kind]) + inside
-    front = tokenizer.convert_tokens_to_ids(FRONT[kind])
-    theirs = harness(tokenizer, front, prompt, completion)
+    theirs = harness(opener(tokenizer, kind), prompt, completion)
     if models.opened(tokenizer, prompt) != before:  # where the harness's rule loses
         assert theirs[0] + theirs[1] != whole
 
@@ -135,7 +131,10 @@ def test_without_offsets():
     fast = byte_level()
 
     class Slow:
-        is_fast, bos_token_id, cls_token_id = False, None, None
+        is_fast = False
+
+        def num_special_tokens_to_add(self):
+            return 0
 
         def __call__(self, text, add_special_tokens=True):
             return fast(text, add_special_tokens=add_special_tokens)

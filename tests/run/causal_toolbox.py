@@ -56,7 +56,7 @@ def write_llama(folder):
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(SHAPE))
     rows = [
-        {"q": f"{a} + {b} =", "a": f"{a + b}"} for a in range(10) for b in range(10)
+        {"q": f"{a} + {b} =", "a": f" {a + b}"} for a in range(10) for b in range(10)
     ]
     text = "\n".join(json.dumps(row) for row in rows)
     (folder / "sums.jsonl").write_text(text)

@@ -245,9 +245,9 @@ def test_what_cannot_be_gone_on_with(decoder, tokenizer):
             serving.predict(*(model, params, tokenizer, rows, asked), max_new_tokens=5)
     chat = asked._replace(form="chat")
     for given, message in (
-        ("hi", "messages must be a list"),
+        ("hi", "must be a list of messages"),
         ([{"role": "assistant", "content": "x"}], "no message to answer"),
-        ([{"role": "user"}], "message 0 must have 'role' and 'content'"),
+        ([7], "row 0, message 0 must be"),
     ):
         with pytest.raises(ValueError, match=message):
             serving.predict(model, params, tokenizer, [{"x": given}], chat)

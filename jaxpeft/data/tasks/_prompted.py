@@ -22,6 +22,7 @@ def prompted(
     words: Sequence[str] | None = None,
     loss: str = "text",
     pack: bool = False,
+    bad_rows: str = "raise",
 ) -> TextTask:
     r"""Returns the prompts of a task with classes or choices, and their answers.
 
@@ -40,6 +41,7 @@ def prompted(
       loss: "text", all of prompt and answer is learnt, as the study has it; or
         "completion", the answer alone.
       pack: whether several training records share a sequence.
+      bad_rows: of that task, "raise" or "skip".
 
     Returns:
       The task, named "prompted/" and the other's name.
@@ -60,7 +62,7 @@ def prompted(
     if loss not in LOSSES:
         raise ValueError(f"`loss` {loss!r} is unknown.{near_misses(loss, LOSSES)}")
     found = prompt_set(
-        find({"name": task, **(options or {})}),
+        find({"name": task, "bad_rows": bad_rows, **(options or {})}),
         train=train,
         validation=validation,
         evaluated=test,

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxpeft.data._sources import read_jsonl, read_tfds
 from jaxpeft.data._splits import deduplicate, split_rows
+from jaxpeft.data._templates import is_template, pieces
 from jaxpeft.data._texts import TextTask, make_text_task
 from jaxpeft.data.tasks._files import read_file
 from jaxpeft.models import fetch_wheel
@@ -26,10 +27,12 @@ def texts(
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
+    tools: str | None = None,
     metrics: Sequence[str] | None = None,
     pack: bool = False,
+    bad_rows: str = "raise",
 ) -> TextTask:
-    """Returns a writing task over .jsonl files (.csv and .tsv: no messages).
+    r"""Returns a writing task over .jsonl files (.csv and .tsv: no messages).
 
     Args:
       train: file of the training rows.
@@ -38,11 +41,15 @@ def texts(
       test: file of the test rows; None: no test split.
       text: the column of plain text; or
       prompt: the column that is read, and
-      completion: the column to be written after it; or
-      messages: the column of chats, lists of {"role": ..., "content": ...}.
+      completion: the column to be written after it; these three may be templates with
+        columns in braces, "Q: {question}\nA:"; or
+      messages: the column of chats, lists of {"role": ..., "content": ...} or, as in
+        ShareGPT's files, of {"from": ..., "value": ...}.
+      tools: the column of the tools that a chat may call, beside `messages`.
       metrics: out of "perplexity", "token_accuracy", "exact_match", the deciding one
         first; None: all, in this order.
       pack: whether several training rows share a sequence.
+      bad_rows: "raise" or "skip", as for `jaxpeft.data.make_text_task`.
 
     Returns:
       The task, rows as they stand in the files.
@@ -69,19 +76,28 @@ def texts(
         prompt=prompt,
         completion=completion,
         messages=messages,
+        tools=tools,
         metrics=metrics,
         pack=pack,
+        bad_rows=bad_rows,
         facts={"files": {split: str(path) for split, path in paths.items()}},
     )
-    if validation is None:
-        cut = _cut(splits["train"], task.columns[0], {"train": 0.9, "validation": 0.1})
-        if not all(cut.values()):
-            raise ValueError(
-                f"`train` file {str(train)!r} has {len(splits['train'])} rows, too few "
-                "to cut a tenth off; give a `validation` file."
-            )
-        task = task._replace(splits=splits | cut)
-    return task
+    return with_validation(task, splits, train)
+
+
+def with_validation(
+    task: TextTask, splits: Mapping[str, list[Any]], train: str | Path
+) -> TextTask:
+    """The task with a tenth cut off its training rows, where nothing else is given."""
+    if "validation" in splits:
+        return task
+    cut = _cut(splits["train"], task.columns[0], {"train": 0.9, "validation": 0.1})
+    if not all(cut.values()):
+        raise ValueError(
+            f"`train` file {str(train)!r} has {len(splits['train'])} rows, too few "
+            "to cut a tenth off; give a `validation` file."
+        )
+    return task._replace(splits={**splits, **cut})
 
 
 def tfds_texts(
@@ -92,8 +108,10 @@ def tfds_texts(
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
+    tools: str | None = None,
     metrics: Sequence[str] | None = None,
     pack: bool = False,
+    bad_rows: str = "raise",
     data_dir: str | PathLike | None = None,
 ) -> TextTask:
     """Returns a writing task over a TensorFlow Datasets data set.
@@ -105,8 +123,10 @@ def tfds_texts(
       prompt: the column that is read.
       completion: the column to be written after it.
       messages: the column of chats.
+      tools: the column of the tools that a chat may call.
       metrics: as for `texts`.
       pack: as for `texts`.
+      bad_rows: as for `texts`.
       data_dir: where prepared data sets lie; None is TFDS's own default.
 
     Returns:
@@ -134,8 +154,10 @@ def tfds_texts(
         prompt=prompt,
         completion=completion,
         messages=messages,
+        tools=tools,
         metrics=metrics,
         pack=pack,
+        bad_rows=bad_rows,
         facts={"tfds": dataset, "splits": dict(splits)},
     )
 
@@ -188,12 +210,21 @@ def asdiv(
     )
 
 
+def _read(row: Mapping[str, Any], column: str) -> Any:
+    """What is read of a row, be it as it should be or not."""
+    if column in row or not is_template(column):
+        return row.get(column)
+    fields = [field for _, field in pieces(column, "template") if field]
+    return [row.get(field, row.get(field.partition("/")[0])) for field in fields]
+
+
 def _cut(
     rows: Sequence[Mapping[str, Any]], column: str, shares: Mapping[str, float]
 ) -> dict[str, list[Any]]:
     """Cuts rows into splits by the hash of what is read, be it text or messages."""
     keyed = [
-        {"key": json.dumps(row.get(column), sort_keys=True), "row": row} for row in rows
+        {"key": json.dumps(_read(row, column), sort_keys=True), "row": row}
+        for row in rows
     ]
     splits = split_rows(keyed, text=["key"], shares=shares)
     return {split: [row["row"] for row in keyed] for split, keyed in splits.items()}

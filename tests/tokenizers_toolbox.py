@@ -112,3 +112,16 @@ KINDS = {
 @functools.cache
 def tokenizer_of(kind):
     return KINDS[kind]()
+
+
+def harness(encode, context, continuation):
+    """The rule of lm-evaluation-harness, written after its description.
+
+    ``encode`` is what opens and tokenises a text.
+    """
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        continuation = context[-spaces:] + continuation
+        context = context[:-spaces]
+    whole, before = encode(context + continuation), encode(context)
+    return before, whole[len(before) :]
