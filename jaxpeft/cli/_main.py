@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from jaxpeft.cli import _convert, _describe, _dimension, _generate, _merge, _ranks
-from jaxpeft.cli._console import note
+from jaxpeft.core._ending import Parser, ended
 
 COMMANDS = (_describe, _merge, *_convert.DIRECTIONS, _generate, _ranks, _dimension)
 
@@ -20,12 +20,10 @@ example:
 
 def parser() -> argparse.ArgumentParser:
     """The parser, with one sub-parser for each command."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="jaxpeft",
         description="Adapters of jaxpeft and of HF PEFT: look, merge, convert, run.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -34,8 +32,7 @@ def parser() -> argparse.ArgumentParser:
             help=command.SUMMARY,
             description=command.DESCRIPTION,
             epilog=f"example:\n  {command.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            default=argparse.SUPPRESS,  # or it would undo one before the command
         )
         command.arguments(one)
         one.set_defaults(run=command.run)
@@ -49,22 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; ``None``: those of the program.
 
     Returns:
-        0; 2 where what was given cannot be done (one message on standard error, no
-        traceback); 130 after Ctrl-C.
+        0; 2 where what was given cannot be done (one message on standard error, with a
+        traceback after ``--traceback`` alone); 130 after Ctrl-C.
     """
     given = parser().parse_args(argv)
-    try:
-        given.run(given)
-    except ImportError as error:
-        note(f"jaxpeft: error: {error}. Write: pip install 'jaxpeft[train]'")
-    except (ValueError, OSError, RuntimeError) as error:
-        note(f"jaxpeft: error: {_in_flags(str(error))}")
-    except KeyboardInterrupt:
-        note("jaxpeft: stopped; nothing was written")
-        return 130
-    else:
-        return 0
-    return 2
+    return ended(
+        "jaxpeft",
+        lambda: given.run(given),
+        traceback=given.traceback,
+        reword=_in_flags,
+    )
 
 
 # Errors of the library name its arguments; here they are flags.

@@ -14,6 +14,7 @@ from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
 from jaxpeft.models._generate import generate as generate
 from jaxpeft.models._load import load as load
 from jaxpeft.models._load import tokenizer as tokenizer
+from jaxpeft.models._outline import outline as outline
 from jaxpeft.models._packaged import packaged as packaged
 from jaxpeft.models._states import pooled_states as pooled_states
 from jaxpeft.models._states import prompt_states as prompt_states

@@ -1,6 +1,7 @@
 """The folder of a run: one process at a time, one config for good."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -54,12 +55,7 @@ def open_workdir(
             run of another config (the differing fields are listed); another living
             process holds the folder.
     """
-    if "://" in str(path):
-        raise WorkdirError(
-            f"`workdir` {str(path)!r} is a URL; give a folder. A bucket can be mounted "
-            f"as one (gcsfuse, mountpoint-s3)."
-        )
-    folder = Path(path).absolute()
+    folder = _folder(path)
     with contextlib.ExitStack() as stack:
         error = None
         if jax.process_index() == 0:
@@ -68,10 +64,61 @@ def open_workdir(
                 stack.enter_context(_locked(folder))
                 _check_content(folder, config, free)  # another may just have written
                 _write_config(folder, config)
-            except WorkdirError as raised:
+            except (WorkdirError, OSError) as raised:
                 error = raised
         _agree(error, folder)
         yield folder
+
+
+def check_workdir(
+    path: str | Path, config: ml_collections.ConfigDict, *, free: Sequence[str] = ()
+) -> None:
+    """Raises where ``open_workdir`` would; makes and writes nothing.
+
+    Args:
+        path: as of ``open_workdir``.
+        config: the run's config.
+        free: as of ``open_workdir``.
+
+    Raises:
+        WorkdirError: as of ``open_workdir``.
+        OSError: the folder cannot be read, or is one that cannot be written.
+    """
+    folder = _folder(path)
+    if jax.process_index() == 0:
+        _check_content(folder, config, free)
+        _check_free(folder)
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, "cannot write into", str(there))
+
+
+def _folder(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise WorkdirError(
+            f"`workdir` {str(path)!r} is a URL; give a folder. A bucket can be mounted "
+            f"as one (gcsfuse, mountpoint-s3)."
+        )
+    return Path(path).expanduser().absolute()
+
+
+def _check_free(folder: Path) -> None:
+    """Raises if a living process holds the folder."""
+    if (folder / LOCK_FILE).exists():
+        with open(folder / LOCK_FILE, "rb") as file:
+            _hold(file.fileno(), folder, fcntl.LOCK_SH)
+
+
+def _hold(file: int, folder: Path, how: int) -> None:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # The holder may not have written who it is yet.
+        holder = os.read(file, 4096).decode() or "unknown"
+        raise WorkdirError(
+            f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
+            f"Wait for it, stop it, or give another folder: --workdir=PATH."
+        ) from None
 
 
 def _agree(error: Exception | None, folder: Path) -> None:
@@ -119,15 +166,7 @@ def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # The holder may not have written who it is yet.
-            holder = os.read(file, 4096).decode() or "unknown"
-            raise WorkdirError(
-                f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
-                f"Wait for it, stop it, or give another folder: --workdir=PATH."
-            ) from None
+        _hold(file, folder, fcntl.LOCK_EX)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "argv": sys.argv}
         os.ftruncate(file, 0)
         os.write(file, json.dumps(holder).encode())
