@@ -41,6 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         training.WorkdirError: the folder is in use, or of another run.
         training.NonFiniteError: an update was not finite; it says what is kept.
     """
+    training.check_fields(config)
     if config.stages:
         return training.run_stages(config, workdir, run, free=FREE)
     with contextlib.ExitStack() as stack:
@@ -286,9 +287,10 @@ def _run(config, workdir, stack):
         try:
             training.check_finite(state)
         except training.NonFiniteError as error:
+            checkpoints.wait()
+            error = error.keeping(checkpoints.latest)
             writer.write("stopped", error.step, reason=str(error))
-            bar.note(f"The last good checkpoint is kept, step {checkpoints.latest}.")
-            raise
+            raise error from None
         rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
         shown = {"loss": float(values["loss"]), "lr": float(rate)}
         shown["tokens/s"], scores = lap["tokens_per_second"], None
