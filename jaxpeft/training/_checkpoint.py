@@ -16,6 +16,7 @@ from jaxpeft.core import flat, unflat
 from jaxpeft.core._node import is_node
 from jaxpeft.training._config import config_differences
 from jaxpeft.training._state import TrainState, check_finite
+from jaxpeft.training._workdir import as_folder
 
 
 class CheckpointError(ValueError):
@@ -76,6 +77,7 @@ class Checkpointer:
 
         Raises:
             ValueError: ``mode`` is unknown, or there is none for the metric.
+            WorkdirError: checkpoints would not be found again in such a folder.
         """
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import (
@@ -89,7 +91,7 @@ class Checkpointer:
                 f"`mode` must be 'max' or 'min', got {mode!r}; write "
                 "mode=data.metric_mode(metric)"
             )
-        self.folder = Path(folder).absolute()
+        self.folder = as_folder(folder, "folder")
         self._config = json.loads(json.dumps(config))
         self._metric, self._sign = metric, -1.0 if mode == "min" else 1.0
         self._free = tuple(free)
