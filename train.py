@@ -52,7 +52,8 @@ def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapte
     """Puts all that will train beside a model's parameters, or beside their shapes."""
     if config.start:  # what another run saved, head and all
         shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
-        adapted = interop.load_adapter(config.start, params, check_base=not shapes)
+        with training.said_of("start"):
+            adapted = interop.load_adapter(config.start, params, check_base=not shapes)
     else:
         adapter = training.call_named(adapters, config.adapter, "adapter")
         sites = {"targets": config.targets, "exclude": config.exclude or None}
@@ -67,13 +68,18 @@ def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapte
         )
         adapted = start(adapted)
         if config.head:  # trained whole: no pre-trained one fits the new task
-            adapted = jp.attach(adapted, jp.full(), targets=config.head, key=keys[1])
+            with training.said_of("head"):
+                adapted = jp.attach(
+                    adapted, jp.full(), targets=config.head, key=keys[1]
+                )
     if config.allocate and (biases := config.allocate.get("biases")):
-        adapted = jp.attach(  # nodes of their own; draws nothing
-            adapted, jp.bitfit(), targets=biases, key=keys[0]
-        )
+        with training.said_of("allocate.biases"):
+            adapted = jp.attach(  # nodes of their own; draws nothing
+                adapted, jp.bitfit(), targets=biases, key=keys[0]
+            )
     if config.stage:
-        adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
+        with training.said_of("stage"):
+            adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
     return adapted
 
 

@@ -9,6 +9,7 @@ from jaxpeft.training._check import check_run as check_run
 from jaxpeft.training._check import find_allocation as find_allocation
 from jaxpeft.training._check import outline as outline
 from jaxpeft.training._check import rehearse as rehearse
+from jaxpeft.training._check import said_of as said_of
 from jaxpeft.training._checkpoint import Checkpointer as Checkpointer
 from jaxpeft.training._checkpoint import CheckpointError as CheckpointError
 from jaxpeft.training._checkpoint import Restored as Restored

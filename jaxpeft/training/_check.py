@@ -1,7 +1,7 @@
 """What a run asks for, tried on shapes before weights or data are read."""
 
-import functools
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def check_run(
                 f"{jax.process_count()} processes; write a multiple of that."
             )
         rows = config[field] // jax.process_count()
-        _said_of(field, functools.partial(check_rows, rows, mesh, accumulate))
+        with said_of(field):
+            check_rows(rows, mesh, accumulate)
     total_steps = count_steps(config.train_for, LONG, field="train_for")
     call_named(adapters, config.adapter, "adapter")
     find_allocation(config, total_steps)
@@ -68,13 +69,14 @@ def check_run(
             " already; leave one of them out."
         )
     if config.start:
-        interop.adapter_info(config.start)
+        with said_of("start"):
+            interop.adapter_info(config.start)
     errors = []
     for head, labels in (("causal_lm", None), ("classification", 2)):
         try:
             model = outline(config, head=head, num_labels=labels)
         except ValueError as error:
-            errors.insert(0, error)
+            errors.append(error)
             continue
         try:
             return rehearse(config, model, attach, total_steps, head_known=False)
@@ -98,12 +100,10 @@ def outline(
     """
     fields = ("dtype", "param_dtype", "scan_layers", "remat")
     settings = {name: config.model[name] for name in fields}
-    return _said_of(
-        "model",
-        lambda: models.outline(
+    with said_of("model"):
+        return models.outline(
             config.model.name, head=head, num_labels=num_labels, **settings
-        ),
-    )
+        )
 
 
 def rehearse(
@@ -127,10 +127,10 @@ def rehearse(
     Raises:
         ValueError: what a run with this model would object to later.
     """
-    longest = max(config.lengths)
-    tokens = lambda: jnp.zeros((1, longest), jnp.int32)
-    on_shapes = lambda: jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
-    shapes = _said_of("lengths", on_shapes)["params"]
+    tokens = jax.ShapeDtypeStruct((1, max(config.lengths)), jnp.int32)
+    with said_of("lengths"):
+        drawn = lambda tokens: model.init(jax.random.key(0), tokens)
+        shapes = jax.eval_shape(drawn, tokens)["params"]
     setting, ranks = config.allocation, None
     if setting:
         sites = {"targets": config.targets, "exclude": config.exclude or None}
@@ -157,7 +157,8 @@ def rehearse(
         total_steps=total_steps,
     )
     if allocation := find_allocation(config, total_steps):
-        _said_of("allocate", lambda: jax.eval_shape(allocation.init, trainable))
+        with said_of("allocate"):
+            jax.eval_shape(allocation.init, trainable)
 
 
 def find_allocation(
@@ -179,8 +180,24 @@ def find_allocation(
     )
 
 
-def _said_of(field: str, do: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def said_of(field: str) -> Iterator[None]:
+    """Puts the name of a config's field before what an error says.
+
+    Args:
+        field: as it stands in the config, ``"head"``.
+
+    Raises:
+        ValueError: the one that was raised inside, with the name.
+
+    Example:
+        >>> with said_of("start"):
+        ...     raise ValueError("there is no such folder.")
+        Traceback (most recent call last):
+        ...
+        ValueError: `config.start`: there is no such folder.
+    """
     try:
-        return do()
-    except ValueError as error:
+        yield
+    except (ValueError, OSError) as error:
         raise ValueError(f"`config.{field}`: {error}") from error

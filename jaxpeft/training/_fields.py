@@ -16,11 +16,9 @@ class _Field(NamedTuple):
     words: str
 
 
-def _whole(least: int, most: int | float = math.inf) -> _Field:
+def _whole(least: int, most: int = 2**31 - 1) -> _Field:
     fits = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    words = f"a whole number from {least} " + (
-        "up" if math.isinf(most) else f"to {most}"
-    )
+    words = f"a whole number from {least} to {most}"
     return _Field(lambda x: fits(x) and least <= x <= most, words)
 
 
@@ -85,12 +83,12 @@ FIELDS: dict[str, _Field] = {
     "model.remat": _or_none(_TEXT),
     "model.dropout": _BOOL,
     "data": _SECTION,
-    "max_length": _whole(1, 2**31 - 1),
+    "max_length": _whole(1),
     "lengths": _Field(
         lambda x: (
             isinstance(x, tuple | list)
             and len(x) > 0
-            and all(map(_whole(1, 2**31 - 1).fits, x))
+            and all(map(_whole(1).fits, x))
             and list(x) == sorted(set(x))
         ),
         "a tuple of rising whole numbers",
