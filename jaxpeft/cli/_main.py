@@ -1,7 +1,8 @@
 """``jaxpeft COMMAND ...``: what it understands, and how it ends."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxpeft.cli import _convert, _describe, _dimension, _generate, _merge, _ranks
 from jaxpeft.core._ending import Parser, ended
@@ -54,36 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "jaxpeft",
         lambda: given.run(given),
         traceback=given.traceback,
-        reword=_in_flags,
+        reword=lambda text: _in_flags(text, vars(given)),
     )
 
 
-# Errors of the library name its arguments; here they are flags.
+# Errors of the library name its arguments, and show calls of it; here they are flags.
 _FLAGS = {
-    "`max_new_tokens`": "--max-new-tokens",
-    "`temperature`": "--temperature",
-    "`top_k`": "--top-k",
-    "`top_p`": "--top-p",
     "check_base=False": "--any-base",
     "untie=True": "--untie",
     "ignore=['target_modules']": "--ignore target_modules",
-    "`budget`": "--budget",
     "--workdir=PATH": "--out DIR",
     "`workdir`": "--out",
-    "`shots`": "--shots",
-    "`demos`": "--demos",
-    "`overflow`": "--overflow",
     "overflow='drop_demos'": "--overflow drop_demos",
-    "`label_tokens`": "--label-tokens",
     "label_tokens='none'": "--label-tokens none",
     "label_tokens='bare'": "--label-tokens bare",
-    "`max_length`": "--max-length",
     "`estimators`": "--estimator",
-    "`template`": "--template",
-    "`words`": "--words",
-    "`final`": "--final",
-    "`layer`": "--layer",
-    "`rank`": "--rank",
     "`allocation.": "`--option ",
     "`allocation`": "--method",
     "form='portable'": "the form portable",
@@ -92,7 +78,10 @@ _FLAGS = {
 }
 
 
-def _in_flags(text: str) -> str:
-    for argument, flag in _FLAGS.items():
+def _in_flags(text: str, given: Mapping[str, Any]) -> str:
+    """A message of the library in the words of a command line."""
+    flags = {f"`{name}`": f"--{name.replace('_', '-')}" for name in given}
+    model = "--base" if "base" in given else "--model"
+    for argument, flag in (_FLAGS | flags | {"`folder_or_name`": model}).items():
         text = text.replace(argument, flag)
     return text

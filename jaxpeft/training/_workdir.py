@@ -89,7 +89,8 @@ def open_workdir(
     """Makes or reopens the folder of a run and holds it for as long as the context.
 
     A folder that holds a run of the same config is reopened, so that the same command
-    resumes it. The lock is the operating system's (flock on ``.lock`` inside the
+    resumes it; a run that fails before it has written anything leaves the folder as it
+    found it. The lock is the operating system's (flock on ``.lock`` inside the
     folder): it goes with the process that holds it, even when that is killed, so
     nothing has to be cleaned up after a crash. With several processes, the first one
     decides for all; they must see the same folder.
@@ -109,6 +110,8 @@ def open_workdir(
             process holds the folder.
     """
     folder = as_folder(path)
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    fresh = not (folder / CONFIG_FILE).exists()
     with contextlib.ExitStack() as stack:
         error = None
         if jax.process_index() == 0:
@@ -120,7 +123,12 @@ def open_workdir(
             except (WorkdirError, OSError) as raised:
                 error = raised
         _agree(error, folder)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if fresh and jax.process_index() == 0:
+                _let_go(folder, made)
+            raise
 
 
 def check_workdir(
@@ -163,6 +171,18 @@ def _hold(file: int, folder: Path, how: int) -> None:
             f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
             f"Wait for it, stop it, or give another folder: --workdir=PATH."
         ) from None
+
+
+def _let_go(folder: Path, made: Sequence[Path]) -> None:
+    """Takes a new run's config and lock away, and the folders that were made for it."""
+    own = {CONFIG_FILE, LOCK_FILE, FRESH_FILE}
+    if any(p.name not in own for p in folder.iterdir()):
+        return
+    for name in own:
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else is using it by now
+        for each in made:
+            each.rmdir()
 
 
 def _agree(error: Exception | None, folder: Path) -> None:
