@@ -17,6 +17,7 @@ ORDER = [
     ["data", "training"],
     ["serving", "study"],
     ["cli"],
+    ["__main__.py"],
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name != "__init__.py"]

@@ -14,6 +14,7 @@ from jaxpeft.cli._open import (
     new_folder,
     open_adapter,
 )
+from jaxpeft.cli._types import whole
 
 FORMS = ("own", "peft", "native", "portable")
 TASKS = (
@@ -44,7 +45,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def _of_peft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rank", type=int, metavar="R", help="rank of plain LoRA (form portable)"
+        "--rank", type=whole(1), metavar="R", help="rank of plain LoRA (form portable)"
     )
     parser.add_argument(
         "--task-type",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 OWN, PEFT, MODEL = "own", "peft", "model"
-_MARKS = {
+MARKS = {
     OWN: "adapter.json",
     PEFT: "adapter_config.json",
     MODEL: "config.json",
@@ -59,12 +59,12 @@ def find(name: str | Path) -> tuple[Path, str]:
     try:
         place = interop.adapter_folder(folder)
     except FileNotFoundError as error:
-        file = folder / _MARKS[MODEL]
+        file = folder / MARKS[MODEL]
         if not file.is_file():
             if not folder.is_dir():
                 raise
             raise FileNotFoundError(
-                f"{error} It has no {_MARKS[MODEL]}: neither an adapter nor a model."
+                f"{error} It has no {MARKS[MODEL]}: neither an adapter nor a model."
             ) from None
         if _is_run(file):
             raise FileNotFoundError(
@@ -72,10 +72,10 @@ def find(name: str | Path) -> tuple[Path, str]:
                 "train.py command goes on with it."
             ) from None
         return folder, MODEL
-    found = [kind for kind in (OWN, PEFT) if (place / _MARKS[kind]).is_file()]
+    found = [kind for kind in (OWN, PEFT) if (place / MARKS[kind]).is_file()]
     if len(found) > 1:
         raise ValueError(
-            f"{str(place)!r} holds both {_MARKS[OWN]} and {_MARKS[PEFT]}; keep one "
+            f"{str(place)!r} holds both {MARKS[OWN]} and {MARKS[PEFT]}; keep one "
             "adapter a folder."
         )
     return place, found[0]
@@ -132,7 +132,7 @@ def peft(folder: Path) -> Wanted:
     from jaxpeft.interop._tensors import TensorFile
 
     try:
-        config = json.loads((folder / _MARKS[PEFT]).read_text(encoding="utf-8"))
+        config = json.loads((folder / MARKS[PEFT]).read_text(encoding="utf-8"))
         head = _BY_TASK.get(config.get("task_type"))
         base = config.get("base_model_name_or_path") or None
     except (ValueError, AttributeError):

@@ -13,6 +13,7 @@ from jaxpeft.cli._open import (
     open_base,
     open_tokenizer,
 )
+from jaxpeft.cli._types import number, whole
 
 NAME = "generate"
 SUMMARY = "go on with a prompt, with or without an adapter"
@@ -42,11 +43,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_base(parser)
     add = parser.add_argument
     add("--chat", action="store_true", help="put prompts into the chat template")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="(default: 0)")
-    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the likeliest P of all")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add(
+        "--max-new-tokens", type=whole(1), default=64, metavar="N", help="(default: 64)"
+    )
+    add("--temperature", type=number(0), default=0.0, metavar="T", help="(default: 0)")
+    add("--top-k", type=whole(1), metavar="K", help="draw among the K likeliest tokens")
+    add(
+        "--top-p",
+        type=number(0, 1, above=True),
+        metavar="P",
+        help="draw among the likeliest P of all",
+    )
+    add("--seed", type=whole(0), default=0, help="of the draws (default: 0)")
 
 
 def run(given: argparse.Namespace) -> None:

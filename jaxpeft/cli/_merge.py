@@ -47,6 +47,9 @@ def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
     from jaxpeft import interop
+    from jaxpeft.interop._save_hf import _bytes
+
+    _bytes(given.max_shard_size)  # objects before anything is read
 
     opened = open_adapter(given)
     with stage(f"merging into {given.out}"):

@@ -1,12 +1,15 @@
 """From names on a command line to a model and an adapted tree."""
 
 import argparse
+import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.cli._console import stage
-from jaxpeft.cli._folders import OWN, PEFT, Wanted, find_adapter
+from jaxpeft.cli._folders import MARKS, OWN, PEFT, Wanted, find_adapter
+from jaxpeft.cli._types import whole
 
 HEADS = ("auto", "none", "causal_lm", "classification", "regression")
 SEED = 0  # of what a checkpoint lacks
@@ -59,7 +62,7 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         help="the model's head (default: the one that the adapter was trained with)",
     )
     parser.add_argument(
-        "--num-labels", type=int, metavar="N", help="classes of the head"
+        "--num-labels", type=whole(1), metavar="N", help="classes of the head"
     )
     parser.add_argument(
         "--any-base",
@@ -138,9 +141,26 @@ def _wanted(given: argparse.Namespace, name: str | Path) -> tuple[Path, str, Wan
     folder, kind, wanted = find_adapter(name)
     if kind == PEFT and given.any_base:
         raise ValueError("--any-base is for jaxpeft's own adapters; PEFT names none.")
+    if kind == PEFT and given.ignore:
+        _check_ignored(folder, given.ignore)
     if kind == OWN and given.ignore:
         raise ValueError("--ignore is for PEFT's configs, and this adapter has none.")
     return folder, kind, wanted
+
+
+def _check_ignored(folder: Path, fields: Sequence[str]) -> None:
+    """Raises for what a PEFT config has no such field to overlook."""
+    try:
+        known = json.loads((folder / MARKS[PEFT]).read_text(encoding="utf-8"))
+    except ValueError:
+        return  # the reader of the folder says what is wrong
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=3) or sorted(known)
+            raise ValueError(
+                f"--ignore {field!r}: {str(folder / MARKS[PEFT])!r} has no such "
+                f"field; nearest: {', '.join(near)}."
+            )
 
 
 def _read(given: argparse.Namespace, folder: Path, kind: str, model, params):

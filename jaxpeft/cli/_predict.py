@@ -23,6 +23,7 @@ from jaxpeft.cli._open import (
     open_tokenizer,
 )
 from jaxpeft.cli._ranks import new_file
+from jaxpeft.cli._types import whole
 
 NAME = "predict"
 SUMMARY = "classes, scores, texts or choices for rows of a file"
@@ -82,11 +83,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "the run)",
     )
     add("--chat", action="store_true", help="rows are messages, lines those of a user")
-    add("--max-length", type=int, metavar="T", help="tokens (default: as in the run)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    add(
+        "--max-length",
+        type=whole(1),
+        metavar="T",
+        help="tokens (default: as in the run)",
+    )
+    add(
+        "--max-new-tokens", type=whole(1), default=64, metavar="N", help="(default: 64)"
+    )
     add(
         "--batch-size",
-        type=int,
+        type=whole(1),
         metavar="B",
         help=f"(default: as in the run's evaluation, or {BATCH})",
     )

@@ -40,3 +40,4 @@ from jaxpeft.data._texts import TextTask as TextTask
 from jaxpeft.data._texts import make_text_task as make_text_task
 from jaxpeft.data._tokenize import check_tokenizer as check_tokenizer
 from jaxpeft.data._tokenize import tokenize as tokenize
+from jaxpeft.data.metrics._direction import metric_mode as metric_mode

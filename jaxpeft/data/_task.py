@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from jaxpeft.data.metrics._direction import metric_mode
+
 
 @runtime_checkable
 class Rows(Protocol):
@@ -63,7 +65,7 @@ class Task(NamedTuple):
     @property
     def best(self) -> dict[str, str]:
         """The score that says which checkpoint is best, and whether by max or min."""
-        return {"metric": self.metrics[0], "mode": "max"}
+        return {"metric": self.metrics[0], "mode": metric_mode(self.metrics[0])}
 
     @property
     def num_labels(self) -> int:

@@ -10,6 +10,7 @@ from numpy import ndarray
 from jaxpeft.data._choices import CHOICE_METRICS, score_choices
 from jaxpeft.data._task import Rows, check_parts, near_misses
 from jaxpeft.data._templates import is_template, pieces, read_text
+from jaxpeft.data.metrics._direction import metric_mode
 
 TEXT_METRICS = ("perplexity", "token_accuracy", "exact_match")
 
@@ -57,10 +58,7 @@ class TextTask(NamedTuple):
     @property
     def best(self) -> dict[str, str]:
         """The score that says which checkpoint is best, and whether by max or min."""
-        return {
-            "metric": self.metrics[0],
-            "mode": "min" if self.metrics[0] == "perplexity" else "max",
-        }
+        return {"metric": self.metrics[0], "mode": metric_mode(self.metrics[0])}
 
     @property
     def num_labels(self) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxpeft import data, dimension, interop, models, training
-from jaxpeft.study._asked import Asked, ask, padded_lengths
-from jaxpeft.training._workdir import CONFIG_FILE
+from jaxpeft.data._prompts import DEMONSTRATIONS
+from jaxpeft.models._states import FINALS
+from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
 META, ACCURACY, STATES, RUNS = "meta.json", "accuracy.json", "states", "runs"
 _ADAPTER_FILES = ("adapter*.json", "adapter*.safetensors", "adapter*.bin")
@@ -89,6 +90,14 @@ def collect_runs(
             settings; the message lists them.
         ValueError: a run of that name is there with another adapter; and as ``ask``.
     """
+    for option, value, allowed in (
+        ("demos", demos, DEMONSTRATIONS),
+        ("overflow", overflow, OVERFLOWS),
+        ("label_tokens", label_tokens, LABEL_TOKENS),
+        ("final", final, FINALS),
+    ):
+        if value not in allowed:  # before a model is read
+            raise ValueError(f"`{option}` must be one of {allowed}, got {value!r}")
     if len({run.name for run in runs}) < len(runs):
         raise ValueError(f"`runs` have a name twice: {[run.name for run in runs]}.")
     settings = {
@@ -116,31 +125,25 @@ def collect_runs(
         if not waiting:
             return
         first = waiting[0][0].adapter
-        try:
-            loaded = {first: load(first)}  # one model at a time
-            net = loaded[first][0]
-            most = net.config.max_position_embeddings
-            # All prompts of all runs, before anything is compiled.
-            each = [
-                ask(
-                    records,
-                    tokenizer,
-                    vocab_size=net.config.vocab_size,
-                    max_length=most if max_length is None else min(max_length, most),
-                    shots=run.shots,
-                    demos=demos,
-                    seed=seed,
-                    overflow=overflow,
-                    label_tokens=label_tokens,
-                )
-                for run, _, _ in waiting
-            ]
-            _prompt_states(net, final)  # objects, too
-        except Exception:
-            # Refused before there is anything: other settings may have the folder.
-            if not (root / RUNS).exists():
-                (root / CONFIG_FILE).unlink()
-            raise
+        loaded = {first: load(first)}  # one model at a time
+        net = loaded[first][0]
+        most = net.config.max_position_embeddings
+        # All prompts of all runs, before anything is compiled.
+        each = [
+            ask(
+                records,
+                tokenizer,
+                vocab_size=net.config.vocab_size,
+                max_length=most if max_length is None else min(max_length, most),
+                shots=run.shots,
+                demos=demos,
+                seed=seed,
+                overflow=overflow,
+                label_tokens=label_tokens,
+            )
+            for run, _, _ in waiting
+        ]
+        _prompt_states(net, final)  # objects, too
         for (run, where, wanted), asked in zip(waiting, each, strict=True):
             if run.adapter not in loaded:
                 loaded.clear()

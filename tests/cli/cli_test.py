@@ -329,7 +329,7 @@ def test_a_mistake_is_one_message_and_status_2(run, wrong, command, message):
     ("error", "status", "message"),
     [
         (ModuleNotFoundError("No module named 'x'"), 2, "pip install 'jaxpeft[train]'"),
-        (KeyboardInterrupt(), 130, "stopped; nothing was written"),
+        (KeyboardInterrupt(), 130, "jaxpeft: stopped"),
         (
             PermissionError(13, "Permission denied", "a/b"),
             2,
