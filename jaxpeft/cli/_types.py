@@ -30,7 +30,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def number(
-    least: float, most: float = math.inf, *, above: bool = False
+    least: int | float, most: int | float = math.inf, *, above: bool = False
 ) -> Callable[[str], float]:
     """A finite number in a range, for argparse's ``type``.
 

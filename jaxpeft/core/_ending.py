@@ -111,7 +111,7 @@ def _said(error: Exception) -> str:
     """The message of an exception."""
     if isinstance(error, OSError) and error.strerror:
         places = [repr(str(f)) for f in (error.filename, error.filename2) if f]
-        return ", ".join([error.strerror, *places])
+        return ": ".join([error.strerror, *places])
     text = str(error).strip() or type(error).__name__
     if isinstance(error, ImportError):
         return f"{text}. Write: pip install 'jaxpeft[train]'"

@@ -295,7 +295,10 @@ def wrong(hub, owned, tmp_path):
     [
         ("import peft --base llama --out full", "nothing is overwritten"),
         ("merge peft --base llama --out full", "nothing is overwritten"),
-        ("merge peft --base llama --out out --max-shard-size big", "`max_shard_size`"),
+        (
+            "merge peft --base llama --out out --max-shard-size big",
+            "--max-shard-size must be",
+        ),
         ("merge broken --base llama --out out", "not finite"),
         ("import nowhere --base llama --out out", "'nowhere' is no folder"),
         ("describe empty", "neither an adapter nor a model"),
