@@ -98,10 +98,17 @@ def _run(config, workdir, stack):
     # ------------------------------- The task, its steps ------------------------------
 
     task = data.task(config.data)
-    described = data.task_metadata(task)  # names of classes: they go with the adapter
     model = training.outline(config, head=task.head, num_labels=task.num_labels)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    tokenizer = models.tokenizer(config.model.name)
+    chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
+    tokenizer = training.call_named(
+        *(models, chosen, "tokenizer"), folder_or_name=config.model.name
+    )
+    told = {  # goes with every adapter that is saved, for all that is done with it
+        "config": config.to_dict(),
+        "tokenizer": models.tokenizer_options(tokenizer),
+        **data.task_metadata(task),
+    }
     splits = data.tokenize(task, tokenizer, **limits)
     batches = iter(
         data.batches(
@@ -309,7 +316,7 @@ def _run(config, workdir, stack):
             interop.save_adapter(
                 jp.combine(state.trainable, frozen),
                 folder / f"adapters/{step}",
-                metadata={"config": config.to_dict(), **described, "step": step},
+                metadata={**told, "step": step},
                 overwrite=True,  # by a run that was stopped right here
             )
         if saves:
@@ -334,12 +341,7 @@ def _run(config, workdir, stack):
     interop.save_adapter(
         jp.combine(best.state.trainable, best.frozen),
         saved,
-        metadata={
-            "config": config.to_dict(),
-            **described,
-            held_out: after,
-            "step": best.step,
-        },
+        metadata={**told, held_out: after, "step": best.step},
         overwrite=True,  # by a run that was complete
     )
     _, fresh = load_base()

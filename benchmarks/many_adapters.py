@@ -172,7 +172,7 @@ def compare(size: Size, scan: bool, how: str | None, turns: int) -> list[Row]:
         if tree is mixed:  # each row's pair, once for all its tokens
             tree = serving.with_rows(slots.tree, index, copies=True)
         prompts = ids[:rows, : size.prompt].tolist()
-        return models.generate(model, tree, prompts, max_new_tokens=size.new)
+        return models.generate(model, tree, prompts, max_new_tokens=size.new, stop=())
 
     compiled = {
         way: forward.lower(each[0][0], jnp.asarray(ids[: each[0][1]])).compile()

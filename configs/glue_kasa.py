@@ -56,6 +56,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
         remat=None,
         dropout=True,
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     config.data = dict(name=task)
     config.max_length = tokens

@@ -63,6 +63,7 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The tasks: questions by answer, spam, opinions on films; in newspapers.
     config.data = dict(

@@ -57,6 +57,7 @@ def get_config(method: str = "molora") -> ml_collections.ConfigDict:
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The tasks: who is what to whom, words spelt backward, sums of two numbers.
     config.data = dict(

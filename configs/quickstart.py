@@ -27,6 +27,13 @@ def get_config() -> ml_collections.ConfigDict:
         dropout=False,  # the model's own dropout, in training
     )
 
+    # What the base's tokenizer lacks, or has otherwise; None: as it is.
+    config.tokenizer = dict(
+        pad_token=None,  # one of its tokens; where it has none, its end token
+        eos_token=None,  # one of its tokens, after which writing stops
+        chat_template=None,  # "chatml", "llama3", ... (models.tokenizer), or a file
+    )
+
     # The task.
     config.data = dict(name="trec")  # and the arguments of that task, if it has any
     config.max_length = 32  # tokens; longer rows are cut

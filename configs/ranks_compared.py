@@ -61,6 +61,7 @@ def get_config(method: str = "eva", task: str = "trec") -> ml_collections.Config
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The task.
     config.data = dict(name=TASKS[task]["data"])  # and the arguments of that task

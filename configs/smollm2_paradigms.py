@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The task: the records that `jaxpeft dimension --task trec` has, too.
     config.data = dict(name="prompted/trec", train=1000, validation=100, test=200)

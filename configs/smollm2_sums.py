@@ -48,6 +48,7 @@ def get_config(method: str = "lora") -> ml_collections.ConfigDict:
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The task: two numbers of two digits, added or subtracted.
     config.data = dict(

@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         dropout=False,  # the model's own dropout, in training
     )
+    config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)
 
     # The task.
     config.data = dict(name="sms")  # and the arguments of that task, if it has any

@@ -14,7 +14,7 @@ def build(settings):
         scan_layers=settings["scan"],
     )
     prompts, new = settings["prompts"], settings["new"]
-    return lambda: models.generate(model, params, prompts, max_new_tokens=new)
+    return lambda: models.generate(model, params, prompts, max_new_tokens=new, stop=())
 
 
 if __name__ == "__main__":

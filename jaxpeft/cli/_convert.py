@@ -13,6 +13,7 @@ from jaxpeft.cli._open import (
     add_labels,
     new_folder,
     open_adapter,
+    open_tokenizer,
 )
 from jaxpeft.cli._types import whole
 
@@ -80,7 +81,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         _refuse(given, "rank", "task_type", "base_model", "untie")
     elif form != "portable":
         _refuse(given, "rank")
-    from jaxpeft import interop
+    from jaxpeft import interop, models
 
     opened = open_adapter(given)
     if needed is not None and opened.kind != needed:
@@ -91,10 +92,12 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         )
     # PEFT's classifiers bring their head along, which plain LoRA has no place for.
     task = None if form == "portable" else _TASK_OF.get(opened.model.head)
+    tokenizer, changed = open_tokenizer(opened.folder, given.adapter)
     with stage(f"writing {given.out}"):
         if form == "own":
-            metadata = _kept(opened) | {"from": given.adapter, "base": opened.base}
-            interop.save_adapter(opened.adapted, out, metadata=metadata)
+            told = {"tokenizer": models.tokenizer_options(tokenizer)} if changed else {}
+            told |= _kept(opened) | {"from": given.adapter, "base": opened.base}
+            interop.save_adapter(opened.adapted, out, metadata=told)
             print(f"{out}: jaxpeft's own adapter")
             return
         saved = interop.save_peft(
@@ -108,6 +111,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
             task_type=given.task_type or task,
             labels=opened.wanted.labels,
             untie=given.untie,
+            tokenizer=tokenizer,
         )
     for name, error in saved.errors.items():
         note(f"{name}: cut to rank {saved.rank}, {error:.1e} of its change is lost")

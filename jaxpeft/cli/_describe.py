@@ -7,8 +7,9 @@ import math
 import re
 from pathlib import Path
 
+from jaxpeft.cli._base import open_base
 from jaxpeft.cli._folders import MODEL, OWN, Wanted, find
-from jaxpeft.cli._open import add_base, open_adapter, open_base
+from jaxpeft.cli._open import add_base, open_adapter
 
 NAME = "describe"
 SUMMARY = "say what an adapter or a model is"

@@ -2,25 +2,27 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from jaxpeft.cli._console import stage
+from jaxpeft.cli._base import open_base
+from jaxpeft.cli._console import note, stage
 from jaxpeft.cli._folders import Wanted
 from jaxpeft.cli._open import (
     add_base,
+    need_tokenizer,
     open_adapter,
     open_adapters,
-    open_base,
-    open_tokenizer,
 )
 from jaxpeft.cli._types import number, whole
 
 NAME = "generate"
 SUMMARY = "go on with a prompt, with or without an adapter"
 DESCRIPTION = """\
-Continues prompts: those on the command line, or else every line of standard input, as
-one batch. The answers go to standard output, one a line unless there is only one. The
-likeliest token is taken, unless a temperature is given.
+Continues prompts: those on the command line, or else every line of standard input that
+is not blank, as one batch. The answers go to standard output, one a line unless there
+is only one. The likeliest token is taken, unless a temperature is given. An answer ends
+where the model ends a text or a turn, or where one of --stop appears.
 """
 EXAMPLE = 'jaxpeft generate "The capital of France is" --base smollm2 --chat'
 
@@ -44,6 +46,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--chat", action="store_true", help="put prompts into the chat template")
     add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT_OR_TOKEN",
+        help="end an answer before this text or token, too; may be given again",
+    )
+    add(
         "--max-new-tokens", type=whole(1), default=64, metavar="N", help="(default: 64)"
     )
     add("--temperature", type=number(0), default=0.0, metavar="T", help="(default: 0)")
@@ -63,17 +72,17 @@ def run(given: argparse.Namespace) -> None:
 
     from jaxpeft import models
 
-    prompts = given.prompts or [line.rstrip("\n") for line in sys.stdin]
+    prompts = given.prompts or _lines(sys.stdin)
     if not any(prompts):
         raise ValueError("there is no PROMPT, and nothing on standard input.")
-    wanted = Wanted()
+    folders, rows = {}, [None] * len(prompts)
     if given.rows is not None:
         folders, rows = _named(given, len(prompts))
         folder, model, params = open_adapters(given, folders, rows)
     elif given.adapter is None:
         if given.head == "auto":
             given.head = "causal_lm"
-        folder, model, params = open_base(given, wanted)
+        folder, model, params = open_base(given, Wanted())
     else:
         if len(given.adapter) > 1:
             raise ValueError(
@@ -82,20 +91,14 @@ def run(given: argparse.Namespace) -> None:
             )
         (given.adapter,) = given.adapter
         opened = open_adapter(given)
+        folders = {None: Path(given.adapter)}
         folder, model, params = opened.folder, opened.model, opened.adapted
-        wanted = opened.wanted
-    tokenizer, stop = open_tokenizer(folder, wanted)
-    if given.chat:
-        ids = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
-            for prompt in prompts
-        ]
-    else:
-        ids = [models.opened(tokenizer, prompt) for prompt in prompts]
+    tokenizers = {name: need_tokenizer(folder, folders.get(name)) for name in {*rows}}
+    ids = [
+        _ids(tokenizers[name], prompt, chat=given.chat)
+        for name, prompt in zip(rows, prompts, strict=True)
+    ]
+    ends = [models.stop_tokens(folder, each) for each in tokenizers.values()]
     with stage(f"generating for {len(prompts)} prompt{'s' * (len(prompts) > 1)}"):
         new = models.generate(
             model,
@@ -105,12 +108,39 @@ def run(given: argparse.Namespace) -> None:
             temperature=given.temperature,
             top_k=given.top_k,
             top_p=given.top_p,
-            stop=stop,
+            stop=[*dict.fromkeys(i for each in ends for i in each), *given.stop],
+            tokenizer=tokenizers[rows[0]],
             key=jax.random.key(given.seed) if given.temperature else None,
         )
-    for row in new:
-        text = tokenizer.decode(row, skip_special_tokens=True)
+    for name, row in zip(rows, new, strict=True):
+        text = tokenizers[name].decode(row, skip_special_tokens=True)
         print(text if len(new) == 1 else " ".join(text.splitlines()))
+
+
+def _lines(stream: Iterable[str]) -> list[str]:
+    """The lines that are not blank, without their ends, of Windows' kind as well."""
+    lines = [line.rstrip("\r\n") for line in stream]
+    kept = [line for line in lines if line.strip()]
+    if kept and len(kept) < len(lines):
+        note(f"{len(lines) - len(kept)} blank lines are left out")
+    return kept
+
+
+def _ids(tokenizer, prompt: str, *, chat: bool) -> list[int]:
+    """A prompt's tokens, in the chat template or as it stands."""
+    from jaxpeft import models
+
+    if not chat:
+        return models.opened(tokenizer, prompt)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "--chat: the base's tokenizer has no chat template. An adapter that was "
+            "trained with one (config.tokenizer.chat_template) brings it along."
+        )
+    message = {"role": "user", "content": prompt}
+    return tokenizer.apply_chat_template(
+        [message], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
 
 
 def _named(given: argparse.Namespace, prompts: int) -> tuple[dict[str, Path], list]:

@@ -9,6 +9,7 @@ from jaxpeft.cli._open import (
     add_labels,
     new_folder,
     open_adapter,
+    open_tokenizer,
 )
 
 NAME = "merge"
@@ -46,23 +47,33 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
-    from jaxpeft import interop
+    from jaxpeft import interop, models
     from jaxpeft.interop._save_hf import _bytes
 
     _bytes(given.max_shard_size)  # objects before anything is read
 
     opened = open_adapter(given)
+    model, config, folder = opened.model, opened.model.hf_config, opened.folder
+    tokenizer, changed = open_tokenizer(folder, given.adapter)
+    stop = ()
+    if tokenizer is not None and isinstance(model, models.Decoder):
+        # transformers' classifiers find the end of a row by this id.
+        config = config | {"pad_token_id": tokenizer.pad_token_id}
+        if model.head == "causal_lm":
+            stop = models.stop_tokens(folder, tokenizer)
     with stage(f"merging into {given.out}"):
         saved = interop.save_hf(
             opened.adapted,
             out,
-            names=opened.model.names,
-            config=opened.model.hf_config,
-            source=opened.folder,
+            names=model.names,
+            config=config,
+            source=folder if folder.is_dir() else None,
+            tokenizer=tokenizer if changed or not folder.is_dir() else None,
+            stop=stop,
             labels=opened.wanted.labels,
             dtype=given.dtype,
             max_shard_size=given.max_shard_size,
-            axes=opened.model.axes,
+            axes=model.axes,
         )
     for name, (most, share) in list(saved.drift.items())[:3]:
         note(f"{name}: changed by {share:.2%} of its norm, one weight by {most:.3g}")

@@ -7,17 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft.cli._base import check_whole, open_base
 from jaxpeft.cli._console import stage
 from jaxpeft.cli._folders import MARKS, OWN, PEFT, Wanted, find_adapter
 from jaxpeft.cli._types import whole
 
 HEADS = ("auto", "none", "causal_lm", "classification", "regression")
-SEED = 0  # of what a checkpoint lacks
-_BY_CLASS = {
-    "ForCausalLM": "causal_lm",
-    "LMHeadModel": "causal_lm",
-    "ForSequenceClassification": "classification",
-}
 
 
 class Opened(NamedTuple):
@@ -87,6 +82,40 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
         help="what the classes are called, in the head's order (default: what the "
         "adapter says)",
     )
+
+
+def open_tokenizer(base: Path, adapter: str | Path | None = None):
+    """The tokenizer of a base, as an adapter was trained with it.
+
+    An own adapter says what was changed, a PEFT one has a tokenizer of its own beside
+    it or none.
+
+    Returns:
+        ``(tokenizer, changed)``: whether it differs from what the base's files say.
+        ``(None, False)``: neither has one.
+    """
+    from jaxpeft import models
+    from jaxpeft.models._tokenizer import has_tokenizer, read_tokenizer
+
+    options: dict[str, Any] = {}
+    if adapter is not None:
+        folder, kind, wanted = find_adapter(adapter)
+        if kind == PEFT and has_tokenizer(folder):
+            return models.tokenizer(folder), True
+        options = wanted.metadata.get("tokenizer") or {}
+    if not has_tokenizer(base):
+        return None, False
+    found = models.tokenizer(base, **options)
+    plain = models.tokenizer_options(read_tokenizer(base))
+    return found, plain != models.tokenizer_options(found)
+
+
+def need_tokenizer(base: Path, adapter: str | Path | None = None):
+    """The same, and an error where there is none."""
+    found, _ = open_tokenizer(base, adapter)
+    if found is None:
+        raise ValueError(f"{str(base)!r} has no tokenizer, and text needs one.")
+    return found
 
 
 def new_folder(name: str) -> Path:
@@ -175,18 +204,6 @@ def _read(given: argparse.Namespace, folder: Path, kind: str, model, params):
         )
 
 
-def check_whole(model, adapted, base: str, name: str | None = None) -> None:
-    """Refuses a head a part of which is in no file, and would be drawn at random."""
-    if drawn := _drawn(model, adapted):
-        raise ValueError(
-            f"{', '.join(drawn)}: "
-            + (f"neither {base!r} nor {name!r} has " if name else f"{base!r} lacks ")
-            + "this part of the head, and drawn at random it would not be the model "
-            "that was trained. Name a base that has it, or leave the head out: "
-            "--head none."
-        )
-
-
 def open_adapters(
     given: argparse.Namespace, names: Mapping[str, Path], rows: Sequence[str]
 ):
@@ -238,166 +255,3 @@ def open_adapters(
     name = given.base or asked.base
     check_whole(model, slots.tree, name, ", ".join(map(str, names.values())))
     return base, model, serving.with_rows(slots.tree, serving.rows(slots, rows))
-
-
-def open_base(given: argparse.Namespace, wanted: Wanted):
-    """``(folder, model, params)`` of the base that was named, or that is remembered."""
-    import jax
-
-    from jaxpeft import models
-
-    folder, name = find_base(given, wanted)
-    settings, width = _settings(given, folder, wanted)
-    key = jax.random.key(SEED)
-    with stage(f"reading the base {name}"):
-        # What of a head the checkpoint lacks is drawn; an adapter brings its own.
-        if width is None:
-            return folder, *models.load(folder, key=key, **settings)
-        asked = {"head": "classification", "num_labels": width}
-        model, params = models.load(folder, key=key, **settings | asked)
-    return folder, *_with_other_head(model, params, settings, key)
-
-
-def open_tokenizer(folder: Path, wanted: Wanted) -> tuple[Any, tuple[int, ...]]:
-    """The tokenizer of a base, as in the run, and the tokens that end its texts."""
-    from jaxpeft import models
-
-    tokenizer = models.tokenizer(folder, **(wanted.run.get("tokenizer") or {}))
-    return tokenizer, models.stop_tokens(folder, tokenizer)
-
-
-def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
-    """The base's folder, and its name as it was given or is remembered."""
-    from jaxpeft.models._load import _find
-
-    name = given.base or wanted.base
-    if not name:
-        who = getattr(given, "adapter", None)
-        raise ValueError(
-            "--base is needed"
-            + (f": {who!r} does not say which model it belongs to." if who else ".")
-        )
-    with stage(f"finding the base {name}"):
-        try:
-            return _find(name), name
-        except ValueError as error:
-            if given.base:
-                raise
-            raise ValueError(
-                f"the base that {str(given.adapter)!r} names, {name!r}, is not there: "
-                f"{error} If it lies elsewhere, write --base."
-            ) from error
-
-
-def _with_other_head(model, params, settings: dict[str, Any], key):
-    """A model of other classes than its checkpoint's, whose names are drawn anew."""
-    from jaxpeft import models
-    from jaxpeft.core import flat, unflat
-    from jaxpeft.models._build import draw_leaves
-
-    model = model.clone(head=settings["head"], num_labels=settings["num_labels"])
-    leaves = flat(params)
-    shapes = {path: leaf.shape for path, leaf in flat(models.abstract(model)).items()}
-    other = tuple(path for path in shapes if leaves[path].shape != shapes[path])
-    leaves |= draw_leaves(model, key, other, dict.fromkeys(other))
-    return model, unflat(params, leaves)
-
-
-def _drawn(model, adapted) -> list[str]:
-    """Kernels of the head that were drawn, and that no adapter has a value for."""
-    import jax
-    import numpy as np
-
-    from jaxpeft import models
-    from jaxpeft.core import AdaptedKernel, flat
-    from jaxpeft.core._node import leaves_with_path
-    from jaxpeft.models._build import draw_leaves
-
-    if model.head is None:
-        return []
-    body = flat(models.abstract(model.clone(head=None)))
-    waiting = {}
-    for path, leaf in leaves_with_path(adapted):
-        node = isinstance(leaf, AdaptedKernel)
-        if node and leaf.adapter.peft is not None and leaf.adapter.peft.whole:
-            continue
-        value = leaf.base if node else leaf
-        if path not in body and value.ndim > 1:
-            waiting[path] = value
-    places = dict.fromkeys(waiting)
-    drawn = draw_leaves(model, jax.random.key(SEED), tuple(waiting), places)
-    return [path for path, x in waiting.items() if np.array_equal(x, drawn[path])]
-
-
-def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
-    """How the model is read, so that the adapter's sites are there.
-
-    Returns:
-        ``(arguments of models.load, width of the checkpoint's own head where it is
-        another one, else None)``.
-    """
-    from jaxpeft.models._config import count_labels
-    from jaxpeft.models._load import _read_config
-
-    config = _read_config(folder)
-    name = next(iter(config.get("architectures") or ()), "")
-    head = next((h for end, h in _BY_CLASS.items() if name.endswith(end)), None)
-    own = count_labels(config) if head == "classification" else None
-    if own == 1 or (own and config.get("problem_type") == "regression"):
-        head = "regression"
-    head, labels = wanted.head or head, given.num_labels
-    if given.head != "auto":
-        head = None if given.head == "none" else given.head
-    if labels is None and head == "classification":
-        labels = wanted.width
-    settings = {"head": head, "num_labels": labels}
-    if wanted.head == head and wanted.head is not None:
-        _check_head(given, config, settings)
-    if wanted.sites:
-        free = given.head == "auto" and wanted.head is None
-        settings = _fitting(config, settings, wanted.sites, free=free)
-    settings["param_dtype"] = wanted.param_dtype
-    settings["dtype"] = (wanted.run.get("model") or {}).get("dtype")
-    heads = {"classification": settings["num_labels"], "regression": 1}
-    asked = heads.get(settings["head"])
-    return settings, own if None not in (own, asked) and own != asked else None
-
-
-def _check_head(given: argparse.Namespace, config, settings: dict[str, Any]) -> None:
-    """Says that it is the adapter which wants a head that the base cannot have."""
-    from jaxpeft import models
-
-    try:
-        models.from_config(config, **settings)
-    except ValueError as e:
-        base = given.base or "the base that it names"
-        raise ValueError(
-            f"{given.adapter!r} asks for the head {settings['head']!r}, which "
-            f"{base!r} cannot have ({e}) Is it the right base? --head says "
-            "another head."
-        ) from e
-
-
-def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free: bool):
-    """The first settings with which the model has every site, or else ``first``."""
-    from jaxpeft import models
-    from jaxpeft.core import flat
-
-    tried = [first]
-    if free:
-        widths = dict.fromkeys(shape[-1] for shape in sites.values() if shape)
-        labels = [first["num_labels"]] if first["num_labels"] else [None, *widths]
-        tried += [{"head": None, "num_labels": None}]
-        tried += [{"head": "causal_lm", "num_labels": None}]
-        tried += [{"head": "classification", "num_labels": n} for n in labels]
-    for scan_layers in (False, True):
-        for settings in tried:
-            settings = settings | {"scan_layers": scan_layers}
-            try:
-                model = models.from_config(config, **settings)
-            except ValueError:
-                continue  # a family without this head
-            shapes = {p: list(x.shape) for p, x in flat(models.abstract(model)).items()}
-            if all(shapes.get(path) == shape for path, shape in sites.items()):
-                return settings
-    return first

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.cli._base import check_whole, open_base
 from jaxpeft.cli._console import note
 from jaxpeft.cli._folders import Wanted, find_adapter
 from jaxpeft.cli._open import (
     add_base,
     add_labels,
-    check_whole,
     labels_of,
+    need_tokenizer,
     open_adapter,
-    open_base,
-    open_tokenizer,
 )
 from jaxpeft.cli._ranks import new_file
 from jaxpeft.cli._types import whole
@@ -110,7 +109,7 @@ def run(given: argparse.Namespace) -> None:
         asked = _kept_question(given, find_adapter(given.adapter)[2])
     elif given.task:
         raise ValueError("--task is one of an adapter's; add --adapter.")
-    from jaxpeft import serving
+    from jaxpeft import models, serving
 
     if given.adapter is not None:
         opened = open_adapter(given)
@@ -125,7 +124,7 @@ def run(given: argparse.Namespace) -> None:
     if given.labels:
         asked = asked._replace(labels=wanted.labels)
     asked = _columns(given, asked, rows)
-    tokenizer, stop = open_tokenizer(folder, wanted)
+    tokenizer = need_tokenizer(folder, given.adapter)
     config = wanted.run
     lengths = None if given.max_length else config.get("lengths")
     with _bar(f"predicting for {len(rows)} row{'s' * (len(rows) > 1)}") as advance:
@@ -135,7 +134,7 @@ def run(given: argparse.Namespace) -> None:
             max_length=given.max_length or config.get("max_length"),
             lengths=lengths and tuple(lengths),
             max_new_tokens=given.max_new_tokens,
-            stop=stop,
+            stop=models.stop_tokens(folder, tokenizer),
             advance=advance,
         )
     if out:

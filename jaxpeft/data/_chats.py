@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxpeft.data._messages import messages_of, tools_of
+from jaxpeft.models import turn_end
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 
@@ -94,9 +95,9 @@ def encode_chat(
             # Earlier turns of a rewritten history are learnt in their own sequences.
             first = spanned.index(True) if any(spanned) else 0
             learnt[:first] = [False] * first
-            notes["chats_without_end"] += _ends(tokenizer, ids, spanned) and not (
-                _ends(tokenizer, ids, learnt)
-            )
+        ends = _ends(tokenizer)
+        stops = any(i in ends for i, learn in zip(ids, learnt, strict=True) if learn)
+        notes["chats_without_end"] += not stops
         learnt[0] = False
         if not any(learnt):
             raise ValueError(f"{where}: no token of what the assistant says is learnt.")
@@ -133,11 +134,10 @@ def _turn(
         place = text.find(said.strip(), len(base))
         start = start if place < 0 else min(start, place)
         notes["borders_moved"] += 1
-    end = len(text)
-    # Writing stops at the end token; templates put a line end behind it.
-    if tokenizer.eos_token in text[start:]:
-        end = text.index(tokenizer.eos_token, start) + len(tokenizer.eos_token)
-    return text, (start, end), count
+    # Writing stops at a turn's end; templates put a line end behind it.
+    ends = tokenizer.convert_ids_to_tokens(sorted(_ends(tokenizer)))
+    places = [text.find(end, start) + len(end) for end in ends if end in text[start:]]
+    return text, (start, min(places, default=len(text))), count
 
 
 def _written(base: str, prompt: str, text: str, said: str, where: str, i: int) -> str:
@@ -190,10 +190,10 @@ def _learnt(
     return ids, learnt
 
 
-def _ends(tokenizer: Any, ids: list[int], learnt: list[bool]) -> bool:
-    """Whether an end token is among those that are learnt."""
-    pairs = zip(ids, learnt, strict=True)
-    return any(learn and token == tokenizer.eos_token_id for token, learn in pairs)
+def _ends(tokenizer: Any) -> set[int]:
+    """The tokens after which a turn has ended."""
+    own = {tokenizer.eos_token_id, turn_end(tokenizer)}
+    return {token for token in own if token is not None}
 
 
 def _note_unread(

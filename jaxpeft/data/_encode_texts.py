@@ -40,12 +40,15 @@ def encode_texts(
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "`tokenizer` has no end token, after which writing stops. Write "
-            "tokenizer.eos_token = ..., one of its tokens."
+            "models.tokenizer(name, eos_token=...), one of its tokens, or "
+            "config.tokenizer.eos_token."
         )
     if task.form == "chat" and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"`tokenizer` has no chat template, and task {task.name!r} is of messages. "
-            "Write tokenizer.chat_template = ..., or give prompts and completions."
+            'Write models.tokenizer(name, chat_template="chatml"), another template or '
+            "a file, or config.tokenizer.chat_template, or give prompts and "
+            "completions."
         )
     forms = {
         "text": _text,

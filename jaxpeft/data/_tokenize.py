@@ -51,7 +51,7 @@ def tokenize(
       out too, with the reason of the "first_bad_row"; "borders_moved", prompts that by
       themselves have other tokens than before their completion, which a warning says
       (`jaxpeft.models.joint`); "chats_by_turns", whose turns are sequences of their
-      own; "chats_without_end", of which the template's marks leave the end token out;
+      own; "chats_without_end", in which no token that ends a turn is learnt;
       "unread KEY", what messages have and the chat template never asks for.
 
     Raises:
@@ -142,8 +142,9 @@ def check_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            "`tokenizer` has no padding token. Where the model has no embedding to "
-            "spare for one, write tokenizer.pad_token = tokenizer.eos_token."
+            "`tokenizer` has no padding token. models.tokenizer(name) takes the end "
+            "token where there is none; name one of its tokens, "
+            "models.tokenizer(name, pad_token=...) or config.tokenizer.pad_token."
         )
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= vocab_size:

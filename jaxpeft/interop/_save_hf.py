@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from jaxpeft.core import AdaptedKernel, ModuleName, detach, merge, mergeable
 from jaxpeft.core._lift import shared_names
+from jaxpeft.core._names import BESIDE
 from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_dtype
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._labels import REGRESSION, is_head, named_head
@@ -21,17 +22,9 @@ from jaxpeft.interop._stream import Planned, Writer, shards
 from jaxpeft.interop._tensors import on_host
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# What goes along from the folder of the base: no weights, no code.
-BESIDE = (
-    *(
-        "generation_config.json",
-        "chat_template*",
-        "tokenizer*",
-        "vocab.*",
-        "merges.txt",
-    ),
-    *("special_tokens_map.json", "added_tokens.json", "*.model"),
-)
+GENERATION = "generation_config.json"
+# What older versions wrote beside a tokenizer's config, and would still be read.
+OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
 
@@ -61,6 +54,8 @@ def save_hf(
     config: Mapping[str, Any],
     source: str | Path | None = None,
     labels: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    stop: Sequence[int] = (),
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     axes: Mapping[str, str] | None = None,
@@ -77,8 +72,13 @@ def save_hf(
         names: what the modules are called in the checkpoint: ``model.names``.
         config: content of ``config.json``: ``model.hf_config``.
         source: the base's folder. Its ``config.json`` is then kept but for the dtype,
-            a quantisation and, for a new head, labels and architecture; tokenizer,
-            generation config and chat template are copied.
+            a quantisation, ``pad_token_id`` and, for a new head, labels and
+            architecture; tokenizer, generation config and chat template are copied.
+        tokenizer: a tokenizer of transformers, to be written instead of that in
+            ``source``; where the config has no ``pad_token_id``, it gets this one's.
+        stop: token ids after which a text has ended (``models.stop_tokens``); those
+            that ``generation_config.json`` lacks are added there, so that
+            ``generate`` of transformers stops, too.
         labels: names of the classes, in the order of the head: what an adapter says of
             itself (``head_info(folder).labels``). ``None``: the base's names, where
             neither the head's weights nor its width are others than the base's; else
@@ -112,6 +112,8 @@ def save_hf(
     folder, most = Path(folder), _bytes(max_shard_size)
     check_free(folder)
     content = _config(config, source)
+    if tokenizer is not None and content.get("pad_token_id") is None:
+        content["pad_token_id"] = tokenizer.pad_token_id
     table = Table(names, dict(leaves_with_path(params)), axes)
     _check(table, params)
     content = named_head(
@@ -139,6 +141,8 @@ def save_hf(
             _write(None if new is None else new / file, tensors, stream)
         if new is not None:
             _beside(new, source)
+            _write_tokenizer(new, tokenizer)
+            _add_stops(new / GENERATION, content, stop)
             _dump(new / CONFIG, content)
             if len(files) > 1:
                 where = {
@@ -191,8 +195,9 @@ def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, A
             f"{kept.get('model_type')!r}; give the folder of this model's base."
         )
     kept.pop("quantization_config", None)
-    if "architectures" in config:
-        kept["architectures"] = config["architectures"]
+    for field in ("architectures", "pad_token_id"):
+        if config.get(field) is not None:
+            kept[field] = config[field]
     return kept
 
 
@@ -325,7 +330,31 @@ def _beside(new: Path, source: str | Path | None) -> None:
     for pattern in BESIDE if source is not None else ():
         for file in Path(source).glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, new / file.name)
+                copy = new / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+
+
+def _write_tokenizer(new: Path, tokenizer: Any) -> None:
+    if tokenizer is not None:
+        for name in OLD_TOKENIZER:
+            (new / name).unlink(missing_ok=True)
+        tokenizer.save_pretrained(new)
+
+
+def _add_stops(file: Path, config: Mapping[str, Any], stop: Sequence[int]) -> None:
+    """Adds to a generation config the ids that it lacks."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # Without such a file transformers takes these from the config; with one, from it.
+    known = {f"{name}_token_id": None for name in ("bos", "eos", "pad")}
+    known |= {name: config.get(name) for name in known} | kept
+    ends = known["eos_token_id"]
+    ends = [*ends] if isinstance(ends, list) else [ends] if ends is not None else []
+    if set(stop) <= set(ends):
+        return
+    ends = list(dict.fromkeys([*ends, *stop]))
+    known["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    _dump(file, {name: value for name, value in known.items() if value is not None})
 
 
 def _dump(file: Path, content: Mapping[str, Any]) -> None:

@@ -65,6 +65,7 @@ def save_peft(
     labels: Sequence[str] | None = None,
     axes: Mapping[str, str] | None = None,
     untie: bool = False,
+    tokenizer: Any = None,
 ) -> SavedPeft:
     """Writes the adapters of a tree as a folder that HF PEFT loads.
 
@@ -98,6 +99,8 @@ def save_peft(
             ``attach``; ``model.axes``.
         untie: write an adapter on an embedding that is also the output head. PEFT's
             then acts on the look-up alone.
+        tokenizer: a tokenizer of transformers, to be written beside it: with the chat
+            template and the padding token that it was trained with.
 
     Returns:
         What was written. With several processes all must call this; the first one
@@ -182,6 +185,8 @@ def save_peft(
             if called:
                 text = json.dumps(called, indent=2, ensure_ascii=False)
                 (new / LABELS).write_text(text + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
     modules = tuple(module.name for module in adapted_modules)
     return SavedPeft(
         folder, written, _rank(config, sites), modules, tuple(saved), errors

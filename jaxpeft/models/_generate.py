@@ -15,6 +15,8 @@ from jaxpeft.models._decoder import Decoder
 from jaxpeft.models._stop_texts import HIT, StopTexts, split_stops
 
 SHORTEST = 16  # prompts and answers are padded to powers of two from here on
+# The range of normal numbers in float32, as Python's numbers.
+SMALLEST, LARGEST = map(float, (np.finfo("float32").tiny, np.finfo("float32").max))
 
 
 def generate(
@@ -114,8 +116,8 @@ def generate(
         "top_p": np.float32(1.0 if top_p is None else top_p),
     }
     # Below float32's normal numbers a division by it is one by zero.
-    draws = bool(temperature >= np.finfo(np.float32).tiny)
-    run = _compiled(model, new, draws)
+    draws = temperature >= SMALLEST
+    run = _compiled(model.clone(stop_tokens=()), new, draws)
     key = jax.random.key(0) if key is None else key  # of no use without a draw
     limit = np.int32(max_new_tokens)
     table = None if found is None else found.table
@@ -241,7 +243,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
         raise ValueError(f"`prompts` have token ids outside of 0 to {size - 1}.")
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    if not 0 <= temperature <= np.finfo(np.float32).max:
+    if not 0 <= temperature <= LARGEST:
         raise ValueError(
             "`temperature` must be at least 0 and finite in float32, got "
             f"{temperature}; 1 draws as the model says."

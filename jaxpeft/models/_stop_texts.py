@@ -87,7 +87,8 @@ class StopTexts:
 
     def _spell(self, text: bytes) -> list[int]:
         """The fewest tokens that are written as a text; none where there are none."""
-        ids = {piece: i for i, piece in reversed([*enumerate(self._pieces)])}
+        # The last of those that read alike: SentencePiece has bytes before its words.
+        ids = {piece: i for i, piece in enumerate(self._pieces)}
         best: list[list[int] | None] = [[]]
         for end in range(1, len(text) + 1):
             ways = [
@@ -121,7 +122,10 @@ def _by_token(behind: np.ndarray, pieces: Sequence[bytes]) -> np.ndarray:
     table = np.full((states, len(pieces)), HIT, np.int32)
     table[: len(behind)] = np.arange(len(behind))[:, None]
     lengths = np.array([len(piece) for piece in pieces])
-    starts, letters = np.cumsum(lengths) - lengths, np.frombuffer(b"".join(pieces), "u1")
+    starts, letters = (
+        np.cumsum(lengths) - lengths,
+        np.frombuffer(b"".join(pieces), "u1"),
+    )
     for i in range(lengths.max(initial=0)):
         (longer,) = np.nonzero(lengths > i)
         read = letters[starts[longer] + i]

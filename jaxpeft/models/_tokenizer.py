@@ -14,6 +14,15 @@ from jaxpeft.models._load import _find, _read_config, named_ends
 
 _LOG = logging.getLogger("jaxpeft.models")
 
+# One of these is there where there is a tokenizer.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.*",
+    "*.model",
+    "tekken.json",
+)
+
 # A chat with words that no template has.
 _ASKED, _SAID, _MORE = "question4711", "answer4711", "more4711"
 
@@ -50,13 +59,7 @@ def tokenizer(
     Example:
         >>> tokenizer("smollm2", chat_template="alpaca")  # doctest: +SKIP
     """
-    found = _find(folder_or_name)
-    if found.suffix == GGUF and found.is_file():
-        made = gguf_tokenizer(found)
-    else:
-        from transformers import AutoTokenizer  # slow to import
-
-        made = AutoTokenizer.from_pretrained(found)
+    made = read_tokenizer(_find(folder_or_name))
     for name, token in {"pad_token": pad_token, "eos_token": eos_token}.items():
         if token is not None:
             setattr(made, name, _known(made, name, token))
@@ -69,6 +72,22 @@ def tokenizer(
     if chat_template is not None:
         made.chat_template = _chat_template(made, chat_template)
     return made
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder or a GGUF file, as its files have it."""
+    if folder.suffix == GGUF and folder.is_file():
+        return gguf_tokenizer(folder)
+    from transformers import AutoTokenizer  # slow to import
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer in a folder; in a GGUF file there always is."""
+    if folder.suffix == GGUF and folder.is_file():
+        return True
+    return any(file for name in _FILES for file in folder.glob(name))
 
 
 def tokenizer_options(tokenizer: Any) -> dict[str, str | None]:
@@ -146,6 +165,11 @@ def turn_end(tokenizer: Any) -> int | None:
     template = getattr(tokenizer, "chat_template", None)
     if not template or (isinstance(template, Mapping) and "default" not in template):
         return None
+    return _turn_end(tokenizer, str(template), len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)  # asked once a chat
+def _turn_end(tokenizer: Any, template: str, size: int) -> int | None:
     import jinja2
 
     chat = [

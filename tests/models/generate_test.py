@@ -111,6 +111,33 @@ def test_draws_follow_the_model(llama):
     assert {t for row in greedy for t in row} == {int(likeliest[0])}
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40, 2e-38, 1e-20, 1e-3])
+def test_a_small_temperature_takes_the_likeliest(llama, temperature):
+    """Where it is 0 in float32, where a logit over it is infinite, and above."""
+    model, params = llama
+    key = jax.random.key(0)
+    go = lambda **more: models.generate(
+        model, params, PROMPTS, max_new_tokens=6, stop=(), **more
+    )
+    assert go(temperature=temperature, key=key) == go()
+    assert go(temperature=3.0, key=key) != go()  # control
+
+
+def test_a_high_temperature_is_even(llama):
+    model, params = llama
+    largest = float(np.finfo(np.float32).max)
+    rows = models.generate(
+        model,
+        params,
+        [[5, 9]] * 256,
+        max_new_tokens=1,
+        stop=(),
+        temperature=largest,
+        key=jax.random.key(0),
+    )
+    assert len({token for row in rows for token in row}) > 50  # of 64; 63 on average
+
+
 def test_the_fewest_tokens_that_reach_top_p():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
     kept = lambda **cut: np.isfinite(keep_likely(logits, **cut))[0].tolist()
@@ -120,6 +147,8 @@ def test_the_fewest_tokens_that_reach_top_p():
     assert kept(top_k=1, top_p=0.9) == [False, True, False, False]
     # Of the three that are left, 0.5 and 0.25 have 5/6 of what is left.
     assert kept(top_k=3, top_p=0.8) == [False, True, False, True]
+    for top_p in np.float32([1e-45, 0.0]):  # what 1e-60 is in float32
+        assert kept(top_k=4, top_p=top_p) == [False, True, False, False]
 
 
 def test_bad_arguments(llama):
@@ -139,6 +168,10 @@ def test_bad_arguments(llama):
         ({"temperature": 1.0}, "`key` is needed"),
         ({"top_k": 3}, "change nothing at temperature 0"),
         ({"temperature": 1.0, "top_p": 0.0}, r"`top_p` must be in \(0, 1\]"),
+        ({"temperature": float("nan")}, "`temperature` must be at least 0 and finite"),
+        ({"temperature": float("inf")}, "`temperature` must be at least 0 and finite"),
+        ({"temperature": 1e39}, "finite in float32, got 1e"),
+        ({"temperature": 1.0, "top_p": float("nan")}, r"`top_p` must be in \(0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             go(**change)

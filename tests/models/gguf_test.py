@@ -148,6 +148,30 @@ def test_its_tokenizer(tmp_path):
         models.tokenizer(write(tmp_path / "other.gguf", pre="dbrx"))
 
 
+@pytest.mark.interop
+def test_a_merge_is_a_folder_that_transformers_opens(tmp_path):
+    """With the file's tokenizer, chat template and ends, and no file copied."""
+    import transformers
+
+    import jaxpeft as jp
+    from jaxpeft import cli, interop
+
+    path = write(tmp_path / "tiny.gguf")
+    model, params = models.load(path, head="causal_lm")
+    adapted = jp.attach(params, jp.lora(2), ["q_proj"], key=jax.random.key(0))
+    interop.save_adapter(adapted, tmp_path / "own")
+    out = tmp_path / "merged"
+    files = [str(tmp_path / "own"), "--base", str(path), "--out", str(out)]
+    assert cli.main(["merge", *files]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    text = "AB AB11"
+    assert theirs(text)["input_ids"] == models.tokenizer(path)(text)["input_ids"]
+    chat = [{"role": "user", "content": "AB"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == "AB!"
+    again, _ = models.load(out, head="causal_lm")
+    assert again.stop_tokens == model.stop_tokens == (0,)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="architecture 'mamba'; known are"):
         models.load(write(tmp_path / "a.gguf", "mamba"))
