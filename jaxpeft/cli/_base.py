@@ -74,7 +74,8 @@ def _with_other_head(model, params, settings: dict[str, Any], key):
     from jaxpeft.core import flat, unflat
     from jaxpeft.models._build import draw_leaves
 
-    model = model.clone(head=settings["head"], num_labels=settings["num_labels"])
+    labels = 1 if settings["head"] == "regression" else settings["num_labels"]
+    model = model.clone(head=settings["head"], num_labels=labels)
     leaves = flat(params)
     shapes = {path: leaf.shape for path, leaf in flat(models.abstract(model)).items()}
     other = tuple(path for path in shapes if leaves[path].shape != shapes[path])

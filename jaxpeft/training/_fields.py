@@ -82,6 +82,9 @@ FIELDS: dict[str, _Field] = {
     "model.scan_layers": _BOOL,
     "model.remat": _or_none(_TEXT),
     "model.dropout": _BOOL,
+    "tokenizer.pad_token": _or_none(_TEXT),
+    "tokenizer.eos_token": _or_none(_TEXT),
+    "tokenizer.chat_template": _or_none(_TEXT),
     "data": _SECTION,
     "max_length": _whole(1),
     "lengths": _Field(
