@@ -156,7 +156,8 @@ def labels_of(
     said = getattr(given, "labels", None)
     if model.head == "classification":
         labels = said or wanted.labels
-        return labels and checked(labels, model.num_labels, "--labels")
+        who = "--labels" if said else f"what {str(given.adapter)!r} calls its classes"
+        return labels and checked(labels, model.num_labels, who)
     if said:
         raise ValueError(
             f"--labels {' '.join(said)}: the head is {model.head or 'none'} and has no "

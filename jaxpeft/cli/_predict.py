@@ -262,7 +262,8 @@ def _columns(given: argparse.Namespace, asked, rows):
             raise ValueError("--text names another column; name --choices too.")
         choices = asked.columns[1:] if asked.form == "choice" else ()
         asked = asked._replace(columns=(*given.text, *choices))
-    if isinstance(rows[0], str) and len(asked.columns) > 1:
+    pair = len(asked.columns) > 1 and asked.form != "chat"  # tools may be absent
+    if isinstance(rows[0], str) and pair:
         raise ValueError(
             f"rows have the columns {', '.join(asked.columns)}, and lines of text have "
             "one: give --input FILE.jsonl, .csv or .tsv, or --input-format."

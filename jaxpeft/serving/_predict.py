@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from jaxpeft import data, models, training
 from jaxpeft.core._node import leaves_with_path
 from jaxpeft.data._messages import messages_of, tools_of
-from jaxpeft.data._templates import read_text
+from jaxpeft.data._templates import is_template, pieces, read_text
 from jaxpeft.data.tasks._choices import read_choices
 from jaxpeft.models._cache import room
 from jaxpeft.training._evaluate import EvalOutput
@@ -146,17 +146,22 @@ def _check(model: Any, question: data.Question, batch_size: int) -> None:
 
 
 def _as_row(row: Any, question: data.Question, number: int) -> Mapping[str, Any]:
+    """A row as columns; a text is the one that a question reads."""
     if isinstance(row, Mapping):
         return row
-    if not isinstance(row, str) or len(question.columns) != 1:
+    columns = question.columns
+    if question.form == "chat":
+        columns = columns[:1]  # tools may be absent
+    elif question.form in ("text", "completion") and is_template(columns[0]):
+        columns = tuple({field for _, field in pieces(columns[0], "template") if field})
+    if not isinstance(row, str) or len(columns) != 1:
         raise ValueError(
-            f"`rows` must be mappings with the columns {', '.join(question.columns)}"
-            f"{' or texts' if len(question.columns) == 1 else ''}; row {number} is "
-            f"{row!r}."
+            f"`rows` must be mappings with the columns {', '.join(columns)}"
+            f"{' or texts' if len(columns) == 1 else ''}; row {number} is {row!r}."
         )
     if question.form == "chat":
-        return {question.columns[0]: [{"role": "user", "content": row}]}
-    return {question.columns[0]: row}
+        return {columns[0]: [{"role": "user", "content": row}]}
+    return {columns[0]: row}
 
 
 def _where(question: data.Question, number: int) -> str:

@@ -150,6 +150,12 @@ def test_texts_are_what_generate_writes(decoder, tokenizer):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             (new,) = models.generate(model, params, [ids], max_new_tokens=5)
             assert row == {"text": tokenizer.decode(new, skip_special_tokens=True)}
+    # A line fills the template that the run's prompts were made with.
+    template = data.Question("t", "completion", ("<user>{q}<a>",))
+    for rows in (TEXTS, [{"q": text} for text in TEXTS]):
+        assert found == serving.predict(
+            *(model, params, tokenizer, rows, template), **options
+        )
     # Messages whose answer is there are asked for it, not for what would follow.
     answered = [
         [{"role": "user", "content": "oh"}, {"role": "assistant", "content": "x"}]
@@ -240,6 +246,7 @@ def test_what_cannot_be_gone_on_with(decoder, tokenizer):
     for rows, message in (
         (["a", "b" * 70], "row 1 has 70 tokens; with `max_new_tokens` 5 .* for 59"),
         ([""], "row 0: column 'x' has no text to go on with"),
+        ([{"y": "a"}], "row 0 has no column 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
             serving.predict(*(model, params, tokenizer, rows, asked), max_new_tokens=5)
