@@ -39,35 +39,98 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     Raises:
         ValueError: a field of the config that does not fit.
         training.WorkdirError: the folder is in use, or of another run.
-        training.NonFiniteError: the loss was not finite; the last checkpoint is kept.
+        training.NonFiniteError: an update was not finite; it says what is kept.
     """
+    training.check_fields(config)
     if config.stages:
         return training.run_stages(config, workdir, run, free=FREE)
     with contextlib.ExitStack() as stack:
         return _run(config, workdir, stack)
 
 
+def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapted):
+    """Puts all that will train beside a model's parameters, or beside their shapes."""
+    if config.start:  # what another run saved, head and all
+        shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+        with training.said_of("start"):
+            adapted = interop.load_adapter(config.start, params, check_base=not shapes)
+    else:
+        adapter = training.call_named(adapters, config.adapter, "adapter")
+        sites = {"targets": config.targets, "exclude": config.exclude or None}
+        adapted = jp.attach(
+            params,
+            adapter,
+            **(sites if ranks is None else {"targets": ranks}),
+            rank_pattern=dict(config.rank_pattern) or None,
+            alpha_pattern=dict(config.alpha_pattern) or None,
+            axes=model.axes,
+            key=keys[0],
+        )
+        adapted = start(adapted)
+        if config.head:  # trained whole: no pre-trained one fits the new task
+            with training.said_of("head"):
+                adapted = jp.attach(
+                    adapted, jp.full(), targets=config.head, key=keys[1]
+                )
+    if config.allocate and (biases := config.allocate.get("biases")):
+        with training.said_of("allocate.biases"):
+            adapted = jp.attach(  # nodes of their own; draws nothing
+                adapted, jp.bitfit(), targets=biases, key=keys[0]
+            )
+    if config.stage:
+        with training.said_of("stage"):
+            adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
+    return adapted
+
+
 def _run(config, workdir, stack):
     started = time.perf_counter()
 
-    # ------------------------------------- Set up -------------------------------------
+    # ----------------- Refused is what can be, before anything is read ----------------
 
-    folder = stack.enter_context(training.open_workdir(workdir, config, free=FREE))
+    training.check_run(config, workdir, attach, free=FREE)
     main_process = jax.process_index() == 0
     if config.log.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = training.make_mesh(**config.mesh)
-    keys = iter(jax.random.split(jax.random.key(config.seed), 4))
 
-    # --------------------------------- Model and task ---------------------------------
+    # ------------------------------- The task, its steps ------------------------------
 
     task = data.task(config.data)
+    model = training.outline(config, head=task.head, num_labels=task.num_labels)
+    limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
+    chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
+    tokenizer = training.call_named(
+        *(models, chosen, "tokenizer"), folder_or_name=config.model.name
+    )
+    told = {  # goes with every adapter that is saved, for all that is done with it
+        "config": config.to_dict(),
+        "tokenizer": models.tokenizer_options(tokenizer),
+        **data.task_metadata(task),
+    }
+    splits = data.tokenize(task, tokenizer, **limits)
+    batches = iter(
+        data.batches(
+            splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
+        )
+    )
+    per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
+    count = lambda field: training.count_steps(config[field], per_epoch, field=field)
+    total_steps = count("train_for")
+    evaluate_every = count("evaluate_every")
+    saving = config.save_every.removesuffix(", kept")
+    save_every = training.count_steps(saving, per_epoch, field="save_every")
+    training.rehearse(config, model, attach, total_steps)  # now that these are known
+
+    # ------------------------------------ The model -----------------------------------
 
     def where(path, shape):  # every leaf is read straight to its place on the mesh
         return jax.NamedSharding(mesh, training.leaf_spec(path, shape, mesh))
 
-    head_key = next(keys)
+    keys = iter(jax.random.split(jax.random.key(config.seed), 4))
+    head_key, adapter_key = next(keys), next(keys)
+    whole_key = next(keys) if config.head else None
     load_base = lambda: models.load(
         config.model.name,
         head=task.head,
@@ -80,40 +143,14 @@ def _run(config, workdir, stack):
         key=head_key,
     )
     model, params = load_base()
-    limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
-    tokenizer = training.call_named(
-        *(models, chosen, "tokenizer"), folder_or_name=config.model.name
-    )
-    told = {
-        "config": config.to_dict(),
-        "tokenizer": models.tokenizer_options(tokenizer),
-    }
-    splits = data.tokenize(task, tokenizer, **limits)
-    batches = data.batches(
-        splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
-    )
-    # A batch that the mesh does not divide is found here, before anything compiles.
-    training.put_batch(batches[0], mesh, accumulate=config.accumulate)
-    batches = iter(batches)
-    per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
-    count = lambda field: training.count_steps(config[field], per_epoch, field=field)
-    total_steps = count("train_for")
-    evaluate_every = count("evaluate_every")
-    saving = config.save_every.removesuffix(", kept")
-    save_every = training.count_steps(saving, per_epoch, field="save_every")
+    if config.start:  # an adapter of another base is refused before the folder is ours
+        adapted = attach(config, model, params, (adapter_key, whole_key))
+    folder = stack.enter_context(training.open_workdir(workdir, config, free=FREE))
 
     # ---------------------------------- The adapter -----------------------------------
 
-    adapter = training.call_named(adapters, config.adapter, "adapter")
-    sites = {"targets": config.targets, "exclude": config.exclude or None}
     start_ranks = None
     if config.allocation:  # from the pretrained model, or from a file
-        if config.start:
-            raise ValueError(
-                "`config.allocation` is for a new adapter, `config.start` has its ranks"
-                " already; leave one of them out."
-            )
 
         def draw(samples, seed):
             texts = splits["train"]
@@ -126,37 +163,23 @@ def _run(config, workdir, stack):
             return drawn.rows, data.evaluation_batches(drawn, rows, lengths=lengths)
 
         setting = config.allocation
-        setting = setting if isinstance(setting, str) else setting.to_dict()
         start_ranks = training.starting_allocation(
-            *(setting, folder, model, params, draw), adapter=adapter, **sites
+            setting if isinstance(setting, str) else setting.to_dict(),
+            *(folder, model, params, draw),
+            adapter=training.call_named(adapters, config.adapter, "adapter"),
+            targets=config.targets,
+            exclude=config.exclude or None,
         )
-        sites = {"targets": start_ranks}
-    adapter_key = next(keys)
-    whole_key = next(keys) if config.head else None
-    if config.start:  # what another run saved, head and all
-        adapted = interop.load_adapter(config.start, params, names=model.names)
-    else:
-        adapted = jp.attach(
-            params,
-            adapter,
-            **sites,
-            rank_pattern=dict(config.rank_pattern) or None,
-            alpha_pattern=dict(config.alpha_pattern) or None,
-            axes=model.axes,
-            key=adapter_key,
-        )
-        if start_ranks and training.starts_at_inputs(start_ranks):
-            adapted = training.start_at_inputs(
-                *(adapted, start_ranks, folder / "allocation.npz")
-            )
-        if config.head:  # trained whole: no pre-trained one fits the new task
-            adapted = jp.attach(adapted, jp.full(), targets=config.head, key=whole_key)
-    if config.allocate and (biases := config.allocate.get("biases")):
-        adapted = jp.attach(  # nodes of their own; draws nothing
-            adapted, jp.bitfit(), targets=biases, key=jax.random.key(0)
-        )
-    if config.stage:
-        adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
+
+    def start(adapted):
+        if start_ranks is None or not training.starts_at_inputs(start_ranks):
+            return adapted
+        file = folder / "allocation.npz"
+        return training.start_at_inputs(adapted, start_ranks, file)
+
+    if not config.start:
+        both = (adapter_key, whole_key)
+        adapted = attach(config, model, params, both, start_ranks, start)
     # An adapter read from PEFT may have untied the head from the embedding.
     specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
     adapted = training.place(adapted, mesh, specs)
@@ -169,11 +192,7 @@ def _run(config, workdir, stack):
     # ---------------------------------- Update step -----------------------------------
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    allocation = config.allocate and training.call_named(
-        *(allocate, config.allocate, "allocate"),
-        total_steps=total_steps,
-        leave="biases",
-    )
+    allocation = training.find_allocation(config, total_steps)
     settled = allocation.settled if allocation else 0  # from then on: the best can be
     state = training.init_state(
         trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
@@ -285,9 +304,10 @@ def _run(config, workdir, stack):
         try:
             training.check_finite(state)
         except training.NonFiniteError as error:
+            checkpoints.wait()
+            error = error.keeping(checkpoints.latest)
             writer.write("stopped", error.step, reason=str(error))
-            bar.note(f"The last good checkpoint is kept, step {checkpoints.latest}.")
-            raise
+            raise error from None
         rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
         shown = {"loss": float(values["loss"]), "lr": float(rate)}
         shown["tokens/s"], scores = lap["tokens_per_second"], None
@@ -367,18 +387,30 @@ def _run(config, workdir, stack):
     return training.report(folder, results, config, title=title)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and runs."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the command line and runs.
+
+    Returns:
+        the exit status: 0; 2 where something is refused, with one message and, but
+        after ``--traceback``, nothing else; 3 where a NaN or an infinity stopped the
+        run; 130 after Ctrl-C.
+    """
     quickstart = Path(__file__).parent / "configs/quickstart.py"
     command = training.parse_command(argv, quickstart, description=__doc__)
     logging.basicConfig(format="%(message)s")  # before a library chooses another
-    if command.distributed:
-        jax.distributed.initialize()
-    try:
+
+    def start():
+        if command.distributed:
+            jax.distributed.initialize()
         run(command.config, command.workdir)
-    except (training.WorkdirError, training.NonFiniteError) as error:
-        sys.exit(f"train.py: {error}")
+
+    return training.ended(
+        "train.py",
+        start,
+        traceback=command.traceback,
+        interrupted="stopped; the same command goes on after the last checkpoint",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,9 +19,10 @@ ORDER = [
     ["adapters", "allocate"],
     ["mixtures"],
     ["models", "interop"],
-    ["data", "training", "serving"],
-    ["study"],
+    ["data", "training"],
+    ["serving", "study"],
     ["cli"],
+    ["__main__.py"],
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name != "__init__.py"]

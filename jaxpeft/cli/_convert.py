@@ -1,19 +1,22 @@
 """``jaxpeft export``, ``import`` and ``convert``: an adapter in another file format."""
 
 import argparse
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from jaxpeft.cli._console import note, stage
+from jaxpeft.cli._folders import OWN, PEFT
 from jaxpeft.cli._open import (
-    OWN,
-    PEFT,
+    Opened,
+    add_adapter,
     add_base,
+    add_labels,
     changed_options,
     new_folder,
     open_adapter,
     open_tokenizer,
 )
+from jaxpeft.cli._types import whole
 
 FORMS = ("own", "peft", "native", "portable")
 TASKS = (
@@ -34,8 +37,9 @@ forms of HF PEFT's files:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add_adapter(parser)
     add_base(parser)
+    add_labels(parser)
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new or an empty folder"
     )
@@ -43,7 +47,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def _of_peft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rank", type=int, metavar="R", help="rank of plain LoRA (form portable)"
+        "--rank", type=whole(1), metavar="R", help="rank of plain LoRA (form portable)"
     )
     parser.add_argument(
         "--task-type",
@@ -55,7 +59,7 @@ def _of_peft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model",
         metavar="NAME",
-        help="what readers of the file shall load as the base (default: --base)",
+        help="what readers of the file shall load as the base (default: the base)",
     )
     parser.add_argument(
         "--untie",
@@ -89,10 +93,10 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         )
     # PEFT's classifiers bring their head along, which plain LoRA has no place for.
     task = None if form == "portable" else _TASK_OF.get(opened.model.head)
-    tokenizer = open_tokenizer(opened.folder, Path(given.adapter))
+    tokenizer = open_tokenizer(opened.folder, given.adapter)
     with stage(f"writing {given.out}"):
         if form == "own":
-            told = {"from": given.adapter}
+            told = _kept(opened) | {"from": given.adapter, "base": opened.base}
             if tokenizer is not None:
                 told["tokenizer"] = changed_options(opened.folder, tokenizer)
             interop.save_adapter(opened.adapted, out, metadata=told)
@@ -105,8 +109,9 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
             axes=opened.model.axes,
             form={"peft": "auto"}.get(form, form),
             rank=given.rank,
-            base_model=given.base_model or given.base,
+            base_model=given.base_model or opened.base,
             task_type=given.task_type or task,
+            labels=opened.wanted.labels,
             untie=given.untie,
             tokenizer=tokenizer,
         )
@@ -115,6 +120,15 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
     rank = "" if saved.rank is None else f", rank {saved.rank}"
     whole = f", {len(saved.saved)} modules whole" if saved.saved else ""
     print(f"{out}: HF PEFT, {saved.form}, {len(saved.sites)} modules{rank}{whole}")
+
+
+def _kept(opened: Opened) -> dict[str, Any]:
+    """What an own adapter says of its task, however it came to be."""
+    kept = dict(opened.wanted.metadata)
+    if opened.model.head in ("classification", "regression"):
+        kept["regression"] = opened.model.head == "regression"
+    labels = opened.wanted.labels
+    return kept if labels is None else kept | {"labels": list(labels)}
 
 
 def _refuse(given: argparse.Namespace, *names: str) -> None:
@@ -150,7 +164,7 @@ DIRECTIONS = (
         SUMMARY="write one of our own adapters as HF PEFT's",
         DESCRIPTION="Writes an adapter of jaxpeft's own as a folder that HF PEFT loads."
         f"\n\n{_FORMS}",
-        EXAMPLE="jaxpeft export my-adapter --base minilm --out my-adapter-peft",
+        EXAMPLE="jaxpeft export runs/quickstart --out quickstart-peft",
         arguments=_export_arguments,
         run=lambda given: convert(given, given.form, OWN),
     ),

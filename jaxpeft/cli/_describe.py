@@ -7,15 +7,9 @@ import math
 import re
 from pathlib import Path
 
-from jaxpeft.cli._open import (
-    MODEL,
-    OWN,
-    Wanted,
-    add_base,
-    kind_of,
-    open_adapter,
-    open_base,
-)
+from jaxpeft.cli._base import open_base
+from jaxpeft.cli._folders import MODEL, OWN, Wanted, find
+from jaxpeft.cli._open import add_base, open_adapter
 
 NAME = "describe"
 SUMMARY = "say what an adapter or a model is"
@@ -30,13 +24,15 @@ _LAYER = re.compile(r"(?<=[./_])\d+(?=[./])")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("adapter", metavar="FOLDER", help="an adapter or a model")
-    add_base(parser, required=False)
+    parser.add_argument(
+        "adapter", metavar="FOLDER", help="an adapter, a run with one, or a model"
+    )
+    add_base(parser)
 
 
 def run(given: argparse.Namespace) -> None:
     """Runs the command."""
-    kind = kind_of(Path(given.adapter))
+    folder, kind = find(given.adapter)
     if given.base is None:
         of_model = (given.head != "auto", given.num_labels is not None)
         of_adapter = (given.any_base, bool(given.ignore))
@@ -52,9 +48,9 @@ def run(given: argparse.Namespace) -> None:
     elif kind == MODEL:
         _model(given)
     elif kind == OWN:
-        _own(Path(given.adapter))
+        _own(folder)
     else:
-        _peft(Path(given.adapter))
+        _peft(folder)
 
 
 def _own(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxpeft.cli._console import note, stage
 from jaxpeft.cli._open import open_adapter
 from jaxpeft.cli._ranks import named_options
+from jaxpeft.cli._types import ending, whole
 
 NAME = "dimension"
 SUMMARY = "compare in-context learning and fine-tuning by intrinsic dimension"
@@ -74,15 +75,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a run of train.py, some of the steps it kept, or an adapter's folder, "
         "HF PEFT's too; may be given again",
     )
-    add("--n-train", type=int, default=1000, metavar="N", help="(default: 1000)")
-    add("--n-eval", type=int, default=5000, metavar="N", help="(default: 5000)")
-    add("--seed", type=int, default=42, help="of rows and demonstrations (default: 42)")
+    add("--n-train", type=whole(1), default=1000, metavar="N", help="(default: 1000)")
+    add("--n-eval", type=whole(1), default=5000, metavar="N", help="(default: 5000)")
+    add(
+        "--seed",
+        type=whole(0),
+        default=42,
+        help="of rows and demonstrations (default: 42)",
+    )
     add("--demos", default="official", help="official, nested or disjoint draws")
     add("--overflow", default="error", help="of long prompts: error or drop_demos")
     add("--label-tokens", default="in_context", help="in_context, bare or none")
     add("--final", default="post_norm", help="the last state: post_norm or pre_norm")
-    add("--max-length", type=int, metavar="T", help="tokens (default: the model's)")
-    add("--batch-size", type=int, default=16, metavar="B", help="(default: 16)")
+    add(
+        "--max-length", type=whole(1), metavar="T", help="tokens (default: the model's)"
+    )
+    add("--batch-size", type=whole(1), default=16, metavar="B", help="(default: 16)")
     add(
         "--estimator",
         metavar="NAME,NAME",
@@ -90,8 +98,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "twonn-linear,mle-25,mle-50)",
     )
     add("--sd", choices=SDS, help="of dimensions (default: subsample)")
-    add("--layer", type=int, help="of figures of a single one (default: the middle)")
-    add("--file", help="of points: .npy or .csv, a row each")
+    add(
+        "--layer",
+        type=whole(-(2**31)),
+        help="of figures of a single one (default: the middle)",
+    )
+    add(
+        "--file",
+        type=ending(".npy", ".csv"),
+        help="of points: .npy or .csv, a row each",
+    )
 
 
 def run(given: argparse.Namespace) -> None:
@@ -114,10 +130,6 @@ def run(given: argparse.Namespace) -> None:
             f"--estimator {given.estimator.partition(',')[0]}."
         )
     given.sd = given.sd or SDS[0]
-    for name in ("n_train", "n_eval", "batch_size"):
-        if getattr(given, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(given, name)} must be at least 1.")
     from jaxpeft import study
 
     estimators = list(study.ESTIMATORS)
@@ -150,6 +162,8 @@ def _collect(given: argparse.Namespace) -> None:
         name, equals, rest = entry.partition("=")
         folder, _, steps = (rest if equals else entry).partition("@")
         name = name if equals else Path(folder).name
+        if not name:
+            raise ValueError(f"--sft {entry!r} has no name; write --sft NAME=RUN.")
         numbers = _numbers("--sft", steps) if steps else ()
         runs += study.adapter_runs(name, folder, numbers)
     if not runs:
@@ -159,6 +173,8 @@ def _collect(given: argparse.Namespace) -> None:
     with stage(f"reading {given.task}"):
         records = _records(given)
     tiny = given.model == study._tiny.TINY
+    if not tiny:
+        models.outline(given.model, head="causal_lm")  # objects before any weight
     words = [] if given.label_tokens == "none" else records.labels or []
     tokenizer = study.tiny_tokenizer(words) if tiny else models.tokenizer(given.model)
     study.collect_runs(
@@ -230,7 +246,8 @@ def _load(given: argparse.Namespace, adapter: str | None):
     import jax.numpy as jnp
 
     from jaxpeft import models, study
-    from jaxpeft.cli._open import _read, kind_of
+    from jaxpeft.cli._folders import find
+    from jaxpeft.cli._open import _read
 
     asked = argparse.Namespace(
         base=given.model,
@@ -244,8 +261,7 @@ def _load(given: argparse.Namespace, adapter: str | None):
         model, params = study.tiny_model()
         if adapter is None:
             return model, params
-        folder = Path(adapter)
-        return model, _read(asked, folder, kind_of(folder), model, params)
+        return model, _read(asked, *find(adapter), model, params)
     if adapter is None:
         with stage(f"reading {given.model}"):
             return models.load(
@@ -263,10 +279,8 @@ def _points(given: argparse.Namespace, estimators: Sequence[str]) -> None:
     file = Path(given.file)
     if file.suffix == ".npy":
         x = np.load(file)
-    elif file.suffix == ".csv":
-        x = np.loadtxt(file, delimiter=",", ndmin=2)
     else:
-        raise ValueError(f"--file {given.file!r} must end in .npy or .csv.")
+        x = np.loadtxt(file, delimiter=",", ndmin=2)
     if given.estimator is None:  # those that the points are enough for
         half = len(np.unique(x, axis=0)) // 2 - 10  # copies are merged in halves, too
         estimators = ["twonn-linear", *[f"mle-{k}" for k in (25, 50) if k < half]]

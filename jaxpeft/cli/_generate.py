@@ -5,15 +5,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxpeft.cli._base import open_base
 from jaxpeft.cli._console import note, stage
+from jaxpeft.cli._folders import Wanted
 from jaxpeft.cli._open import (
-    Wanted,
     add_base,
+    need_tokenizer,
     open_adapter,
     open_adapters,
-    open_base,
-    open_tokenizer,
 )
+from jaxpeft.cli._types import number, whole
 
 NAME = "generate"
 SUMMARY = "go on with a prompt, with or without an adapter"
@@ -33,7 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         metavar="[NAME=]ADAPTER",
-        help="an adapter's folder; with --rows several, each with a name",
+        help="an adapter's folder, or that of a run; with --rows several, each with a "
+        "name",
     )
     parser.add_argument(
         "--rows",
@@ -50,11 +52,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT_OR_TOKEN",
         help="end an answer before this text or token, too; may be given again",
     )
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="(default: 0)")
-    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the likeliest P of all")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add(
+        "--max-new-tokens", type=whole(1), default=64, metavar="N", help="(default: 64)"
+    )
+    add("--temperature", type=number(0), default=0.0, metavar="T", help="(default: 0)")
+    add("--top-k", type=whole(1), metavar="K", help="draw among the K likeliest tokens")
+    add(
+        "--top-p",
+        type=number(0, 1, above=True),
+        metavar="P",
+        help="draw among the likeliest P of all",
+    )
+    add("--seed", type=whole(0), default=0, help="of the draws (default: 0)")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -84,7 +93,7 @@ def run(given: argparse.Namespace) -> None:
         opened = open_adapter(given)
         folders = {None: Path(given.adapter)}
         folder, model, params = opened.folder, opened.model, opened.adapted
-    tokenizers = {name: _tokenizer(folder, folders.get(name)) for name in {*rows}}
+    tokenizers = {name: need_tokenizer(folder, folders.get(name)) for name in {*rows}}
     ids = [
         _ids(tokenizers[name], prompt, chat=given.chat)
         for name, prompt in zip(rows, prompts, strict=True)
@@ -115,13 +124,6 @@ def _lines(stream: Iterable[str]) -> list[str]:
     if kept and len(kept) < len(lines):
         note(f"{len(lines) - len(kept)} blank lines are left out")
     return kept
-
-
-def _tokenizer(folder: Path, adapter: Path | None):
-    found = open_tokenizer(folder, adapter)
-    if found is None:
-        raise ValueError(f"{str(folder)!r} has no tokenizer, and text needs one.")
-    return found
 
 
 def _ids(tokenizer, prompt: str, *, chat: bool) -> list[int]:

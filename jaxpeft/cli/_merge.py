@@ -1,11 +1,12 @@
 """``jaxpeft merge``: base and adapter as one checkpoint."""
 
 import argparse
-from pathlib import Path
 
 from jaxpeft.cli._console import note, stage
 from jaxpeft.cli._open import (
+    add_adapter,
     add_base,
+    add_labels,
     changed_options,
     new_folder,
     open_adapter,
@@ -17,14 +18,17 @@ SUMMARY = "fold an adapter into its base, as a folder that transformers opens"
 DESCRIPTION = """\
 Folds an adapter into its base and writes a Hugging Face folder: config.json,
 safetensors, the tokenizer's files. Folded in float32, rounded once to the base's dtype.
+Classes are called what the adapter calls them; where it does not say and its head is
+another than the base's, LABEL_0 and so on, or what --labels says.
 """
-EXAMPLE = "jaxpeft merge runs/quickstart/adapter --base minilm --out merged"
+EXAMPLE = "jaxpeft merge runs/quickstart --out merged"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add_adapter(parser)
     add_base(parser)
+    add_labels(parser)
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new or an empty folder"
     )
@@ -45,10 +49,13 @@ def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
     from jaxpeft import interop, models
+    from jaxpeft.interop._save_hf import _bytes
+
+    _bytes(given.max_shard_size)  # objects before anything is read
 
     opened = open_adapter(given)
     model, config, folder = opened.model, opened.model.hf_config, opened.folder
-    tokenizer, stop = open_tokenizer(folder, Path(given.adapter)), ()
+    tokenizer, stop = open_tokenizer(folder, given.adapter), ()
     if tokenizer is not None and isinstance(model, models.Decoder):
         # transformers' classifiers find the end of a row by this id.
         config = config | {"pad_token_id": tokenizer.pad_token_id}
@@ -66,6 +73,7 @@ def run(given: argparse.Namespace) -> None:
             source=folder if folder.is_dir() else None,
             tokenizer=tokenizer,
             stop=stop,
+            labels=opened.wanted.labels,
             dtype=given.dtype,
             max_shard_size=given.max_shard_size,
             axes=model.axes,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli._console import note, stage
+from jaxpeft.cli._types import ending, whole
 
 NAME = "ranks"
 SUMMARY = "choose ranks for a model and a task, before any training"
@@ -37,10 +38,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", required=True, help='a task, "trec" or "glue/rte"')
     add("--method", required=True, help="gelora, eva or uniform")
     add("--out", required=True, metavar="FILE", help="a new file, JSON")
-    add("--map", metavar="FILE", help="a PNG of the ranks, with its CSV beside it")
-    add("--budget", type=int, metavar="P", help="parameters of low-rank pairs in all")
-    add("--rank", type=int, metavar="R", help="the mean rank (eva, uniform)")
-    add("--samples", type=int, metavar="N", help="the most rows seen (default: 5000)")
+    add(
+        "--map",
+        type=ending(".png"),
+        metavar="FILE",
+        help="a PNG of the ranks, with its CSV beside it",
+    )
+    add(
+        "--budget",
+        type=whole(1),
+        metavar="P",
+        help="parameters of low-rank pairs in all",
+    )
+    add("--rank", type=whole(1), metavar="R", help="the mean rank (eva, uniform)")
+    add(
+        "--samples",
+        type=whole(1),
+        metavar="N",
+        help="the most rows seen (default: 5000)",
+    )
     add(
         "--option",
         action="append",
@@ -63,9 +79,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "kernels)",
     )
     add(
-        "--max-length", type=int, default=128, metavar="T", help="tokens (default: 128)"
+        "--max-length",
+        type=whole(1),
+        default=128,
+        metavar="T",
+        help="tokens (default: 128)",
     )
-    add("--batch-size", type=int, default=32, metavar="B", help="(default: 32)")
+    add("--batch-size", type=whole(1), default=32, metavar="B", help="(default: 32)")
     add("--scan-layers", action="store_true", help="layers in one stack, as in the run")
 
 

@@ -21,6 +21,10 @@ from jaxpeft.data._prompts import draw_demonstrations as draw_demonstrations
 from jaxpeft.data._prompts import prompt_files as prompt_files
 from jaxpeft.data._prompts import prompt_set as prompt_set
 from jaxpeft.data._prompts import write_prompt as write_prompt
+from jaxpeft.data._questions import Question as Question
+from jaxpeft.data._questions import head_labels as head_labels
+from jaxpeft.data._questions import questions as questions
+from jaxpeft.data._questions import task_metadata as task_metadata
 from jaxpeft.data._sample import sample as sample
 from jaxpeft.data._sample import unpacked as unpacked
 from jaxpeft.data._score import score as score
@@ -40,3 +44,4 @@ from jaxpeft.data._texts import TextTask as TextTask
 from jaxpeft.data._texts import make_text_task as make_text_task
 from jaxpeft.data._tokenize import check_tokenizer as check_tokenizer
 from jaxpeft.data._tokenize import tokenize as tokenize
+from jaxpeft.data.metrics._direction import metric_mode as metric_mode

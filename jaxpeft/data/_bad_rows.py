@@ -20,7 +20,8 @@ class GoodRows:
       rows: the rows.
       what: task and split, for messages: "Task 'sums', split 'train'".
       bad_rows: "raise" raises the error of the first bad row; "skip" leaves bad rows
-        out and counts them.
+        out and counts them; "named" raises it without the advice to leave rows out,
+        for rows that somebody asks about.
     """
 
     def __init__(self, rows: Rows, what: str, bad_rows: str):
@@ -43,6 +44,8 @@ class GoodRows:
             try:
                 found = one(self.rows[number], f"{self.what}, row {number}", notes)
             except ValueError as error:
+                if self.bad_rows == "named":
+                    raise
                 if self.bad_rows == "raise":
                     raise ValueError(
                         f"{error} To leave such rows out, give the task "

@@ -1,8 +1,11 @@
 """What a task is: rows in splits, which columns mean what, and how it is scored."""
 
 import difflib
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxpeft.data.metrics._direction import metric_mode
 
 
 @runtime_checkable
@@ -62,7 +65,7 @@ class Task(NamedTuple):
     @property
     def best(self) -> dict[str, str]:
         """The score that says which checkpoint is best, and whether by max or min."""
-        return {"metric": self.metrics[0], "mode": "max"}
+        return {"metric": self.metrics[0], "mode": metric_mode(self.metrics[0])}
 
     @property
     def num_labels(self) -> int:
@@ -81,7 +84,7 @@ def make_task(
     *,
     text: str | Sequence[str],
     label: str,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | int] | None,
     metrics: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
     bad_rows: str = "raise",
@@ -93,7 +96,8 @@ def make_task(
       splits: rows by split; "train" and "validation" must be there.
       text: the column the model reads, or a pair of columns.
       label: the column it predicts.
-      labels: class names in the order of their ids; None for regression.
+      labels: class names in the order of their ids; whole numbers are taken for the
+        names that they read as. None for regression.
       metrics: names out of `jaxpeft.data.metrics`, the deciding one first; None means
         accuracy for classes, Pearson and Spearman for regression.
       facts: where the rows come from, JSON-able.
@@ -126,12 +130,17 @@ def make_task(
             f"`text` is one column or a pair of different ones; got {columns}."
         )
     if labels is not None:
-        if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels):
+        if not isinstance(labels, str):  # stars, 1 to 5: names that read like numbers
+            whole = lambda x: (
+                isinstance(x, numbers.Integral) and not isinstance(x, bool)
+            )
+            labels = tuple(str(x) if whole(x) else x for x in labels)
+        named = not isinstance(labels, str) and all(isinstance(x, str) for x in labels)
+        if not named or len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(
                 f"`labels` of task {name!r} must be two or more different class names; "
                 f"got {labels!r}. For a number to regress on, write labels=None."
             )
-        labels = tuple(labels)
     allowed = REGRESSION_METRICS if labels is None else CLASSIFICATION_METRICS
     if metrics is None:
         metrics = REGRESSION_METRICS if labels is None else ("accuracy",)
@@ -140,6 +149,10 @@ def make_task(
     check_parts(name, kind, metrics, allowed, splits, (*columns, label), bad_rows)
     facts = dict(facts or {})
     return Task(name, columns, label, labels, metrics, splits, facts, bad_rows)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_parts(

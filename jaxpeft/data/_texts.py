@@ -10,6 +10,7 @@ from numpy import ndarray
 from jaxpeft.data._choices import CHOICE_METRICS, score_choices
 from jaxpeft.data._task import Rows, check_parts, near_misses
 from jaxpeft.data._templates import is_template, pieces, read_text
+from jaxpeft.data.metrics._direction import metric_mode
 
 TEXT_METRICS = ("perplexity", "token_accuracy", "exact_match")
 
@@ -36,6 +37,7 @@ class TextTask(NamedTuple):
       facts: where the rows come from, JSON-able, for reports.
       bad_rows: "raise": a row that is not as it should be is an error; "skip": it is
         left out and counted (`facts` of `jaxpeft.data.tokenize`).
+      raw: of choices, how rows of other columns have become these (`data.Question`).
     """
 
     name: str
@@ -46,6 +48,7 @@ class TextTask(NamedTuple):
     pack: bool
     facts: Mapping[str, Any]
     bad_rows: str = "raise"
+    raw: Mapping[str, Any] | None = None
 
     @property
     def head(self) -> str:
@@ -55,10 +58,7 @@ class TextTask(NamedTuple):
     @property
     def best(self) -> dict[str, str]:
         """The score that says which checkpoint is best, and whether by max or min."""
-        return {
-            "metric": self.metrics[0],
-            "mode": "min" if self.metrics[0] == "perplexity" else "max",
-        }
+        return {"metric": self.metrics[0], "mode": metric_mode(self.metrics[0])}
 
     @property
     def num_labels(self) -> None:

@@ -12,6 +12,7 @@ from jaxpeft.core import Adapter, PeftForm
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 DIGEST = "sha256"  # of the arrays' file, in CONFIG
+PEFT_CONFIG = "adapter_config.json"
 FORMAT, VERSION = "jaxpeft adapter", 1
 KEYS = ("id", "jaxpeft", "methods", "sites", "metadata")
 
@@ -50,6 +51,36 @@ def build_method(name: str, options: Mapping[str, Any]) -> Adapter | None:
     """Calls the constructor of a name; ``None`` if there is no such method."""
     constructor = getattr(adapters, name, None) if name in method_names() else None
     return None if constructor is None else constructor(**options)
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """Finds the adapter that a run has left, or that a folder is.
+
+    Args:
+        folder: of a run of ``train.py``, or of an adapter, ours or HF PEFT's.
+
+    Returns:
+        The folder with the adapter's files: ``folder/adapter``, or ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what there is instead.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{str(folder)!r} is no folder.")
+    for place in (folder, folder / "adapter"):
+        if any((place / mark).is_file() for mark in (CONFIG, PEFT_CONFIG)):
+            return place
+    inside = {
+        file.parent.parent if file.parent.name == "adapter" else file.parent
+        for mark in (CONFIG, PEFT_CONFIG)
+        for file in [*folder.glob(f"*/{mark}"), *folder.glob(f"*/*/{mark}")]
+    }
+    raise FileNotFoundError(
+        f"{str(folder)!r} holds no adapter: neither {CONFIG} nor {PEFT_CONFIG}, nor a "
+        "folder adapter/ of a complete run."
+        + (f" There are {', '.join(map(str, sorted(inside)))}." if inside else "")
+    )
 
 
 def adapter_info(folder: str | Path) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def load_adapter(
 
     Args:
         folder: where ``save_adapter`` wrote.
-        params: the plain parameter tree; it may carry adapters at other sites.
+        params: the plain parameter tree; it may carry adapters at other sites. Of
+            ``jax.ShapeDtypeStruct`` (with ``check_base=False``) it only says whether
+            the adapters fit.
         check_base: compare each kernel's dtype and fingerprint with the kernel that
             the adapter was trained with; of leaves that were trained in full, the
             dtype alone. ``False`` allows another base of the same shapes, such as the
@@ -274,8 +276,10 @@ def _wide_leaves(node: AdaptedKernel) -> list[str]:
     ]
 
 
-def _folded(node: AdaptedKernel) -> Array:
+def _folded(node: AdaptedKernel) -> Array | jax.ShapeDtypeStruct:
     base, roles = node.base, node.site.roles
+    if isinstance(base, jax.ShapeDtypeStruct):
+        return base
     wide = to_matrices(base, roles).astype(working_dtype(base.dtype))
     changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
     return from_matrices(changed.astype(base.dtype), base.shape, roles)

@@ -9,9 +9,10 @@ from typing import Any
 from jaxpeft.core import ModuleName
 from jaxpeft.core._paths import OUTPUT_HEADS
 from jaxpeft.core._peft_rules import in_layers, listed
+from jaxpeft.interop._format import PEFT_CONFIG
 from jaxpeft.interop._modules import Module
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = PEFT_CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an empty list
 

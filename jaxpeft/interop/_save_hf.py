@@ -16,6 +16,7 @@ from jaxpeft.core._lift import shared_names
 from jaxpeft.core._names import BESIDE
 from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_dtype
 from jaxpeft.interop._folder import check_free, new_folder
+from jaxpeft.interop._labels import REGRESSION, is_head, named_head
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
 from jaxpeft.interop._tensors import is_finite, on_host
@@ -55,6 +56,7 @@ def save_hf(
     names: Sequence[ModuleName],
     config: Mapping[str, Any],
     source: str | Path | None = None,
+    labels: Sequence[str] | None = None,
     tokenizer: Any = None,
     stop: Sequence[int] = (),
     dtype: Any = None,
@@ -84,6 +86,10 @@ def save_hf(
         stop: token ids after which a text has ended (``models.stop_tokens``); those
             that ``generation_config.json`` lacks are added there, so that
             ``generate`` of transformers stops, too.
+        labels: names of the classes, in the order of the head: what an adapter says of
+            itself (``head_info(folder).labels``). ``None``: the base's names, where
+            neither the head's weights nor its width are others than the base's; else
+            ``LABEL_0`` and so on, transformers' word for classes without a name.
         dtype: dtype of the tensors; by default the leaves', which must then be one:
             transformers loads in the one dtype that ``config.json`` names.
         max_shard_size: largest file of weights, in bytes or as ``"500MB"``; above
@@ -96,8 +102,9 @@ def save_hf(
 
     Raises:
         ValueError: a leaf is in no row of ``names``, a layer is missing, an adapter
-            depends on the input, a value is not finite, the dtypes differ, or
-            ``config`` and the source's are of different models.
+            depends on the input, a value is not finite, the dtypes differ,
+            ``config`` and the source's are of different models, or ``labels`` are not
+            one for each class.
         FileExistsError: the folder has files in it.
 
     Example:
@@ -118,6 +125,13 @@ def save_hf(
     table = Table(names, dict(leaves_with_path(params)), axes)
     _check(table, params)
     _check_layers(table, content)
+    content = named_head(
+        content,
+        config.get("num_labels"),
+        labels,
+        number=config.get("problem_type") == REGRESSION,
+        trained=any(is_head(name) for name in _changed(table)),
+    )
     planned = _planned(table, None if dtype is None else jnp.dtype(dtype))
     kind = planned[0].dtype
     content = {n: x for n, x in content.items() if n != "torch_dtype"}
@@ -197,15 +211,19 @@ def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, A
             f"{kept.get('model_type')!r}; give the folder of this model's base."
         )
     kept.pop("quantization_config", None)
-    for field in ("architectures", "problem_type", "pad_token_id"):
+    for field in ("architectures", "pad_token_id"):
         if config.get(field) is not None:
             kept[field] = config[field]
-    count = config.get("num_labels")
-    if count is not None and len(kept.get("id2label") or ()) != count:
-        kept.pop("num_labels", None)
-        kept["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-        kept["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     return kept
+
+
+def _changed(table: Table) -> list[str]:
+    """Names of the modules with an adapter, or trained in full."""
+    return [
+        module.name
+        for module in table.modules
+        if any(is_node(table.leaves[path]) for path in module.leaves.values())
+    ]
 
 
 def _check(table: Table, params: PyTree) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxpeft.core import AdaptedKernel, ModuleName
 from jaxpeft.core._node import leaves_with_path, nodes
 from jaxpeft.interop._folder import check_free, new_folder
+from jaxpeft.interop._labels import LABELS, head_fields, is_head
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._peft_config import (
     CONFIG,
@@ -61,6 +62,7 @@ def save_peft(
     rank: int | None = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    labels: Sequence[str] | None = None,
     axes: Mapping[str, str] | None = None,
     untie: bool = False,
     tokenizer: Any = None,
@@ -89,6 +91,10 @@ def save_peft(
         task_type: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ... PEFT wraps the model by it. For
             classification PEFT wants the head in the file, so it is written, trained
             or not.
+        labels: names of the classes, in the order of the head. PEFT's config has no
+            field for them, and a reader calls them as its base does: the card says
+            what to load the base with, and ``labels.json`` keeps them for
+            ``head_info``.
         axes: roles of the axes of kernels beyond two that are saved whole, as in
             ``attach``; ``model.axes``.
         untie: write an adapter on a table that is embedding and output head in one
@@ -105,8 +111,9 @@ def save_peft(
 
     Raises:
         ValueError: the tree has no adapters, a site is in no row of ``names``, a
-            method has no such form, a leaf is not finite, or the methods of several
-            sites do not go into one PEFT config.
+            method has no such form, a leaf is not finite, the methods of several
+            sites do not go into one PEFT config, or ``labels`` are not one for each
+            class.
         FileExistsError: the folder has files in it.
 
     Example:
@@ -170,6 +177,7 @@ def save_peft(
     }
     _check_saved(config, adapted_modules, problems)
     _raise(problems)
+    called = head_fields(labels, _width(table))
     name = ", ".join(dict.fromkeys(repr(site.node.adapter) for site in sites))
 
     with new_folder(folder) as new:
@@ -177,8 +185,11 @@ def save_peft(
             write_tensors(new / TENSORS, tensors, {"format": "pt"})
             text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
             (new / CONFIG).write_text(text + "\n", encoding="utf-8")
-            card = _card(base_model, written, name, errors)
+            card = _card(base_model, written, name, errors, called)
             (new / "README.md").write_text(card, encoding="utf-8")
+            if called:
+                text = json.dumps(called, indent=2, ensure_ascii=False)
+                (new / LABELS).write_text(text + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
     modules = tuple(module.name for module in adapted_modules)
@@ -297,7 +308,21 @@ def _check_saved(config, adapted: list[Module], problems: list[str]) -> None:
             )
 
 
-def _card(base_model, form: str, methods: str, errors: dict[str, float]) -> str:
+def _width(table: Table) -> int | None:
+    """The number of outputs of a classifier's head; ``None``: there is none."""
+    for module in reversed(table.modules):
+        if is_head(module.name) and "weight" in module.leaves:
+            return table.tensor_shape(module, "weight")[0]
+    return None
+
+
+def _card(
+    base_model,
+    form: str,
+    methods: str,
+    errors: dict[str, float],
+    called: Mapping[str, Any],
+) -> str:
     lines = ["---", "library_name: peft", "tags: [jaxpeft]"]
     if base_model is not None:
         lines.insert(1, f"base_model: {json.dumps(base_model)}")
@@ -313,4 +338,24 @@ def _card(base_model, form: str, methods: str, errors: dict[str, float]) -> str:
     if errors:
         lines += ["", "Cut to this rank, relative to each whole change:", ""]
         lines += [f"- `{name}`: {error:.2e}" for name, error in errors.items()]
+    if called:
+        lines += ["", *_loading(base_model, called)]
     return "\n".join(lines) + "\n"
+
+
+def _loading(base_model, called: Mapping[str, Any]) -> list[str]:
+    """How to load the base, so that it has this head, under its own names."""
+    given = dict(called)
+    if "id2label" in given:  # JSON has no numbers for keys; transformers wants them
+        given["id2label"] = {int(i): x for i, x in given["id2label"].items()}
+    arguments = "".join(f"    {name}={value!r},\n" for name, value in given.items())
+    return [
+        "PEFT's config does not name the outputs; the base must be loaded with them:",
+        "",
+        "```python",
+        "base = AutoModelForSequenceClassification.from_pretrained(",
+        f"    {(base_model or 'the base')!r},",
+        f"{arguments})",
+        "model = PeftModel.from_pretrained(base, this_folder)",
+        "```",
+    ]

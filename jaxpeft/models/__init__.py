@@ -13,6 +13,7 @@ from jaxpeft.models._decoder import Decoder as Decoder
 from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
 from jaxpeft.models._generate import generate as generate
 from jaxpeft.models._load import load as load
+from jaxpeft.models._outline import outline as outline
 from jaxpeft.models._packaged import packaged as packaged
 from jaxpeft.models._prompts import joint as joint
 from jaxpeft.models._prompts import opened as opened

@@ -130,6 +130,7 @@ def write_config(
     stem = {"bert": "Bert", "roberta": "Roberta"}[config.model_type]
     content = dataclasses.asdict(config)
     if head is None:
+        del content["num_labels"]  # of a head that is not there
         return {**content, "architectures": [f"{stem}Model"]}
     return {
         **content,

@@ -1,5 +1,6 @@
-"""Many adapters over one base, a different one for each row of a batch."""
+"""Adapters in use: what a model says of rows, and many adapters over one base."""
 
+from jaxpeft.serving._predict import predict as predict
 from jaxpeft.serving._slots import Slots as Slots
 from jaxpeft.serving._slots import drop as drop
 from jaxpeft.serving._slots import load as load

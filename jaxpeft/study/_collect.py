@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpeft import data, dimension, models, training
-from jaxpeft.study._asked import Asked, ask, padded_lengths
-from jaxpeft.training._workdir import CONFIG_FILE
+from jaxpeft import data, dimension, interop, models, training
+from jaxpeft.data._prompts import DEMONSTRATIONS
+from jaxpeft.models._states import FINALS
+from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
 META, ACCURACY, STATES, RUNS = "meta.json", "accuracy.json", "states", "runs"
 _ADAPTER_FILES = ("adapter*.json", "adapter*.safetensors", "adapter*.bin")
@@ -89,6 +90,14 @@ def collect_runs(
             settings; the message lists them.
         ValueError: a run of that name is there with another adapter; and as ``ask``.
     """
+    for option, value, allowed in (
+        ("demos", demos, DEMONSTRATIONS),
+        ("overflow", overflow, OVERFLOWS),
+        ("label_tokens", label_tokens, LABEL_TOKENS),
+        ("final", final, FINALS),
+    ):
+        if value not in allowed:  # before a model is read
+            raise ValueError(f"`{option}` must be one of {allowed}, got {value!r}")
     if len({run.name for run in runs}) < len(runs):
         raise ValueError(f"`runs` have a name twice: {[run.name for run in runs]}.")
     settings = {
@@ -116,31 +125,25 @@ def collect_runs(
         if not waiting:
             return
         first = waiting[0][0].adapter
-        try:
-            loaded = {first: load(first)}  # one model at a time
-            net = loaded[first][0]
-            most = net.config.max_position_embeddings
-            # All prompts of all runs, before anything is compiled.
-            each = [
-                ask(
-                    records,
-                    tokenizer,
-                    vocab_size=net.config.vocab_size,
-                    max_length=most if max_length is None else min(max_length, most),
-                    shots=run.shots,
-                    demos=demos,
-                    seed=seed,
-                    overflow=overflow,
-                    label_tokens=label_tokens,
-                )
-                for run, _, _ in waiting
-            ]
-            _prompt_states(net, final)  # objects, too
-        except Exception:
-            # Refused before there is anything: other settings may have the folder.
-            if not (root / RUNS).exists():
-                (root / CONFIG_FILE).unlink()
-            raise
+        loaded = {first: load(first)}  # one model at a time
+        net = loaded[first][0]
+        most = net.config.max_position_embeddings
+        # All prompts of all runs, before anything is compiled.
+        each = [
+            ask(
+                records,
+                tokenizer,
+                vocab_size=net.config.vocab_size,
+                max_length=most if max_length is None else min(max_length, most),
+                shots=run.shots,
+                demos=demos,
+                seed=seed,
+                overflow=overflow,
+                label_tokens=label_tokens,
+            )
+            for run, _, _ in waiting
+        ]
+        _prompt_states(net, final)  # objects, too
         for (run, where, wanted), asked in zip(waiting, each, strict=True):
             if run.adapter not in loaded:
                 loaded.clear()
@@ -276,13 +279,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
                 f"{there or 'none'}. config.save_every='50 steps, kept' keeps them."
             )
         return [Run(f"sft-{name}@{s}", 0, str(p), s) for s, p in found.items()]
-    inner = folder / "adapter"
-    found = inner if inner.is_dir() else folder
-    if not any(found.glob("adapter*.json")):
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no adapter: neither adapter.json or "
-            "adapter_config.json, nor a folder adapter/ of a complete run."
-        )
+    found = interop.adapter_folder(folder)
     own = found / "adapter.json"
     read = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
     step = (read.get("metadata") or {}).get("step")

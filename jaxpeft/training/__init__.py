@@ -3,14 +3,24 @@ from jaxpeft.numerics import optional as _optional
 with _optional("Runs"):
     import ml_collections as _ml_collections  # noqa: F401
 
+from jaxpeft.core._ending import INTERRUPTED as INTERRUPTED
+from jaxpeft.core._ending import NOT_FINITE as NOT_FINITE
+from jaxpeft.core._ending import REFUSED as REFUSED
+from jaxpeft.core._ending import ended as ended
 from jaxpeft.training._causal import causal_forward as causal_forward
 from jaxpeft.training._causal import causal_loss as causal_loss
 from jaxpeft.training._causal import objective as objective
+from jaxpeft.training._check import check_run as check_run
+from jaxpeft.training._check import find_allocation as find_allocation
+from jaxpeft.training._check import outline as outline
+from jaxpeft.training._check import rehearse as rehearse
+from jaxpeft.training._check import said_of as said_of
 from jaxpeft.training._checkpoint import Checkpointer as Checkpointer
 from jaxpeft.training._checkpoint import CheckpointError as CheckpointError
 from jaxpeft.training._checkpoint import Restored as Restored
 from jaxpeft.training._command import Command as Command
 from jaxpeft.training._command import parse_command as parse_command
+from jaxpeft.training._config import call as call
 from jaxpeft.training._config import call_named as call_named
 from jaxpeft.training._config import config_differences as config_differences
 from jaxpeft.training._config import config_from_json as config_from_json
@@ -24,8 +34,11 @@ from jaxpeft.training._evaluate import eval_step as eval_step
 from jaxpeft.training._evaluate import evaluate as evaluate
 from jaxpeft.training._evaluate import predict as predict
 from jaxpeft.training._evaluate import scores_of as scores_of
+from jaxpeft.training._fields import FIELDS as FIELDS
+from jaxpeft.training._fields import check_fields as check_fields
 from jaxpeft.training._mesh import TENSOR_RULES as TENSOR_RULES
 from jaxpeft.training._mesh import batch_sharding as batch_sharding
+from jaxpeft.training._mesh import check_rows as check_rows
 from jaxpeft.training._mesh import leaf_spec as leaf_spec
 from jaxpeft.training._mesh import make_mesh as make_mesh
 from jaxpeft.training._mesh import param_specs as param_specs
@@ -46,6 +59,7 @@ from jaxpeft.training._optimizer import schedule as schedule
 from jaxpeft.training._progress import Progress as Progress
 from jaxpeft.training._progress import clock as clock
 from jaxpeft.training._progress import progress as progress
+from jaxpeft.training._ranks import check_allocator as check_allocator
 from jaxpeft.training._ranks import estimate_allocation as estimate_allocation
 from jaxpeft.training._ranks import find_allocator as find_allocator
 from jaxpeft.training._ranks import read_allocation as read_allocation
@@ -72,4 +86,5 @@ from jaxpeft.training._step import train_step as train_step
 from jaxpeft.training._topology import memory_report as memory_report
 from jaxpeft.training._topology import topology_devices as topology_devices
 from jaxpeft.training._workdir import WorkdirError as WorkdirError
+from jaxpeft.training._workdir import check_workdir as check_workdir
 from jaxpeft.training._workdir import open_workdir as open_workdir

@@ -17,6 +17,7 @@ from jaxpeft.core._node import is_node
 from jaxpeft.numerics import optional
 from jaxpeft.training._config import config_differences
 from jaxpeft.training._state import TrainState, check_finite
+from jaxpeft.training._workdir import as_folder
 
 
 class CheckpointError(ValueError):
@@ -59,7 +60,7 @@ class Checkpointer:
         *,
         config: Mapping[str, Any],
         metric: str | None = None,
-        mode: str = "max",
+        mode: str | None = None,
         free: Sequence[str] = (),
     ):
         """Opens a folder of checkpoints; makes it if needed.
@@ -70,12 +71,14 @@ class Checkpointer:
             config: what the run was asked for, JSON-able.
             metric: the score that says which checkpoint is best; ``None``: only the
                 last one is kept.
-            mode: ``"max"`` if a larger score is better, ``"min"`` if a smaller one.
+            mode: ``"max"`` if a larger score is better, ``"min"`` if a smaller one
+                (``data.metric_mode``); needed with ``metric``.
             free: fields of ``config`` (``"mesh"``, ``"log.every"``) that may differ
                 between a checkpoint and the run that resumes from it.
 
         Raises:
-            ValueError: ``mode`` is unknown.
+            ValueError: ``mode`` is unknown, or there is none for the metric.
+            WorkdirError: checkpoints would not be found again in such a folder.
         """
         with optional("Checkpoints"):
             import orbax.checkpoint as ocp
@@ -85,11 +88,14 @@ class Checkpointer:
                 LatestN,
             )
 
-        if mode not in ("max", "min"):
-            raise ValueError(f"`mode` must be 'max' or 'min', got {mode!r}")
-        self.folder = Path(folder).absolute()
+        if mode not in ("max", "min") and (metric, mode) != (None, None):
+            raise ValueError(
+                f"`mode` must be 'max' or 'min', got {mode!r}; write "
+                "mode=data.metric_mode(metric)"
+            )
+        self.folder = as_folder(folder, "folder")
         self._config = json.loads(json.dumps(config))
-        self._metric, self._sign = metric, 1.0 if mode == "max" else -1.0
+        self._metric, self._sign = metric, -1.0 if mode == "min" else 1.0
         self._free = tuple(free)
         self._checksums: dict[str, int] | None = None
         self._ocp = ocp

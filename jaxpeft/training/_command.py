@@ -1,13 +1,14 @@
 """The command line of a run."""
 
-import argparse
 import re
+import traceback as tracebacks
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_collections
 
+from jaxpeft.core._ending import Parser
 from jaxpeft.training._config import load_config
 
 
@@ -18,19 +19,21 @@ class Command(NamedTuple):
         config: the locked config, overrides applied.
         workdir: the run's folder.
         distributed: whether this is one of several processes.
+        traceback: whether a refusal shows where it was raised.
     """
 
     config: ml_collections.ConfigDict
     workdir: Path
     distributed: bool
+    traceback: bool
 
 
 def parse_command(
     argv: Sequence[str] | None, default_config: str | Path, *, description: str = ""
 ) -> Command:
-    """Reads ``--config``, ``--workdir``, ``--config.FIELD=VALUE``, ``--distributed``.
+    """Reads ``--config``, ``--workdir``, ``--config.FIELD=VALUE`` and the like.
 
-    A mistake ends the program with status 2 and one line that says what was meant.
+    An unknown argument ends the program with status 2 and one line.
 
     Args:
         argv: the arguments; None: those of the program.
@@ -41,11 +44,9 @@ def parse_command(
         a :class:`Command`. Without ``--workdir`` the folder is ``runs/`` and the name
         of the config: ``runs/glue_kasa-task-rte`` for ``glue_kasa.py:task=rte``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--config.FIELD=VALUE replaces one value of the config.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
@@ -69,7 +70,9 @@ def parse_command(
         overrides = [item.removeprefix(prefix) for item in others]
         config = load_config(given.config, overrides)
     except ValueError as error:
-        parser.error(str(error))
+        if given.traceback:
+            tracebacks.print_exception(error)
+        parser.error(str(error).removesuffix("."))
     name = Path(given.config).name.replace(".py", "", 1)
     folder = given.workdir or Path("runs") / re.sub(r"[^\w.-]+", "-", name)
-    return Command(config, Path(folder), given.distributed)
+    return Command(config, Path(folder), given.distributed, given.traceback)

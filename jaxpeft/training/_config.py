@@ -2,16 +2,20 @@
 
 import ast
 import difflib
-import importlib.util
+import importlib.machinery
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+
+from jaxpeft.core._arguments import check_arguments
 
 
 def load_config(
@@ -32,8 +36,9 @@ def load_config(
         the config, locked: reading or writing a field it does not have raises.
 
     Raises:
-        ValueError: no such file, no such field (near matches are named), an argument
-            that ``get_config`` does not take, a value of another type.
+        ValueError: no such file, one that cannot be run (its line is named), no such
+            field (near matches are named), an argument that ``get_config`` does not
+            take, a value of another type.
 
     Example:
         >>> import tempfile
@@ -58,7 +63,12 @@ def load_config(
                 + (f" Write {name}:{allowed[0]}=VALUE." if allowed else "")
             )
         given[key] = value
-    config = get_config(**given)
+    config = _from_file(Path(name), lambda: get_config(**given))
+    if not _is_section(config):
+        raise ValueError(
+            f"`--config`: get_config() of {name!r} returned a {type(config).__name__}; "
+            "it should return an ml_collections.ConfigDict, see configs/quickstart.py."
+        )
     for item in overrides:
         _override(config, item)
     return config.lock()
@@ -67,20 +77,42 @@ def load_config(
 def _read_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
     if not path.is_file():
         beside = sorted(str(file) for file in path.parent.glob("*.py"))
-        near = _near(str(path), beside) or beside or "no Python file in that folder"
+        near = (
+            near_names(str(path), beside) or beside or "no Python file in that folder"
+        )
         raise ValueError(
             f"`--config`: there is no file {str(path)!r}; nearest: {near}."
         )
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(path)
+    _from_file(path, lambda: loader.exec_module(module))
+    if not callable(getattr(module, "get_config", None)):
         raise ValueError(
             f"`--config`: {str(path)!r} has no function get_config(); it should return "
             f"an ml_collections.ConfigDict, see configs/quickstart.py."
         )
     return module.get_config
+
+
+def _from_file(path: Path, do: Callable[[], Any]) -> Any:
+    """What a config's code gives; what it raises, with its line, is a ValueError."""
+    try:
+        return do()
+    except Exception as error:  # anything: the code is whoever wrote the config's
+        where = str(path)
+        if isinstance(error, SyntaxError) and error.filename == where:
+            raise ValueError(
+                f"`--config` {where!r}, line {error.lineno}: {error.msg}."
+            ) from error
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == where
+        ]
+        line = f", line {lines[-1]}" if lines else ""
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"`--config` {where!r}{line}: {kind}{error}") from error
 
 
 def _override(config: ml_collections.ConfigDict, item: str) -> None:
@@ -98,7 +130,7 @@ def _override(config: ml_collections.ConfigDict, item: str) -> None:
     if not _is_section(holder) or last not in holder:
         raise ValueError(
             f"`--config.{name}`: the config has no such field; "
-            f"nearest: {_near(name, known) or sorted(known)}."
+            f"nearest: {near_names(name, known) or sorted(known)}."
         )
     old = holder[last]
     if _is_section(old):
@@ -141,7 +173,7 @@ def _parse(text: str, kind: type) -> Any:
     return value
 
 
-def _near(name: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
+def near_names(name: str, known: Sequence[str] | dict[str, Any]) -> list[str]:
     """Up to three known names that look like ``name``, the nearest first."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     same_end = [key for key in known if key.split(".")[-1] == name.split(".")[-1]]
@@ -296,18 +328,60 @@ def call_named(
     """
     arguments = {n: value for n, value in fields.to_dict().items() if n != leave}
     name = arguments.pop("name")
-    names = [n for n in dir(namespace) if not n.startswith("_")]
+    names = [
+        n
+        for n, value in vars(namespace).items()
+        if not n.startswith("_") and inspect.isfunction(value)
+    ]
     if name not in names:
         raise ValueError(
             f"`config.{section}.name` {name!r}: {namespace.__name__} has "
-            f"{', '.join(names)}; nearest: {_near(name, names) or 'none'}."
+            f"{', '.join(names)}; nearest: {near_names(name, names) or 'none'}."
         )
-    function = getattr(namespace, name)
-    allowed = inspect.signature(function).parameters
+    return call(getattr(namespace, name), arguments, section, **known)
+
+
+def call(
+    function: Callable[..., Any], arguments: Mapping[str, Any], section: str, **known
+) -> Any:
+    """Calls a function with the fields of a section of a config, checked by name.
+
+    Args:
+        function: what is called.
+        arguments: its arguments that the config has.
+        section: where they stand in the config, for messages: ``"optimizer"``.
+        **known: arguments that the run knows by itself, such as ``total_steps``.
+
+    Returns:
+        what the function returns.
+
+    Raises:
+        ValueError: an argument the function does not take, one it needs, or a value of
+            another type; and whatever the function itself objects to.
+
+    Example:
+        >>> import textwrap
+        >>> call(textwrap.indent, {"text": "quoted", "prfix": "> "}, "quote")
+        Traceback (most recent call last):
+        ...
+        ValueError: `config.quote.prfix`: indent takes no such argument; nearest: \
+['prefix'], all: text, prefix, predicate.
+    """
+    name = function.__name__
+    parameters = inspect.signature(function).parameters
+    allowed = [key for key in parameters if key not in known]
     for key in arguments:
         if key not in allowed:
             raise ValueError(
                 f"`config.{section}.{key}`: {name} takes no such argument; nearest: "
-                f"{_near(key, list(allowed)) or 'none'}, all: {', '.join(allowed)}."
+                f"{near_names(key, allowed) or 'none'}, all: {', '.join(allowed)}."
             )
-    return function(**arguments, **known)
+    for key in allowed:
+        needed = parameters[key].default is inspect.Parameter.empty
+        if needed and key not in arguments:
+            raise ValueError(f"`config.{section}.{key}` is missing; {name} needs it.")
+    check_arguments(function, arguments, f"`config.{section}.{{}}`".format)
+    try:
+        return function(**arguments, **known)
+    except ValueError as error:
+        raise ValueError(f"`config.{section}`: {error}") from error

@@ -321,16 +321,30 @@ def put_batch(
     if rows is not None:
         columns = _pad_rows(columns, count, rows)
         count = rows
+    check_rows(count, mesh, accumulate)
+    return {name: _global_array(column, mesh) for name, column in columns.items()}
+
+
+def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises unless a process's rows of a batch can be dealt out to its devices.
+
+    Args:
+        rows: how many.
+        mesh: the mesh.
+        accumulate: the number of micro-batches that the step will make of them.
+
+    Raises:
+        ValueError: the mesh times ``accumulate`` does not divide them.
+    """
     shards = _shards_per_process(mesh)
-    if count % (shards * accumulate):
+    if rows % (shards * accumulate):
         raise ValueError(
-            f"a batch of {count} rows on this process is not divisible by its "
+            f"a batch of {rows} rows on this process is not divisible by its "
             f"{shards} shards (data={mesh.shape[DATA]} x fsdp={mesh.shape[FSDP]} over "
             f"{_processes(mesh)} process(es)) times "
             f"accumulate={accumulate}. Take a batch size that is a multiple of "
             f"{shards * accumulate} a process, or a smaller mesh"
         )
-    return {name: _global_array(column, mesh) for name, column in columns.items()}
 
 
 def _global_array(column: np.ndarray, mesh: Mesh) -> jax.Array:

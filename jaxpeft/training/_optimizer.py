@@ -1,5 +1,6 @@
 """AdamW for adapted trees: schedules, groups of learning rates, decay by name."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,10 @@ import optax
 
 from jaxpeft.core import AdaptedKernel
 from jaxpeft.core._node import is_node
+
+# Rates, decays and moments are float32 numbers.
+MOST = float(jnp.finfo(jnp.float32).max)
+LEAST = float(jnp.finfo(jnp.float32).tiny)
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -104,8 +109,8 @@ def schedule(
     }
     if kind not in shapes:
         raise ValueError(f"`schedule` must be one of {sorted(shapes)}, got {kind!r}")
-    if peak < 0:
-        raise ValueError(f"a learning rate must not be negative, got {peak}")
+    if not 0 <= peak < math.inf:
+        raise ValueError(f"`peak` must be finite and not negative, got {peak}")
     if total_steps < 1:
         raise ValueError(f"`total_steps` must be at least 1, got {total_steps}")
     if not 0 <= warmup_steps < total_steps:
@@ -197,12 +202,33 @@ def adamw(
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1), got {warmup_ratio}")
         warmup_steps = min(-int(-total_steps * warmup_ratio // 1), total_steps - 1)
-    if lora_plus_ratio is not None and lora_plus_ratio < 1:
-        raise ValueError(
-            f"`lora_plus_ratio` must be at least 1 (16 is usual), got {lora_plus_ratio}"
-        )
-    if weight_decay < 0:
-        raise ValueError(f"`weight_decay` must not be negative, got {weight_decay}")
+    _check_range(
+        {
+            "learning_rate": learning_rate,
+            "head_learning_rate": head_learning_rate,
+            "embedding_learning_rate": embedding_learning_rate,
+            "weight_decay": weight_decay,
+        },
+        lambda x: 0 <= x <= MOST,
+        f"from 0 to {MOST:.1e}, float32's largest",
+    )
+    betas = {"b1": b1, "b2": b2}
+    _check_range(betas, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    # Smaller ones are 0 in float32, and a leaf without a gradient would become NaN.
+    _check_range(
+        {"eps": eps}, lambda x: LEAST <= x <= MOST, f"from {LEAST:.1e} to {MOST:.1e}"
+    )
+    _check_range(
+        {"lora_plus_ratio": lora_plus_ratio},
+        lambda x: 1 <= x <= MOST,
+        "at least 1 (16 is usual)",
+    )
+    fast = learning_rate * (lora_plus_ratio or 1.0)
+    _check_range(
+        {"learning_rate` times `lora_plus_ratio": fast},
+        lambda x: x <= MOST,
+        f"at most {MOST:.1e}, float32's largest",
+    )
     if not jax.tree.leaves(trainable):
         raise ValueError(
             "`trainable` has no leaves: attach an adapter first, and pass the first "
@@ -249,6 +275,15 @@ def adamw(
     by_group = {g: optax.scale_by_learning_rate(rate) for g, rate in rates.items()}
     steps.append(optax.partition(by_group, labels))
     return Optimizer(optax.chain(*steps), rates)
+
+
+def _check_range(
+    numbers: Mapping[str, float | None], fits: Callable[[float], bool], words: str
+) -> None:
+    """Raises unless numbers that are given lie in a range; NaN never does."""
+    for name, value in numbers.items():
+        if value is not None and not fits(value):
+            raise ValueError(f"`{name}` must be {words}, got {value}")
 
 
 _schedule = schedule  # the argument of `adamw` has the same name

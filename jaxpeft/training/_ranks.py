@@ -5,7 +5,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxpeft import allocate, core
-from jaxpeft.training._config import _near
+from jaxpeft.core._arguments import check_arguments
+from jaxpeft.training._config import near_names
 from jaxpeft.training._gather import GATHER, Draw
 
 ALLOCATION_FILE = "allocation.json"
@@ -86,31 +87,9 @@ def estimate_allocation(
         ...     model, params, {"name": "eva", "rank": 4}, draw, targets=["query"]
         ... )
     """
-    options = dict(fields)
-    name = options.pop("name")
-    function = find_allocator(name)
-    gathers = next(
-        (n for n in GATHER if n in inspect.signature(function).parameters), None
-    )
-    asked = inspect.signature(GATHER[gathers]).parameters if gathers else {}
-    starts = _START if gathers == "spectra" else {}
-    own = [n for n in inspect.signature(function).parameters if n not in _NOT_OPTIONS]
-    known = [*own, *(n for n, p in asked.items() if p.kind is p.KEYWORD_ONLY)]
-    known = [n for n in known if n not in _NOT_OPTIONS] + [*starts]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"`allocation.{option}`: {name} takes no such argument; nearest: "
-                f"{_near(option, known) or 'none'}, all: {', '.join(known)}."
-            )
-    if jax.process_count() > 1:
-        raise ValueError(
-            "`allocation` is estimated by one process. Write it to a file once, with "
-            "`jaxpeft ranks`, and name that."
-        )
+    function, gathers, own, starts = check_allocator(fields)
+    options = {option: value for option, value in fields.items() if option != "name"}
     start = starts | {n: options[n] for n in starts if n in options}
-    if start.get("whiten") and not start["init_from_eva"]:
-        raise ValueError("`allocation.whiten` is of init_from_eva=True; write that too")
     if start.get("init_from_eva") and start_file is None:
         raise ValueError(
             "`allocation.init_from_eva` needs a place for the directions: "
@@ -140,6 +119,75 @@ def estimate_allocation(
     if start.get("init_from_eva"):
         _save_spectra(start_file, given["spectra"], found)
     return core.Allocation.of(sites, found.facts | facts)
+
+
+class Asked(NamedTuple):
+    """What a section that names an allocator asks for.
+
+    Attributes:
+        function: of ``jaxpeft.allocate``.
+        gathers: what that takes beside shapes, a name in ``GATHER``; ``None``: nothing.
+        own: names of its options.
+        starts: those that say how adapters start, with their defaults.
+    """
+
+    function: Callable[..., core.Allocation]
+    gathers: str | None
+    own: list[str]
+    starts: dict[str, bool]
+
+
+def check_allocator(fields: Mapping[str, Any]) -> Asked:
+    """Checks what ``estimate_allocation`` is asked for, before anything is read.
+
+    Args:
+        fields: as of ``estimate_allocation``.
+
+    Returns:
+        What is asked for.
+
+    Raises:
+        ValueError: an unknown name or argument, one of another type, or several
+            processes.
+
+    Example:
+        >>> check_allocator({"name": "uniform", "rank": 4}).gathers is None
+        True
+    """
+    options = {option: value for option, value in fields.items() if option != "name"}
+    name = fields["name"]
+    function = find_allocator(name)
+    gathers = next(
+        (n for n in GATHER if n in inspect.signature(function).parameters), None
+    )
+    asked = inspect.signature(GATHER[gathers]).parameters if gathers else {}
+    starts = _START if gathers == "spectra" else {}
+    own = [n for n in inspect.signature(function).parameters if n not in _NOT_OPTIONS]
+    known = [*own, *(n for n, p in asked.items() if p.kind is p.KEYWORD_ONLY)]
+    known = [n for n in known if n not in _NOT_OPTIONS] + [*starts]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"`allocation.{option}`: {name} takes no such argument; nearest: "
+                f"{near_names(option, known) or 'none'}, all: {', '.join(known)}."
+            )
+    for asker in (function, GATHER[gathers]) if gathers else (function,):
+        takes = inspect.signature(asker).parameters
+        here = {n: value for n, value in options.items() if n in takes}
+        check_arguments(asker, here, "`allocation.{}`".format)
+    for option in starts:
+        if not isinstance(options.get(option, False), bool):
+            raise ValueError(
+                f"`allocation.{option}` must be True or False, got {options[option]!r}."
+            )
+    if jax.process_count() > 1:
+        raise ValueError(
+            "`allocation` is estimated by one process. Write it to a file once, with "
+            "`jaxpeft ranks`, and name that."
+        )
+    if options.get("whiten") and not options.get("init_from_eva"):
+        raise ValueError("`allocation.whiten` is of init_from_eva=True; write that too")
+    return Asked(function, gathers, own, starts)
 
 
 def read_allocation(
@@ -329,7 +377,7 @@ def find_allocator(name: str) -> Callable[..., core.Allocation]:
     if name not in names:
         raise ValueError(
             f"`allocation` {name!r} is neither a file nor an allocator; there are "
-            f"{', '.join(sorted(names))}; nearest: {_near(name, names) or 'none'}."
+            f"{', '.join(sorted(names))}; nearest: {near_names(name, names) or 'none'}."
         )
     return getattr(allocate, name)
 

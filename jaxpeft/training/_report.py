@@ -30,16 +30,20 @@ CURVES_FILE = "curves.png"
 PACKAGES = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def plot_curves(folder: Path, *, score: str, title: str) -> Path:
+def plot_curves(
+    folder: Path, *, score: str, title: str, best_step: int | None = None
+) -> Path:
     """Draws the curves of a run from its metrics file.
 
     Four panels over the steps: the task loss in training and in evaluation, the
-    penalty of the adapters, the learning rates, the score with its best value marked.
+    penalty of the adapters, the learning rates, the score with the best step marked.
 
     Args:
         folder: the run's folder; it must hold a metrics file.
         score: the name of the score in the ``eval`` events, ``"accuracy"``.
         title: stands above the panels.
+        best_step: the step of the best checkpoint, as ``Checkpointer.best`` says it:
+            which way a score is better is not decided twice. ``None``: no mark.
 
     Returns:
         the path of the picture, ``curves.png`` in ``folder``.
@@ -74,11 +78,12 @@ def plot_curves(folder: Path, *, score: str, title: str) -> Path:
     ax = next(panels)
     steps, values = _series(evals, score)
     ax.plot(steps, values, "o-", color=colours[2], ms=4)
-    if (best := _best(steps, values)) is not None:
-        ax.axhline(best[1], color=colours[2], lw=0.8, ls=":")
+    at_best = dict(zip(steps, values, strict=True)).get(best_step, math.nan)
+    if math.isfinite(at_best):
+        ax.axhline(at_best, color=colours[2], lw=0.8, ls=":")
         ax.annotate(
-            f"best {best[1]:.4g} at step {best[0]}",
-            (1, best[1]),
+            f"best {at_best:.4g} at step {best_step}",
+            (1, at_best),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             xytext=(-4, -14),
@@ -118,17 +123,6 @@ def _series(events: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
     return [s for s, _ in pairs], [
         v if math.isfinite(v) else math.nan for _, v in pairs
     ]
-
-
-def _best(steps: list[int], values: list[float]) -> tuple[int, float] | None:
-    """Step and value of the largest finite value, the first of equals.
-
-    Example:
-        >>> _best([0, 5, 9], [math.nan, 0.75, 0.5])
-        (5, 0.75)
-    """
-    pairs = [pair for pair in zip(steps, values, strict=True) if pair[1] == pair[1]]
-    return max(pairs, key=lambda pair: pair[1], default=None)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -193,7 +187,12 @@ def report(
     for name in ("step_seconds", "tokens_per_second"):
         results = results | {name: statistics.median(lap[name] for lap in laps)}
     results = results | {"compile_seconds": compile_seconds(), **memory()}
-    curves = plot_curves(folder, score=results["metric"], title=title)
+    curves = plot_curves(
+        folder,
+        score=results["metric"],
+        title=title,
+        best_step=results["best_step"],
+    )
     path = folder / REPORT_FILE
     text = {
         "results": results,

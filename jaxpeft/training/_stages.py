@@ -9,8 +9,9 @@ import jax
 import ml_collections
 
 from jaxpeft import mixtures
+from jaxpeft.training._fields import check_fields
 from jaxpeft.training._report import REPORT_FILE, print_table
-from jaxpeft.training._workdir import open_workdir
+from jaxpeft.training._workdir import check_workdir
 
 
 def stage_config(
@@ -92,18 +93,19 @@ def run_stages(
         the results of the last stage, with those of all under ``"stages"``.
 
     Raises:
-        ValueError: see ``stage_config``.
+        ValueError: see ``stage_config`` and ``check_fields``, before any stage is run.
         WorkdirError: a stage's folder is in use, or of another config.
     """
     folder = Path(workdir).absolute()
     configs = [stage_config(config, i, folder) for i in range(len(config.stages))]
+    for changed in configs:  # all, before the first is trained
+        check_fields(changed)
     results = {}
     for index, changed in enumerate(configs):
         own = stage_folder(config, index, folder)
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with open_workdir(own, changed, free=free):
-            done = own / REPORT_FILE
-            found = json.loads(done.read_text())["results"] if done.exists() else None
+        check_workdir(own, changed, free=free)
+        done = own / REPORT_FILE
+        found = json.loads(done.read_text())["results"] if done.exists() else None
         results[own.name] = run(changed, own) if found is None else found
     metric = results[own.name]["metric"]
     show = lambda r: f"{r['before'][metric]:.4f}, {r['after'][metric]:.4f}"

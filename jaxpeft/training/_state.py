@@ -15,19 +15,32 @@ from jaxpeft.training._optimizer import Optimizer
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient was not finite.
+    """A loss, a gradient or what an update made of the leaves was not finite.
 
     Attributes:
-        step: the number of the update (from 1) that would have used it.
+        step: the number of the update (from 1) that was not applied.
     """
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, kept: str = ""):
+        """See the class; ``kept`` is a sentence on what is left of the run."""
         self.step = step
         super().__init__(
-            f"the loss or its gradient was not finite at step {step}; the update was "
-            f"not applied, and the state is still that of step {step - 1}. Lower the "
-            "learning rate, lengthen the warm-up, or set `clip_norm`; a batch whose "
-            "weights are all 0 does it too"
+            f"the loss, its gradient or the updated leaves were not finite at step "
+            f"{step}; that update was not applied. {kept}{' ' if kept else ''}Lower "
+            "the learning rate, lengthen the warm-up, or set `clip_norm`; a batch "
+            "whose weights are all 0 does it too"
+        )
+
+    def keeping(self, latest: int | None) -> "NonFiniteError":
+        """Returns the same error, which also says what is left of the run.
+
+        Args:
+            latest: the step of the last checkpoint, ``None`` where there is none.
+        """
+        if latest is None:
+            return NonFiniteError(self.step, "No checkpoint had been saved before it.")
+        return NonFiniteError(
+            self.step, f"The last good checkpoint is kept, step {latest}."
         )
 
 
@@ -163,7 +176,7 @@ def check_finite(state: TrainState) -> None:
         state: the state.
 
     Raises:
-        NonFiniteError: naming the step. The state is that of the step before it.
+        NonFiniteError: naming the step. The state is that of the last finite update.
     """
     if (step := int(state.bad_step)) >= 0:
         raise NonFiniteError(step)

@@ -166,10 +166,11 @@ def train_step(
     (``mixtures.auxiliary``); these are no sums over rows, so of micro-batches their
     weighted mean is taken.
 
-    If the loss or the gradient's norm is not finite, or all weights are 0 (then the
-    first term and its gradient are 0, and nothing is learnt), nothing is changed but
-    ``bad_step``, and nothing ever after: the state is good whenever it is saved, and
-    no step waits for the host. ``check_finite`` raises when the host next looks.
+    If the loss, the gradient's norm or an updated leaf is not finite, or all weights
+    are 0 (then the first term and its gradient are 0, and nothing is learnt), nothing
+    is changed but ``bad_step``, and nothing ever after: the state is good whenever it
+    is saved, and no step waits for the host. ``check_finite`` raises when the host
+    next looks.
 
     Args:
         forward: ``(adapted, batch, key) -> outputs`` (``model_forward``).
@@ -275,7 +276,10 @@ def train_step(
                 ranks, updated, grads, state.step + 1, trainable
             )
         total = value + penalty
-        finite = jnp.isfinite(total) & jnp.isfinite(norm) & (weight != 0)
+        # A finite gradient may still overflow a leaf: a rate of 1e38 does.
+        leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updated)]
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.stack(leaves).all()
+        finite &= weight != 0
         good = finite & (state.bad_step < 0)
         keep = lambda new, old: jnp.where(good, new, old)
         next_state = TrainState(

@@ -1,6 +1,7 @@
 """The folder of a run: one process at a time, one config for good."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,8 +25,61 @@ FRESH_FILE = "config.json.new"
 LOCK_FILE = ".lock"
 
 
+# Checkpoints are found by patterns (orbax): in a folder whose name is itself a pattern
+# they are written and not found again, or another folder's are taken for them. Its
+# other end takes "gs:/" anywhere, and these roots, for a bucket's.
+PATTERNS = ("*", "?", "[", "\\", "gs:/")
+BUCKETS = ("/gs/", "/s3/", "/az/", "/hf/")
+LONGEST = 3500  # bytes of a path: what is written inside needs some, of Linux's 4095
+
+
 class WorkdirError(RuntimeError):
     """The folder cannot be used for this run; the message says what to do."""
+
+
+def as_folder(path: str | Path, argument: str = "workdir") -> Path:
+    r"""Returns the absolute path of a folder that can hold a run and its checkpoints.
+
+    Args:
+        path: of the folder, which need not be there; ``~`` is the home folder.
+        argument: what ``path`` is called in a message.
+
+    Returns:
+        The path.
+
+    Raises:
+        WorkdirError: a URL, a path that is too long, or one with a character that
+            checkpoints are not found behind.
+
+    Example:
+        >>> as_folder("/runs/50%").name
+        '50%'
+        >>> as_folder("runs/[new]")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ...
+        jaxpeft.training._workdir.WorkdirError: `workdir` 'runs/[new]' has '[' in ...
+    """
+    if "://" in str(path):
+        raise WorkdirError(
+            f"`{argument}` {str(path)!r} is a URL; give a folder. A bucket can be "
+            f"mounted as one (gcsfuse, mountpoint-s3)."
+        )
+    folder = Path(path).expanduser().absolute()
+    found = [part for part in PATTERNS if part in f"{folder}/"]
+    found += [root for root in BUCKETS if f"{folder}/".startswith(root)]
+    if found:
+        raise WorkdirError(
+            f"`{argument}` {str(path)!r} has {found[0]!r} in its path, behind which "
+            "checkpoints would not be found again; give a folder without any of "
+            f"{' '.join(PATTERNS)}, and not below {' '.join(BUCKETS)}"
+        )
+    length = len(os.fsencode(folder))
+    if length > LONGEST:
+        raise WorkdirError(
+            f"`{argument}` has a path of {length} bytes, {str(path)[:60]!r}...; give "
+            f"one of at most {LONGEST}."
+        )
+    return folder
 
 
 @contextlib.contextmanager
@@ -35,7 +89,8 @@ def open_workdir(
     """Makes or reopens the folder of a run and holds it for as long as the context.
 
     A folder that holds a run of the same config is reopened, so that the same command
-    resumes it. The lock is the operating system's (flock on ``.lock`` inside the
+    resumes it; a run that fails before it has written anything leaves the folder as it
+    found it. The lock is the operating system's (flock on ``.lock`` inside the
     folder): it goes with the process that holds it, even when that is killed, so
     nothing has to be cleaned up after a crash. With several processes, the first one
     decides for all; they must see the same folder.
@@ -54,12 +109,9 @@ def open_workdir(
             run of another config (the differing fields are listed); another living
             process holds the folder.
     """
-    if "://" in str(path):
-        raise WorkdirError(
-            f"`workdir` {str(path)!r} is a URL; give a folder. A bucket can be mounted "
-            f"as one (gcsfuse, mountpoint-s3)."
-        )
-    folder = Path(path).absolute()
+    folder = as_folder(path)
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    fresh = not (folder / CONFIG_FILE).exists()
     with contextlib.ExitStack() as stack:
         error = None
         if jax.process_index() == 0:
@@ -68,10 +120,69 @@ def open_workdir(
                 stack.enter_context(_locked(folder))
                 _check_content(folder, config, free)  # another may just have written
                 _write_config(folder, config)
-            except WorkdirError as raised:
+            except (WorkdirError, OSError) as raised:
                 error = raised
         _agree(error, folder)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if fresh and jax.process_index() == 0:
+                _let_go(folder, made)
+            raise
+
+
+def check_workdir(
+    path: str | Path, config: ml_collections.ConfigDict, *, free: Sequence[str] = ()
+) -> None:
+    """Raises where ``open_workdir`` would; makes and writes nothing.
+
+    Args:
+        path: as of ``open_workdir``.
+        config: the run's config.
+        free: as of ``open_workdir``.
+
+    Raises:
+        WorkdirError: as of ``open_workdir``.
+        OSError: the folder cannot be read, or is one that cannot be written.
+    """
+    folder = as_folder(path)
+    if jax.process_index() == 0:
+        _check_content(folder, config, free)
+        _check_free(folder)
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, "cannot write into", str(there))
+
+
+def _check_free(folder: Path) -> None:
+    """Raises if a living process holds the folder."""
+    if (folder / LOCK_FILE).exists():
+        with open(folder / LOCK_FILE, "rb") as file:
+            _hold(file.fileno(), folder, fcntl.LOCK_SH)
+
+
+def _hold(file: int, folder: Path, how: int) -> None:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # The holder may not have written who it is yet.
+        holder = os.read(file, 4096).decode() or "unknown"
+        raise WorkdirError(
+            f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
+            f"Wait for it, stop it, or give another folder: --workdir=PATH."
+        ) from None
+
+
+def _let_go(folder: Path, made: Sequence[Path]) -> None:
+    """Takes a new run's config and lock away, and the folders that were made for it."""
+    own = {CONFIG_FILE, LOCK_FILE, FRESH_FILE}
+    if any(p.name not in own for p in folder.iterdir()):
+        return
+    for name in own:
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else is using it by now
+        for each in made:
+            each.rmdir()
 
 
 def _agree(error: Exception | None, folder: Path) -> None:
@@ -119,15 +230,7 @@ def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # The holder may not have written who it is yet.
-            holder = os.read(file, 4096).decode() or "unknown"
-            raise WorkdirError(
-                f"`workdir` {str(folder)!r} is in use by another living run: {holder}. "
-                f"Wait for it, stop it, or give another folder: --workdir=PATH."
-            ) from None
+        _hold(file, folder, fcntl.LOCK_EX)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "argv": sys.argv}
         os.ftruncate(file, 0)
         os.write(file, json.dumps(holder).encode())

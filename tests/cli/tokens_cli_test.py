@@ -113,8 +113,8 @@ def test_stop_tokens_and_texts(chat_base, answer, said):
     got = go(part)
     assert len(got) in (len(cut) - 1, len(cut)) and got == cut[: len(got)]
     assert go("nowhere") == whole
-    refused = said("generate", PROMPT, "--base", base, "--stop", "")
-    assert refused.status == 2 and "an empty text" in refused.err
+    with pytest.raises(SystemExit, match="2"):  # while the command line is parsed
+        said("generate", PROMPT, "--base", base, "--stop", "")
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])

@@ -7,7 +7,11 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from jaxpeft import data
 from jaxpeft.data import metrics
+from jaxpeft.data._choices import CHOICE_METRICS
+from jaxpeft.data._task import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from jaxpeft.data._texts import TEXT_METRICS
 
 NAMES = sorted(name for name, _ in inspect.getmembers(metrics, inspect.isfunction))
 OF_CLASSES = {
@@ -115,3 +119,40 @@ def test_a_nan_is_named(name):
         getattr(metrics, name)(np.array([0.5, np.nan]), np.array([0.1, 0.2]))
     with pytest.raises(ValueError, match="`labels` .* got inf at position 0"):
         getattr(metrics, name)(np.array([0.5, 0.1]), np.array([np.inf, 0.2]))
+
+
+@pytest.mark.parametrize("name", sorted({*CLASSIFICATION_METRICS, *REGRESSION_METRICS}))
+def test_a_metric_is_better_the_way_it_is_said(name):
+    labels = np.array([0, 1, 1, 0, 1, 0])
+    wrong = np.array([1, 1, 0, 1, 0, 0])
+    right, worse = (getattr(metrics, name)(x, labels) for x in (labels, wrong))
+    best = {"max": max, "min": min}[data.metric_mode(name)]
+    assert right != worse and best(right, worse) == right
+
+
+@pytest.mark.parametrize("name", TEXT_METRICS)
+def test_a_metric_of_writing_is_better_the_way_it_is_said(name):
+    rows = [{"q": "2 + 2 =", "a": " 4"}]
+    task = data.make_text_task(
+        "sums",
+        {"train": rows, "validation": rows},
+        prompt="q",
+        completion="a",
+        metrics=name,
+    )
+    assert task.best == {"metric": name, "mode": data.metric_mode(name)}
+    right, worse = (
+        data.score(task, np.array([[loss, 2.0, hits]]), np.array([2.0]))[name]
+        for loss, hits in ((0.1, 2.0), (5.0, 1.0))
+    )
+    best = {"max": max, "min": min}[data.metric_mode(name)]
+    assert right != worse and best(right, worse) == right
+
+
+def test_every_metric_that_a_task_may_name_has_a_direction():
+    named = {*CLASSIFICATION_METRICS, *REGRESSION_METRICS}
+    named |= {*TEXT_METRICS, *CHOICE_METRICS}
+    assert {data.metric_mode(name) for name in named} == {"max", "min"}
+    assert data.metric_mode("sums/perplexity") == data.metric_mode("loss") == "min"
+    with pytest.raises(ValueError, match="`name` 'acuracy' is no metric"):
+        data.metric_mode("acuracy")

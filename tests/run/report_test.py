@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 import rich.console
 
-from jaxpeft import training
+from jaxpeft import data, training
 
 
 def test_curves_are_a_picture_of_what_was_measured(tmp_path):
@@ -20,15 +20,65 @@ def test_curves_are_a_picture_of_what_was_measured(tmp_path):
             rates = {"learning_rate/adapter": 1e-3 / step, "learning_rate/head": 1e-3}
             writer.write("train", step, loss=2 / step, penalty=0.1, **rates)
         writer.write("eval", 8, loss=0.4, accuracy=0.9)
-    before = training.plot_curves(tmp_path, score="accuracy", title="a run")
+    options = dict(score="accuracy", title="a run", best_step=8)
+    before = training.plot_curves(tmp_path, **options)
     assert before == tmp_path / "curves.png"
     image = matplotlib.image.imread(before)
     assert image.shape[0] > 500 and image.shape[1] > 800 and image.std() > 0.05
     with training.MetricsWriter(tmp_path, after=8, tensorboard=False) as writer:
         writer.write("train", 9, loss=float("nan"), penalty=0.1)
         writer.write("eval", 9, loss=3.0, accuracy=float("nan"))
-    after = training.plot_curves(tmp_path, score="accuracy", title="a run")
+    after = training.plot_curves(tmp_path, **options)
     assert (matplotlib.image.imread(after) != image).any()
+
+
+def annotations(monkeypatch):
+    """What is written into a picture, apart from axes and titles."""
+    from matplotlib.axes import Axes
+
+    written, plain = [], Axes.annotate
+    keep = lambda self, text, *args, **options: (
+        written.append(text) or plain(self, text, *args, **options)
+    )
+    monkeypatch.setattr(Axes, "annotate", keep)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "best"),
+    [
+        ("perplexity", {0: 90.0, 4: 12.0, 8: 15.0}, "best 12 at step 4"),
+        ("accuracy", {0: 0.1, 4: 0.9, 8: 0.5}, "best 0.9 at step 4"),
+        # Of equals the checkpoint that is kept is the latest, whatever the metric.
+        ("perplexity", {0: 90.0, 4: 12.0, 8: 12.0}, "best 12 at step 8"),
+        ("accuracy", {4: 0.75, 8: 0.75}, "best 0.75 at step 8"),
+    ],
+)
+def test_the_best_that_is_drawn_is_the_checkpoint_that_is_kept(
+    tmp_path, monkeypatch, metric, scores, best
+):
+    mode = data.metric_mode(metric)
+    with training.Checkpointer(
+        tmp_path / "checkpoints", config={}, metric=metric, mode=mode
+    ) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: list(scores))
+        monkeypatch.setattr(
+            checkpoints._manager, "metrics", lambda step: {metric: scores[step]}
+        )
+        kept = checkpoints.best
+    with training.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
+        for step, score in scores.items():
+            writer.write("train", step, loss=1.0, penalty=0.0)
+            writer.write("speed", step, step_seconds=1.0, tokens_per_second=1.0)
+            writer.write("eval", step, loss=1.0, **{metric: score})
+    written = annotations(monkeypatch)
+    each = {metric: 0.5}
+    results = RESULTS | {"metric": metric, "best_step": kept, "before": each}
+    results |= {"after": each, "after_last_step": each}
+    console = rich.console.Console(file=io.StringIO())
+    config = ml_collections.ConfigDict()
+    training.report(tmp_path, results, config, title="a run", console=console)
+    assert written == [best]
 
 
 RESULTS = {

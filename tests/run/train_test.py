@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, finished, tmp_path):
     done = command(f"--workdir={folder}", rate, *others, check=False)
     (stopped,) = training.read_metrics(folder, "stopped")
     step = stopped["step"]
-    assert done.returncode == 1 and f"not finite at step {step};" in done.stderr
+    assert done.returncode == 3 and f"not finite at step {step};" in done.stderr
     assert "Traceback" not in done.stderr
     assert f"The last good checkpoint is kept, step {step - 1}." in done.stdout
     assert (folder / "checkpoints" / str(step - 1)).is_dir()
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, finished, tmp_path):
 @pytest.mark.slow
 def test_a_folder_of_another_config_is_refused(command, finished):
     done = command(f"--workdir={finished[0]}", "--config.adapter.rank=2", check=False)
-    assert done.returncode == 1 and "adapter.rank: 4, now 2" in done.stderr
+    assert done.returncode == 2 and "adapter.rank: 4, now 2" in done.stderr
     assert "Traceback" not in done.stderr
     done = command(f"--workdir={finished[0]}", "--config.adapter.rnak=2", check=False)
     assert done.returncode == 2 and "nearest: ['adapter.rank'" in done.stderr

@@ -103,7 +103,7 @@ def test_another_mesh_reads_the_same_numbers(
 
 def test_the_last_and_the_best_are_kept(tmp_path, make_run, make_batch):
     run = make_run()
-    options = dict(config=CONFIG, metric="accuracy")
+    options = dict(config=CONFIG, metric="accuracy", mode="max")
     scores = {1: 0.3, 2: 0.9, 3: 0.9, 4: 0.2, 5: float("nan")}
     state = run.state
     with training.Checkpointer(tmp_path, **options) as checkpoints:
@@ -203,7 +203,7 @@ def test_the_checksum_is_of_bits_and_does_not_depend_on_the_mesh(dtype):
 
 def test_left_overs_of_a_killed_save_do_no_harm(tmp_path, make_run, make_batch):
     run = make_run()
-    options = dict(config=CONFIG, metric="accuracy")
+    options = dict(config=CONFIG, metric="accuracy", mode="max")
     state = advance(run, run.state, make_batch, 0, 1)
     with training.Checkpointer(tmp_path, **options) as checkpoints:
         checkpoints.save(state, run.frozen, scores={"accuracy": 0.5})

@@ -51,7 +51,7 @@ def main(folder):
     )
     next_batch = 0
     with training.Checkpointer(
-        folder / "checkpoints", config={}, metric="accuracy"
+        folder / "checkpoints", config={}, metric="accuracy", mode="max"
     ) as checkpoints:
         if checkpoints.latest is not None:
             restored = checkpoints.restore(state, frozen)

@@ -1,5 +1,9 @@
 """AdamW: schedules, groups of rates, and what is decayed."""
 
+import inspect
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,13 +160,13 @@ def test_an_unknown_leaf_name_is_an_error_where_it_matters(keys):
     ("options", "message"),
     [
         ({"schedule": "step"}, r"`schedule` must be one of \['constant', 'cosine'"),
-        ({"learning_rate": -1.0}, "must not be negative, got -1.0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be from 0 to .*got -1.0"),
         ({"total_steps": 0}, "`total_steps` must be at least 1"),
         ({"warmup_steps": 10}, "below the 10 steps"),
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "not both"),
         ({"warmup_ratio": 1.0}, r"must be in \[0, 1\)"),
         ({"lora_plus_ratio": 0.5}, "`lora_plus_ratio` must be at least 1"),
-        ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be from 0 to .*got -0.1"),
         ({"final_ratio": 2.0}, "`final_ratio` must be between 0 and 1"),
     ],
 )
@@ -171,6 +175,34 @@ def test_bad_arguments_are_named(trainable, options, message):
         training.adamw(
             trainable, **{"total_steps": 10, "learning_rate": 0.1, **options}
         )
+
+
+NUMBERS = [
+    name
+    for name, parameter in inspect.signature(training.adamw).parameters.items()
+    if parameter.annotation in (float, float | None)
+]
+
+
+def test_there_are_numbers():
+    assert {"learning_rate", "b1", "eps", "weight_decay", "warmup_ratio"} <= {*NUMBERS}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-3, 1e39])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_no_update_can_use_are_refused_by_name(trainable, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must.*got {re.escape(str(value))}"):
+        training.adamw(
+            trainable, **{"total_steps": 10, "learning_rate": 0.1, name: value}
+        )
+
+
+def test_a_fast_rate_that_overflows_is_refused(trainable):
+    """A relative: either number is a fine one by itself."""
+    options = {"total_steps": 10, "learning_rate": 1e30}
+    training.adamw(trainable, **options)
+    with pytest.raises(ValueError, match="`learning_rate` times `lora_plus_ratio`"):
+        training.adamw(trainable, lora_plus_ratio=1e10, **options)
 
 
 def test_trees_that_are_not_trainable_are_refused(trainable):

@@ -253,6 +253,36 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_run, make_batch, numpy_l
         assert np.array_equal(before[name], after[name]), name
 
 
+def test_an_update_that_overflows_a_leaf_is_not_applied(
+    make_run, make_batch, numpy_leaves
+):
+    """Loss and gradient are finite, and so would the next loss be: 0 * inf is masked.
+
+    One of many leaves will do.
+    """
+    import optax
+
+    huge = optax.chain(optax.scale(3e38), optax.scale(-3e38))
+    run = make_run(optimizer=training.Optimizer(huge, {}))
+    before = numpy_leaves(run.state)
+    state, metrics = run.step(run.state, run.frozen, run.put(make_batch()))
+    assert all(np.isfinite(float(metrics[n])) for n in ("total", "grad_norm"))
+    with pytest.raises(training.NonFiniteError, match="updated leaves.* at step 1;"):
+        training.check_finite(state)
+    after = numpy_leaves(state)
+    assert after.pop(".bad_step") == 1 and before.pop(".bad_step") == -1
+    for name in before:
+        assert np.array_equal(before[name], after[name]), name
+
+
+def test_the_message_says_what_is_kept():
+    error = training.NonFiniteError(4)
+    assert "kept" not in str(error)
+    assert "checkpoint is kept, step 2." in str(error.keeping(2))
+    assert "No checkpoint had been saved" in str(error.keeping(None))
+    assert error.keeping(0).step == 4 and "step 0." in str(error.keeping(0))
+
+
 def test_a_batch_of_padding_alone_is_not_a_silent_zero(make_run, make_batch):
     run = make_run(jp.kasa(rank=2, beta=0.3))
     penalty = float(jp.penalty(jp.combine(run.state.trainable, run.frozen)))

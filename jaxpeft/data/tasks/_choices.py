@@ -102,7 +102,7 @@ def choices(
             **shared,
             **bad,
         },
-    )
+    )._replace(raw=_raw(prompt, choices, lead))
 
 
 def tfds_choices(
@@ -167,7 +167,12 @@ def tfds_choices(
             "also_in_train": also_in_train(rows, [COLUMNS["prompt"]], bad_rows),
             **bad,
         },
-    )
+    )._replace(raw=_raw(prompt, choices, lead))
+
+
+def _raw(prompt: str, choices: str | Sequence[str], lead: str) -> dict[str, Any]:
+    columns = choices if isinstance(choices, str) else list(choices)
+    return {"prompt": prompt, "choices": columns, "lead": lead}
 
 
 def _rows(
@@ -186,24 +191,11 @@ def _rows(
     places = None if answers is None else _places(answers)
 
     def one(row: Mapping[str, Any], where: str, _: Any) -> dict[str, Any]:
-        if isinstance(choices, str):
-            listed = inside(row, choices, where)
-        else:
-            listed = [inside(row, column, where) for column in choices]
-        if isinstance(listed, str | bytes | Mapping):
-            raise ValueError(
-                f"{where}: column {choices!r} must be a list of texts; got "
-                f"{listed!r}. Of columns of a choice each, give all names."
-            )
-        read = [text_of({"choices": text}, "choices", where) for text in listed]
+        read = read_choices(row, prompt, choices, lead, where)
         right = inside(row, answer, where)
         if places is not None:
             right = _place(right, places, f"{where}: column {answer!r}")
-        return {
-            "prompt": read_text(row, prompt, where),
-            "choices": [lead + text for text in read],
-            "answer": right,
-        }
+        return {**read, "answer": right}
 
     found: dict[str, list[dict[str, Any]]] = {}
     bad: dict[str, Any] = {}
@@ -213,6 +205,38 @@ def _rows(
         if facts := good.facts():
             bad[split] = facts
     return found, {"bad_rows": bad} if bad else {}
+
+
+def read_choices(
+    row: Mapping[str, Any],
+    prompt: str,
+    choices: str | Sequence[str],
+    lead: str,
+    where: str,
+) -> dict[str, Any]:
+    """A row of any columns as a prompt and choices, without the answer.
+
+    Args:
+      row: the row.
+      prompt: as in `choices`, with the following.
+      choices: the column of lists, or the columns.
+      lead: put before each choice.
+      where: names the row in errors.
+    """
+    if isinstance(choices, str):
+        listed = inside(row, choices, where)
+    else:
+        listed = [inside(row, column, where) for column in choices]
+    if isinstance(listed, str | bytes | Mapping):
+        raise ValueError(
+            f"{where}: column {choices!r} must be a list of texts; got "
+            f"{listed!r}. Of columns of a choice each, give all names."
+        )
+    read = [text_of({"choices": text}, "choices", where) for text in listed]
+    return {
+        "prompt": read_text(row, prompt, where),
+        "choices": [lead + text for text in read],
+    }
 
 
 def _places(answers: Sequence[str | int]) -> dict[str, int]:

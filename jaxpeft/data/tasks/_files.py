@@ -19,7 +19,7 @@ def files(
     test: str | Path | None = None,
     text: str | Sequence[str],
     label: str,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | int] | None,
     metrics: Sequence[str] | None = None,
     bad_rows: str = "raise",
     wheel: str | None = None,

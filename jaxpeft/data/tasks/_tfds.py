@@ -51,7 +51,7 @@ def tfds(
     *,
     text: str | Sequence[str],
     label: str,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | int] | None,
     splits: Mapping[str, str],
     metrics: Sequence[str] | None = None,
     data_dir: str | PathLike | None = None,

@@ -1,0 +1,30 @@
+"""A model's config alone, before its weights are read."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from jaxpeft.models._build import from_config
+from jaxpeft.models._load import _find, _read_config
+
+
+def outline(folder_or_name: str | Path, **settings: Any) -> nn.Module:
+    """Returns the model that ``load`` would, without looking at any weight.
+
+    Args:
+      folder_or_name: as for ``load``.
+      **settings: ``head``, ``num_labels``, ``dtype``, ``param_dtype``, ``scan_layers``
+        and ``remat``, as for ``from_config``.
+
+    Returns:
+      A Linen module. ``models.abstract(model)`` gives the shapes of its parameters.
+
+    Raises:
+      ValueError: if there is no such model, its config is not implemented, or an
+        argument is not one of its names.
+
+    Example:
+      >>> outline("minilm", head="classification")  # doctest: +SKIP
+    """
+    return from_config(_read_config(_find(folder_or_name)), **settings)

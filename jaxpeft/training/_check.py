@@ -1,0 +1,203 @@
+"""What a run asks for, tried on shapes before weights or data are read."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from jaxpeft import adapters, allocate, core, interop, models
+from jaxpeft.training._config import call, call_named, count_steps
+from jaxpeft.training._fields import check_fields
+from jaxpeft.training._mesh import check_rows, make_mesh
+from jaxpeft.training._optimizer import adamw
+from jaxpeft.training._ranks import check_allocator, read_allocation
+from jaxpeft.training._workdir import check_workdir
+
+# (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
+Attach = Callable[..., Any]
+
+LONG = 10**6  # steps of an epoch, while the rows have not been counted
+
+
+def check_run(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    attach: Attach,
+    *,
+    free: Sequence[str] = (),
+) -> None:
+    """Raises for whatever can be refused before any data or weights are read.
+
+    Nothing is compiled, and nothing is written. The head that the task will need is
+    not known yet: a site must be there with one of the heads that the model can have.
+
+    Args:
+        config: of ``load_config``.
+        workdir: the run's folder.
+        attach: as of ``rehearse``.
+        free: as of ``open_workdir``.
+
+    Raises:
+        ValueError: a field of the config is missing, unknown or out of range, or names
+            something that there is not.
+        WorkdirError: the folder is in use, or of another run.
+    """
+    check_fields(config)
+    check_workdir(workdir, config, free=free)
+    mesh = call(make_mesh, config.mesh.to_dict(), "mesh")
+    for field in ("batch_size", "eval_batch_size"):
+        accumulate = config.accumulate if field == "batch_size" else 1
+        if config[field] % jax.process_count():
+            raise ValueError(
+                f"`config.{field}` {config[field]} cannot be dealt out to "
+                f"{jax.process_count()} processes; write a multiple of that."
+            )
+        rows = config[field] // jax.process_count()
+        with said_of(field):
+            check_rows(rows, mesh, accumulate)
+    total_steps = count_steps(config.train_for, LONG, field="train_for")
+    call_named(adapters, config.adapter, "adapter")
+    find_allocation(config, total_steps)
+    if config.allocation and config.start:
+        raise ValueError(
+            "`config.allocation` is for a new adapter, `config.start` has its ranks"
+            " already; leave one of them out."
+        )
+    if config.start:
+        with said_of("start"):
+            interop.adapter_info(config.start)
+    errors = []
+    for head, labels in (("causal_lm", None), ("classification", 2)):
+        try:
+            model = outline(config, head=head, num_labels=labels)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        try:
+            return rehearse(config, model, attach, total_steps, head_known=False)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[-1]
+
+
+def outline(
+    config: ml_collections.ConfigDict, *, head: str, num_labels: int | None
+) -> nn.Module:
+    """Returns the model of a config without its weights.
+
+    Args:
+        config: the config.
+        head: the head that its task needs.
+        num_labels: the width of that.
+
+    Raises:
+        ValueError: as ``models.outline``.
+    """
+    fields = ("dtype", "param_dtype", "scan_layers", "remat")
+    settings = {name: config.model[name] for name in fields}
+    with said_of("model"):
+        return models.outline(
+            config.model.name, head=head, num_labels=num_labels, **settings
+        )
+
+
+def rehearse(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    attach: Attach,
+    total_steps: int,
+    *,
+    head_known: bool = True,
+) -> None:
+    """Attaches, stages and optimises shapes in place of parameters.
+
+    Args:
+        config: the config.
+        model: of ``outline``.
+        attach: ``(config, model, params, keys, ranks) -> adapted``, what the run will
+            do with the parameters; it is given their shapes.
+        total_steps: the number of updates.
+        head_known: whether the model's head is that of the task.
+
+    Raises:
+        ValueError: what a run with this model would object to later.
+    """
+    tokens = jax.ShapeDtypeStruct((1, max(config.lengths)), jnp.int32)
+    with said_of("lengths"):
+        drawn = lambda tokens: model.init(jax.random.key(0), tokens)
+        shapes = jax.eval_shape(drawn, tokens)["params"]
+    setting, ranks = config.allocation, None
+    if setting:
+        sites = {"targets": config.targets, "exclude": config.exclude or None}
+        if isinstance(setting, str) and Path(setting).is_file():
+            ranks = read_allocation(setting, shapes, axes=model.axes, **sites)
+        else:
+            named = {"name": setting} if isinstance(setting, str) else setting.to_dict()
+            check_allocator(named)
+    if config.start and not head_known:
+        return  # its own head may be of any width
+    made = []
+
+    def make() -> None:  # here keys are traced: they need no program either
+        keys = jax.random.split(jax.random.key(0))
+        made.append(attach(config, model, shapes, keys, ranks))
+
+    jax.eval_shape(make)
+    trainable, _ = core.partition(made[0])
+    call(
+        adamw,
+        config.optimizer.to_dict(),
+        "optimizer",
+        trainable=trainable,
+        total_steps=total_steps,
+    )
+    if allocation := find_allocation(config, total_steps):
+        with said_of("allocate"):
+            jax.eval_shape(allocation.init, trainable)
+
+
+def find_allocation(
+    config: ml_collections.ConfigDict, total_steps: int
+) -> allocate.Allocator | None:
+    """Returns what changes ranks in training, ``None`` where nothing does.
+
+    Args:
+        config: the config, of which ``allocate`` says what.
+        total_steps: the number of updates.
+
+    Raises:
+        ValueError: an unknown name or argument.
+    """
+    if not config.allocate:
+        return None
+    return call_named(
+        allocate, config.allocate, "allocate", total_steps=total_steps, leave="biases"
+    )
+
+
+@contextlib.contextmanager
+def said_of(field: str) -> Iterator[None]:
+    """Puts the name of a config's field before what an error says.
+
+    Args:
+        field: as it stands in the config, ``"head"``.
+
+    Raises:
+        ValueError: the one that was raised inside, with the name.
+
+    Example:
+        >>> with said_of("start"):
+        ...     raise ValueError("there is no such folder.")
+        Traceback (most recent call last):
+        ...
+        ValueError: `config.start`: there is no such folder.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`config.{field}`: {error}") from error
