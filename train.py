@@ -100,7 +100,8 @@ def _run(config, workdir, stack):
     task = data.task(config.data)
     model = training.outline(config, head=task.head, num_labels=task.num_labels)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    tokenizer = models.tokenizer(config.model.name)
+    with training.said_of("model.name"):
+        tokenizer = models.tokenizer(config.model.name)
     splits = data.tokenize(task, tokenizer, **limits)
     batches = iter(
         data.batches(

@@ -150,6 +150,10 @@ def check_workdir(
         _check_content(folder, config, free)
         _check_free(folder)
         there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not there.is_dir():
+            raise WorkdirError(
+                f"`workdir` {str(folder)!r} would lie in {str(there)!r}, a file."
+            )
         if not os.access(there, os.W_OK):
             raise PermissionError(errno.EACCES, "cannot write into", str(there))
 
