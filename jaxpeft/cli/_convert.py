@@ -1,10 +1,19 @@
 """``jaxpeft export``, ``import`` and ``convert``: an adapter in another file format."""
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._open import OWN, PEFT, add_base, new_folder, open_adapter
+from jaxpeft.cli._open import (
+    MODEL,
+    OWN,
+    PEFT,
+    add_base,
+    kind_of,
+    new_folder,
+    open_adapter,
+)
 from jaxpeft.cli._types import whole
 
 FORMS = ("own", "peft", "native", "portable")
@@ -70,15 +79,16 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         _refuse(given, "rank", "task_type", "base_model", "untie")
     elif form != "portable":
         _refuse(given, "rank")
+    kind = kind_of(Path(given.adapter))
+    if needed is not None and kind not in (needed, MODEL):
+        other = "import" if kind == PEFT else "export"
+        raise ValueError(
+            f"{given.adapter!r} is {_named(kind)} already; `jaxpeft {other}` "
+            "goes the other way, `jaxpeft convert` between PEFT's forms."
+        )
     from jaxpeft import interop
 
     opened = open_adapter(given)
-    if needed is not None and opened.kind != needed:
-        other = "import" if opened.kind == PEFT else "export"
-        raise ValueError(
-            f"{given.adapter!r} is {_named(opened.kind)} already; `jaxpeft {other}` "
-            "goes the other way, `jaxpeft convert` between PEFT's forms."
-        )
     # PEFT's classifiers bring their head along, which plain LoRA has no place for.
     task = None if form == "portable" else _TASK_OF.get(opened.model.head)
     with stage(f"writing {given.out}"):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.core import Adapter, ModuleName
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._lift import init_shapes, matrix_shape
 from jaxpeft.core._node import is_node, leaves_with_path
 from jaxpeft.core._paths import nearest
@@ -105,7 +106,7 @@ def load_peft(
     sites = _by_leaf(found, problems)
     _check_shared(found, table, file, problems)
     if problems:
-        lines = "\n  ".join(dict.fromkeys(problems))
+        lines = grouped(problems)
         raise ValueError(
             f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
             + lines
