@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable
 
-SHOWN = 3  # of one cause
+FEW = 6  # of one cause stand by themselves; of more, the first
+SHOWN = 3
 # A site, a leaf or a tensor: words joined by "/" or ".", in quotes or not.
 _NAME = re.compile(r"'?[\w-]+(?:[./][\w-]+)+'?")
 
@@ -16,18 +17,18 @@ def grouped(problems: Iterable[str], indent: int = 2) -> str:
         indent: spaces before every line but the first.
 
     Returns:
-        Indented lines, joined. Up to three of a cause stand by themselves.
+        Indented lines, joined. A few of a cause stand by themselves.
 
     Example:
-        >>> print(grouped(f"missing: 'layer_{i}/query/a'" for i in range(24)))
-        missing: 'layer_0/query/a' (and 23 more: 'layer_1/query/a', 'layer_2/query/a', ...)
+        >>> grouped(f"missing: 'layer_{i}/a'" for i in range(24))
+        "missing: 'layer_0/a' (and 23 more: 'layer_1/a', 'layer_2/a', ...)"
     """
     causes: dict[str, list[str]] = {}
     for line in dict.fromkeys(problems):
         causes.setdefault(_NAME.sub("", line), []).append(line)
     found = []
     for lines in causes.values():
-        if len(lines) <= SHOWN:
+        if len(lines) <= FEW:
             found += lines
             continue
         places = [_NAME.search(line) for line in lines[1:SHOWN]]

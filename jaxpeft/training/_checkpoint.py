@@ -303,7 +303,7 @@ class Checkpointer:
         if not lines and not leaves:  # these cost a pass over the base: last
             now = set(self._base_checksums(frozen).items())
             changed = dict(now ^ set(meta["base"].items()))
-            leaves = [f"base leaf {n} has other values" for n in sorted(changed)]
+            leaves = [f"base leaf {n}: its values differ" for n in sorted(changed)]
         lines += [grouped(leaves)] if leaves else []
         if lines:
             raise CheckpointError(
