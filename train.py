@@ -101,9 +101,10 @@ def _run(config, workdir, stack):
     model = training.outline(config, head=task.head, num_labels=task.num_labels)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
     chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
-    tokenizer = training.call_named(
-        *(models, chosen, "tokenizer"), folder_or_name=config.model.name
-    )
+    with training.said_of("model.name"):
+        tokenizer = training.call_named(
+            *(models, chosen, "tokenizer"), folder_or_name=config.model.name
+        )
     told = {  # goes with every adapter that is saved, for all that is done with it
         "config": config.to_dict(),
         "tokenizer": models.tokenizer_options(tokenizer),

@@ -169,8 +169,9 @@ def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free
     if free:
         widths = dict.fromkeys(shape[-1] for shape in sites.values() if shape)
         labels = [first["num_labels"]] if first["num_labels"] else [None, *widths]
-        tried += [{"head": None, "num_labels": None}]
-        tried += [{"head": "causal_lm", "num_labels": None}]
+        if first["num_labels"] is None:  # or it would go unheard
+            tried += [{"head": None, "num_labels": None}]
+            tried += [{"head": "causal_lm", "num_labels": None}]
         tried += [{"head": "classification", "num_labels": n} for n in labels]
     for scan_layers in (False, True):
         for settings in tried:

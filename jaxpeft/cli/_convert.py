@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._folders import OWN, PEFT
+from jaxpeft.cli._folders import MODEL, OWN, PEFT, find
 from jaxpeft.cli._open import (
     Opened,
     add_adapter,
@@ -82,15 +82,16 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         _refuse(given, "rank", "task_type", "base_model", "untie")
     elif form != "portable":
         _refuse(given, "rank")
+    _, kind = find(given.adapter)
+    if needed is not None and kind not in (needed, MODEL):
+        other = "import" if kind == PEFT else "export"
+        raise ValueError(
+            f"{given.adapter!r} is {_named(kind)} already; `jaxpeft {other}` "
+            "goes the other way, `jaxpeft convert` between PEFT's forms."
+        )
     from jaxpeft import interop
 
     opened = open_adapter(given)
-    if needed is not None and opened.kind != needed:
-        other = "import" if opened.kind == PEFT else "export"
-        raise ValueError(
-            f"{given.adapter!r} is {_named(opened.kind)} already; `jaxpeft {other}` "
-            "goes the other way, `jaxpeft convert` between PEFT's forms."
-        )
     # PEFT's classifiers bring their head along, which plain LoRA has no place for.
     task = None if form == "portable" else _TASK_OF.get(opened.model.head)
     tokenizer = open_tokenizer(opened.folder, given.adapter)

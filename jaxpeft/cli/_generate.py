@@ -161,4 +161,10 @@ def _named(given: argparse.Namespace, prompts: int) -> tuple[dict[str, Path], li
         raise ValueError(
             f"--rows has {len(rows)} names for {prompts} prompts; give one for each."
         )
+    for name in rows:
+        if name not in (*folders, "__base__"):
+            raise ValueError(
+                f"--rows has {name!r}; --adapter names {', '.join(folders)}, and "
+                "__base__ is for none."
+            )
     return folders, rows

@@ -14,6 +14,7 @@ from jaxtyping import Array, Key, PyTree
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._allocation import Allocation, attach_arguments
 from jaxpeft.core._finite import check_finite
+from jaxpeft.core._grouped import some
 from jaxpeft.core._kept import only_adds, take_components
 from jaxpeft.core._layers import site_methods
 from jaxpeft.core._lift import (
@@ -231,7 +232,7 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
     for like, heard in said.items():
         for warning in heard:
             warnings.warn(
-                f"sites {sites[like]}: {warning.message}",
+                f"sites {some(sites[like])}: {warning.message}",
                 warning.category,
                 stacklevel=3,
             )

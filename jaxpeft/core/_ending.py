@@ -7,6 +7,8 @@ import traceback as tracebacks
 from collections.abc import Callable
 from typing import NoReturn
 
+from jaxpeft.numerics import import_message
+
 # Python's own status of an uncaught exception is 1: that is a fault of the program.
 REFUSED = 2  # what was asked for cannot be done
 NOT_FINITE = 3  # a run was stopped by a NaN or an infinity
@@ -113,6 +115,4 @@ def _said(error: Exception) -> str:
         places = [repr(str(f)) for f in (error.filename, error.filename2) if f]
         return ": ".join([error.strerror, *places])
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, ImportError):
-        return f"{text}. Write: pip install 'jaxpeft[train]'"
-    return text
+    return import_message(error) if isinstance(error, ImportError) else text

@@ -11,6 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpeft.core._attach import fold_base, place_like
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._lift import leaf_entries
 from jaxpeft.core._node import AdaptedKernel, is_node, leaves_with_path, nodes
 from jaxpeft.core._paths import nearest
@@ -87,7 +88,7 @@ def graft(params: PyTree, adapter: Mapping[str, AdaptedKernel]) -> PyTree:
     if problems:
         raise ValueError(
             "`adapter` does not fit `params`; nothing was attached:\n  "
-            + "\n  ".join(problems)
+            + grouped(problems)
         )
     made = {path: _grafted(node, leaves[path]) for path, node in adapter.items()}
     treedef = jax.tree.structure(params, is_leaf=is_node)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._attach import attach, place_like, site_key
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._lift import dims_of, expand_leaf, matrix_shape
 from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, is_node, map_nodes, nodes
 from jaxpeft.core._products import is_plain, layer_products, not_low_rank
@@ -122,9 +123,7 @@ def weighted(
         ranks[path], more = _ranks(path, each[0], products[path], how, rank)
         problems += more or not_finite(path, products[path])
     if problems:
-        raise ValueError(
-            "`adapters` cannot be combined so:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError("`adapters` cannot be combined so:\n  " + grouped(problems))
     result = plain[0]
     for adapter in dict.fromkeys(targets.values()):
         own = {path: ranks[path] for path, its in targets.items() if its is adapter}
@@ -267,7 +266,7 @@ def scaled(
             "only the scale of whole, plain low-rank adapters can be changed in place. "
             "Write into=jaxpeft.lora() for another method whose change is of low rank; "
             "leave the others out, {path: node for path, node in "
-            "jaxpeft.extract(adapted).items() if ...}:\n  " + "\n  ".join(problems)
+            "jaxpeft.extract(adapted).items() if ...}:\n  " + grouped(problems)
         )
 
     def times(node):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxpeft.core import AdaptedKernel, Adapter, ModuleName, Site
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._lift import (
     from_matrices,
     initialise,
@@ -103,7 +104,7 @@ def load_adapter(
         for name in sorted(set(file.shapes) - wanted)
     ]
     if problems:
-        lines = "\n  ".join(problems)
+        lines = grouped(problems)
         raise ValueError(
             f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
             + lines

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.core import Adapter, ModuleName
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._lift import init_shapes, matrix_shape
 from jaxpeft.core._node import is_node
 from jaxpeft.core._paths import nearest
@@ -124,7 +125,7 @@ def load_peft(
     sites, leaves = _by_leaf(found, problems), by_leaf(whole, problems)
     problems += file.not_finite(used & set(file.shapes))
     if problems:
-        lines = "\n  ".join(dict.fromkeys(problems))
+        lines = grouped(problems)
         raise ValueError(
             f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
             + lines

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.core import AdaptedKernel, ModuleName
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._node import leaves_with_path, nodes
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._labels import LABELS, head_fields, is_head
@@ -207,7 +208,7 @@ def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError(
             "the tree has no such form in PEFT's files; nothing was written:\n  "
-            + "\n  ".join(dict.fromkeys(problems))
+            + grouped(problems)
         )
 
 

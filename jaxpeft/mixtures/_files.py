@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.core import UNIVERSAL, AdaptedKernel
+from jaxpeft.core._grouped import grouped
 from jaxpeft.mixtures._domains import new_domain, with_new_domain
 from jaxpeft.mixtures._nodes import (
     domain_nodes,
@@ -119,7 +120,7 @@ def import_domain(
     if problems:
         raise ValueError(
             f"domain {facts['name']!r} of {str(file)!r} does not fit; nothing was "
-            "added:\n  " + "\n  ".join(sorted(problems))
+            "added:\n  " + grouped(sorted(problems))
         )
 
     def leaves_of(node):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft.core._grouped import grouped
 from jaxpeft.models._checkpoint import Tensor
 from jaxpeft.models._families import FAMILIES, OLD_NAMES, Family, Source
 
@@ -152,7 +153,7 @@ def _near(name: str, *among: Iterable[str]) -> str:
 def _complain(folder: Path, sections: Mapping[str, list[str]]) -> None:
     if any(sections.values()):
         lines = [
-            f"{len(names)} {title}:\n    " + "\n    ".join(names)
+            f"{len(names)} {title}:\n    " + grouped(names, 4)
             for title, names in sections.items()
             if names
         ]

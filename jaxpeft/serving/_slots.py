@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
 from jaxpeft.core import ModuleName, attach, detach
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._node import is_node, leaves_with_path, map_nodes, nodes
 from jaxpeft.core._paths import Targets, nearest
 from jaxpeft.core._rows import (
@@ -207,7 +208,7 @@ def load(
     if not found:
         problems = ["it is a tree without adapters; give one that attach made"]
     if problems:
-        lines = "\n  ".join(problems)
+        lines = grouped(problems)
         raise ValueError(
             f"`adapter` {name!r} does not fit the slots; nothing was loaded:\n  {lines}"
         )

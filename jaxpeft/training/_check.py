@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxpeft import adapters, allocate, core, interop, models
+from jaxpeft.core._lift import matrix_shape
+from jaxpeft.core._node import nodes
 from jaxpeft.training._config import call, call_named, count_steps
 from jaxpeft.training._fields import check_fields
 from jaxpeft.training._mesh import check_rows, make_mesh
@@ -148,6 +150,7 @@ def rehearse(
         made.append(attach(config, model, shapes, keys, ranks))
 
     jax.eval_shape(make)
+    _check_ranks(made[0])
     trainable, _ = core.partition(made[0])
     call(
         adamw,
@@ -159,6 +162,24 @@ def rehearse(
     if allocation := find_allocation(config, total_steps):
         with said_of("allocate"):
             jax.eval_shape(allocation.init, trainable)
+
+
+def _check_ranks(adapted: Any) -> None:
+    """Raises for factors larger than any change of their kernel needs.
+
+    A rank that is no size of a leaf beside the kernel (shared ones) is not looked at.
+    """
+    for node in nodes(adapted):
+        if node.site.ranks is None or node.adapter.shared is not None:
+            continue
+        _, *sizes = matrix_shape(node.base.shape, node.site.roles)
+        if max(node.site.ranks) > max(sizes):
+            raise ValueError(
+                f"`config.adapter.rank` or `config.rank_pattern` gives rank "
+                f"{max(node.site.ranks)} to site {node.site.path!r}, a kernel of "
+                f"{sizes[0]} x {sizes[1]}: every change of it has rank "
+                f"{min(sizes)} or less."
+            )
 
 
 def find_allocation(

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxpeft.core import flat, unflat
+from jaxpeft.core._grouped import grouped
 from jaxpeft.core._node import is_node
 from jaxpeft.numerics import optional
 from jaxpeft.training._config import config_differences
@@ -297,13 +298,15 @@ class Checkpointer:
             )
             if not any(line.startswith((f"{name}:", f"{name}.")) for name in self._free)
         ]
-        lines += _differences("leaf", meta["leaves"], _manifest(like))
+        leaves = _differences("leaf", meta["leaves"], _manifest(like))
         impl = str(jax.random.key_impl(state.key))
         if meta["key"] != impl:
             lines.append(f"key implementation {meta['key']!r}, now {impl!r}")
-        if not lines:  # the checksums cost a pass over the base: last
-            now = self._base_checksums(frozen)
-            lines += _differences("base leaf", meta["base"], now)
+        if not lines and not leaves:  # these cost a pass over the base: last
+            now = set(self._base_checksums(frozen).items())
+            changed = dict(now ^ set(meta["base"].items()))
+            leaves = [f"base leaf {n}: its values differ" for n in sorted(changed)]
+        lines += [grouped(leaves)] if leaves else []
         if lines:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(number)} is of another run:\n  "

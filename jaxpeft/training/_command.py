@@ -10,6 +10,7 @@ import ml_collections
 
 from jaxpeft.core._ending import Parser
 from jaxpeft.training._config import load_config
+from jaxpeft.training._workdir import WorkdirError, as_folder
 
 
 class Command(NamedTuple):
@@ -45,6 +46,7 @@ def parse_command(
         of the config: ``runs/glue_kasa-task-rte`` for ``glue_kasa.py:task=rte``.
     """
     parser = Parser(
+        prog="train.py",
         description=description,
         epilog="--config.FIELD=VALUE replaces one value of the config.",
     )
@@ -66,13 +68,14 @@ def parse_command(
     for item in others:
         if not item.startswith(prefix):
             parser.error(f"unknown argument {item!r}; write {prefix}FIELD=VALUE")
+    name = Path(given.config).name.replace(".py", "", 1)
+    folder = given.workdir or Path("runs") / re.sub(r"[^\w.-]+", "-", name)
     try:
+        as_folder(folder)  # objects while it is as it was written
         overrides = [item.removeprefix(prefix) for item in others]
         config = load_config(given.config, overrides)
-    except ValueError as error:
+    except (ValueError, WorkdirError) as error:
         if given.traceback:
             tracebacks.print_exception(error)
         parser.error(str(error).removesuffix("."))
-    name = Path(given.config).name.replace(".py", "", 1)
-    folder = given.workdir or Path("runs") / re.sub(r"[^\w.-]+", "-", name)
     return Command(config, Path(folder), given.distributed, given.traceback)

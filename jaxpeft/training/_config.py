@@ -99,7 +99,7 @@ def _from_file(path: Path, do: Callable[[], Any]) -> Any:
     """What a config's code gives; what it raises, with its line, is a ValueError."""
     try:
         return do()
-    except Exception as error:  # anything: the code is whoever wrote the config's
+    except (Exception, SystemExit) as error:  # anything: the code is the user's
         where = str(path)
         if isinstance(error, SyntaxError) and error.filename == where:
             raise ValueError(

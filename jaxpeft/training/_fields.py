@@ -148,10 +148,10 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             name, its value and what it may be are in the message.
 
     Example:
-        >>> check_fields(ml_collections.ConfigDict({"sed": 0}))
+        >>> check_fields(ml_collections.ConfigDict({"seed": -1}))
         Traceback (most recent call last):
         ...
-        ValueError: `config.sed`: a run has no such field; nearest: ['seed'].
+        ValueError: `config.seed` must be a whole number from 0 to 4294967295, got -1.
     """
     found = {}
     for name, value in config.items():

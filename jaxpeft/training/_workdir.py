@@ -145,13 +145,15 @@ def check_workdir(
         WorkdirError: as of ``open_workdir``.
         OSError: the folder cannot be read, or is one that cannot be written.
     """
-    folder = as_folder(path)
+    folder, error = as_folder(path), None
     if jax.process_index() == 0:
-        _check_content(folder, config, free)
-        _check_free(folder)
-        there = next(p for p in (folder, *folder.parents) if p.exists())
-        if not os.access(there, os.W_OK):
-            raise PermissionError(errno.EACCES, "cannot write into", str(there))
+        try:
+            _check_content(folder, config, free)
+            _check_free(folder)
+            _check_place(folder)
+        except (WorkdirError, OSError) as raised:
+            error = raised
+    _agree(error, folder)
 
 
 def _check_free(folder: Path) -> None:
@@ -159,6 +161,17 @@ def _check_free(folder: Path) -> None:
     if (folder / LOCK_FILE).exists():
         with open(folder / LOCK_FILE, "rb") as file:
             _hold(file.fileno(), folder, fcntl.LOCK_SH)
+
+
+def _check_place(folder: Path) -> None:
+    """Raises if the folder, or the one it would be made in, cannot be written."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise WorkdirError(
+            f"`workdir` {str(folder)!r} would lie in {str(there)!r}, a file."
+        )
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot write into", str(there))
 
 
 def _hold(file: int, folder: Path, how: int) -> None:

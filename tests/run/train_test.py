@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, finished, tmp_path):
     step = stopped["step"]
     assert done.returncode == 3 and f"not finite at step {step};" in done.stderr
     assert "Traceback" not in done.stderr
-    assert f"The last good checkpoint is kept, step {step - 1}." in done.stdout
+    assert f"The last good checkpoint is kept, step {step - 1}." in done.stderr
     assert (folder / "checkpoints" / str(step - 1)).is_dir()
     assert not (folder / "report.json").exists()
     # A control for the tests above: another seed, other numbers.

@@ -76,10 +76,14 @@ def changes():
     for method, function in inspect.getmembers(adapters, inspect.isfunction):
         for name in numbers_of(function):
             yield f"config.adapter = dict(name={method!r}, {name}=float('nan'))", name
-        if "rank" in inspect.signature(function).parameters:
-            for rank in (0, -1, 2.5, "'8'", True, 10**9):
-                if (method, rank) != ("vera", 10**9):  # its factors are of any rank
-                    yield f"config.adapter = dict(name={method!r}, rank={rank})", "rank"
+        parameters = inspect.signature(function).parameters
+        if "rank" in parameters:
+            for rank in (0, -1, 2.5, "'8'", True):
+                yield f"config.adapter = dict(name={method!r}, rank={rank})", "rank"
+            # One object to all sites, or a number of experts for every model's layers.
+            some = [x for x in parameters.values() if isinstance(x.default, tuple)]
+            if function().shared is None and "experts" not in {x.name for x in some}:
+                yield f"config.adapter = dict(name={method!r}, rank=10**9)", "rank"
         yield f"config.adapter = dict(name={method!r}, rnak=8)", "rnak"
     for name in numbers_of(training.adamw):
         for value in ("float('inf')", "-1.0", "'fast'", "True"):
@@ -181,6 +185,7 @@ def refused(place, capsys):
     import train
 
     def refused(*argv, named, **options):
+        shutil.rmtree(place / "run", ignore_errors=True)  # of a test that failed
         assert_refused(
             train.main,
             argv,
@@ -219,7 +224,7 @@ FILES = {
     "number": ("get_config = 3\n", "get_config"),
     "needs": ("def get_config(task):\n    return task\n", "task"),
     "empty": ("", "get_config"),
-    "exits": ("import sys\nsys.exit(0)\n", "exit"),
+    "exits": ("import sys\nsys.exit(0)\n", "line 2: SystemExit"),
 }
 
 
@@ -262,7 +267,7 @@ def test_wrong_arguments(refused, argv, named):
         ("other", "model_type"),
         ("cut", "model.safetensors"),
         ("weightless", "safetensors"),
-        ("wordless", "wordless"),
+        ("wordless", "config.model.name"),
         ("mine", "config.json"),
         ("rows.jsonl", "rows.jsonl"),
         ("./nowhere", "./nowhere"),
