@@ -53,7 +53,9 @@ def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapte
     if config.start:  # what another run saved, head and all
         shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
         with training.said_of("start"):
-            adapted = interop.load_adapter(config.start, params, check_base=not shapes)
+            adapted = interop.load_adapter(
+                config.start, params, check_base=not shapes, names=model.names
+            )
     else:
         adapter = training.call_named(adapters, config.adapter, "adapter")
         sites = {"targets": config.targets, "exclude": config.exclude or None}
@@ -101,7 +103,7 @@ def _run(config, workdir, stack):
     model = training.outline(config, head=task.head, num_labels=task.num_labels)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
     chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
-    with training.said_of("model.name"):
+    with training.said_of("tokenizer"):
         tokenizer = training.call_named(
             *(models, chosen, "tokenizer"), folder_or_name=config.model.name
         )
