@@ -56,7 +56,7 @@ def overrides():
         for text in NEVER[type(value)]:
             if (name, text) not in FREE:
                 yield f"--config.{name}={text}", name
-    for section in {name.partition(".")[0] for name in FIELDS if "." in name}:
+    for section in sorted({n.partition(".")[0] for n in FIELDS if "." in n}):
         yield f"--config.{section}=1", section
 
 
