@@ -130,16 +130,14 @@ def make_task(
             f"`text` is one column or a pair of different ones; got {columns}."
         )
     if labels is not None:
+        given = labels
         if not isinstance(labels, str):  # stars, 1 to 5: names that read like numbers
-            whole = lambda x: (
-                isinstance(x, numbers.Integral) and not isinstance(x, bool)
-            )
-            labels = tuple(str(x) if whole(x) else x for x in labels)
+            labels = tuple(str(x) if _is_whole(x) else x for x in labels)
         named = not isinstance(labels, str) and all(isinstance(x, str) for x in labels)
         if not named or len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(
                 f"`labels` of task {name!r} must be two or more different class names; "
-                f"got {labels!r}. For a number to regress on, write labels=None."
+                f"got {given!r}. For a number to regress on, write labels=None."
             )
     allowed = REGRESSION_METRICS if labels is None else CLASSIFICATION_METRICS
     if metrics is None:

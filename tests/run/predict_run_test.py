@@ -420,7 +420,7 @@ def test_written_texts_match_as_often_as_the_report_says(sums, run):
     status, out, err = run(*ask, "--input", file)
     assert status == 0, err
     texts = [json.loads(line)["text"] for line in out.splitlines()]
-    wanted = [json.loads(line)["a"] for line in file.read_text().splitlines()]
+    wanted = [json.loads(line)["a"].strip() for line in file.read_text().splitlines()]
     right = np.mean(
         [one.strip() == two for one, two in zip(texts, wanted, strict=True)]
     )
@@ -434,7 +434,7 @@ def test_one_of_given_choices(sums, run, tmp_path):
     """The rows' own sums of log-likelihoods, against transformers' logits."""
     folder, _, _ = sums
     rows = [
-        {"q": f"{a} + 1 =", "c": [str(a + 1), f"{a} + {a}", "7"], "n": a}
+        {"q": f"{a} + 1 =", "c": [f" {a + 1}", f" {a} + {a}", " 7"], "n": a}
         for a in (1, 2, 3, 9)
     ]
     file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -454,7 +454,7 @@ def test_one_of_given_choices(sums, run, tmp_path):
         sums = []
         for choice in row["c"]:
             before = tokenizer(row["q"])["input_ids"]
-            after = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            after = tokenizer(choice, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([before + after])
             with torch.no_grad():
                 likely = torch.log_softmax(theirs.eval()(ids).logits[0], -1)
