@@ -131,7 +131,7 @@ def test_the_hub_gives_a_folder(write, monkeypatch):
     assert_same(params, models.load(folder)[1])
     ((name, patterns),) = asked
     assert name == "someone/bert"
-    assert "model*.safetensors" in patterns and "*.bin" not in patterns
+    assert "model-*-of-*.safetensors" in patterns and "*.bin" not in patterns
 
 
 @pytest.mark.interop
