@@ -149,7 +149,10 @@ def rehearse(
         keys = jax.random.split(jax.random.key(0))
         made.append(attach(config, model, shapes, keys, ranks))
 
-    jax.eval_shape(make)
+    if config.start:  # a saved adapter draws nothing, and its values are looked at
+        make()
+    else:
+        jax.eval_shape(make)
     _check_ranks(made[0])
     trainable, _ = core.partition(made[0])
     call(

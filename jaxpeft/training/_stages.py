@@ -1,5 +1,6 @@
 """A run in stages: each goes on from the adapter that the one before it saved."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def enter_stage(adapted: Any, stage: str, *, seed: int) -> Any:
     """Returns the tree in a stage; a domain that it does not have yet is added.
 
     Args:
-        adapted: a tree of a method with stages.
+        adapted: a tree of a method with stages; of shapes the names alone are checked.
         stage: "universal", "domain:NAME" or "router".
         seed: of a new domain's leaves, which its name decides with it.
 
@@ -128,7 +129,10 @@ def enter_stage(adapted: Any, stage: str, *, seed: int) -> Any:
     _, _, domain = stage.partition(":")
     if domain and domain not in mixtures.domain_names(adapted):
         key = jax.random.fold_in(jax.random.key(seed), 4)  # the run's own are 0 to 3
-        adapted = mixtures.add_domain(adapted, domain, key=key)
+        add = lambda tree, key: mixtures.add_domain(tree, domain, key=key)
+        shapes = [isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapted)]
+        add = functools.partial(jax.eval_shape, add) if any(shapes) else add
+        adapted = add(adapted, key)
     return mixtures.stage(adapted, stage)
 
 
