@@ -82,7 +82,7 @@ def factored_square_norms(
 
     and p the precision of its products (5e-7 over float32, 2e-4 over bfloat16, 1e-15
     over float64), the error of the sum is below :math:`p M_j`. Features with
-    :math:`n_j^2 < \sqrt p\, M_j` are therefore formed, 16 at a time, and their squares
+    :math:`n_j^2 < \sqrt p\, M_j` are therefore formed, a few at a time, and their squares
     added up; in a step without any this costs a comparison. So the relative error of
     a norm :math:`n_j` is at most the larger of :math:`\sqrt p / 2` (4e-4 over float32)
     and :math:`2 u \sqrt{M_j} / n_j`, u = 1.2e-7 being float32's step. Norms are
@@ -133,7 +133,7 @@ def _precision(kernel: jnp.dtype, dtype: jnp.dtype) -> tuple[float, float]:
     return 4 * max(step, narrow if kernel.itemsize < dtype.itemsize else 0), step
 
 
-_AT_ONCE = 16  # features; too few to be an array of the kernel's size
+_AT_ONCE = 16  # features, and of a small kernel a quarter: never all of it
 
 
 def _each_block(chosen, start, add):
@@ -142,7 +142,7 @@ def _each_block(chosen, start, add):
     As many steps as there are blocks of chosen ones, none without; also under `vmap`,
     where a `cond` would compute both branches.
     """
-    width = min(_AT_ONCE, chosen.shape[0])
+    width = min(_AT_ONCE, -(-chosen.shape[0] // 4))
 
     def body(state):
         left, carry = state
