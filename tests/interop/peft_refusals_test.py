@@ -72,9 +72,9 @@ def test_what_cannot_be_written(adapted, params, tmp_path):
     save_peft(two, tmp_path / "joined", names=STACKED, form="portable")
     plain = jp.attach(params, jp.lora(2), ["score"], key=KEY)
     for other, said in (
-        (jp.pissa(2), "needs init_lora_weights='pissa'.*others True"),
-        (jp.kasa(2), "needs kasa_config={.*others None"),
-        (jp.dora(2), "needs use_dora=True.*others False"),
+        (jp.pissa(2), "score' needs init_lora_weights=True in.*others 'pissa'"),
+        (jp.kasa(2), "score' needs kasa_config=None in.*others {"),
+        (jp.dora(2), "score' needs use_dora=False in.*others True"),
     ):  # else the one config would make the plain site another method's
         both = jp.attach(plain, other, ["o_proj"], key=KEY, axes=AXES)
         refuse(said, both, form="native")
