@@ -274,7 +274,8 @@ def with_inputs(adapted: PyTree, **inputs: Array | None) -> PyTree:
     Args:
         adapted: a tree made by ``attach``.
         **inputs: arrays by name, each for all sites; ``None`` takes one off again.
-            ``"mask"`` and ``"gates"`` are read (see ``jaxpeft.mixtures``).
+            ``"mask"`` and ``"gates"`` are read (see ``jaxpeft.mixtures``). Where the
+            mask is 0 an adapter sees 0, and adds nothing, whatever the input holds.
 
     Returns:
         The tree with them in each node whose method has experts, repeated for each
