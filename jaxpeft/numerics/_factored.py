@@ -85,10 +85,10 @@ def factored_square_norms(
     :math:`n_j^2 < \sqrt p\, M_j` are therefore formed, a few at a time, and their
     squares added up; in a step without any this costs a comparison. So the relative
     error of a norm :math:`n_j` is at most the larger of :math:`\sqrt p / 2` (4e-4 over
-    float32) and :math:`2 u \sqrt{M_j} / n_j`, u = 1.2e-7 being float32's step. Norms are
-    clamped at :math:`\max(\epsilon, 8 u) \sqrt{M_j}`, where rounding would be a quarter
-    of them; no gradient flows through a clamped one. The result is 0 where W and a b
-    both are, and only there.
+    float32) and :math:`2 u \sqrt{M_j} / n_j`, u = 1.2e-7 being float32's step. Norms
+    are clamped at :math:`\max(\epsilon, 8 u) \sqrt{M_j}`, where rounding would be a
+    quarter of them; no gradient flows through a clamped one. The result is 0 where W
+    and a b both are, and only there.
 
     Args:
         kernel: W, of any floating dtype; constant for differentiation.
