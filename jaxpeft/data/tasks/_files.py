@@ -8,7 +8,7 @@ from jaxpeft.data._bad_rows import GoodRows
 from jaxpeft.data._lines import bare_name
 from jaxpeft.data._sources import read_file
 from jaxpeft.data._splits import also_in_train, cut_rows
-from jaxpeft.data._task import Rows, Task, check_bad_rows, make_task
+from jaxpeft.data._task import Rows, Task, make_task
 from jaxpeft.models import fetch_wheel
 
 
@@ -145,7 +145,6 @@ def settle(
       The splits, and facts: `also_in_train` of those that were given, and of bad rows
       how many were left out.
     """
-    check_bad_rows(bad_rows)
     shared = also_in_train(splits, columns, bad_rows)
     facts: dict[str, Any] = {"also_in_train": shared} if shared else {}
     if "validation" in splits:
