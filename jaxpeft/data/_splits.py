@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxpeft.data._bad_rows import GoodRows
-from jaxpeft.data._messages import messages_of
+from jaxpeft.data._messages import is_chat, messages_of
 from jaxpeft.data._task import Rows, check_bad_rows
 from jaxpeft.data._templates import read_text
 
@@ -117,7 +117,7 @@ def row_key(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str:
     """
     texts = []
     for column in columns:
-        if isinstance(row.get(column), list | tuple | Mapping):
+        if is_chat(row.get(column)):
             texts += _read_of_chat(messages_of(row, column, where))
         else:
             texts.append(read_text(row, column, where))
