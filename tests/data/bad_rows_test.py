@@ -120,7 +120,8 @@ def test_by_name_in_a_config(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="row 40: column 'text' must be text"):
         data.task(files)
     task = data.task(files, bad_rows="skip")
-    assert task.facts["bad_rows"] == 1 and sum(map(len, task.splits.values())) == 40
+    assert task.facts["bad_rows"]["train"]["bad_rows"] == 1
+    assert sum(map(len, task.splits.values())) == 40
     asked = data.prompt_set(
         data.task(files, validation=str(path), bad_rows="skip"),
         template="{text}?",

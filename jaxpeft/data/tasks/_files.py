@@ -142,8 +142,8 @@ def settle(
         training rows are cut.
 
     Returns:
-      The splits, and facts: `also_in_train` of those that were given, and of bad rows
-      how many were left out.
+      The splits, and facts: `also_in_train` of those that were given, and `bad_rows`
+      by split, how many were left out.
     """
     shared = also_in_train(splits, columns, bad_rows)
     facts: dict[str, Any] = {"also_in_train": shared} if shared else {}
@@ -156,4 +156,5 @@ def settle(
             f"`train` file {str(train)!r} has {len(splits['train'])} rows, too few "
             "different ones to cut a tenth off; give a `validation` file."
         )
-    return {**splits, **cut}, facts | said
+    bad = {"bad_rows": {"train": said}} if said else {}
+    return {**splits, **cut}, facts | bad
