@@ -230,11 +230,12 @@ def _records(given: argparse.Namespace):
             template=template,
             words=words,
         )
-    if given.template or set(options) - {"encoding"} or not given.eval:
+    reading = {"delimiter", "quoting", "encoding"}
+    if given.template or set(options) - reading or not given.eval:
         raise ValueError(
             "a --task that is a file needs --eval FILE, and takes neither --template "
-            "nor a --task-option but encoding=NAME: its inputs are prompts as they "
-            "stand."
+            "nor a --task-option but delimiter, quoting and encoding: its inputs are "
+            "prompts as they stand."
         )
     found = data.prompt_files(given.task, given.eval, labels=words, **options)
     return found._replace(

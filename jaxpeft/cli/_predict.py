@@ -29,9 +29,9 @@ SUMMARY = "classes, scores, texts or choices for rows of a file"
 DESCRIPTION = """\
 Asks a model about every row: classes with their probabilities, a score, a text that
 goes on, or the likeliest of given choices, as the model's head and the adapter's task
-have it. Rows are lines of text on standard input, or a .jsonl, .csv or .tsv file with
-the columns that the task was trained on. Texts are tokenised as in training. Answers
-are written in the order of the rows.
+have it. Rows are lines of text on standard input, or a file of a kind that training
+reads, .jsonl or .csv, with the columns that the task was trained on. Texts are
+tokenised as in training. Answers are written in the order of the rows.
 
 Without an adapter the base is asked: a merged folder, or any model with a head.
 """
@@ -54,7 +54,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         default="-",
         metavar="FILE",
-        help="rows: .jsonl, .csv or .tsv (default: -, standard input)",
+        help="rows: .jsonl, .csv or another file that training reads, or lines of text "
+        "(default: -, standard input)",
     )
     add(
         "--input-format",
@@ -150,13 +151,14 @@ def run(given: argparse.Namespace) -> None:
 
 def _rows(given: argparse.Namespace) -> list[Mapping[str, Any]] | list[str]:
     from jaxpeft import data
+    from jaxpeft.data._sources import read_file
 
-    kinds = {f".{kind}": kind for kind in READ}
-    kind = given.input_format or kinds.get(Path(given.input).suffix, "lines")
-    source = given.input
+    source, kind = given.input, given.input_format
     if source != "-" and not Path(source).is_file():
         raise FileNotFoundError(f"--input {source!r} is no file.")
-    if kind == "lines":
+    if kind is None and data.is_file_name(source):
+        return read_file(source, "--input")
+    if kind in (None, "lines"):
         if source == "-":
             lines = list(sys.stdin)
         else:

@@ -1,7 +1,7 @@
 """Rows one by one; what becomes of those that are not as the task says."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxpeft.data._task import Rows
@@ -11,6 +11,30 @@ def good_rows(task: Any, split: str) -> "GoodRows":
     """The rows of a task's split, bad ones treated as the task says."""
     what = f"Task {task.name!r}, split {split!r}"
     return GoodRows(task.splits[split], what, task.bad_rows)
+
+
+def good_splits(
+    name: str,
+    splits: Mapping[str, Rows],
+    one: Callable[[Any, str, Counter[str]], Any],
+    bad_rows: str,
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Returns what ``one`` makes of each row of some splits, and facts of bad ones.
+
+    Args:
+      name: of the task.
+      splits: its rows, as they are read.
+      one: as for `GoodRows.read`.
+      bad_rows: as for `GoodRows`.
+    """
+    found: dict[str, list[Any]] = {}
+    bad: dict[str, Any] = {}
+    for split, rows in splits.items():
+        good = GoodRows(rows, f"Task {name!r}, split {split!r}", bad_rows)
+        found[split] = [row for _, row in good.read(range(len(rows)), one)]
+        if facts := good.facts():
+            bad[split] = facts
+    return found, {"bad_rows": bad} if bad else {}
 
 
 class GoodRows:

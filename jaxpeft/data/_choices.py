@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from jaxpeft.data._labels import text_of
+from jaxpeft.data._labels import plain, text_of
 from jaxpeft.data._task import value_of
 from jaxpeft.data._templates import read_text
 
@@ -34,11 +34,7 @@ def choices_of(
             f"{where}: column {columns[1]!r} must have two or more different choices; "
             f"got {choices}."
         )
-    answer = value_of(row, columns[2], where)
-    if isinstance(answer, np.ndarray) and answer.ndim == 0:  # what TFDS gives
-        answer = answer.item()
-    if isinstance(answer, bytes):
-        answer = answer.decode(errors="replace")
+    answer = plain(value_of(row, columns[2], where))
     if isinstance(answer, str) and answer.strip() in bare:
         return prompt, choices, bare.index(answer.strip())
     place = isinstance(answer, numbers.Integral) and not isinstance(answer, bool)

@@ -51,13 +51,13 @@ def label_reader(
       ``(row, where) -> label``; `where` names the row in errors.
     """
     if task.labels is None:
-        return lambda row, where: _number(_plain(task, row, where), task.label, where)
+        return lambda row, where: _number(_label(task, row, where), task.label, where)
     names = task.labels
     ids = {name: i for i, name in enumerate(names)}
     numeric = any(map(_reads_as_integer, names))
 
     def read(row: Mapping[str, Any], where: str) -> int:
-        value = _plain(task, row, where)
+        value = _label(task, row, where)
         at = f"{where}: `label` {value!r}"
         if isinstance(value, numbers.Integral):  # bool is one: False, True are 0, 1
             if numeric:
@@ -85,12 +85,15 @@ def label_reader(
     return read
 
 
-def _plain(task: Task, row: Mapping[str, Any], where: str) -> Any:
-    """The row's label as a value of Python's own."""
-    value = value_of(row, task.label, where)
-    if isinstance(value, np.ndarray) and value.ndim == 0:  # what TFDS gives
+def plain(value: Any) -> Any:
+    """Returns a value of Python's own: TFDS gives arrays without axes, and bytes."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _label(task: Task, row: Mapping[str, Any], where: str) -> Any:
+    return plain(value_of(row, task.label, where))
 
 
 def _number(value: Any, column: str, where: str) -> float:

@@ -24,6 +24,11 @@ _SPEAKERS = {
 }
 
 
+def is_chat(value: Any) -> bool:
+    """Whether a value is read as messages, and not as a text."""
+    return isinstance(value, Mapping) or _listed(value)
+
+
 def messages_of(
     row: Mapping[str, Any], column: str, where: str
 ) -> list[dict[str, Any]]:
@@ -109,6 +114,6 @@ def _part(part: Any, where: str) -> str:
 
 
 def _listed(value: Any) -> bool:
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(
-        value, str | bytes | Mapping
-    )
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -115,10 +115,10 @@ def prompt_set(
       >>> found.evaluated[0].combined
       'hm\nGood or bad?\nbad'
     """
-    sizes = {"train": train, "evaluated": evaluated, "validation": validation + 1}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be above zero; got {size}.")
+    sizes = {"train": (train, 1), "evaluated": (evaluated, 1)}
+    for name, (size, least) in (sizes | {"validation": (validation, 0)}).items():
+        if size < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {size}.")
     read, labels, facts = _reader(task, template, words)
     order = {split: list(range(len(rows))) for split, rows in task.splits.items()}
     for numbers in order.values():
@@ -175,6 +175,8 @@ def prompt_files(
     *,
     labels: Sequence[str] | None = None,
     name: str | None = None,
+    delimiter: str | None = None,
+    quoting: bool | None = None,
     encoding: str | None = None,
 ) -> PromptSet:
     """Returns the records of two files of {"input": ..., "output": ...}.
@@ -186,6 +188,8 @@ def prompt_files(
       labels: all outputs that there are; None: those of both files, in the order of
         the alphabet.
       name: of the set; None: the name of `train`.
+      delimiter: of .csv and .tsv files, as in `jaxpeft.data.read_csv`; so is
+      quoting: whether marks quote in them; None: not in .tsv files.
       encoding: of the files; None: UTF-8, or what a byte-order mark says.
 
     Returns:
@@ -202,9 +206,10 @@ def prompt_files(
       >>> prompt_files(path, path).labels
       ('bad',)
     """
+    reading = dict(delimiter=delimiter, quoting=quoting, encoding=encoding)
     found = {}
     for argument, path in (("train", train), ("evaluated", evaluated)):
-        rows = read_file(path, f"`{argument}` file", encoding=encoding)
+        rows = read_file(path, f"`{argument}` file", **reading)
         found[argument] = tuple(
             Record(*(text_of(row, c, f"{path}, record {i}") for c in Record._fields))
             for i, row in enumerate(rows)
@@ -295,7 +300,7 @@ def _first(pool: int, k: int, draws: random.Random) -> tuple[int, ...]:
 
 
 def _reader(task: Any, template: str | None, words: Sequence[str] | None):
-    """``((row, where) -> Record, labels, facts)`` of a task."""
+    """Returns ``((row, where, notes) -> Record, labels, facts)`` of a task."""
     if not isinstance(task, Task | TextTask):
         raise ValueError(
             f"`task` {getattr(task, 'name', task)!r} is none of one kind of rows; a "
@@ -326,15 +331,21 @@ def _reader(task: Any, template: str | None, words: Sequence[str] | None):
     def count(row: Any, where: str, _: Any) -> int:
         return len(choices_of(row, task.columns, where)[1])
 
-    most = max(
+    counts = [
         number
         for split, rows in task.splits.items()
         for _, number in good_rows(task, split).read(range(len(rows)), count)
-    )
+    ]
+    most = max(counts, default=0)  # without a good row, who reads them says so
     letters = tuple(string.ascii_uppercase[:most])
 
     def lettered(row: Any, where: str, _: Any) -> Record:
         prompt, choices, right = choices_of(row, task.columns, where)
+        if len(choices) > len(letters):
+            raise ValueError(
+                f"{where}: it has {len(choices)} choices, and there are "
+                f"{len(letters)} letters to call them by."
+            )
         prompt = prompt.strip().removesuffix("Answer:").strip()
         options = [f"{a}. {b.strip()}" for a, b in zip(letters, choices, strict=False)]
         text = CHOICES.format(prompt=prompt, options="\n".join(options))

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxpeft.data._bad_rows import GoodRows
-from jaxpeft.data._messages import messages_of
-from jaxpeft.data._task import Rows
+from jaxpeft.data._messages import is_chat, messages_of
+from jaxpeft.data._task import Rows, check_bad_rows
 from jaxpeft.data._templates import read_text
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -117,7 +117,7 @@ def row_key(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str:
     """
     texts = []
     for column in columns:
-        if isinstance(row.get(column), list | tuple | Mapping):
+        if is_chat(row.get(column)):
             texts += _read_of_chat(messages_of(row, column, where))
         else:
             texts.append(read_text(row, column, where))
@@ -148,13 +148,15 @@ def also_in_train(
       The counts, 0 where the split has no such row.
 
     Raises:
-      ValueError: a row has no text in a column, and is not to be skipped.
+      ValueError: a row has no text in a column, and is not to be skipped; or
+        `bad_rows` is none of the two.
 
     Example:
       >>> train, test = [{"t": "Yes!"}, {"t": "no"}], [{"t": "yes"}, {"t": "so"}]
       >>> also_in_train({"train": train, "test": test}, ["t"])
       {'test': 1}
     """
+    check_bad_rows(bad_rows)
 
     def keys(split: str) -> Iterator[int]:
         good = GoodRows(splits[split], f"Split {split!r}", bad_rows)

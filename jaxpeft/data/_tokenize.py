@@ -20,6 +20,14 @@ from jaxpeft.data._texts import TextTask
 
 _CHUNK = 1000  # rows handed to the tokenizer at once
 _LARGE = 5000  # rows from which a progress bar is worth its line
+# What to do where a prompt by itself is not what stands before its completion.
+_ADVICE_PROMPT = (
+    "(jaxpeft.models.joint): end it without a space, and begin what follows with one."
+)
+_ADVICE_CHAT = (
+    "as the chat template opens a turn, which these do not go on with: let them begin "
+    "as the opening does, with what is thought, say, or take another chat template."
+)
 
 
 def tokenize(
@@ -50,16 +58,17 @@ def tokenize(
       texts that are "continued" and rows "left_out" for their length; "bad_rows", left
       out too, with the reason of the "first_bad_row"; "borders_moved", prompts that by
       themselves have other tokens than before their completion, which a warning says
-      (`jaxpeft.models.joint`); "chats_by_turns", whose turns are sequences of their
-      own; "chats_without_end", where the template does not close a turn or its marks
-      leave the end token out, so that the model is not taught to stop;
-      "unread KEY", what messages have and the chat template never asks for.
+      (`jaxpeft.models.joint`), and of a chat turns that are not written as they are
+      opened; "chats_by_turns", whose turns are sequences of their own;
+      "chats_without_end", where the template does not close a turn or its marks leave
+      the end token out, so that the model is not taught to stop; "unread KEY", what
+      messages have and the chat template never asks for.
 
     Raises:
       ValueError: if the tokenizer does not fit the vocabulary, has no padding token or
         no room within `max_length`, or, unless the task says bad_rows="skip" and one
-        row is good, a row has no such column, no text, or a label
-        outside the classes or not finite (naming split, row and value), or, in a
+        row is good, a row has no such column, no text, or a label outside the classes
+        or not finite (naming split, row and value), or, in a
         writing task, the tokenizer has no end token or chat template where one is
         needed, or nothing is left to learn.
 
@@ -107,11 +116,11 @@ def tokenize(
             encode = encode_choices
         encoded[split] = encode(task, split, tokenizer, max_length, chunks)
         if moved := (encoded[split].facts or {}).get("borders_moved"):
+            advice = _ADVICE_CHAT if task.form == "chat" else _ADVICE_PROMPT
             warnings.warn(
                 f"{encoded[split].name}: prompts by themselves have other tokens than "
                 f"before what follows them, {moved} of them. A model in use reads the "
-                "prompt alone (jaxpeft.models.joint): end it without a space, and "
-                "begin what follows with one.",
+                f"prompt alone {advice}",
                 stacklevel=2,
             )
         if split == "train" and isinstance(task, TextTask) and task.pack:

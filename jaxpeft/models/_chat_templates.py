@@ -10,6 +10,9 @@ from jaxpeft.numerics import optional
 
 _LOG = logging.getLogger("jaxpeft.models")
 
+# Words for short chats, which stand in no template.
+ASKED, SAID, MORE = "question4711", "answer4711", "more4711"
+
 
 class Template(NamedTuple):
     """How a chat is written.
@@ -169,17 +172,20 @@ def chat_template(tokenizer: Any, given: str) -> str:
     with optional("Chat templates"):
         import jinja2
 
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = [
+        {"role": "user", "content": ASKED},
+        {"role": "assistant", "content": SAID},
+    ]
     try:
         found = tokenizer.apply_chat_template(
             chat, chat_template=text, tokenize=False, add_generation_prompt=False
         )
     except (jinja2.TemplateError, TypeError) as error:  # TypeError: None + 'text'
         raise ValueError(f"`chat_template` {given!r} fails: {error}") from error
-    if "a" not in found or "b" not in found:
+    if ASKED not in found or SAID not in found:
         raise ValueError(
-            f"`chat_template` {given!r} loses what is said: of user 'a' and "
-            f"assistant 'b' it makes {found!r}."
+            f"`chat_template` {given!r} loses what is said: of user {ASKED!r} and "
+            f"assistant {SAID!r} it makes {found!r}."
         )
     return text
 

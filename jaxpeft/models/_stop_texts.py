@@ -85,10 +85,14 @@ class StopTexts:
             kept += 1
         return [*row[:kept], *(self._spell(written[kept][:room]) if room else ())]
 
+    @functools.cached_property  # a step for every token there is, not once a row
+    def _ids(self) -> dict[bytes, int]:
+        # The last of those that read alike: SentencePiece has bytes before its words.
+        return {piece: i for i, piece in enumerate(self._pieces)}
+
     def _spell(self, text: bytes) -> list[int]:
         """The fewest tokens that are written as a text; none where there are none."""
-        # The last of those that read alike: SentencePiece has bytes before its words.
-        ids = {piece: i for i, piece in enumerate(self._pieces)}
+        ids = self._ids
         best: list[list[int] | None] = [[]]
         for end in range(1, len(text) + 1):
             ways = [

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.models._chat_templates import ASKED, MORE, SAID
 from jaxpeft.models._chat_templates import chat_template as _chat_template
 from jaxpeft.models._checkpoint import GGUF
+from jaxpeft.models._decoder_config import text_part
 from jaxpeft.models._folder_tokenizer import folder_tokenizer
 from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
 from jaxpeft.models._load import _find, _read_config, named_ends
+from jaxpeft.numerics import optional
 
 _LOG = logging.getLogger("jaxpeft.models")
 
@@ -23,9 +26,6 @@ _FILES = (
     "*.model",
     "tekken.json",
 )
-
-# A chat with words that no template has.
-_ASKED, _SAID, _MORE = "question4711", "answer4711", "more4711"
 
 
 def tokenizer(
@@ -139,7 +139,7 @@ def stop_tokens(folder_or_name: str | Path, tokenizer: Any) -> tuple[int, ...]:
     folder = _find(folder_or_name)
     config = _read_config(folder)
     own = (tokenizer.eos_token_id, turn_end(tokenizer))
-    size = config.get("vocab_size") or len(tokenizer)
+    size = text_part(config).get("vocab_size") or len(tokenizer)
     more = [token for token in own if token is not None and token < size]
     return tuple(dict.fromkeys([*more, *named_ends(folder, config)]))
 
@@ -170,12 +170,13 @@ def turn_end(tokenizer: Any) -> int | None:
 
 @functools.lru_cache(maxsize=8)  # asked once a chat
 def _turn_end(tokenizer: Any, template: str, size: int) -> int | None:
-    import jinja2
+    with optional("Chat templates"):
+        import jinja2
 
     chat = [
-        {"role": "user", "content": _ASKED},
-        {"role": "assistant", "content": _SAID},
-        {"role": "user", "content": _MORE},
+        {"role": "user", "content": ASKED},
+        {"role": "assistant", "content": SAID},
+        {"role": "user", "content": MORE},
     ]
     try:
         ends, goes_on = (
@@ -186,9 +187,9 @@ def _turn_end(tokenizer: Any, template: str, size: int) -> int | None:
         )
     except (jinja2.TemplateError, TypeError):
         return None  # no chat of this form, so none that would have to end
-    first = _first_added(tokenizer, ends.rpartition(_SAID)[2])
-    between = goes_on.rpartition(_SAID)[2].partition(_MORE)[0]
-    if _SAID not in ends or first != _first_added(tokenizer, between):
+    first = _first_added(tokenizer, ends.rpartition(SAID)[2])
+    between = goes_on.rpartition(SAID)[2].partition(MORE)[0]
+    if SAID not in ends or first != _first_added(tokenizer, between):
         return None  # what begins the next turn, not what ends this one
     return first
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxpeft import data, dimension, interop, models, training
 from jaxpeft.data._prompts import DEMONSTRATIONS
+from jaxpeft.interop._format import CONFIG, DIGEST
 from jaxpeft.models._states import FINALS
 from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
@@ -325,9 +326,10 @@ def _identity(run: Run) -> dict[str, Any]:
 def _content(file: Path) -> bytes:
     """What is in a file of an adapter, without what each save of it names anew."""
     content = file.read_bytes()
-    if file.name == "adapter.json":
+    if file.name == CONFIG:
         read = json.loads(content)
-        read.pop("id", None)
+        for own in ("id", DIGEST):  # the digest is of a file with the id in it
+            read.pop(own, None)
         return json.dumps(read, sort_keys=True).encode()
     if file.suffix == ".safetensors":
         start = 8 + int.from_bytes(content[:8], "little")

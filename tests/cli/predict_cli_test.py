@@ -1,5 +1,7 @@
 """``jaxpeft predict`` and heads of other widths, on folders that others wrote."""
 
+import argparse
+import gzip
 import json
 import subprocess
 import sys
@@ -173,6 +175,28 @@ def test_what_no_head_can_answer(hub, run, tmp_path):
     interop.save_hf(params, several, names=model.names, config=config)
     told = run("predict", "--base", several, *rows)
     assert told.status == 2 and "a probability of its own" in told.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.json", '[{"text": "a"}, {"text": "b"}]'),
+        ("ROWS.JSONL", '{"text": "a"}\n{"text": "b"}\n'),
+        ("rows.tab", "text\tn\na\t1\nb\t2\n"),
+        ("rows.csv.gz", "text,n\na,1\nb,2\n"),
+    ],
+)
+def test_rows_of_every_file_that_training_reads(name, text, tmp_path):
+    """None of them is taken for lines of text."""
+    from jaxpeft.cli._predict import _rows
+
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(pack(text.encode()))
+    given = argparse.Namespace(input=str(tmp_path / name), input_format=None)
+    assert [row["text"] for row in _rows(given)] == ["a", "b"]
+    (tmp_path / name).write_bytes(pack(b""))
+    with pytest.raises(ValueError, match="--input .* no rows|column names"):
+        _rows(given)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One bad row: named, or left out and counted, in every kind of task."""
 
+import inspect
 import json
 
 import numpy as np
@@ -78,6 +79,22 @@ def test_writing_tasks(tokenizer, form, place):
         encode(nothing, tokenizer)
 
 
+def test_tasks_of_a_user_s_rows_have_the_same_options():
+    """What one of them takes to read files and to treat bad rows, all take."""
+    reading, found = {"delimiter", "quoting", "encoding"}, set()
+    for name, function in inspect.getmembers(data.tasks, inspect.isfunction):
+        known = inspect.signature(function).parameters
+        files = "train" in known and "Path" in str(known["train"].annotation)
+        if files or {"dataset", "splits"} <= set(known):
+            found.add(name)
+            assert set(known) >= {"bad_rows"} | (reading if files else set()), name
+    assert {"files", "texts", "choices", "alpaca", "tfds", "tfds_texts"} <= found
+    splits = {"train": [{"t": "a"}], "test": [{"t": None}]}
+    assert data.also_in_train(splits, ["t"], "skip") == {"test": 0}
+    with pytest.raises(ValueError, match="`bad_rows` must be one of .* got 'skp'"):
+        data.also_in_train(splits, ["t"], "skp")
+
+
 @pytest.mark.parametrize("labels", [["a", "b", "c"], None])
 def test_classes_and_numbers(tokenizer, labels):
     rows = make_rows(5)
@@ -103,7 +120,8 @@ def test_by_name_in_a_config(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="row 40: column 'text' must be text"):
         data.task(files)
     task = data.task(files, bad_rows="skip")
-    assert task.facts["bad_rows"] == 1 and sum(map(len, task.splits.values())) == 40
+    assert task.facts["bad_rows"]["train"]["bad_rows"] == 1
+    assert sum(map(len, task.splits.values())) == 40
     asked = data.prompt_set(
         data.task(files, validation=str(path), bad_rows="skip"),
         template="{text}?",

@@ -92,6 +92,16 @@ def test_choices_are_lettered():
     text = "2 + 2?\nA. 3\nB. 4\nC. 5\nWhich letter is right?"
     assert found.evaluated == (Record(text, "B"),)
     assert found.labels == ("A", "B", "C") and found.train[0].output == "A"
+    many = [{"p": "Which?", "c": [f" {i}" for i in range(27)], "a": 26}]
+    splits = {"train": many, "validation": many}
+    columns = dict(prompt="p", choices="c", answer="a")
+    with pytest.raises(ValueError, match="row 0: it has 27 choices.* 26 letters"):
+        data.prompt_set(data.make_text_task("many", splits, **columns))
+    none = [{"p": "Which?", "c": " 3", "a": 0}]
+    splits = {"train": none, "validation": none}
+    task = data.make_text_task("none", splits, bad_rows="skip", **columns)
+    with pytest.raises(ValueError, match="none of its 1 rows can be read"):
+        data.prompt_set(task)
 
 
 def test_prompts_and_completions_are_taken_as_they_are():
@@ -128,7 +138,8 @@ def test_what_has_no_prompts():
             "template": "{text}",
             "words": ["x", "x", "y"],
         },
-        "`train` must be above zero": {"train": 0},
+        "`train` must be at least 1; got 0": {"train": 0},
+        "`validation` must be at least 0; got -2": {"validation": -2},
     }
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ import re
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 
 from jaxpeft import data
@@ -212,6 +213,27 @@ def test_rows_that_held_out_splits_share_with_training_are_counted():
     assert data.also_in_train({"train": train}, ["t"]) == {}
     with pytest.raises(ValueError, match="Split 'test', row 1 has no column 't'"):
         data.also_in_train(splits | {"test": [{"t": "a"}, {"x": "b"}]}, ["t"])
+
+
+def test_a_chat_is_cut_in_every_form_that_is_learnt_from():
+    """Messages in a list, an array, or TFDS's columns of a list are one chat."""
+    said = [("user", "Is {}?"), ("assistant", "Yes.")]
+    chats = [[dict(role=r, content=t.format(i)) for r, t in said] for i in range(20)]
+    forms = [
+        list,
+        tuple,
+        lambda chat: np.array(chat, object),
+        lambda chat: {
+            key: np.array([one[key] for one in chat], object)
+            for key in ("role", "content")
+        },
+    ]
+    cuts = []
+    for form in forms:
+        rows = [{"i": i, "m": form(chat)} for i, chat in enumerate(chats)]
+        splits = data.split_rows(rows, text=["m"])
+        cuts.append({name: [r["i"] for r in part] for name, part in splits.items()})
+    assert all(cut == cuts[0] for cut in cuts) and all(cuts[0].values())
 
 
 def test_a_cut_names_the_row_it_cannot_read(tmp_path):

@@ -279,6 +279,7 @@ def test_templates_of_one_s_own(tmp_path):
         ("{% for m in messages %}", "fails: "),
         ("{{ raise_exception('not this') }}", "fails: not this"),
         ("{{ messages[0]['content'] }}", "loses what is said"),
+        ("{{ 'assistant b' }}", "loses what is said"),
     ):
         with pytest.raises(ValueError, match=message):
             models.tokenizer(tmp_path, chat_template=given)

@@ -151,5 +151,12 @@ def test_files_of_records_in_another_encoding(tmp_path):
     given.task_option = ["encoding=latin-1"]
     assert _dimension._records(given).train[0].input == "café?"
     given.task_option = ["cache=x"]
-    with pytest.raises(ValueError, match="a --task-option but encoding=NAME"):
+    with pytest.raises(ValueError, match="but delimiter, quoting and encoding"):
         _dimension._records(given)
+    tsv = tmp_path / "r.tsv"
+    tsv.write_text('input\toutput\n"say ""hi""!"\tyes\n', encoding="utf-8")
+    given = _dimension_arguments("--task", str(tsv), "--eval", str(tsv))
+    with pytest.raises(ValueError, match="Write quoting=True"):
+        _dimension._records(given)
+    given.task_option = ["quoting=True"]  # as the message says
+    assert _dimension._records(given).train[0].input == 'say "hi"!'

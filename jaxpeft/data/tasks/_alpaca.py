@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.data._bad_rows import GoodRows
+from jaxpeft.data._bad_rows import good_splits
 from jaxpeft.data._labels import text_of
 from jaxpeft.data._lines import bare_name
 from jaxpeft.data._task import check_bad_rows
@@ -87,12 +87,7 @@ def alpaca(
         template = PROMPT_WITH_INPUT if texts["input"].strip() else PROMPT
         return {"prompt": template.format(**texts), "completion": answer}
 
-    splits, bad = {}, {}
-    for split, rows in read_splits(paths, **reading).items():
-        good = GoodRows(rows, f"Task {name!r}, split {split!r}", bad_rows)
-        splits[split] = [row for _, row in good.read(range(len(rows)), one)]
-        if facts := good.facts():
-            bad[split] = facts
+    splits, bad = good_splits(name, read_splits(paths, **reading), one, bad_rows)
     columns = ["messages"] if chat else ["prompt", "completion"]
     splits, shared = settle(splits, columns[:1], train, bad_rows)
     return make_text_task(
@@ -105,6 +100,6 @@ def alpaca(
         facts={
             "files": {split: str(path) for split, path in paths.items()},
             **shared,
-            **({"bad_rows": bad} if bad else {}),
+            **bad,
         },
     )

@@ -5,10 +5,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxpeft.data._bad_rows import GoodRows
-from jaxpeft.data._labels import text_of
+from jaxpeft.data._bad_rows import good_splits
+from jaxpeft.data._labels import plain, text_of
 from jaxpeft.data._lines import bare_name
 from jaxpeft.data._sources import read_tfds
 from jaxpeft.data._splits import also_in_train
@@ -197,14 +195,7 @@ def _rows(
             right = _place(right, places, f"{where}: column {answer!r}")
         return {**read, "answer": right}
 
-    found: dict[str, list[dict[str, Any]]] = {}
-    bad: dict[str, Any] = {}
-    for split, rows in splits.items():
-        good = GoodRows(rows, f"Task {name!r}, split {split!r}", bad_rows)
-        found[split] = [row for _, row in good.read(range(len(rows)), one)]
-        if facts := good.facts():
-            bad[split] = facts
-    return found, {"bad_rows": bad} if bad else {}
+    return good_splits(name, splits, one, bad_rows)
 
 
 def read_choices(
@@ -248,9 +239,7 @@ def _places(answers: Sequence[str | int]) -> dict[str, int]:
 
 
 def _place(value: Any, places: Mapping[str, int], where: str) -> int:
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
-    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    value = plain(value)
     if str(value) not in places:
         raise ValueError(
             f"{where} must be one of `answers` {tuple(places)}; got {value!r}."

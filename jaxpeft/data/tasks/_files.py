@@ -8,7 +8,7 @@ from jaxpeft.data._bad_rows import GoodRows
 from jaxpeft.data._lines import bare_name
 from jaxpeft.data._sources import read_file
 from jaxpeft.data._splits import also_in_train, cut_rows
-from jaxpeft.data._task import Rows, Task, check_bad_rows, make_task
+from jaxpeft.data._task import Rows, Task, make_task
 from jaxpeft.models import fetch_wheel
 
 
@@ -142,10 +142,9 @@ def settle(
         training rows are cut.
 
     Returns:
-      The splits, and facts: `also_in_train` of those that were given, and of bad rows
-      how many were left out.
+      The splits, and facts: `also_in_train` of those that were given, and `bad_rows`
+      by split, how many were left out.
     """
-    check_bad_rows(bad_rows)
     shared = also_in_train(splits, columns, bad_rows)
     facts: dict[str, Any] = {"also_in_train": shared} if shared else {}
     if "validation" in splits:
@@ -157,4 +156,5 @@ def settle(
             f"`train` file {str(train)!r} has {len(splits['train'])} rows, too few "
             "different ones to cut a tenth off; give a `validation` file."
         )
-    return {**splits, **cut}, facts | said
+    bad = {"bad_rows": {"train": said}} if said else {}
+    return {**splits, **cut}, facts | bad

@@ -54,6 +54,7 @@ def tfds(
     labels: Sequence[str | int] | None,
     splits: Mapping[str, str],
     metrics: Sequence[str] | None = None,
+    bad_rows: str = "raise",
     data_dir: str | PathLike | None = None,
 ) -> Task:
     """Returns a task over any TensorFlow Datasets data set that has text and a label.
@@ -67,6 +68,7 @@ def tfds(
         "validation": "train[90%:]", "test": "test"}.
       metrics: names out of `jaxpeft.data.metrics`, the deciding one first; None as in
         `jaxpeft.data.make_task`.
+      bad_rows: "raise" or "skip", as for `jaxpeft.data.make_task`.
       data_dir: where prepared data sets lie; None is TFDS's own default.
 
     Returns:
@@ -94,6 +96,7 @@ def tfds(
         label=label,
         labels=labels,
         metrics=metrics,
+        bad_rows=bad_rows,
         facts={"tfds": dataset, "splits": dict(splits)},
     )
 
