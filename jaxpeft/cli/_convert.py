@@ -181,8 +181,8 @@ DIRECTIONS = (
     SimpleNamespace(
         NAME="convert",
         SUMMARY="write any adapter in any format",
-        DESCRIPTION="Writes an adapter of either sort in another format: jaxpeft's own "
-        f"(own), or a form of HF PEFT's.\n\n{_FORMS}",
+        DESCRIPTION="Writes an adapter of either sort in another format: jaxpeft's "
+        f"own\n(own), or a form of HF PEFT's.\n\n{_FORMS}",
         EXAMPLE="jaxpeft convert from-peft --base path/to/llama --to portable "
         "--rank 16 --out for-vllm",
         arguments=_convert_arguments,
