@@ -98,7 +98,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
     with stage(f"writing {given.out}"):
         if form == "own":
             told = _kept(opened) | {"from": given.adapter, "base": opened.base}
-            if tokenizer is not None:
+            if opened.kind == PEFT and tokenizer is not None:  # ours says it already
                 told["tokenizer"] = changed_options(opened.folder, tokenizer)
             interop.save_adapter(opened.adapted, out, metadata=told)
             print(f"{out}: jaxpeft's own adapter")
