@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxpeft import data, dimension, interop, models, training
 from jaxpeft.data._prompts import DEMONSTRATIONS
+from jaxpeft.interop._format import CONFIG, DIGEST
 from jaxpeft.models._states import FINALS
 from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
@@ -280,7 +281,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
             )
         return [Run(f"sft-{name}@{s}", 0, str(p), s) for s, p in found.items()]
     found = interop.adapter_folder(folder)
-    own = found / "adapter.json"
+    own = found / CONFIG
     read = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
     step = (read.get("metadata") or {}).get("step")
     return [Run(f"sft-{name}", 0, str(found), step)]
@@ -325,9 +326,8 @@ def _identity(run: Run) -> dict[str, Any]:
 def _content(file: Path) -> bytes:
     """What is in a file of an adapter, without what each save of it names anew."""
     content = file.read_bytes()
-    if file.name == "adapter.json":
-        read = json.loads(content)
-        read.pop("id", None)
+    if file.name == CONFIG:
+        read = {n: x for n, x in json.loads(content).items() if n not in ("id", DIGEST)}
         return json.dumps(read, sort_keys=True).encode()
     if file.suffix == ".safetensors":
         start = 8 + int.from_bytes(content[:8], "little")
