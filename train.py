@@ -102,11 +102,8 @@ def _run(config, workdir, stack):
     task = data.task(config.data)
     model = training.outline(config, head=task.head, num_labels=task.num_labels)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    chosen = ml_collections.ConfigDict({"name": "tokenizer", **config.tokenizer})
     with training.said_of("tokenizer"):
-        tokenizer = training.call_named(
-            *(models, chosen, "tokenizer"), folder_or_name=config.model.name
-        )
+        tokenizer = models.tokenizer(config.model.name, **config.tokenizer)
     told = {  # goes with every adapter that is saved, for all that is done with it
         "config": config.to_dict(),
         "tokenizer": models.tokenizer_options(tokenizer),

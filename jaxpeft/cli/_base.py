@@ -49,12 +49,11 @@ def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
     """The base's folder, and its name as it was given or is remembered."""
     from jaxpeft.models._load import _find
 
-    name = given.base or wanted.base
+    name, who = given.base or wanted.base, named_adapters(given)
     if not name:
-        who = getattr(given, "adapter", None)
         raise ValueError(
             "--base is needed"
-            + (f": {who!r} does not say which model it belongs to." if who else ".")
+            + (f": {who} does not say which model it belongs to." if who else ".")
         )
     with stage(f"finding the base {name}"):
         try:
@@ -63,9 +62,16 @@ def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
             if given.base:
                 raise
             raise ValueError(
-                f"the base that {str(given.adapter)!r} names, {name!r}, is not there: "
-                f"{error} If it lies elsewhere, write --base."
+                f"the base that {who} names, {name!r}, is not there: "
+                f"{str(error).removeprefix('`folder_or_name` ')} If it lies elsewhere, "
+                "write --base."
             ) from error
+
+
+def named_adapters(given: argparse.Namespace) -> str:
+    """The adapters of a command line as they were given; empty: there is none."""
+    names = getattr(given, "adapter", None) or []
+    return ", ".join(map(repr, names if isinstance(names, list) else [str(names)]))
 
 
 def _with_other_head(model, params, settings: dict[str, Any], key):
@@ -137,8 +143,7 @@ def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
     if wanted.sites:
         free = given.head == "auto" and wanted.head is None
         settings = _fitting(config, settings, wanted.sites, free=free)
-    settings["param_dtype"] = wanted.param_dtype
-    settings["dtype"] = (wanted.run.get("model") or {}).get("dtype")
+    settings |= {"param_dtype": wanted.param_dtype, "dtype": wanted.dtype}
     heads = {"classification": settings["num_labels"], "regression": 1}
     asked = heads.get(settings["head"])
     return settings, own if None not in (own, asked) and own != asked else None
@@ -151,11 +156,10 @@ def _check_head(given: argparse.Namespace, config, settings: dict[str, Any]) -> 
     try:
         models.from_config(config, **settings)
     except ValueError as e:
-        base = given.base or "the base that it names"
+        base = repr(given.base) if given.base else "the base that it names"
         raise ValueError(
-            f"{given.adapter!r} asks for the head {settings['head']!r}, which "
-            f"{base!r} cannot have ({e}) Is it the right base? --head says "
-            "another head."
+            f"{named_adapters(given)} asks for the head {settings['head']!r}, which "
+            f"{base} cannot have ({e}) Is it the right base? --head says another head."
         ) from e
 
 

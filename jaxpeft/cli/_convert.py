@@ -98,7 +98,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
     with stage(f"writing {given.out}"):
         if form == "own":
             told = _kept(opened) | {"from": given.adapter, "base": opened.base}
-            if tokenizer is not None:
+            if opened.kind == PEFT and tokenizer is not None:  # ours says it already
                 told["tokenizer"] = changed_options(opened.folder, tokenizer)
             interop.save_adapter(opened.adapted, out, metadata=told)
             print(f"{out}: jaxpeft's own adapter")
@@ -181,8 +181,8 @@ DIRECTIONS = (
     SimpleNamespace(
         NAME="convert",
         SUMMARY="write any adapter in any format",
-        DESCRIPTION="Writes an adapter of either sort in another format: jaxpeft's own "
-        f"(own), or a form of HF PEFT's.\n\n{_FORMS}",
+        DESCRIPTION="Writes an adapter of either sort in another format: jaxpeft's "
+        f"own\n(own), or a form of HF PEFT's.\n\n{_FORMS}",
         EXAMPLE="jaxpeft convert from-peft --base path/to/llama --to portable "
         "--rank 16 --out for-vllm",
         arguments=_convert_arguments,

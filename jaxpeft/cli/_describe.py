@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapter", metavar="FOLDER", help="an adapter, a run with one, or a model"
     )
-    add_base(parser)
+    add_base(parser, "none: an adapter is shown by itself")
 
 
 def run(given: argparse.Namespace) -> None:

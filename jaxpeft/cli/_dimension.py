@@ -1,12 +1,12 @@
 """``jaxpeft dimension``: learning paradigms compared by intrinsic dimension."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli._console import note, stage
+from jaxpeft.cli._folders import find, find_adapter
 from jaxpeft.cli._open import open_adapter
 from jaxpeft.cli._ranks import named_options
 from jaxpeft.cli._types import ending, whole
@@ -197,11 +197,9 @@ def _collect(given: argparse.Namespace) -> None:
 
 def _check_held_out(given: argparse.Namespace, run) -> None:
     """Refuses to ask an adapter what it was trained on."""
-    file = run.adapter and Path(run.adapter, "adapter.json")
-    if not file or not file.exists():
+    if run.adapter is None:
         return
-    metadata = json.loads(file.read_text(encoding="utf-8")).get("metadata") or {}
-    trained = (metadata.get("config") or {}).get("data") or {}
+    trained = find_adapter(run.adapter)[2].run.get("data") or {}
     if trained.get("name") != f"prompted/{given.task}":
         return
     seed, train = trained.get("seed", 42), trained.get("train", 1000)
@@ -247,7 +245,6 @@ def _load(given: argparse.Namespace, adapter: str | None):
     import jax.numpy as jnp
 
     from jaxpeft import models, study
-    from jaxpeft.cli._folders import find
     from jaxpeft.cli._open import _read
 
     asked = argparse.Namespace(

@@ -26,6 +26,7 @@ class Wanted(NamedTuple):
         labels: their names, in the head's order.
         sites: ``{path: shape}`` of leaves that the model must have.
         param_dtype: in which the model was read when it was trained.
+        dtype: in which it computed then.
         base: the model's name or folder, as it was given then.
         metadata: what an own adapter keeps besides.
     """
@@ -35,6 +36,7 @@ class Wanted(NamedTuple):
     labels: tuple[str, ...] | None = None
     sites: dict[str, list[int]] | None = None
     param_dtype: str | None = None
+    dtype: str | None = None
     base: str | None = None
     metadata: Mapping[str, Any] = MappingProxyType({})
 
@@ -121,6 +123,7 @@ def own(folder: Path) -> Wanted:
         labels,
         sites={site["path"]: site["base"]["shape"] for site in sites},
         param_dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        dtype=model.get("dtype"),
         base=metadata.get("base") or model.get("name"),
         metadata=metadata,
     )
@@ -129,6 +132,7 @@ def own(folder: Path) -> Wanted:
 def peft(folder: Path) -> Wanted:
     """What a PEFT adapter says: base, task, and the width of a head that it holds."""
     from jaxpeft import interop
+    from jaxpeft.interop._peft_config import TENSORS
     from jaxpeft.interop._tensors import TensorFile
 
     try:
@@ -138,7 +142,7 @@ def peft(folder: Path) -> Wanted:
     except (ValueError, AttributeError):
         return Wanted()  # the reader of the folder says what is wrong
     labels, number = interop.head_info(folder)
-    file = folder / "adapter_model.safetensors"
+    file = folder / TENSORS
     if head != "classification" or not file.is_file():
         return Wanted(head, labels=labels, base=base)
     shapes = TensorFile(file).shapes

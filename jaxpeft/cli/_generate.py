@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxpeft.cli._base import open_base
 from jaxpeft.cli._console import note, stage
-from jaxpeft.cli._folders import Wanted
 from jaxpeft.cli._open import (
     add_base,
+    check_template,
     need_tokenizer,
     open_adapter,
     open_adapters,
+    open_alone,
 )
 from jaxpeft.cli._types import number, whole
 
@@ -82,7 +82,8 @@ def run(given: argparse.Namespace) -> None:
     elif given.adapter is None:
         if given.head == "auto":
             given.head = "causal_lm"
-        folder, model, params = open_base(given, Wanted())
+        opened = open_alone(given)
+        folder, model, params = opened.folder, opened.model, opened.adapted
     else:
         if len(given.adapter) > 1:
             raise ValueError(
@@ -132,11 +133,7 @@ def _ids(tokenizer, prompt: str, *, chat: bool) -> list[int]:
 
     if not chat:
         return models.opened(tokenizer, prompt)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "--chat: the base's tokenizer has no chat template. An adapter that was "
-            "trained with one (config.tokenizer.chat_template) brings it along."
-        )
+    check_template(tokenizer)
     message = {"role": "user", "content": prompt}
     return tokenizer.apply_chat_template(
         [message], add_generation_prompt=True, return_dict=True

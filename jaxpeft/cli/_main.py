@@ -89,6 +89,8 @@ _FLAGS = {
     "form='portable'": "the form portable",
     "form='native'": "the form native",
     "form='auto'": "the form peft",
+    "`prompts`": "PROMPT",
+    "`folder` ": "",
 }
 
 
@@ -96,6 +98,6 @@ def _in_flags(text: str, given: Mapping[str, Any]) -> str:
     """A message of the library in the words of a command line."""
     flags = {f"`{name}`": f"--{name.replace('_', '-')}" for name in given}
     model = "--base" if "base" in given else "--model"
-    for argument, flag in (_FLAGS | flags | {"`folder_or_name`": model}).items():
+    for argument, flag in (flags | _FLAGS | {"`folder_or_name`": model}).items():
         text = text.replace(argument, flag)
     return text

@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 
 from jaxpeft.cli._base import check_whole, open_base
 from jaxpeft.cli._console import stage
-from jaxpeft.cli._folders import MARKS, OWN, PEFT, Wanted, find_adapter
+from jaxpeft.cli._folders import MARKS, MODEL, OWN, PEFT, Wanted, find_adapter
 from jaxpeft.cli._types import whole
 
 HEADS = ("auto", "none", "causal_lm", "classification", "regression")
 
 
 class Opened(NamedTuple):
-    """A base model with an adapter on it.
+    """A base model with an adapter on it, or alone.
 
     Attributes:
         model: the Linen module.
         adapted: its parameters, adapted.
-        kind: which sort of folder the adapter was in, ``"own"`` or ``"peft"``.
+        kind: which sort of folder the adapter was in, ``"own"`` or ``"peft"``;
+            ``"model"``: there is none.
         folder: the base's folder.
         base: the base, as it was named.
         wanted: what the adapter's files say; its labels are those of ``--labels``,
@@ -43,12 +44,14 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which base model is meant."""
+def add_base(
+    parser: argparse.ArgumentParser, default: str = "the one that the adapter names"
+) -> None:
+    """Adds what says which base model is meant; ``default`` is a text for the help."""
     parser.add_argument(
         "--base",
         help="the base model: a folder, a packaged model, or a name on the hub "
-        "(default: the one that the adapter names)",
+        f"(default: {default})",
     )
     parser.add_argument(
         "--head",
@@ -130,6 +133,15 @@ def need_tokenizer(base: Path, adapter: str | Path | None = None):
     return found
 
 
+def check_template(tokenizer) -> None:
+    """Refuses ``--chat`` where nothing says how a chat is written."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "--chat: the base's tokenizer has no chat template. An adapter that was "
+            "trained with one (config.tokenizer.chat_template) brings it along."
+        )
+
+
 def new_folder(name: str) -> Path:
     """An output folder that is not there yet, or empty; checked before any work."""
     folder = Path(name)
@@ -157,6 +169,19 @@ def open_adapter(given: argparse.Namespace, *, whole: bool = True) -> Opened:
         check_whole(model, adapted, name, given.adapter)
     wanted = wanted._replace(labels=labels_of(given, model, wanted))
     return Opened(model, adapted, kind, base, name, wanted)
+
+
+def open_alone(given: argparse.Namespace) -> Opened:
+    """Reads a base without an adapter; a head that it lacks is refused."""
+    for flag, said in (("--any-base", given.any_base), ("--ignore", given.ignore)):
+        if said:
+            raise ValueError(
+                f"{flag} says how an adapter goes onto the base: write --adapter too."
+            )
+    folder, model, params = open_base(given, Wanted())
+    check_whole(model, params, given.base)
+    wanted = Wanted(labels=labels_of(given, model, Wanted()))
+    return Opened(model, params, MODEL, folder, given.base, wanted)
 
 
 def labels_of(
@@ -248,8 +273,13 @@ def open_adapters(
         raise ValueError(
             f"--base is needed: the adapters name several, {', '.join(sorted(bases))}."
         )
+    one = lambda values: values.pop() if len(values) == 1 else None
     asked = Wanted(
-        heads[0] if heads else None, sites=sites or None, base=next(iter(bases), None)
+        heads[0] if heads else None,
+        sites=sites or None,
+        param_dtype=one({each.param_dtype for *_, each in found.values()} - {None}),
+        dtype=one({each.dtype for *_, each in found.values()} - {None}),
+        base=one(bases),
     )
     base, model, params = open_base(given, asked)
     trees = {

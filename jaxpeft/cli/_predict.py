@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.cli._base import check_whole, open_base
 from jaxpeft.cli._console import note
 from jaxpeft.cli._folders import Wanted, find_adapter
 from jaxpeft.cli._open import (
     add_base,
     add_labels,
-    labels_of,
+    check_template,
     need_tokenizer,
     open_adapter,
+    open_alone,
 )
 from jaxpeft.cli._ranks import new_file
 from jaxpeft.cli._types import whole
@@ -41,7 +41,7 @@ EXAMPLE = (
 )
 READ = ("lines", "jsonl", "csv", "tsv")
 WRITTEN = ("jsonl", "csv")
-BATCH = 32
+BATCH, NEW = 32, 64
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,10 +87,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=whole(1),
         metavar="T",
-        help="tokens (default: as in the run)",
+        help="tokens at which rows of classes, numbers and choices end (default: as in "
+        "the run)",
     )
     add(
-        "--max-new-tokens", type=whole(1), default=64, metavar="N", help="(default: 64)"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT_OR_TOKEN",
+        help="end a text before this text or token, too; may be given again",
+    )
+    add(
+        "--max-new-tokens",
+        type=whole(1),
+        metavar="N",
+        help=f"of a text (default: {NEW})",
     )
     add(
         "--batch-size",
@@ -105,37 +116,33 @@ def run(given: argparse.Namespace) -> None:
     out = given.out and new_file(given.out)
     form = _written_as(given)
     rows = _rows(given)
-    asked, wanted = None, Wanted()
+    asked = None
     if given.adapter is not None:  # before any weights are read
         asked = _kept_question(given, find_adapter(given.adapter)[2])
     elif given.task:
         raise ValueError("--task is one of an adapter's; add --adapter.")
     from jaxpeft import models, serving
 
-    if given.adapter is not None:
-        opened = open_adapter(given)
-        folder, model, params = opened.folder, opened.model, opened.adapted
-        wanted = opened.wanted
-    else:
-        folder, model, params = open_base(given, wanted)
-        check_whole(model, params, given.base)
-        wanted = wanted._replace(labels=labels_of(given, model, wanted))
+    opened = open_alone(given) if given.adapter is None else open_adapter(given)
+    model, folder, wanted = opened.model, opened.folder, opened.wanted
     if asked is None:
         asked = _question_of(given, model, folder, wanted)
     if given.labels:
         asked = asked._replace(labels=wanted.labels)
     asked = _columns(given, asked, rows)
     tokenizer = need_tokenizer(folder, given.adapter)
+    if given.chat:
+        check_template(tokenizer)
     config = wanted.run
     lengths = None if given.max_length else config.get("lengths")
     with _bar(f"predicting for {len(rows)} row{'s' * (len(rows) > 1)}") as advance:
         found = serving.predict(
-            *(model, params, tokenizer, rows, asked),
+            *(model, opened.adapted, tokenizer, rows, asked),
             batch_size=given.batch_size or config.get("eval_batch_size") or BATCH,
             max_length=given.max_length or config.get("max_length"),
             lengths=lengths and tuple(lengths),
-            max_new_tokens=given.max_new_tokens,
-            stop=models.stop_tokens(folder, tokenizer),
+            max_new_tokens=given.max_new_tokens or NEW,
+            stop=[*models.stop_tokens(folder, tokenizer), *given.stop],
             advance=advance,
         )
     if out:
@@ -264,6 +271,16 @@ def _columns(given: argparse.Namespace, asked, rows):
             raise ValueError("--text names another column; name --choices too.")
         choices = asked.columns[1:] if asked.form == "choice" else ()
         asked = asked._replace(columns=(*given.text, *choices))
+    texts = asked.form in ("text", "completion", "chat")
+    ends = {"--stop": given.stop, "--max-new-tokens": given.max_new_tokens}
+    for flag, value in ends.items():
+        if value and not texts:
+            raise ValueError(f"{flag} is for texts that are written; leave it out.")
+    if given.max_length and texts:
+        raise ValueError(
+            "--max-length is for classes, numbers and choices: what a text goes on "
+            "from is never cut. Leave it out here."
+        )
     pair = len(asked.columns) > 1 and asked.form != "chat"  # tools may be absent
     if isinstance(rows[0], str) and pair:
         raise ValueError(

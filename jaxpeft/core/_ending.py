@@ -1,7 +1,6 @@
 """How a program ends: one message for what it refuses, and an exit status."""
 
 import argparse
-import math
 import sys
 import traceback as tracebacks
 from collections.abc import Callable
@@ -33,25 +32,19 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's; a flag's text is never empty, its numbers are finite."""
+        """As argparse's; a flag's text is never empty."""
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             values = getattr(found, action.dest, None)
             for value in values if isinstance(values, list) else [values]:
-                if action.option_strings and _useless(value):
+                blank = isinstance(value, str) and not value.strip()
+                if action.option_strings and blank:
                     self.error(f"argument {action.option_strings[-1]}: got {value!r}")
         return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Ends the program; argparse would print all of the usage, too."""
         self.exit(REFUSED, f"{self.prog}: error: {message}. See {self.prog} --help\n")
-
-
-def _useless(value: object) -> bool:
-    """Whether a value on a command line can be nothing but a mistake."""
-    if isinstance(value, str):
-        return not value.strip()
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def ended(

@@ -84,9 +84,7 @@ def head_info(folder: str | Path) -> HeadInfo:
     return HeadInfo(labels, number)
 
 
-def checked(
-    labels: Sequence[str], width: int | None, name: str = "`labels`"
-) -> tuple[str, ...]:
+def checked(labels: Any, width: int | None, name: str = "`labels`") -> tuple[str, ...]:
     """Names of classes, all different, as many as the head has columns.
 
     Args:
@@ -97,8 +95,9 @@ def checked(
     Raises:
         ValueError: they are none.
     """
-    words = isinstance(labels, str) or not all(isinstance(x, str) for x in labels)
-    if words or len(set(labels)) < len(labels):
+    listed = isinstance(labels, Sequence) and not isinstance(labels, str)
+    names = listed and all(isinstance(x, str) for x in labels)
+    if not names or len(set(labels)) < len(labels):
         raise ValueError(
             f"{name} must be different names of classes, a str each, in the head's "
             f"order; got {labels!r}."

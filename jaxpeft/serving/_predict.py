@@ -34,7 +34,7 @@ def predict(
     max_length: int | None = None,
     lengths: Sequence[int] | None = None,
     max_new_tokens: int = 64,
-    stop: Sequence[int] | None = None,
+    stop: Sequence[int | str] | None = None,
     advance: _Advance | None = None,
 ) -> list[dict[str, Any]]:
     """Returns what a model answers for every row.
@@ -59,7 +59,8 @@ def predict(
         lengths: as in ``data.batches``: token counts that rows are padded to.
         max_new_tokens: of a text that is written, the most tokens; the likeliest one
             is taken each time.
-        stop: tokens that end a text; ``None``: the tokenizer's end token.
+        stop: what ends a text, as in ``models.generate``; ``None``: the model's own
+            ids (``model.stop_tokens``) and the tokenizer's end token.
         advance: called after each batch with how many rows (of choices: choices) are
             done, and of how many.
 
@@ -345,7 +346,7 @@ def _written(
 ) -> list[dict[str, Any]]:
     if stop is None:
         end = tokenizer.eos_token_id
-        stop = () if end is None else (end,)
+        stop = [*model.stop_tokens, *([] if end is None else [end])]
     found: list[dict[str, Any]] = [{}] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -358,6 +359,7 @@ def _written(
             [prompts[i] for i in filled],
             max_new_tokens=max_new_tokens,
             stop=stop,
+            tokenizer=tokenizer,
         )
         for number, ids in zip(numbers, new[: len(numbers)], strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -281,7 +281,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
             )
         return [Run(f"sft-{name}@{s}", 0, str(p), s) for s, p in found.items()]
     found = interop.adapter_folder(folder)
-    own = found / "adapter.json"
+    own = found / CONFIG
     read = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
     step = (read.get("metadata") or {}).get("step")
     return [Run(f"sft-{name}", 0, str(found), step)]

@@ -153,7 +153,10 @@ def rehearse(
         make()
     else:
         jax.eval_shape(make)
-    _check_ranks(made[0])
+    field = "`config.adapter.rank` or `config.rank_pattern`"
+    if ranks is not None or config.start:
+        field = "`config.start`" if config.start else "`config.allocation`"
+    _check_ranks(made[0], field)
     trainable, _ = core.partition(made[0])
     call(
         adamw,
@@ -167,7 +170,7 @@ def rehearse(
             jax.eval_shape(allocation.init, trainable)
 
 
-def _check_ranks(adapted: Any) -> None:
+def _check_ranks(adapted: Any, field: str) -> None:
     """Raises for factors larger than any change of their kernel needs.
 
     A rank that is no size of a leaf beside the kernel (shared ones) is not looked at.
@@ -178,10 +181,9 @@ def _check_ranks(adapted: Any) -> None:
         _, *sizes = matrix_shape(node.base.shape, node.site.roles)
         if max(node.site.ranks) > max(sizes):
             raise ValueError(
-                f"`config.adapter.rank` or `config.rank_pattern` gives rank "
-                f"{max(node.site.ranks)} to site {node.site.path!r}, a kernel of "
-                f"{sizes[0]} x {sizes[1]}: every change of it has rank "
-                f"{min(sizes)} or less."
+                f"{field} gives rank {max(node.site.ranks)} to site "
+                f"{node.site.path!r}, a kernel of {sizes[0]} x {sizes[1]}: every "
+                f"change of it has rank {min(sizes)} or less."
             )
 
 

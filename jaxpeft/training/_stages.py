@@ -12,7 +12,7 @@ import ml_collections
 from jaxpeft import mixtures
 from jaxpeft.training._fields import check_fields
 from jaxpeft.training._report import REPORT_FILE, print_table
-from jaxpeft.training._workdir import check_workdir
+from jaxpeft.training._workdir import as_folder, check_workdir
 
 
 def stage_config(
@@ -97,7 +97,7 @@ def run_stages(
         ValueError: see ``stage_config`` and ``check_fields``, before any stage is run.
         WorkdirError: a stage's folder is in use, or of another config.
     """
-    folder = Path(workdir).absolute()
+    folder = as_folder(workdir)
     configs = [stage_config(config, i, folder) for i in range(len(config.stages))]
     for changed in configs:  # all, before the first is trained
         check_fields(changed)

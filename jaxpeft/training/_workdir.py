@@ -19,6 +19,7 @@ from jaxpeft.training._config import (
     config_from_json,
     config_to_json,
 )
+from jaxpeft.training._fields import FIELDS
 
 CONFIG_FILE = "config.json"
 FRESH_FILE = "config.json.new"
@@ -231,11 +232,23 @@ def _check_content(
     differences = config_differences(before, config, free=free)
     if differences:
         listed = "\n  ".join(differences)
+        new = [n for n in FIELDS if _has(config, n) and not _has(before, n)]
         raise WorkdirError(
             f"`workdir` {str(folder)!r} holds a run of another config:\n  {listed}\n"
             f"To start this one, give another folder (--workdir=PATH) or delete that "
-            f"one; to resume that one, put its values back."
+            "one; "
+            + (
+                f"that one is of an older jaxpeft, without {', '.join(new)}, and only "
+                "that version resumes it."
+                if new
+                else "to resume that one, put its values back."
+            )
         )
+
+
+def _has(config: ml_collections.ConfigDict, field: str) -> bool:
+    section, _, name = field.partition(".")
+    return section in config and (not name or name in config[section])
 
 
 @contextlib.contextmanager

@@ -151,13 +151,35 @@ def test_every_prompt_has_its_own_adapter(base, capsys, tmp_path):
         assert line.split() == [WORDS[i] for i in new]
     assert len(set(lines)) == 3
 
+    # Over a base that is not read as it is stored, as a run has it.
+    low = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    adapted = jp.attach(low, jp.lora(2), ["q_proj"], key=jax.random.key(0))
+    told = {"config": {"model": {"name": str(base), "dtype": "bfloat16"}}}
+    interop.save_adapter(adapted, tmp_path / "low", metadata=told)
+    alone = said(capsys, prompt, f"--adapter={tmp_path / 'low'}")
+    among = said(capsys, prompt, f"--adapter=low={tmp_path / 'low'}", "--rows", "low")
+    assert alone[:2] == among[:2] and among[0] == 0, among
+
     for more, message in (
         (both, "several adapters need names"),
         ([*both, "--rows", "one,two"], "2 names for 1 prompts"),
-        ([*both, "--rows", "three"], "no adapter 'three'"),
+        ([*both, "--rows", "three"], "--rows has 'three'"),
         ([both[0], both[0], "--rows", "one"], "needs a name of its own"),
         ([f"--adapter={tmp_path / 'one'}", "--rows", "one"], "write --adapter NAME="),
         (["--rows", "one"], "add --adapter NAME=FOLDER"),
+        (["--ignore", "r"], "--ignore says how an adapter goes onto the base"),
     ):
         status, _, err = said(capsys, prompt, "--base", base, *more)
         assert status != 0 and message in " ".join(err.split()), err
+
+
+def test_a_base_that_is_gone_is_said_of_the_adapters_that_name_it(
+    base, tmp_path, capsys
+):
+    _, params = models.load(base, head="causal_lm")
+    adapted = jp.attach(params, jp.lora(2), ["q_proj"], key=jax.random.key(0))
+    interop.save_adapter(adapted, tmp_path / "own", metadata={"base": "./gone"})
+    for more in ([f"a={tmp_path / 'own'}", "--rows", "a"], [tmp_path / "own"]):
+        status, _, err = said(capsys, "w7", "--adapter", *more)
+        assert status == 2 and f"the base that '{more[0]}' names, './gone', is" in err
+        assert "there: './gone' is no folder" in err

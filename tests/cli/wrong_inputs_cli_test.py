@@ -27,12 +27,16 @@ FINE = {
     "import": "peft --base llama --out out",
     "convert": "peft --base llama --to portable --rank 2 --out out",
     "generate": "1 --base llama --head causal_lm --adapter own --max-new-tokens 2",
+    "predict": "--base llama --head causal_lm --adapter own --input rows.jsonl "
+    "--text text --max-new-tokens 2",
     "ranks": "--model llama --task files --task-option train='rows.jsonl' "
     + " ".join(f"--task-option {option}" for option in TASK)
     + " --method uniform --rank 2 --out out.json --targets q_proj",
     "dimension": "--model tiny --task train.jsonl --eval eval.jsonl --shots 0 "
     "--out study --n-eval 60",
 }
+PREDICT = "--base llama --head causal_lm --adapter own --input rows.jsonl --text text"
+PREDICT = PREDICT.split()
 OF_OTHERS = {"adapter": "own", "base": "llama", "out": "out", "task": "rows.jsonl"}
 HUGE = "9" * 30
 # Names of what has to be there, or be known.
@@ -134,6 +138,9 @@ BY_HAND = [
     (["generate", "1", *"--base llama --adapter a=own --rows b".split()], "'b'"),
     (["generate", "1", *"--base llama --rows a".split()], "--adapter"),
     (["generate", "1", *"--base llama --adapter a=own --rows a,a".split()], "--rows"),
+    (["generate", "", "--base", "llama"], "PROMPT"),
+    (["generate", "1", *"--base llama --ignore r".split()], "--ignore"),
+    (["predict", *"--base llama --any-base --input rows.jsonl".split()], "--any-base"),
     (["dimension"], "--model"),
     (["dimension", "collect", "--model", "tiny"], "--task"),
     (["dimension", "points"], "--file"),
@@ -204,6 +211,20 @@ def test_it_is_refused(place, capsys, monkeypatch, argv, name):
     value = argv[-1].partition("=")[2] if argv else ""
     said = [name, name.strip("-"), *[repr(value)[1:-1]] * bool(value.strip())]
     assert_refused(cli.main, argv, said, folder=place, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "flag"),
+    [
+        (["--max-length", "9"], "--max-length"),
+        (["--choices", "label", "--stop", "b"], "--stop"),
+        (["--choices", "label", "--max-new-tokens", "2"], "--max-new-tokens"),
+        (["--chat"], "--chat: the base's tokenizer has no chat template"),
+    ],
+)
+def test_what_a_task_has_no_use_for(place, capsys, more, flag):
+    argv = ["predict", *PREDICT, *more]  # what is asked depends on the model's head
+    assert_refused(cli.main, argv, [flag], folder=place, capsys=capsys, compiles=True)
 
 
 @pytest.mark.slow

@@ -133,6 +133,15 @@ def test_names_that_are_none(base, tmp_path, labels, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("labels", [3, {"a": 0, "b": 1}, "abc", ["a", 1]])
+def test_metadata_that_names_no_classes(tmp_path, labels):
+    params = {"classifier": {"kernel": jax.numpy.ones((4, 2))}}
+    adapted = jp.attach(params, jp.full(), ["classifier"], key=jax.random.key(0))
+    interop.save_adapter(adapted, tmp_path / "own", metadata={"labels": labels})
+    with pytest.raises(ValueError, match="must be different names of classes"):
+        interop.head_info(tmp_path / "own")
+
+
 def test_a_model_without_classes_has_no_names_for_them(base, tmp_path):
     model, params = opened(base, head=None)
     with pytest.raises(ValueError, match="this head has no classes; leave them out"):

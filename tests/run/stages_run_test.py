@@ -205,3 +205,21 @@ def test_what_is_no_stage_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="`config.data.name` is 'files'; write 'mixtu"):
         train.run(config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder_is_meant_as_by_any_run(config, tmp_path, monkeypatch):
+    with config.unlocked():
+        config.stages, config.stage_changes = ("universal",), dict(universal={})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def run(config, workdir):
+        seen.append(workdir)
+        raise Enough
+
+    with pytest.raises(Enough):
+        training.run_stages(config, "~/stages", run)
+    assert seen == [tmp_path / "stages/01_universal"]

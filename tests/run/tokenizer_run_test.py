@@ -118,7 +118,7 @@ def test_padding_changes_nothing(bare, tiny_llama, tiny_config, tmp_path):
 def test_options_that_there_are_none_of(bare, tiny_config, tmp_path):
     path = str(bare / "sums.jsonl")
     for options, message in (
-        ({"pad_tokn": "[EOS]"}, r"`config.tokenizer.pad_tokn`.*nearest: \['pad_token'"),
+        ({"pad_tokn": "[EOS]"}, r"`config.tokenizer.pad_tokn`.*nearest: .*pad_token'"),
         ({"chat_template": "chatmI"}, "Did you mean 'chatml'"),
         ({"pad_token": "[PADD]"}, r"`pad_token` '\[PADD\]'.*nearest: \['\[PAD\]'"),
     ):
@@ -126,6 +126,6 @@ def test_options_that_there_are_none_of(bare, tiny_config, tmp_path):
         with config.unlocked():
             task = {"train": path, "validation": path, "prompt": "q", "completion": "a"}
             small(config, bare, **task)
-            config.tokenizer = dict(options)
+            config.tokenizer.update(options)
         with pytest.raises(ValueError, match=message):
             train.run(config, tmp_path / options.popitem()[0])

@@ -31,6 +31,21 @@ def test_another_config_is_refused_field_by_field(tmp_path):
             pass
 
 
+def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path):
+    with training.open_workdir(tmp_path / "run", config()):
+        pass
+    newer = config(tokenizer={"pad_token": None, "eos_token": None}, adapter={"b": 1})
+    with pytest.raises(training.WorkdirError) as caught:
+        training.check_workdir(tmp_path / "run", newer)
+    said = str(caught.value).splitlines()[-1]
+    assert (
+        "older jaxpeft, without tokenizer.pad_token, tokenizer.eos_token, and" in said
+    )
+    assert "put its values back" not in said
+    with pytest.raises(training.WorkdirError, match="put its values back"):
+        training.check_workdir(tmp_path / "run", config(seed=1, adapter={"b": 1}))
+
+
 def test_what_may_differ_is_written_anew(tmp_path):
     with training.open_workdir(tmp_path / "run", config()):
         pass

@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 from refusal_toolbox import COMPILES, assert_refused
 
-from jaxpeft import adapters, allocate, training
+from jaxpeft import adapters, allocate, core, training
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = training.load_config(ROOT / "configs/quickstart.py")
@@ -109,6 +109,12 @@ def changes():
         ("config.allocation = 'missing.json'", "missing.json"),
         ("config.allocation = 'rows.jsonl'", "rows.jsonl"),
         ("config.allocation = 'no_such'", "no_such"),
+        (
+            "config.adapter = dict(name='lora', rank=2); config.targets = ('query',); "
+            "config.allocation = 'wide.json'",
+            ": `config.allocation` gives rank 99 to site",
+        ),
+        ("config.tokenizer.pad_token = 'zzz'", ": `config.tokenizer`: `pad_token`"),
         ("config.rank_pattern = (('no_such', 4),)", "no_such"),
         ("config.rank_pattern = (('query', -4),)", "rank"),
         ("config.alpha_pattern = (('query', 'x'),)", "alpha"),
@@ -167,6 +173,10 @@ def place(tiny, tmp_path_factory):
     (place / "empty.jsonl").write_text("")
     (place / "broken.jsonl").write_text('{"text": "w1", "label"')
     (place / "column.jsonl").write_text('{"txet": "w1", "label": "a"}\n')
+    sites = [f"encoder/layer_{i}/attention/query/kernel" for i in range(2)]
+    core.Allocation.of({site: core.SiteRank(99, 99.0) for site in sites}).save(
+        place / "wide.json"
+    )
     for name in ("none", "garbage", "other", "cut", "weightless", "wordless"):
         shutil.copytree(place / "model", place / name)
     (place / "none/config.json").unlink()

@@ -150,6 +150,18 @@ def test_texts_are_what_generate_writes(decoder, tokenizer):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             (new,) = models.generate(model, params, [ids], max_new_tokens=5)
             assert row == {"text": tokenizer.decode(new, skip_special_tokens=True)}
+    # What ends a text is what generate is told: texts, and by default the model's ids.
+    asked = data.Question("t", "completion", ("x",))
+    (whole,) = serving.predict(*(model, params, tokenizer, TEXTS[:1], asked), **options)
+    begun = models.opened(tokenizer, TEXTS[0])
+    (new,) = models.generate(model, params, [begun], max_new_tokens=5)
+    ended = model.clone(stop_tokens=(int(new[0]),))
+    options["stop"] = [tokenizer.decode(new[:1])]
+    for one, more in ((model, options), (ended, options | {"stop": None})):
+        found = serving.predict(one, params, tokenizer, TEXTS[:1], asked, **more)
+        assert found == [{"text": ""}] != [whole]
+    options["stop"], asked = (), data.Question("t", "chat", ("x",))
+    found = serving.predict(*(model, params, tokenizer, TEXTS, asked), **options)
     # A line fills the template that the run's prompts were made with.
     template = data.Question("t", "completion", ("<user>{q}<a>",))
     for rows in (TEXTS, [{"q": text} for text in TEXTS]):
