@@ -60,7 +60,8 @@ def predict(
         max_new_tokens: of a text that is written, the most tokens; the likeliest one
             is taken each time.
         stop: what ends a text, as in ``models.generate``; ``None``: the model's own
-            ids (``model.stop_tokens``) and the tokenizer's end token.
+            ids (``model.stop_tokens``), the tokenizer's end token, and the one that
+            its chat template ends a turn with (``models.turn_end``).
         advance: called after each batch with how many rows (of choices: choices) are
             done, and of how many.
 
@@ -345,8 +346,8 @@ def _written(
     model, params, tokenizer, prompts, batch_size, advance, *, max_new_tokens, stop
 ) -> list[dict[str, Any]]:
     if stop is None:
-        end = tokenizer.eos_token_id
-        stop = [*model.stop_tokens, *([] if end is None else [end])]
+        ends = {tokenizer.eos_token_id, models.turn_end(tokenizer)} - {None}
+        stop = sorted({*model.stop_tokens, *ends})
     found: list[dict[str, Any]] = [{}] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
