@@ -154,8 +154,8 @@ def test_every_quantisation_of_the_package(tmp_path, kind):
 def test_quantisations_as_transformers_reads_them(tmp_path):
     """Its code is another than that of the package."""
     import torch
+    from transformers.integrations.gguf import dequant as theirs
 
-    theirs = pytest.importorskip("transformers.integrations.gguf.dequant")
     kinds = [kind for kind in READABLE if kind.value in theirs.GGML_NAME]
     wanted = {"Q4_0", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL", "IQ4_XS"}
     assert wanted < {kind.name for kind in kinds}
