@@ -15,6 +15,7 @@ from jaxpeft.core._contract import Uses
 from jaxpeft.core._control import joined
 from jaxpeft.core._evaluate import Evaluator
 from jaxpeft.core._node import is_node, leaves_with_path, nodes
+from jaxpeft.numerics import TARGETS, target_of
 
 Tap = Callable[[Any, dict, dict], Any]
 
@@ -24,6 +25,7 @@ def adapt(
     *,
     unsupported: Literal["error", "materialise"] = "error",
     taps: Tap | Literal["own"] | None = None,
+    target: Literal["cpu", "gpu", "tpu"] | None = None,
 ) -> Callable[..., Any]:
     r"""Makes a function understand adapted trees; its code stays as it is.
 
@@ -46,6 +48,10 @@ def adapt(
             contraction of an adapted kernel (not at look-ups); ``"own"`` for what each
             method says of its input (the mixtures: sums over their gates); ``None``
             for none.
+        target: the platform that the program is for: thin products are written as
+            its compiler has them best; the numbers are the same. ``None``: that of the
+            arrays, or in a trace that of the mesh of their shardings or in context,
+            or JAX's default backend.
 
     Returns:
         A function of the same signature. Adapted kernels may be anywhere among its
@@ -59,8 +65,8 @@ def adapt(
 
     Raises:
         UnsupportedError: as above (a ``NotImplementedError``), when called.
-        ValueError: ``unsupported`` is neither word, ``taps`` is another string, or an
-            argument is one half of a partition.
+        ValueError: ``unsupported`` is neither word, ``taps`` is another string,
+            ``target`` no platform, or an argument is one half of a partition.
         TypeError: an argument is neither an array nor hashable.
 
     Example:
@@ -76,6 +82,8 @@ def adapt(
         )
     if isinstance(taps, str) and taps != "own":
         raise ValueError(f'`taps` must be a function, "own" or None, got {taps!r}')
+    if target not in (None, *TARGETS):
+        raise ValueError(f"`target` must be None or one of {TARGETS}, got {target!r}")
     if not callable(fn):
         raise TypeError(f"`fn` must be a function, got {type(fn).__name__}")
 
@@ -83,7 +91,8 @@ def adapt(
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
-        return call(*split_call(args, kwargs))
+        static, arrays = split_call(args, kwargs)
+        return call(static, target or target_of(arrays), arrays)
 
     return wrapped
 
@@ -105,9 +114,9 @@ def _call(fn, unsupported: str, taps: Tap | str | None):
 
 def _compiled(fn, unsupported: str, taps: Tap | str | None):
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def call(static: "Static", arrays: list):
-        return run(fn, static, arrays, Evaluator(unsupported), taps)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def call(static: "Static", target: str, arrays: list):
+        return run(fn, static, arrays, Evaluator(unsupported), taps, target)
 
     return call
 
@@ -204,6 +213,7 @@ def run(
     arrays: list,
     evaluate: Evaluator,
     taps: Tap | str | None,
+    target: str,
     sites: Collection[str] | None = None,
 ):
     """Traces ``fn`` on plain arrays and evaluates the trace on bound kernels.
@@ -214,6 +224,7 @@ def run(
         arrays: the same.
         evaluate: the interpreter.
         taps: as in ``adapt``.
+        target: the platform that the program is for.
         sites: paths of the sites that are tapped; ``None`` for all.
 
     Returns:
@@ -234,7 +245,7 @@ def run(
     values = [bind(x, tapped(x)) if is_node(x) else x for x in arrays]
     if any(is_node(x) and x.adapter.scales_bias for x in arrays):
         values = _with_scaled_biases(static, arrays, values)
-    uses = Uses(taps, {})
+    uses = Uses(taps, target, {})
     outs = evaluate(jaxpr, consts, values, uses)
     outs = [_returned(x, values, arrays, evaluate) for x in outs]
     out = jax.tree.structure(shape).unflatten(outs)

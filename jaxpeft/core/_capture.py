@@ -17,6 +17,7 @@ from jaxpeft.core._infer import infer_axes
 from jaxpeft.core._node import AdaptedKernel, Site, is_node, leaves_with_path
 from jaxpeft.core._paths import Targets, matrix_words, resolve_pattern
 from jaxpeft.core._targets import choose
+from jaxpeft.numerics import target_of
 
 _WAY_OUT = (
     "jaxpeft.capture cannot follow it there: leave the site out of `targets`, or name "
@@ -88,8 +89,8 @@ def capture(
             )
     tap = lambda x, frozen, trainable: reduce(x)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def call(static, arrays: list):
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def call(static, target: str, arrays: list):
         (params, *rest), kwargs = static.whole(arrays)
         found = axes
         if axes is None:
@@ -97,7 +98,7 @@ def capture(
         watched, sites = _watched(params, targets, exclude, found, axes is None)
         new_static, new_arrays = split_call((watched, *rest), kwargs)
         evaluate = Evaluator("error", _WAY_OUT)
-        out, seen = run(fn, new_static, new_arrays, evaluate, tap, sites)
+        out, seen = run(fn, new_static, new_arrays, evaluate, tap, target, sites)
         blind = [path for path in sites if path not in seen]
         if blind:
             raise ValueError(
@@ -109,7 +110,8 @@ def capture(
 
     @functools.wraps(fn)
     def wrapped(params, *args, **kwargs):
-        return call(*split_call((params, *args), kwargs))
+        static, arrays = split_call((params, *args), kwargs)
+        return call(static, target_of(arrays), arrays)
 
     return wrapped
 

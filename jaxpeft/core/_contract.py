@@ -5,6 +5,7 @@ wrote it, and adds two thin ones.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from jaxpeft.core._node import BATCH, IN, OUT, wider
 from jaxpeft.core._rows import check_rows, looked_up_changes, row_changes
 from jaxpeft.core._thin import (
     Read,
+    joins_axes,
     labelled_dot,
     oriented,
     precision_of,
@@ -37,6 +39,7 @@ class Uses:
 
     Attributes:
         tap: the user's function, ``"own"`` for each method's, or ``None``.
+        target: the platform that the program is for.
         numbers: the uses of each site, by the equations that lead to them; shared by
             all bodies of one trace, so that tracing a body twice changes nothing.
         tapped: ``(path, statistics)`` in order.
@@ -44,6 +47,7 @@ class Uses:
     """
 
     tap: Callable[..., Any] | str | None
+    target: str
     numbers: dict[str, dict[tuple[int, ...], int]]
     tapped: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     trail: tuple[Any, ...] = ()
@@ -139,6 +143,7 @@ def dot_general(
         for role in (IN, OUT, BATCH)
     )
     precision, given = precision_of(params), (x, x_labels)
+    product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
@@ -159,9 +164,11 @@ def dot_general(
 
     def thin(columns, how, x=x):
         labels = batch + ins + rank
-        return labelled_dot(x, x_labels, columns, labels, h_labels, how)
+        return product(x, x_labels, columns, labels, h_labels, how)
 
-    h, routed = read([w], thin, precision)[0] if known is None else known
+    if known is None:
+        known = read([w], thin, precision, uses.target)[0]
+    h, routed = known
     record(uses, w, *given, batch, ins, routed)
     delta = None
     if w.a is not None:
@@ -169,11 +176,11 @@ def dot_general(
             h = thin(w.a, precision, dropped(x, w, uses))
         if w.phi is not None:
             h = gated(w.phi, *_seen(x, x_labels, batch, ins, routed), h)
-        delta = labelled_dot(h, h_labels, w.b, batch + rank + outs, out, precision)
+        delta = product(h, h_labels, w.b, batch + rank + outs, out, precision)
     if w.fixed is not None:
         a, b = w.fixed
-        h = labelled_dot(x, x_labels, a, batch + ins + rank, h_labels, precision)
-        more = labelled_dot(h, h_labels, b, batch + rank + outs, out, precision)
+        h = product(x, x_labels, a, batch + ins + rank, h_labels, precision)
+        more = product(h, h_labels, b, batch + rank + outs, out, precision)
         delta = more if delta is None else delta + more
     y = finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
     if w.rows is not None:
@@ -269,7 +276,13 @@ def record(uses: Uses, w: Bound, x, x_labels, batch, ins, routed):
     uses.record(w.path, apply(rows, w.leaves))
 
 
-def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: int):
+def look_up(
+    w: Bound,
+    axis: int,
+    take: Callable[[Any, int], Any],
+    index_ndim: int,
+    uses: Uses,
+):
     """Rows of an embedding table: rows of the base and of ``a``.
 
     Args:
@@ -278,6 +291,7 @@ def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: in
         take: ``take(array, position)`` gathers along one axis of an array and puts
             the index axes first.
         index_ndim: the number of index axes.
+        uses: what the call gathers.
 
     Returns:
         ``[*index, *rest]``.
@@ -305,7 +319,12 @@ def look_up(w: Bound, axis: int, take: Callable[[Any, int], Any], index_ndim: in
         a, b = pair
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        more = jnp.tensordot(a, b, 1)
+        index = [("x", i) for i in range(index_ndim)]
+        rest = [("w", i) for i in range(1, b.ndim)]
+        more = labelled_dot(
+            *(a, [*index, ("r", 0)], b, [("r", 0), *rest], index + rest),
+            joined=joins_axes(uses.target),
+        )
         delta = more if delta is None else delta + more
     if rows.rows is not None:  # slots: nothing else is beside the table
         check_rows(rows.rows, y.shape, w.path)

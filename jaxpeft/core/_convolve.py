@@ -5,6 +5,7 @@ A convolution is a contraction of windows: at each position of the output the ke
 shows. The windows themselves are laid out in memory only for what needs them.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxpeft.core._contract import (
     times,
 )
 from jaxpeft.core._node import IN, OUT, wider
-from jaxpeft.core._thin import HIGHEST, labelled_dot, precision_of, shown
+from jaxpeft.core._thin import HIGHEST, joins_axes, labelled_dot, precision_of, shown
 
 
 def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
@@ -62,6 +63,7 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     ins = [("w", i) for i, role in enumerate(w.roles) if role == IN]
     rank, out = [("r", 0)], [("o", 0)]
     precision = precision_of(params)
+    product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
     widths = (groups,) * len(group) + (w.base.shape[out_axis] // groups,)
 
     def rows(z):
@@ -70,7 +72,7 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
 
     def down(z, a):
         if w.c is not None:
-            return labelled_dot(rows(z), front + ins, a, ins + rank, front + rank)
+            return product(rows(z), front + ins, a, ins + rank, front + rank)
         wide = wider(z.dtype, a.dtype)
         each = jnp.broadcast_to(
             a[..., None, :], (*a.shape[:-1], groups, a.shape[-1])
@@ -81,12 +83,12 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
 
     def up(h, b):
         b = b.reshape(b.shape[0], *widths)
-        y = labelled_dot(h, front + rank, b, rank + group + out, front + out, precision)
+        y = product(h, front + rank, b, rank + group + out, front + out, precision)
         return _in_layout(y, len(group), spec)
 
     routed = None
     if w.router is not None:
-        routed = labelled_dot(
+        routed = product(
             shown(w, rows(x), front + ins),
             front + ins,
             w.router,

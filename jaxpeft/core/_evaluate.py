@@ -159,7 +159,7 @@ class Evaluator:
                 case "dynamic_slice":
                     return [_relabel.dynamic_slice(first, tuple(vals[1:]), params)]
                 case "gather":
-                    return [self._gather(eqn, first, vals[1], params)]
+                    return [self._gather(eqn, first, vals[1], params, uses)]
                 case "mul" | "div":
                     return [_relabel.times(first, vals[1], name == "div")]
                 case "neg":
@@ -188,7 +188,7 @@ class Evaluator:
         known = shared.read(eqn, x, kernel_first)
         return _contract.dot_general(w, x, eqn.params, kernel_first, uses, issue, known)
 
-    def _gather(self, eqn, w: Bound, indices, params):
+    def _gather(self, eqn, w: Bound, indices, params, uses: Uses):
         def issue(x, indices, **changes):
             return eqn.primitive.bind(x, indices, **(params | changes))
 
@@ -197,7 +197,7 @@ class Evaluator:
         if w.roles[axis] == BATCH:
             rows = _relabel.gather_batch(w, axis, take, n)
             return _bound.transpose(rows, order)
-        return _contract.look_up(w, axis, take, n).transpose(order)
+        return _contract.look_up(w, axis, take, n, uses).transpose(order)
 
     def _convolution(self, eqn, w: Bound, x, params, uses):
         changes = {"preferred_element_type": None}
@@ -331,7 +331,8 @@ class _Shared:
         if len(ready) < 2 or id(eqn) not in ready:
             return None
         kernels = list(ready.values())
-        parts = _thin.read_together(kernels, x, eqn.params, kernel_first)
+        target = self.uses.target
+        parts = _thin.read_together(kernels, x, eqn.params, kernel_first, target)
         if parts is None:
             return None
         self.parts.update(zip(ready, parts, strict=True))

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,8 +31,24 @@ class Read(NamedTuple):
     routed: Any = None
 
 
-def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None):
-    """Contracts labelled arrays: labels in both and not in ``out`` are summed."""
+def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None, *, joined=False):
+    """Contracts labelled arrays: labels in both and not in ``out`` are summed.
+
+    Args:
+        x: an array.
+        x_labels: a label for each of its axes.
+        w: another.
+        w_labels: the same.
+        out_labels: the labels of the result.
+        precision: of the contraction.
+        joined: whether axes that go together are one axis for the contraction, see
+            ``joins_axes``.
+    """
+    sizes = dict(zip((*x_labels, *w_labels), (*x.shape, *w.shape), strict=True))
+    if joined:
+        runs = _runs(list(x_labels), list(w_labels), list(out_labels))
+        x, x_labels = _with_runs(x, x_labels, runs)
+        w, w_labels = _with_runs(w, w_labels, runs)
     both = [l for l in x_labels if l in w_labels]
     batch = [l for l in both if l in out_labels]
     summed = [l for l in both if l not in out_labels]
@@ -49,8 +64,59 @@ def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None):
     )
     labels = batch + [l for l in x_labels if l not in both]
     labels += [l for l in w_labels if l not in both]
+    if joined:
+        labels = [l for first in labels for l in runs.get(first, (first,))]
+        y = y.reshape([sizes[l] for l in labels])
     order = [labels.index(l) for l in out_labels]
     return y if order == list(range(len(order))) else y.transpose(order)
+
+
+def _runs(x: list, w: list, out: list) -> dict:
+    """Labels of axes that go together through a contraction, by the first of each run.
+
+    They lie side by side, in one order, in all operands that have them.
+    """
+    kind = lambda l: (l in x, l in w, l in out)
+    runs: dict = {}
+    for labels in (x, w):
+        for label in labels:
+            if any(label in run for run in runs.values()):
+                continue
+            run = [label]
+            while True:
+                ends = {
+                    side[at + 1] if at + 1 < len(side) else None
+                    for side in (x, w)
+                    if run[-1] in side
+                    for at in (side.index(run[-1]),)
+                }
+                follower = ends.pop() if len(ends) == 1 else None
+                if follower is None or kind(follower) != kind(label):
+                    break
+                run.append(follower)
+            runs[label] = tuple(run)
+    return runs
+
+
+def _with_runs(x, labels, runs: dict):
+    """An operand with each run as one axis, under its first label."""
+    firsts = [l for l in labels if l in runs]
+    shape, at = [], 0
+    for first in firsts:
+        width = len(runs[first])
+        shape.append(math.prod(x.shape[at : at + width]))
+        at += width
+    return x.reshape(shape), firsts
+
+
+def joins_axes(target: str) -> bool:
+    """Whether thin products for a target see rows, and heads, as one axis.
+
+    The gradient of ``b`` sums over all axes of the rows. XLA's compiler for CPUs lays a
+    product that sums over two axes out anew: it writes a transposed copy of all of dY.
+    With one axis it does not; other compilers need no help, and keep their programs.
+    """
+    return target == "cpu"
 
 
 def shown(w: Bound, x, x_labels):
@@ -102,24 +168,27 @@ def precision_of(params):
 
 
 def read(
-    kernels: Sequence[Bound], product: Callable[[Any, Any], Any], precision: Any
+    kernels: Sequence[Bound],
+    product: Callable[[Any, Any], Any],
+    precision: Any,
+    target: str,
 ) -> list[Read]:
     """Reads one input for kernels whose axes match it alike.
 
     Routers are read at the highest precision. Where the model's own is as good, and on
     a CPU each is, they are columns of the down-projections' product; elsewhere those
-    would become slower, so routers share one of their own. The host decides, also for
-    a program that a CPU compiles for another machine.
+    would become slower, so routers share one of their own.
 
     Args:
         kernels: one, or several.
         product: ``product(columns [..., n], precision)``: the input times columns.
         precision: the model's.
+        target: the platform that the program is for.
 
     Returns:
         What each kernel reads; without ``h`` where dropout has an input of its own.
     """
-    exact = jax.default_backend() == "cpu" or precision == (HIGHEST, HIGHEST)
+    exact = target == "cpu" or precision == (HIGHEST, HIGHEST)
     if exact and any(w.router is not None for w in kernels):
         precision = HIGHEST
     groups: dict[Any, dict] = {}
@@ -143,7 +212,9 @@ def read(
     ]
 
 
-def read_together(kernels: list[Bound], x, params: dict, kernel_first: bool):
+def read_together(
+    kernels: list[Bound], x, params: dict, kernel_first: bool, target: str
+):
     """Reads one input for several kernels that a model contracts with it.
 
     Returns:
@@ -174,5 +245,9 @@ def read_together(kernels: list[Bound], x, params: dict, kernel_first: bool):
     if len({w.mask is None for w in kernels}) > 1:
         return None
     x = shown(first, x, x_labels)  # a call has one mask for all
-    product = lambda columns, how: labelled_dot(x, x_labels, columns, labels, out, how)
-    return read(kernels, product, precision_of(params))
+    joined = joins_axes(target)
+
+    def product(columns, how):
+        return labelled_dot(x, x_labels, columns, labels, out, how, joined=joined)
+
+    return read(kernels, product, precision_of(params), target)

@@ -145,7 +145,7 @@ def attend(
         None takes that on a TPU where nothing stands against it.
       segments: what ``mask`` says within ``window``, as a number for each token.
     """
-    if implementation == "splash" or (implementation is None and is_home()):
+    if implementation == "splash" or (implementation is None and is_home(query)):
         reason = obstacle(query, mask, segments, dropout)
         if reason is None:
             return splash(

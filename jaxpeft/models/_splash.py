@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.numerics import target_of
+
 BLOCKS = (512, 256, 128)  # tokens of a tile; the largest that divides is taken
 ROWS, HEADS = ("data", "fsdp"), "tensor"  # axes of a mesh that cut rows and heads
 
@@ -41,9 +43,9 @@ def obstacle(
     return None
 
 
-def is_home() -> bool:
-    """Whether it is chosen unasked: on a TPU, one or those of the mesh in context."""
-    if jax.default_backend() != "tpu":
+def is_home(query: Array) -> bool:
+    """Whether it is chosen unasked: for a TPU, one or those of the mesh in context."""
+    if target_of(query) != "tpu":
         return False
     # A kernel is not cut by the compiler; with several devices we need their mesh.
     return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty

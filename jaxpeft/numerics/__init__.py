@@ -55,6 +55,8 @@ from jaxpeft.numerics._stream import leading_rows as leading_rows
 from jaxpeft.numerics._stream import row_cosines as row_cosines
 from jaxpeft.numerics._svd import SVD as SVD
 from jaxpeft.numerics._svd import svd as svd
+from jaxpeft.numerics._target import TARGETS as TARGETS
+from jaxpeft.numerics._target import target_of as target_of
 from jaxpeft.numerics._tokens import token_cross_entropy as token_cross_entropy
 from jaxpeft.numerics._zero import ZERO_STARTS as ZERO_STARTS
 from jaxpeft.numerics._zero import zero_factors as zero_factors

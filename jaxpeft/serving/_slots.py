@@ -28,6 +28,7 @@ from jaxpeft.core._rows import (
     slotted,
     take_rows,
 )
+from jaxpeft.numerics import target_of
 from jaxpeft.serving._write import cleared, misfits, pairs, written
 
 BASE = "__base__"
@@ -136,7 +137,7 @@ def slots(
                 f"`dtype` must be a floating one, such as jnp.bfloat16, got {dtype}"
             )
     if how is None:
-        how = "ragged" if _platform(params) == "tpu" else "gather"
+        how = "ragged" if target_of(params) == "tpu" else "gather"
     if how not in WAYS:
         raise ValueError(f"`how` must be None or one of {', '.join(WAYS)}, got {how!r}")
     if any(is_node(x) for x in jax.tree.leaves(params, is_leaf=is_node)):
@@ -153,14 +154,6 @@ def slots(
         axes=axes,
     )
     return Slots(tree, (BASE,) + (None,) * capacity, tuple(modules), axes)
-
-
-def _platform(params: PyTree) -> str:
-    """Where the parameters lie."""
-    for x in jax.tree.leaves(params):
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-            return next(iter(x.devices())).platform
-    return jax.default_backend()
 
 
 def load(

@@ -58,13 +58,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mixtures_of_one_input_share_their_products(case, monkeypatch):
+def test_mixtures_of_one_input_share_their_products(case):
     platform, expected = CASES[case]
     adapted, x = attached(**dict.fromkeys(NAMES, MIXTURE)), numbers(5, D, seed=7)
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert products(jp.adapt(use), adapted, x) == expected
+    assert products(jp.adapt(use, target=platform), adapted, x) == expected
     # What a router says of its tokens comes out of the same product.
-    tapped = jp.adapt(use, taps="own")
+    tapped = jp.adapt(use, taps="own", target=platform)
     assert products(tapped, adapted, x) == expected
     got, sums = tapped(adapted, x)
     for name in NAMES:
@@ -78,11 +77,10 @@ def test_mixtures_of_one_input_share_their_products(case, monkeypatch):
         )
 
 
-def test_a_highest_precision_of_the_model_is_one_for_all(monkeypatch):
+def test_a_highest_precision_of_the_model_is_one_for_all():
     adapted, x = attached(q=MIXTURE), numbers(5, D, seed=7)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     exact = functools.partial(use, precision="highest")
-    assert products(jp.adapt(exact), adapted, x) == [(6 + 3, HIGH)]
+    assert products(jp.adapt(exact, target="gpu"), adapted, x) == [(6 + 3, HIGH)]
 
 
 def test_methods_that_differ_share_what_they_can():
