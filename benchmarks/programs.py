@@ -163,19 +163,21 @@ def parts_of(adapter: jp.core.Adapter, rank: int) -> Parts | None:
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
     factors = lambda t: adapter.factors(kernel, frozen, t)
     f = factors(trainable)
-    if f.phi is not None:
+    if f.reads_input:
         return None
 
     def trains(part):
         gradient = jax.grad(lambda t: jnp.sum(part(factors(t)) ** 2))(trainable)
         return any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient))
 
-    pairs = []
-    if f.a is not None:
-        flags = trains(lambda f: f.a), trains(lambda f: f.b)
-        pairs.append((f.a.shape[1], *flags))
-    if f.fixed is not None:
-        pairs.append((f.fixed[0].shape[1], False, False))
+    pairs = [
+        (
+            term.a.shape[1],
+            trains(lambda f, i=i: f.terms[i].a),
+            trains(lambda f, i=i: f.terms[i].b),
+        )
+        for i, term in enumerate(f.terms)
+    ]
     scaled = f.c is not None or f.o is not None
     return Parts(tuple(pairs), scaled, f.kernel is not None)
 

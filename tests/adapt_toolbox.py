@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
-from jaxpeft.core import Adapter, Factors, method
+from jaxpeft.core import Adapter, Factors, Gate, Term, method
 
 
 def numbers(*shape, seed=0, scale=1.0):
@@ -57,7 +57,8 @@ def pair(rank: int = 3, alpha: float = 3.0, dropout: float = 0.0) -> Adapter:
         return {"scale": jnp.float32(alpha / rank)}, {"a": a, "b": b}
 
     def factors(kernel, frozen, trainable):
-        return Factors(a=trainable["a"], b=frozen["scale"] * trainable["b"])
+        b = frozen["scale"] * trainable["b"]
+        return Factors((Term(trainable["a"], b, drop=dropout),))
 
     return Adapter(init, factors, rank=rank, alpha=alpha, dropout=dropout)
 
@@ -75,13 +76,9 @@ def everything(rank: int = 3, alpha: float = 3.0, dropout: float = 0.0) -> Adapt
         return frozen, trainable
 
     def factors(kernel, frozen, trainable):
-        return Factors(
-            a=trainable["a"],
-            b=frozen["scale"] * trainable["b"],
-            c=trainable["c"],
-            o=trainable["o"],
-            fixed=(frozen["p"], frozen["q"]),
-        )
+        b = frozen["scale"] * trainable["b"]
+        terms = Term(trainable["a"], b, drop=dropout), Term(frozen["p"], frozen["q"])
+        return Factors(terms, c=trainable["c"], o=trainable["o"])
 
     return Adapter(init, factors, rank=rank, alpha=alpha, dropout=dropout)
 
@@ -106,7 +103,7 @@ def input_scale() -> Adapter:
 
 @method
 def gated(rank: int = 3) -> Adapter:
-    """``phi`` that looks at both of its arguments; it has no merged form."""
+    """A gate that looks at both of its arguments; it has no merged form."""
 
     def init(key, kernel, rank, alpha):
         d_in, d_out = kernel.shape
@@ -115,16 +112,21 @@ def gated(rank: int = 3) -> Adapter:
         return {}, trainable
 
     def factors(kernel, frozen, trainable):
-        phi = Partial(gate, trainable["router"])
-        return Factors(a=trainable["a"], b=trainable["b"], phi=phi)
+        between = Gate(trainable["router"], Partial(gate))
+        return Factors((Term(trainable["a"], trainable["b"], gate=between),))
 
     return Adapter(init, factors, rank=rank)
 
 
-def gate(router, x, h):
-    """The ``phi`` of ``gated``: a sigmoid gate on each rank component."""
-    assert x.shape[-1] == router.shape[0] and h.shape[-1] == router.shape[1]
-    return h * jax.nn.sigmoid(x @ router)
+def gate(seen, h):
+    """What acts in ``gated``: a sigmoid gate on each rank component."""
+    assert seen.shape == h.shape
+    return h * jax.nn.sigmoid(seen)
+
+
+def change(f) -> jax.Array:
+    """The sum of the terms of one kernel's factors, as a dense matrix."""
+    return sum(term.a @ term.b for term in f.terms)
 
 
 def perturb(adapted, seed=2, scale=0.3):

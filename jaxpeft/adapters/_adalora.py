@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, PeftForm, check_options, method
+from jaxpeft.core import Adapter, Factors, PeftForm, Term, check_options, method
 from jaxpeft.numerics import gram_distance
 
 STD = 0.02  # of a and b at the start
@@ -91,7 +91,8 @@ def adalora(
     def factors(kernel, frozen, trainable):
         del kernel
         weights = (frozen["scale"] * trainable["e"])[:, None]
-        return Factors(a=trainable["a"], b=weights * trainable["b"])
+        b = weights * trainable["b"]
+        return Factors((Term(trainable["a"], b, drop=dropout),))
 
     def penalty(frozen, trainable):
         del frozen

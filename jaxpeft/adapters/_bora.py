@@ -9,6 +9,7 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
+    Term,
     check_options,
     method,
     scale_leaf,
@@ -143,7 +144,8 @@ def bora(
         scale = {first: ratio(first, frozen[f"w2_{first}"])}
         weight = held(scale[first] ** 2)
         scale[last] = ratio(last, square_norms(kernel, last, weight), weight)
-        return Factors(a=a, b=b, c=scale["in"], o=scale["out"])
+        term = Term(a, b, drop=dropout)
+        return Factors((term,), c=scale["in"], o=scale["out"])
 
     def report(frozen, trainable):
         del trainable

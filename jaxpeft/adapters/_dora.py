@@ -9,6 +9,7 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
+    Term,
     check_options,
     check_site_rank,
     method,
@@ -150,8 +151,8 @@ def dora(
             a, b = jax.lax.stop_gradient((a, b))
         squares = factored_square_norms(kernel, a, b, "out", frozen["w2_out"], eps=eps)
         o = magnitude_ratio(trainable["m_out"], squares, frozen["live_out"])
-        fixed = pairs[1] if init in STARTS else None
-        return Factors(a=pairs[0][0], b=pairs[0][1], o=o, fixed=fixed)
+        terms = (Term(*pairs[0], drop=dropout), *(Term(*pair) for pair in pairs[1:]))
+        return Factors(terms, o=o)
 
     start = init if init in STARTS else True
     kinds = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}

@@ -12,6 +12,7 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
+    Term,
     check_options,
     check_site_rank,
     method,
@@ -230,8 +231,10 @@ def kasa(
             b = (scale * trainable["sigma"])[:, None] * b
         else:
             b = scale * b
-        pair = dropped(frozen) if base == "separate" else None
-        return Factors(a=a, b=b, fixed=None if pair is None else (-pair[0], pair[1]))
+        terms = (Term(a, b, drop=dropout),)
+        if base == "separate" and (gone := dropped(frozen)) is not None:
+            terms += (Term(-gone[0], gone[1]),)
+        return Factors(terms)
 
     def penalty(frozen, trainable):
         del frozen
@@ -273,7 +276,7 @@ def kasa(
 
     def pair(frozen, trainable, shape):
         del shape
-        made, gone = factors(None, frozen, trainable), dropped(frozen)
+        made, gone = factors(None, frozen, trainable).terms[0], dropped(frozen)
         own = made.a, made.b
         return own if gone is None else joined(own, (-gone[0], gone[1]))
 

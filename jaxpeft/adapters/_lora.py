@@ -6,6 +6,7 @@ from jaxpeft.core import (
     SCALINGS,
     Adapter,
     Factors,
+    Term,
     check_options,
     method,
     scale_leaf,
@@ -149,7 +150,8 @@ def _low_rank(name, rank, alpha, dropout, init, scaling) -> Adapter:
 
     def factors(kernel, frozen, trainable):
         del kernel
-        return Factors(a=trainable["a"], b=frozen["scale"] * trainable["b"])
+        b = frozen["scale"] * trainable["b"]
+        return Factors((Term(trainable["a"], b, drop=dropout),))
 
     peft = lora_form(
         scaling=scaling,

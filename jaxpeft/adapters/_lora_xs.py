@@ -10,6 +10,7 @@ from jaxpeft.core import (
     Adapter,
     Factors,
     PeftForm,
+    Term,
     check_options,
     check_site_rank,
     method,
@@ -111,11 +112,11 @@ def lora_xs(
         del kernel
         core = frozen["scale"] * trainable["core"]
         b = jnp.matmul(core, frozen["b0"], precision="highest")
-        return Factors(a=frozen["a0"], b=b)
+        return Factors((Term(frozen["a0"], b, drop=dropout),))
 
     def pair(frozen, trainable, shape):
         del shape
-        made = factors(None, frozen, trainable)
+        (made,) = factors(None, frozen, trainable).terms
         return made.a, made.b
 
     return Adapter(

@@ -8,6 +8,7 @@ from jaxpeft.core import (
     Adapter,
     Factors,
     PeftForm,
+    Term,
     check_options,
     check_site_rank,
     method,
@@ -104,9 +105,8 @@ def pc(
     def factors(kernel, frozen, trainable):
         del kernel
         if residual == "folded":
-            return Factors(a=trainable["a"], b=trainable["b"])
-        a, b = change(frozen, trainable)
-        return Factors(a=a, b=b)
+            return Factors((Term(trainable["a"], trainable["b"]),))
+        return Factors((Term(*change(frozen, trainable)),))
 
     def part(frozen):
         return jnp.matmul(frozen["a0"], frozen["b0"], precision="highest")

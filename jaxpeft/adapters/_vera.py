@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, PeftForm, check_options, method
+from jaxpeft.core import Adapter, Factors, PeftForm, Term, check_options, method
 
 LEAVES = {"lam_d": "vera_lambda_d", "lam_b": "vera_lambda_b"}  # in PEFT's files
 
@@ -86,10 +86,11 @@ def vera(
         lam_d, lam_b = trainable["lam_d"] * frozen["used"], trainable["lam_b"]
         rank = lam_d.shape[0]
         b = lam_d[:, None] * frozen["vera_b"][:rank, :d_out] * lam_b[None, :]
-        return Factors(a=frozen["vera_a"][:d_in, :rank], b=b)
+        return Factors((Term(frozen["vera_a"][:d_in, :rank], b, drop=dropout),))
 
     def pair(frozen, trainable, shape):
-        made = factors(np.broadcast_to(np.float32(0), shape), frozen, trainable)
+        kernel = np.broadcast_to(np.float32(0), shape)
+        (made,) = factors(kernel, frozen, trainable).terms
         return made.a, made.b
 
     peft = PeftForm(

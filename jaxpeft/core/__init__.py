@@ -2,7 +2,6 @@
 
 from jaxpeft.core._adapt import adapt as adapt
 from jaxpeft.core._adapter import Adapter as Adapter
-from jaxpeft.core._adapter import Factors as Factors
 from jaxpeft.core._adapter import method as method
 from jaxpeft.core._allocation import Allocation as Allocation
 from jaxpeft.core._allocation import KernelShape as KernelShape
@@ -30,6 +29,10 @@ from jaxpeft.core._peft import PeftForm as PeftForm
 from jaxpeft.core._residual import residual_pair as residual_pair
 from jaxpeft.core._several import extract as extract
 from jaxpeft.core._several import graft as graft
+from jaxpeft.core._terms import Factors as Factors
+from jaxpeft.core._terms import Gate as Gate
+from jaxpeft.core._terms import Rows as Rows
+from jaxpeft.core._terms import Term as Term
 from jaxpeft.core._tree import combine as combine
 from jaxpeft.core._tree import count as count
 from jaxpeft.core._tree import detach as detach

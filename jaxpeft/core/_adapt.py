@@ -32,7 +32,8 @@ def adapt(
     The function is traced once with plain arrays in place of the adapted kernels.
     Each kernel is then followed through the trace to where it meets its input, and
 
-    .. math:: y = \big((x c) W + \phi((x c) a)\, b\big) o
+    .. math:: y = \Big((x c) W + \sum_t \mathrm{gate}_t\big(x,
+              \mathrm{drop}(x c)\, a_t\big)\, b_t\Big) o
 
     is computed there. No merged kernel is formed, and none has a gradient. Loops,
     rematerialisation, shardings and nested transformations of the function stay.
@@ -231,8 +232,8 @@ def run(
         ``fn``'s result; with taps ``(result, {site: statistics})``.
     """
 
-    def tapped(node):
-        return taps is not None and (sites is None or node.site.path in sites)
+    def taps_of(node):
+        return taps if sites is None or node.site.path in sites else None
 
     def flat_fn(plain: list):
         args, kwargs = static.whole(plain)
@@ -242,7 +243,7 @@ def run(
     plain = [x.base if is_node(x) else x for x in arrays]
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
-    values = [bind(x, tapped(x)) if is_node(x) else x for x in arrays]
+    values = [bind(x, taps_of(x)) if is_node(x) else x for x in arrays]
     if any(is_node(x) and x.adapter.scales_bias for x in arrays):
         values = _with_scaled_biases(static, arrays, values)
     uses = Uses(taps, target, {})

@@ -1,85 +1,14 @@
 """What a method is: a tuple of pure functions on one two-dimensional kernel."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["a", "b", "scale", "index"],
-    meta_fields=["how"],
-)
-@dataclasses.dataclass(frozen=True)
-class RowFactors:
-    r"""Several low-rank pairs beside one kernel, and which of them each row takes.
-
-    .. math:: y_i = x_i W + s_{k_i} (x_i a_{k_i})\, b_{k_i}
-
-    for row i of the input's first axis. Pair 0 stands for none: those rows are
-    ``x W``, bit for bit.
-
-    Attributes:
-        a: ``[S, d_in, r]``.
-        b: ``[S, r, d_out]``.
-        scale: ``[S]``.
-        index: ``[rows]`` of k, integers; empty while it has not been said.
-        how: ``"gather"`` or ``"ragged"``, two ways to the same numbers.
-    """
-
-    a: Any
-    b: Any
-    scale: Any
-    index: Any
-    how: str
-
-
-class Factors(NamedTuple):
-    r"""What an adapter makes of one kernel, in the one formula of the library.
-
-    .. math:: y = \big((x c) W + \phi((x c) a)\, b\big) o
-
-    Every field is optional. ``W`` is the base kernel ``[d_in, d_out]``; all
-    scale factors (``alpha / rank``) are already inside ``a`` or ``b``.
-
-    Attributes:
-        a: ``[d_in, r]``, the down-projection.
-        b: ``[r, d_out]``, the up-projection.
-        c: ``[d_in]``, scale of the input.
-        o: ``[d_out]``, scale of the output.
-        phi: a function in rank space, as a ``jax.tree_util.Partial`` whose bound
-            arrays belong to this kernel: ``phi(x [..., d_in], h [..., r])`` returns
-            ``[..., r]``, or another width, that of ``b``. A method with ``phi`` cannot
-            be merged.
-        router: ``[d_in, n]``, where ``phi`` reads no more of the input than this: in
-            place of x it is given ``x router [..., n]``, and so is ``observe``.
-            Dropout does not touch it, and it is computed at the highest precision.
-        fixed: a second pair ``([d_in, m], [m, d_out])`` that neither dropout nor
-            ``phi`` touches.
-        kernel: ``[d_in, d_out]``, takes the place of the base kernel.
-        rows: pairs that rows of the input choose among, in place of ``a`` and ``b``.
-    """
-
-    a: Float[Array, "d_in r"] | None = None
-    b: Float[Array, "r d_out"] | None = None
-    c: Float[Array, " d_in"] | None = None
-    o: Float[Array, " d_out"] | None = None
-    phi: jax.tree_util.Partial | None = None
-    router: Float[Array, "d_in n"] | None = None
-    fixed: tuple[Float[Array, "d_in m"], Float[Array, "m d_out"]] | None = None
-    kernel: Float[Array, "d_in d_out"] | None = None
-    rows: RowFactors | None = None
-
-    @property
-    def reads_input(self) -> bool:
-        """Whether the change depends on the input, so that no kernel has its effect."""
-        return self.phi is not None or self.rows is not None
+from jaxpeft.core._terms import Factors
 
 
 def _no_penalty(frozen: Mapping[str, Array], trainable: Mapping[str, Array]):
@@ -128,10 +57,6 @@ class Adapter(NamedTuple):
         per_layer: ``(number of layers) -> the options that differ, for each layer``,
             for methods whose layers may differ in more than their rank. Leaves are
             padded with zeros in a stack.
-        observe: ``(x [..., d_in], frozen, trainable) -> pytree``, what the method says
-            of an input, gathered by ``adapt(fn, taps="own")``; with a ``router`` of
-            ``x router`` in place of it. As in ``factors``, what ``with_inputs`` added
-            is among ``frozen``.
         experts: names of the parts that gates weigh, in the order of the gates.
         peft: the method's form in HF PEFT's files; ``None``: it has none.
         name: the constructor's name, filled in by ``method``.
@@ -154,7 +79,6 @@ class Adapter(NamedTuple):
     unfold: Callable[..., Array] | None = None
     report: Callable[..., dict[str, Array]] | None = None
     per_layer: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
-    observe: Callable[..., Any] | None = None
     experts: tuple[str, ...] = ()
     peft: Any = None
     name: str = ""

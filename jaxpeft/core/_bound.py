@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxpeft.core._lift import dims_of, layer_leaves, lifted_factors
 from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, trailing, wider
+from jaxpeft.core._terms import RANK, SLOT, Factors, Term, map_axes
 
 
 class NoRule(Exception):
@@ -28,53 +29,49 @@ class Bound:
 
     Attributes:
         base: the kernel, ``roles`` in order.
-        a, b: ``[*batch, *in, r]`` and ``[*batch, r, *out]``, or ``None``.
-        fixed: a pair like ``(a, b)`` that neither dropout nor phi touches, or ``None``.
-        c, o: ``[*batch, *in]`` and ``[*batch, *out]``, or ``None``.
-        phi: a ``Partial`` whose arrays have the batch axes first, or ``None``.
-        router: like ``a``, what phi reads of the input, or ``None``.
-        rows: ``RowFactors`` with the batch axes first, or ``None``.
+        factors: batch axes first, then the axes that their fields declare.
         key: dropout keys ``[*batch]``, or ``None``.
-        leaves: ``(frozen, trainable)`` for taps, batch axes first, or ``None``.
+        leaves: ``(frozen, trainable)`` for a tap of the user's, batch axes first, or
+            ``None``.
         mask: 0 at positions of the input that are padding, batch axes first, or
             ``None``.
         names: the roles of the base's axes when it was bound; slicing a leading axis
             leaves the last ``base.ndim`` of them valid.
         path: the site.
-        dropout: the probability of dropping an entry of the input.
-        observe: what its method says of an input, or ``None``.
     """
 
     base: Any
-    a: Any
-    b: Any
-    fixed: Any
-    c: Any
-    o: Any
-    phi: Any
-    router: Any
-    rows: Any
+    factors: Factors
     key: Any
     leaves: Any
     mask: Any
     names: tuple[str, ...]
     path: str
-    dropout: float
-    observe: Callable[..., Any] | None
 
     def tree_flatten(self):
-        arrays = (self.base, self.a, self.b, self.fixed, self.c, self.o)
-        arrays += (self.phi, self.router, self.rows, self.key, self.leaves, self.mask)
-        return arrays, (self.names, self.path, self.dropout, self.observe)
+        arrays = (self.base, self.factors, self.key, self.leaves, self.mask)
+        return arrays, (self.names, self.path)
 
     @classmethod
     def tree_unflatten(cls, static, arrays):
         return cls(*arrays, *static)
 
     @property
+    def terms(self) -> tuple[Term, ...]:
+        return self.factors.terms
+
+    @property
+    def c(self):
+        return self.factors.c
+
+    @property
+    def o(self):
+        return self.factors.o
+
+    @property
     def reads_input(self) -> bool:
         """Whether no kernel has the effect of this one and its factors."""
-        return self.phi is not None or self.rows is not None
+        return self.factors.reads_input
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -87,56 +84,64 @@ class Bound:
         return dims_of(self.base.shape, self.roles, role)
 
 
-def bind(node: AdaptedKernel, taps: bool):
+def bind(node: AdaptedKernel, taps: Any = None):
     """Computes a node's factors; returns a ``Bound`` or, where it suffices, an array.
 
-    Without dropout and phi the fixed pair joins the trained one: two thin matmuls
-    at the site instead of four. A site with nothing to add is followed all the same
-    where it is tapped.
+    Args:
+        node: the adapted kernel.
+        taps: a function of the user's, ``"own"`` for the reports of gates, or ``None``.
+            A site with nothing to add is followed all the same where the user taps it.
     """
     f = lifted_factors(node)
     base = node.base if f.kernel is None else f.kernel
-    a, b, fixed = f.a, f.b, f.fixed
-    if all(x is None for x in (a, b, f.c, f.o, fixed, f.rows)):
-        if not taps or node.adapter.leaves != "kernel":
-            return base
     batch = dims_of(base.shape, node.roles, BATCH)
     key = node.key if node.adapter.dropout_on == "input" else None
-    if fixed is not None and key is None and f.phi is None:
-        a, b = _join((a, b), fixed, rank_axis=len(batch))
-        fixed = None
+    terms = [_as_called(t, key is not None, taps == "own") for t in f.terms]
+    terms = _joined(terms, rank_axis=len(batch))
+    tapped = callable(taps) and node.adapter.leaves == "kernel"
+    if not terms and f.c is None and f.o is None and not tapped:
+        return base
     leaves = None
-    if taps:
+    if tapped:
         leaves = jax.tree.map(
             lambda x: x.reshape(batch + x.shape[1:]), layer_leaves(node)
         )
     return Bound(
         base=base,
-        a=a,
-        b=b,
-        fixed=fixed,
-        c=f.c,
-        o=f.o,
-        phi=f.phi,
-        router=None if f.phi is None and not taps else f.router,
-        rows=f.rows,
+        factors=Factors(terms, f.c, f.o),
         key=key,
         leaves=leaves,
         mask=(node.call or {}).get("mask"),
         names=node.roles,
         path=node.site.path,
-        dropout=node.adapter.dropout,
-        observe=node.adapter.observe,
     )
 
 
-def _join(pair, fixed, rank_axis: int):
-    if pair[0] is None:
-        return fixed
-    (a, b), (a0, b0) = pair, fixed
-    wide = wider(a.dtype, a0.dtype)
-    a, b, a0, b0 = (x.astype(wide) for x in (a, b, a0, b0))
-    return jnp.concatenate([a, a0], -1), jnp.concatenate([b, b0], rank_axis)
+def _as_called(term: Term, drops: bool, reports: bool) -> Term:
+    """A term without the dropout and the report that a call does not ask for."""
+    gate = term.gate
+    if gate is not None and not reports:
+        gate = dataclasses.replace(gate, report=None)
+    if gate is not None and gate.apply is None and gate.report is None:
+        gate = None
+    return dataclasses.replace(term, drop=term.drop if drops else 0.0, gate=gate)
+
+
+def _joined(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
+    """Terms of which nothing but their pairs differs as one: one pair of thin matmuls.
+
+    It stands where the first of them stood.
+    """
+    agree = lambda t: not t.drop and t.gate is None and t.rows is None
+    alike = [t for t in terms if agree(t)]
+    if len(alike) < 2:
+        return tuple(terms)
+    wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
+    a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
+    b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
+    first = terms.index(alike[0])
+    rest = [t for t in terms[first:] if not agree(t)]
+    return (*terms[:first], Term(a, b), *rest)
 
 
 def materialise(w: Bound):
@@ -144,16 +149,16 @@ def materialise(w: Bound):
 
     ``merge`` is this; in a model it is what ``adapt`` exists to avoid.
     """
-    dtype = wider(*(x.dtype for x in (w.base, w.b, w.c, w.o) if x is not None))
+    arrays = [w.base, w.c, w.o, *(term.b for term in w.terms)]
+    dtype = wider(*(x.dtype for x in arrays if x is not None))
     batch, d_in, d_out = w.dims(BATCH), w.dims(IN), w.dims(OUT)
     rows, columns = math.prod(d_in), math.prod(d_out)
     order = _order(w.roles)
     matrix = w.base.transpose(order).reshape(*batch, rows, columns).astype(dtype)
-    for a, b in ((w.a, w.b), w.fixed or (None, None)):
-        if a is not None:
-            a = a.reshape(*batch, rows, a.shape[-1]).astype(dtype)
-            b = b.reshape(*batch, a.shape[-1], columns).astype(dtype)
-            matrix = matrix + jnp.matmul(a, b, precision="highest")
+    for term in w.terms:
+        a = term.a.reshape(*batch, rows, term.a.shape[-1]).astype(dtype)
+        b = term.b.reshape(*batch, a.shape[-1], columns).astype(dtype)
+        matrix = matrix + jnp.matmul(a, b, precision="highest")
     if w.c is not None:
         matrix = matrix * w.c.reshape(*batch, rows, 1).astype(dtype)
     if w.o is not None:
@@ -171,44 +176,17 @@ def _order(roles) -> tuple[int, ...]:
 
 # --- the axes of each factor --------------------------------------------------------
 
-_RANK, _SLOT = _OWN = ("rank", "slot")  # axes that no axis of the kernel lies behind
-_LAYOUT = {
-    "a": (BATCH, IN, _RANK),
-    "b": (BATCH, _RANK, OUT),
-    "c": (BATCH, IN),
-    "o": (BATCH, OUT),
-    "row a": (BATCH, _SLOT, IN, _RANK),
-    "row b": (BATCH, _SLOT, _RANK, OUT),
-    "rest": (BATCH,),
-}
+_OWN = (RANK, SLOT)  # axes that no axis of the kernel lies behind
 
 
 def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
-    """Applies ``f(array, layout)`` to every factor."""
-
-    def each(kind, x):
-        return jax.tree.map(lambda leaf: f(leaf, _LAYOUT[kind]), x)
-
-    fixed = None
-    if w.fixed is not None:
-        fixed = (each("a", w.fixed[0]), each("b", w.fixed[1]))
-    rows = w.rows
-    if rows is not None:
-        rows = dataclasses.replace(
-            each("rest", rows), a=each("row a", rows.a), b=each("row b", rows.b)
-        )
+    """Applies ``f(array, axes)`` to every array but the base."""
+    rest = lambda tree: jax.tree.map(lambda x: f(x, (BATCH,)), tree)
     return w.replace(
-        a=each("a", w.a),
-        b=each("b", w.b),
-        fixed=fixed,
-        c=each("c", w.c),
-        o=each("o", w.o),
-        phi=each("rest", w.phi),
-        router=each("a", w.router),
-        rows=rows,
-        key=each("rest", w.key),
-        leaves=each("rest", w.leaves),
-        mask=each("rest", w.mask),
+        factors=map_axes(lambda x, axes: f(x, (BATCH, *axes)), w.factors),
+        key=rest(w.key),
+        leaves=rest(w.leaves),
+        mask=rest(w.mask),
         **base,
     )
 
@@ -228,10 +206,10 @@ def transpose(w: Bound, permutation: tuple[int, ...]) -> Bound:
     """Permutes the kernel's axes; factors keep batch first, then in or out."""
     names = tuple(w.roles[p] for p in permutation)
     ins = [p for p in permutation if w.roles[p] == IN and w.base.shape[p] > 1]
-    if (w.phi is not None or w.leaves is not None) and ins != sorted(ins):
+    if w.leaves is not None and ins != sorted(ins):
         raise NoRule(
-            "its method, or a tap, reads the input in the order of the kernel's in "
-            "axes, and here they change places"
+            "a tap reads the input in the order of the kernel's in axes, and here they "
+            "change places"
         )
     after = {old: new for new, old in enumerate(permutation)}
 
@@ -327,7 +305,7 @@ def _dropped_ones(w: Bound) -> Bound:
 def along(w: Bound, axis: int, f: Callable[[Any, int], Any]) -> Bound:
     """Applies ``f(array, position)`` to the base and all that follow one axis."""
     role = w.roles[axis]
-    if w.phi is not None and role == IN:
+    if role == IN and any(term.gate is not None for term in w.terms):
         raise NoRule("its method reads the whole input, but the kernel's input is cut")
 
     def cut(x, layout):
@@ -339,39 +317,35 @@ def along(w: Bound, axis: int, f: Callable[[Any, int], Any]) -> Bound:
 
 def scaled(w: Bound, f: Callable[[Any], Any]) -> Bound:
     """Applies a linear ``f`` (times a number, negation) to the kernel."""
-    fixed = None if w.fixed is None else (w.fixed[0], f(w.fixed[1]))
-    b = None if w.b is None else f(w.b)
-    rows = w.rows and dataclasses.replace(w.rows, b=f(w.rows.b))
-    return w.replace(base=f(w.base), b=b, fixed=fixed, rows=rows)
+    terms = tuple(dataclasses.replace(t, b=f(t.b)) for t in w.terms)
+    return w.replace(
+        base=f(w.base), factors=dataclasses.replace(w.factors, terms=terms)
+    )
 
 
 def swapped(w: Bound) -> Bound:
     """The same kernel for its transposed use: in and out change places."""
-    if w.reads_input:
+    if w.reads_input or any(term.gate is not None for term in w.terms):
         raise NoRule("its method depends on the input and is used transposed")
     n = len(w.dims(BATCH))
 
-    def turn(pair):
-        a, b = pair
-        if a is None:
-            return pair
-        return jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n)
+    def turn(term):
+        a, b = jnp.moveaxis(term.b, n, -1), jnp.moveaxis(term.a, -1, n)
+        return dataclasses.replace(term, a=a, b=b)
 
-    a, b = turn((w.a, w.b))
     other = {IN: OUT, OUT: IN, BATCH: BATCH}
     return w.replace(
-        a=a,
-        b=b,
-        fixed=None if w.fixed is None else turn(w.fixed),
-        c=w.o,
-        o=w.c,
+        factors=Factors(tuple(map(turn, w.terms)), c=w.o, o=w.c),
         names=tuple(other[r] for r in w.roles),
     )
 
 
 def same(x: Any, y: Bound) -> bool:
     """Whether a loop gave back the kernel that it was given."""
-    return isinstance(x, Bound) and x.base is y.base and x.a is y.a and x.b is y.b
+    if not isinstance(x, Bound) or x.base is not y.base:
+        return False
+    leaves = zip(jax.tree.leaves(x.factors), jax.tree.leaves(y.factors), strict=True)
+    return all(one is other for one, other in leaves)
 
 
 def with_base(w: Bound, f: Callable[[Any], Any]) -> Bound:

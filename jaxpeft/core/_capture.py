@@ -142,7 +142,7 @@ def _watched(
             x = x.replace(site=dataclasses.replace(x.site, path=path))
         if path not in chosen or followed(x):
             return x
-        x, words = bind(x, taps=False) if is_node(x) else x, roles[path]
+        x, words = bind(x) if is_node(x) else x, roles[path]
         if words is None:
             raise ValueError(
                 f"the axes of {path!r}, shape {tuple(x.shape)}, cannot be read off "

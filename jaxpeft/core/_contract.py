@@ -1,4 +1,4 @@
-"""Where a kernel meets its input: ``y = ((x c) W + phi((x c) a) b) o``.
+"""Where a kernel meets its input: ``y = ((x c) W + sum of gate((x c) a) b) o``.
 
 Every rule here computes the model's own contraction with the base, as the model
 wrote it, and adds two thin ones.
@@ -19,6 +19,7 @@ from jaxpeft.core import _compat
 from jaxpeft.core._bound import Bound, NoRule, along, swapped
 from jaxpeft.core._node import BATCH, IN, OUT, wider
 from jaxpeft.core._rows import check_rows, looked_up_changes, row_changes
+from jaxpeft.core._terms import Term
 from jaxpeft.core._thin import (
     Read,
     joins_axes,
@@ -60,13 +61,8 @@ class Uses:
         """For the body of a loop or branch, whose statistics come out on their own."""
         return dataclasses.replace(self, tapped=[])
 
-    def tap_of(self, w: Bound) -> Callable[..., Any] | None:
-        """The function that is evaluated at this kernel, if one is."""
-        tap = w.observe if self.tap == "own" else self.tap
-        return None if w.leaves is None else tap
-
     def record(self, path: str, statistics: Any) -> None:
-        """Keeps what the tap gave at a site, if it gave anything."""
+        """Keeps what a tap or a report gave at a site, if it gave anything."""
         if jax.tree.leaves(statistics):
             self.tapped.append((path, statistics))
 
@@ -92,15 +88,15 @@ def times(x, scale):
     return (jnp.broadcast_to(x, shape).astype(wide) * scale).astype(x.dtype)
 
 
-def dropped(x, w: Bound, uses: Uses):
-    """Inverted dropout on the low-rank path's input; the identity without a key."""
-    if w.key is None or not w.dropout:
+def dropped(x, w: Bound, rate: float, uses: Uses):
+    """Inverted dropout on a term's input; the identity at rate 0."""
+    if not rate:
         return x
     key = jax.random.fold_in(w.key.reshape(-1)[0], uses.number(w.path))
     for name in sorted(_compat.varying_axes(x)):  # each shard draws its own
         key = jax.random.fold_in(key, lax.axis_index(name))
-    keep = jax.random.bernoulli(key, 1 - w.dropout, x.shape)
-    scaled = x * jnp.asarray(1 / (1 - w.dropout), x.dtype)
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    scaled = x * jnp.asarray(1 / (1 - rate), x.dtype)
     return jnp.where(keep, scaled, jnp.zeros_like(x))
 
 
@@ -111,7 +107,7 @@ def dot_general(
     kernel_first: bool,
     uses: Uses,
     run,
-    known: Read | None = None,
+    known: list[Read] | None = None,
 ):
     """A ``dot_general`` of a kernel with an input.
 
@@ -122,7 +118,7 @@ def dot_general(
         kernel_first: whether the kernel is the left operand.
         uses: what the call gathers.
         run: ``run(x, base)`` issues the model's own contraction.
-        known: what the adapter reads of the input, where that is known already.
+        known: what each term reads of the input, where that is known already.
     """
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     sides = (left, left_batch), (right, right_batch)
@@ -168,27 +164,25 @@ def dot_general(
 
     if known is None:
         known = read([w], thin, precision, uses.target)[0]
-    h, routed = known
-    record(uses, w, *given, batch, ins, routed)
+    record(uses, w, *given, batch, ins, known)
     delta = None
-    if w.a is not None:
+    for term, (h, seen) in zip(w.terms, known, strict=True):
+        if term.rows is not None:
+            continue
         if h is None:
-            h = thin(w.a, precision, dropped(x, w, uses))
-        if w.phi is not None:
-            h = gated(w.phi, *_seen(x, x_labels, batch, ins, routed), h)
-        delta = product(h, h_labels, w.b, batch + rank + outs, out, precision)
-    if w.fixed is not None:
-        a, b = w.fixed
-        h = product(x, x_labels, a, batch + ins + rank, h_labels, precision)
-        more = product(h, h_labels, b, batch + rank + outs, out, precision)
+            h = thin(term.a, precision, dropped(x, w, term.drop, uses))
+        if term.gated:
+            h = gated(term.gate.apply, seen, h, len(batch))
+        more = product(h, h_labels, term.b, batch + rank + outs, out, precision)
         delta = more if delta is None else delta + more
     y = finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
-    if w.rows is not None:
-        y = _each_row(w, x, x_labels, y, out, precision)
+    for term in w.terms:
+        if term.rows is not None:
+            y = _each_row(term, w, x, x_labels, y, out, precision)
     return y
 
 
-def _each_row(w: Bound, x, x_labels, y, out, precision):
+def _each_row(term: Term, w: Bound, x, x_labels, y, out, precision):
     """Adds to each row of the input, along its first axis, what that row chose."""
     ins, outs, batch = (
         [("w", i) for i, r in enumerate(w.roles) if r == role]
@@ -200,26 +194,29 @@ def _each_row(w: Bound, x, x_labels, y, out, precision):
             "rows of its input choose an adapter, but here the input's first axis is "
             "no row, or the kernel is a stack"
         )
-    count, rank = w.rows.scale.shape[-1], w.rows.a.shape[-1]
-    factors = dataclasses.replace(
-        w.rows,
-        a=w.rows.a.reshape(count, -1, rank),
-        b=w.rows.b.reshape(count, rank, -1),
-        scale=w.rows.scale.reshape(count),
-        index=w.rows.index.reshape(-1),
+    count, rank = term.rows.scale.shape[-1], term.a.shape[-1]
+    flat_term = Term(
+        term.a.reshape(count, -1, rank),
+        term.b.reshape(count, rank, -1),
+        rows=dataclasses.replace(
+            term.rows,
+            scale=term.rows.scale.reshape(count),
+            index=term.rows.index.reshape(-1),
+        ),
     )
-    check_rows(factors, x.shape, w.path)
+    index = flat_term.rows.index
+    check_rows(index, x.shape, w.path)
     rows = x.shape[0]
     tokens = math.prod(x.shape[i] for _, i in rest[1:])
     flat = _rows(x, x_labels, batch, ins)[0]
     flat = flat.reshape(rows, tokens, math.prod(w.dims(IN)))
-    delta = row_changes(factors, flat, precision)
+    delta = row_changes(flat_term, flat, precision)
     labels = batch + rest + outs
     delta = delta.reshape(
         [1] * len(batch) + [x.shape[i] for _, i in rest] + list(w.dims(OUT))
     )
     delta = delta.transpose([labels.index(l) for l in out])
-    chosen = (factors.index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
+    chosen = (index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
     return jnp.where(chosen, finish(y, delta, None, None), y)
 
 
@@ -247,29 +244,28 @@ def _rows(x, labels, batch, ins):
     return x.reshape(*flat, width), [l in labels for l in batch]
 
 
-def _seen(x, x_labels, batch, ins, routed):
-    """``_rows`` of what phi reads: of the input, or of ``x router`` in its place."""
-    if routed is None:
-        return _rows(x, x_labels, batch, ins)
-    return routed, [True] * len(batch)
+def gated(apply, seen, h, batch_axes: int):
+    """Applies a gate to ``(what it sees, h)`` for each entry of the batch axes."""
+    each = lambda g, seen, h: g(seen, h)
+    for _ in range(batch_axes):
+        each = jax.vmap(each, in_axes=(0, None if seen is None else 0, 0))
+    return each(apply, seen, h)
 
 
-def gated(phi, rows, present, h):
-    """Applies phi to ``(x, h)`` for each batch entry; see ``_rows``."""
-    apply = lambda p, x, h: p(x, h)
-    for here in reversed(present):
-        apply = jax.vmap(apply, in_axes=(0, 0 if here else None, 0))
-    return apply(phi, rows, h)
-
-
-def record(uses: Uses, w: Bound, x, x_labels, batch, ins, routed):
-    """Keeps the tap's statistics of ``(x, leaves)`` for each batch entry, if any."""
-    tap = uses.tap_of(w)
-    if tap is None:
+def record(uses: Uses, w: Bound, x, x_labels, batch, ins, known: list[Read]):
+    """Keeps what a tap of the user's or the gates say of an input, if they do."""
+    if uses.tap == "own":
+        for term, (_, seen) in zip(w.terms, known, strict=True):
+            if term.gate is not None and term.gate.report is not None:
+                report = lambda r, seen: r(seen)
+                for _ in batch:
+                    report = jax.vmap(report)
+                uses.record(w.path, report(term.gate.report, seen))
         return
-    own = routed if uses.tap == "own" else None
-    rows, present = _seen(x, x_labels, batch, ins, own)
-    apply = lambda x, leaves: tap(x, *leaves)
+    if w.leaves is None:
+        return
+    rows, present = _rows(x, x_labels, batch, ins)
+    apply = lambda x, leaves: uses.tap(x, *leaves)
     for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
         in_axes = (0 if here else None, 0)
         apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)
@@ -303,9 +299,9 @@ def look_up(
             f"rows are looked up along axis {axis}, but its roles are "
             f"{' '.join(w.roles)!r}: a table is 'in out'"
         )
-    if w.phi is not None:
+    if any(term.gate is not None for term in w.terms):
         raise NoRule("its method depends on the input, and a look-up has none")
-    if w.rows is not None and not index_ndim:
+    if not index_ndim and any(term.rows is not None for term in w.terms):
         raise NoRule("rows choose an adapter, and here one id is looked up alone")
     rows = along(w, axis, lambda x, position: take(x, position))
     y, delta = rows.base, None
@@ -313,10 +309,13 @@ def look_up(
     if rows.c is not None:
         c = rows.c.reshape(rows.c.shape + (1,) * out)
         y = times(y, c)
-    for pair in ((rows.a, rows.b), rows.fixed or (None, None)):
-        if pair[0] is None:
-            continue
-        a, b = pair
+    for term in rows.terms:
+        a, b = term.a, term.b
+        if term.rows is not None:  # slots: nothing else is beside the table
+            check_rows(term.rows.index, y.shape, w.path)
+            chosen = (term.rows.index != 0).reshape(-1, *(1,) * (y.ndim - 1))
+            delta = looked_up_changes(term, index_ndim)
+            return jnp.where(chosen, finish(y, delta, None, None), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
         index = [("x", i) for i in range(index_ndim)]
@@ -326,11 +325,6 @@ def look_up(
             joined=joins_axes(uses.target),
         )
         delta = more if delta is None else delta + more
-    if rows.rows is not None:  # slots: nothing else is beside the table
-        check_rows(rows.rows, y.shape, w.path)
-        chosen = (rows.rows.index != 0).reshape(-1, *(1,) * (y.ndim - 1))
-        delta = looked_up_changes(rows.rows, index_ndim)
-        return jnp.where(chosen, finish(y, delta, None, None), y)
     return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
 
 
@@ -348,8 +342,9 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
             f"ragged_dot needs a kernel 'expert in out' and its plain form; roles are "
             f"{' '.join(w.roles)!r}"
         )
-    if w.reads_input or w.key is not None or w.leaves is not None:
-        raise NoRule("phi, rows, dropout and taps have no form in a ragged_dot")
+    plain = all(term.gate is None and term.rows is None for term in w.terms)
+    if not plain or w.key is not None or w.leaves is not None:
+        raise NoRule("gates, rows, dropout and taps have no form in a ragged_dot")
     rows = x.shape[0]
     expert = jnp.repeat(
         jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows
@@ -357,10 +352,9 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
     if w.c is not None:
         x = times(x, w.c[expert])
     y, delta, precision = run(x, w.base, group_sizes), None, precision_of(params)
-    for a, b in ((w.a, w.b), w.fixed or (None, None)):
-        if a is not None:
-            z = x.astype(wider(x.dtype, a.dtype))
-            h = lax.ragged_dot(z, a.astype(z.dtype), group_sizes, precision)
-            more = lax.ragged_dot(h, b.astype(h.dtype), group_sizes, precision)
-            delta = more if delta is None else delta + more
+    for term in w.terms:
+        z = x.astype(wider(x.dtype, term.a.dtype))
+        h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)
+        more = lax.ragged_dot(h, term.b.astype(h.dtype), group_sizes, precision)
+        delta = more if delta is None else delta + more
     return finish(y, delta, w.o, lambda o: o[expert])

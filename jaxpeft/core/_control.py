@@ -277,7 +277,7 @@ def shard_map(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
 def _bound_specs(w: Bound, spec: PartitionSpec) -> Bound:
     """The kernel's spec, carried over to each factor."""
     entries = tuple(spec) + (None,) * (w.base.ndim - len(spec))
-    if w.phi is not None:
+    if any(term.gate is not None for term in w.terms):
         for role, entry in zip(w.roles, entries, strict=True):
             if role == IN and entry is not None:
                 raise NoRule("its method reads the whole input, which is sharded here")

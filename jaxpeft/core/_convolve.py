@@ -23,7 +23,14 @@ from jaxpeft.core._contract import (
     times,
 )
 from jaxpeft.core._node import IN, OUT, wider
-from jaxpeft.core._thin import HIGHEST, joins_axes, labelled_dot, precision_of, shown
+from jaxpeft.core._thin import (
+    HIGHEST,
+    Read,
+    joins_axes,
+    labelled_dot,
+    precision_of,
+    shown,
+)
 
 
 def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
@@ -35,7 +42,7 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     says, so that a grouped kernel merges too. (PEFT's ``a`` mixes the groups, which
     no grouped kernel does.)
 
-    An input scale differs from place to place within the window, so ``c``, ``phi`` and
+    An input scale differs from place to place within the window, so ``c``, gates and
     taps read the input as windows: its size times the kernel's over the stride's,
     which is nothing more where windows do not overlap (patch embeddings).
 
@@ -54,7 +61,7 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     out_axis, groups = spec.rhs_spec[0], params["feature_group_count"]
     if params["batch_group_count"] != 1:
         raise NoRule("a convolution grouped over its batch has no low-rank form")
-    if w.rows is not None:
+    if any(term.rows is not None for term in w.terms):
         raise NoRule("rows of a convolution's input cannot choose an adapter")
     w = assign(w, tuple(OUT if i == out_axis else IN for i in range(w.base.ndim)))
     # Positions of the output, its groups where there are any, then what is contracted.
@@ -81,24 +88,23 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         h = h.transpose((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
         return h.reshape(*h.shape[:-1], *widths[:-1], a.shape[-1])
 
+    def sees(reads):
+        if reads is None:
+            return None
+        z = shown(w, rows(x), front + ins)
+        return product(z, front + ins, reads, ins + rank, front + rank, HIGHEST)
+
     def up(h, b):
         b = b.reshape(b.shape[0], *widths)
         y = product(h, front + rank, b, rank + group + out, front + out, precision)
         return _in_layout(y, len(group), spec)
 
-    routed = None
-    if w.router is not None:
-        routed = product(
-            shown(w, rows(x), front + ins),
-            front + ins,
-            w.router,
-            ins + rank,
-            front + rank,
-            HIGHEST,
-        )
-    if uses.tap_of(w) is not None:
-        seen = windows(x, w.base.shape, params)
-        record(uses, w, seen, front + ins, [], ins, routed)
+    known = [Read(seen=None if t.gate is None else sees(t.gate.reads)) for t in w.terms]
+    if w.leaves is not None:
+        windowed = windows(x, w.base.shape, params)
+        record(uses, w, windowed, front + ins, [], ins, known)
+    else:
+        record(uses, w, x, None, [], ins, known)
     if w.c is None:
         y = run(x, w.base)
     else:
@@ -110,16 +116,11 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         y = y.astype(params["preferred_element_type"] or x.dtype)
         y = _in_layout(y, len(group), spec)
     delta = None
-    if w.a is not None:
-        z = dropped(x, w, uses)
-        h = down(z, w.a)
-        if w.phi is not None:
-            seen = rows(x) if routed is None else routed
-            width = math.prod(w.dims(IN)) if routed is None else routed.shape[-1]
-            h = gated(w.phi, seen.reshape(*h.shape[:-1], width), [], h)
-        delta = up(h, w.b)
-    if w.fixed is not None:
-        more = up(down(x, w.fixed[0]), w.fixed[1])
+    for term, (_, seen) in zip(w.terms, known, strict=True):
+        h = down(dropped(x, w, term.drop, uses), term.a)
+        if term.gated:
+            h = gated(term.gate.apply, seen, h, 0)
+        more = up(h, term.b)
         delta = more if delta is None else delta + more
     shape = [1] * y.ndim
     shape[spec.out_spec[1]] = math.prod(w.dims(OUT))

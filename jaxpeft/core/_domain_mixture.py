@@ -5,6 +5,7 @@ adding, taking off or renaming one leaves all others as they are, byte for byte.
 leaves train and which gates the forward uses are options: a stage sets both.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._mixture import (
     Routing,
     check_routing,
@@ -24,6 +25,7 @@ from jaxpeft.core._mixture import (
     warn_of_idle_router,
 )
 from jaxpeft.core._options import check_options
+from jaxpeft.core._terms import Factors, Gate, Term
 from jaxpeft.numerics import gated
 
 UNIVERSAL = "universal"
@@ -87,34 +89,34 @@ def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
 
 @functools.cache
 def _parallel(routing: Routing | None, ranks: tuple[int, ...]):
-    """Phi of experts that all read the input."""
+    """What acts on experts that all read the input."""
 
-    def phi(rows, x, h):
-        gates = row_gates(rows, x) if routing is None else routing.gates(x)[2]
+    def apply(rows, routed, h):
+        gates = row_gates(rows, h) if routing is None else routing.gates(routed)[2]
         return gated(h, gates, ranks)
 
-    return phi
+    return apply
 
 
 @functools.cache
 def _residual(routing, ranks: tuple[int, ...], slope: float, universal: bool):
-    """Phi of experts that read the universal expert's output, through its rank."""
+    """What acts on experts that read the universal one's output, through its rank."""
 
-    def phi(mixing, rows, x, z):
+    def apply(mixing, rows, routed, z):
         h = jnp.matmul(z.astype(mixing.dtype), mixing)
         h = jnp.where(h >= 0, h, jnp.asarray(slope, h.dtype) * h)
         weight = None
         if routing is not None:
-            h = gated(h, routing.gates(x)[2], ranks)
+            h = gated(h, routing.gates(routed)[2], ranks)
         elif rows is not None:
-            gates = row_gates(rows, x)
+            gates = row_gates(rows, z)
             weight, h = gates[..., :1].astype(z.dtype), gated(h, gates[..., 1:], ranks)
         if not universal:
             return h
         z = z if weight is None else z * weight
         return jnp.concatenate([z.astype(h.dtype), h], -1)
 
-    return phi
+    return apply
 
 
 def domain_mixture(
@@ -260,23 +262,34 @@ def domain_mixture(
         known = static_gates() if rows is None else None
         chosen = experts_of(known, rows)
         kind = routing if rows is None and known is None else None
-        router = None if kind is None else _router(leaves, routed)
-        make = _factors_behind if residual else _factors_beside
-        return make(leaves, chosen, known or {}, kind, router, rows)
+        gate = Gate(names=(UNIVERSAL, *domains) if kind is None else routed)
+        if kind is not None:
+            report = routing.report(None, frozen.get("mask"))
+            gate = dataclasses.replace(
+                gate, reads=_router(leaves, routed), report=report
+            )
+        make = _behind if residual else _beside
+        pair, apply = make(leaves, chosen, known or {}, kind, rows)
+        if apply is not None:
+            gate = dataclasses.replace(gate, apply=apply)
+        elif kind is None:
+            gate = None
+        return Factors(pair and (Term(*pair, drop=dropout, gate=gate),))
 
-    def _factors_beside(leaves, chosen, known, kind, router, rows):
+    def _beside(leaves, chosen, known, kind, rows):
+        """The pair of experts that read the input, and what acts on it."""
         if not chosen:
-            return Factors()
+            return (), None
         downs = [leaves[f"a.{e}"] for e in chosen]
         ups = [up(leaves, e, known.get(e, 1.0)) for e in chosen]
-        phi = None
+        apply = None
         if kind is not None or rows is not None:
             ranks = tuple(a.shape[1] for a in downs)
-            phi = Partial(_parallel(kind, ranks), rows)
-        a, b = _joined(downs, 1), _joined(ups, 0)
-        return Factors(a=a, b=b, phi=phi, router=router)
+            apply = Partial(_parallel(kind, ranks), rows)
+        return (_joined(downs, 1), _joined(ups, 0)), apply
 
-    def _factors_behind(leaves, chosen, known, kind, router, rows):
+    def _behind(leaves, chosen, known, kind, rows):
+        """The same where the domains read the universal expert's output."""
         behind = [e for e in chosen if e != UNIVERSAL]
         weight = known.get(UNIVERSAL, 0.0) if known else 1.0
         if folded and (rows is not None or weight != 1.0):
@@ -287,21 +300,14 @@ def domain_mixture(
         own = weight != 0 and not folded
         ups = [up(leaves, UNIVERSAL, weight)] if own else []
         if not behind:
-            return Factors(a=leaves["a.universal"], b=ups[0]) if own else Factors()
+            return ((leaves["a.universal"], ups[0]) if own else ()), None
         downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
         # b_u a_i for all i: r_u numbers a rank, once a step, not once a token.
         mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
         ups += [up(leaves, e, known.get(e, 1.0)) for e in behind]
         ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
-        phi = Partial(_residual(kind, ranks, slope, own), mixing, rows)
-        a, b = leaves["a.universal"], _joined(ups, 0)
-        return Factors(a=a, b=b, phi=phi, router=router)
-
-    def observe(seen, frozen, trainable):
-        del trainable
-        if static_gates() is not None or "gates" in frozen:
-            return None
-        return routing.observe(seen, None, frozen.get("mask"))
+        apply = Partial(_residual(kind, ranks, slope, own), mixing, rows)
+        return (leaves["a.universal"], _joined(ups, 0)), apply
 
     def fold(kernel, frozen, sign: float = 1.0):
         change = jnp.matmul(
@@ -315,7 +321,6 @@ def domain_mixture(
         rank=rank,
         alpha=None if alpha is None else float(alpha),
         dropout=dropout,
-        observe=observe,
         experts=(UNIVERSAL, *domains),
         fold=fold if folded else None,
         unfold=functools.partial(fold, sign=-1.0) if folded else None,

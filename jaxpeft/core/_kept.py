@@ -31,7 +31,7 @@ def only_adds(adapter: Adapter) -> bool:
         )
     frozen, trainable = init_shapes(adapter, 3, 5, 1, kernel.dtype)
     f = jax.eval_shape(adapter.factors, kernel, frozen | shared, trainable)
-    return all(x is None for x in (f.c, f.o, f.phi, f.kernel, f.rows))
+    return f.c is None and f.o is None and f.kernel is None and not f.reads_input
 
 
 @functools.cache
@@ -170,9 +170,8 @@ def _acts(node: AdaptedKernel):
     """Whether a product of a site's factors has a part that is not 0."""
     f, batch = lifted_factors(node), node.roles.count(BATCH)
     found = []
-    for a, b in [(f.a, f.b), f.fixed or (None, None)]:
-        if a is not None:
-            down = jnp.any(a != 0, axis=tuple(range(batch, a.ndim - 1)))
-            up = jnp.any(b != 0, axis=tuple(range(batch + 1, b.ndim)))
-            found.append(jnp.any(down & up))
+    for term in f.terms:
+        down = jnp.any(term.a != 0, axis=tuple(range(batch, term.a.ndim - 1)))
+        up = jnp.any(term.b != 0, axis=tuple(range(batch + 1, term.b.ndim)))
+        found.append(jnp.any(down & up))
     return jnp.any(jnp.stack(found))

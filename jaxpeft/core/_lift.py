@@ -12,8 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel, working_dtype
+from jaxpeft.core._terms import Factors, map_axes
 
 # Two sizes that no real kernel has: an abstract trace of `init` on a kernel of this
 # shape shows which axes of a leaf are d_in and which are d_out.
@@ -354,38 +355,17 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
     """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
     roles, shape = node.roles, node.base.shape
     batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
-    flat = per_layer_factors(node)
+    flat, layers = per_layer_factors(node), BATCH in roles
 
     def expand(x, axes):
-        return None if x is None else expand_leaf(x, axes, batch, in_dims, out_dims)
+        sizes = list(batch)
+        for i, size in enumerate(x.shape[layers:]):
+            role = axes[i] if i < len(axes) else None
+            sizes += {IN: in_dims, OUT: out_dims}.get(role, (size,))
+        return x if x.shape == tuple(sizes) else x.reshape(sizes)
 
-    phi = flat.phi
-    if phi is not None:
-        stack = lambda x: x.reshape(batch + x.shape[1:]) if batch else x
-        phi = jax.tree.map(stack, phi)
-    fixed = flat.fixed
-    if fixed is not None:
-        fixed = (expand(fixed[0], (IN, None)), expand(fixed[1], (None, OUT)))
-    rows = flat.rows
-    if rows is not None:
-        rows = dataclasses.replace(
-            rows,
-            a=expand(rows.a, (None, IN, None)),
-            b=expand(rows.b, (None, None, OUT)),
-            scale=expand(rows.scale, (None,)),
-            index=expand(rows.index, (None,)),
-        )
     kernel = flat.kernel
     if kernel is not None:
         kernel = from_matrices(kernel, shape, roles).astype(node.base.dtype)
-    return Factors(
-        a=expand(flat.a, (IN, None)),
-        b=expand(flat.b, (None, OUT)),
-        c=expand(flat.c, (IN,)),
-        o=expand(flat.o, (OUT,)),
-        phi=phi,
-        router=expand(flat.router, (IN, None)),
-        fixed=fixed,
-        kernel=kernel,
-        rows=rows,
-    )
+    lifted = map_axes(expand, dataclasses.replace(flat, kernel=None))
+    return dataclasses.replace(lifted, kernel=kernel)

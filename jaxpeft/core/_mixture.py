@@ -5,6 +5,7 @@ that do. Gates are applied in rank space, so a mixture of N experts of rank r co
 one pair of rank N r costs, and no array ``[tokens, experts, d_out]`` exists.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._options import check_options, scale_leaf
+from jaxpeft.core._terms import Factors, Gate, Term
 from jaxpeft.numerics import (
     gated,
     gated_copies,
@@ -48,31 +50,40 @@ class Routing(NamedTuple):
         kept = kept_experts(logits, self.top_k)
         return logits, kept, softmax_gates(logits, kept, self.renormalise)
 
-    def observe(self, routed, active, mask):
-        """Sums over the gates of an input; see ``numerics.routing_sums``."""
-        return routing_sums(*self.gates(routed, active), mask, self.top_k)
-
-
-def row_gates(rows, x):
-    """Gates ``[batch, N]`` given with the call, for an input ``[batch, ..., d_in]``."""
-    if x.ndim < 2 or rows.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"`gates` are for a batch of {rows.shape[0]} rows, but a site's input has "
-            f"leading axes {tuple(x.shape[:-1])}; the first must be the batch"
-        )
-    return rows.reshape(rows.shape[0], *(1,) * (x.ndim - 2), rows.shape[-1])
+    def report(self, active, mask):
+        """What a gate reports: sums over its input; see ``numerics.routing_sums``."""
+        return Partial(_report(self), active, mask)
 
 
 # Partial compares its function by identity: one for equal settings.
 @functools.cache
-def _phi(routing: Routing | None, shared: bool, ranks: tuple[int, ...]):
-    def phi(active, rows, x, h):
-        gates = row_gates(rows, x) if routing is None else None
-        if routing is not None:
-            gates = routing.gates(x, active)[2]
+def _report(routing: Routing):
+    def report(active, mask, routed):
+        return routing_sums(*routing.gates(routed, active), mask, routing.top_k)
+
+    return report
+
+
+def row_gates(rows, h):
+    """Gates ``[batch, N]`` given with the call, for a hidden ``[batch, ..., r]``."""
+    if h.ndim < 2 or rows.shape[0] != h.shape[0]:
+        raise ValueError(
+            f"`gates` are for a batch of {rows.shape[0]} rows, but a site's input has "
+            f"leading axes {tuple(h.shape[:-1])}; the first must be the batch"
+        )
+    return rows.reshape(rows.shape[0], *(1,) * (h.ndim - 2), rows.shape[-1])
+
+
+@functools.cache
+def _apply(routing: Routing | None, shared: bool, ranks: tuple[int, ...]):
+    def apply(active, rows, routed, h):
+        if routing is None:
+            gates = row_gates(rows, h)
+        else:
+            gates = routing.gates(routed, active)[2]
         return gated_copies(h, gates) if shared else gated(h, gates, ranks)
 
-    return phi
+    return apply
 
 
 def drop_entries(key, leaf, rate: float):
@@ -231,6 +242,7 @@ def mixture(
             f"LoRA; write {name}(router_std=0.02)."
         )
     routing = Routing(top_k, renormalise, temperature)
+    drop = dropout if dropout_on == "input" else 0.0
     warn_of_idle_router(name, routing, most, balance_coef + z_coef, stacklevel=5)
 
     def init(key, kernel, rank, alpha):
@@ -263,24 +275,21 @@ def mixture(
             else:
                 b = drop_entries(frozen["key"], b, dropout)
         n, rank, d_out = b.shape
-        rows = frozen.get("gates")
+        rows, active = frozen.get("gates"), frozen["active"]
+        names = tuple(map(str, range(n)))
+        gate = None
+        if gates is None and rows is None:
+            report = routing.report(active, frozen.get("mask"))
+            gate = Gate(router, report=report, names=names)
         fixed = gates if gates is not None else (1.0,) * (n == 1)
         if rows is None and fixed:
-            alone = _fixed(a, b, fixed, shared_a)
-            return alone._replace(router=router if gates is None else None)
+            pair = _fixed(a, b, fixed, shared_a)
+            return Factors(pair and (Term(*pair, drop=drop, gate=gate),))
         kind = routing if rows is None else None
-        return Factors(
-            a=_side_by_side(a),
-            b=b.reshape(n * rank, d_out),
-            phi=Partial(_phi(kind, shared_a, (rank,) * n), frozen["active"], rows),
-            router=router if rows is None else None,
-        )
-
-    def observe(routed, frozen, trainable):
-        del trainable
-        if gates is not None or "gates" in frozen:
-            return None
-        return routing.observe(routed, frozen["active"], frozen.get("mask"))
+        apply = Partial(_apply(kind, shared_a, (rank,) * n), active, rows)
+        gate = dataclasses.replace(gate or Gate(names=names), apply=apply)
+        pair = _side_by_side(a), b.reshape(n * rank, d_out)
+        return Factors((Term(*pair, drop=drop, gate=gate),))
 
     per_layer = None
     if isinstance(experts, tuple):
@@ -293,7 +302,6 @@ def mixture(
         dropout=dropout,
         dropout_on="input" if dropout_on == "input" else "leaves",
         per_layer=per_layer,
-        observe=observe,
         experts=tuple(map(str, range(most))),
     )
 
@@ -327,13 +335,13 @@ def _side_by_side(a):
     return a if a.ndim == 2 else jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)
 
 
-def _fixed(a, b, gates: Sequence[float], shared: bool) -> Factors:
-    """Experts under gates known beforehand: one low-rank pair, without a phi."""
+def _fixed(a, b, gates: Sequence[float], shared: bool) -> tuple:
+    """Experts under gates known beforehand: one low-rank pair, or none."""
     chosen = [(k, g) for k, g in enumerate(gates) if g]
     if not chosen:
-        return Factors()
+        return ()
     ups = [b[k] if g == 1 else b[k] * jnp.asarray(g, b.dtype) for k, g in chosen]
     if shared:
-        return Factors(a=a, b=functools.reduce(jnp.add, ups))
+        return a, functools.reduce(jnp.add, ups)
     a = a[jnp.array([k for k, _ in chosen])]
-    return Factors(a=_side_by_side(a), b=jnp.concatenate(ups, 0))
+    return _side_by_side(a), jnp.concatenate(ups, 0)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._paths import path_strings
-
-BATCH, IN, OUT = "batch", "in", "out"
+from jaxpeft.core._terms import BATCH as BATCH
+from jaxpeft.core._terms import IN as IN
+from jaxpeft.core._terms import OUT as OUT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _product(adapter: Adapter, shared, kernel, frozen, trainable):
             pairs = [adapter.peft.pair(frozen, trainable, kernel.shape)]
         else:
             f = adapter.factors(kernel, frozen | shared, trainable)
-            pairs = [p for p in ((f.a, f.b), f.fixed) if p and p[0] is not None]
+            pairs = [(term.a, term.b) for term in f.terms]
         a = jnp.concatenate([a for a, _ in pairs], 1)
         parts = a, jnp.concatenate([b for _, b in pairs], 0), jnp.ones(())
     return tuple(x.astype(working_dtype(kernel.dtype)) for x in parts)

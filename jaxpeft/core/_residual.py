@@ -5,9 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxpeft.core._adapter import Adapter, Factors
+from jaxpeft.core._adapter import Adapter
 from jaxpeft.core._options import SCALINGS, check_site_rank, scale_leaf
 from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
+from jaxpeft.core._terms import Factors, Term
 
 
 def residual_pair(
@@ -56,8 +57,10 @@ def residual_pair(
     def factors(kernel, frozen, trainable):
         del kernel
         scale = frozen["scale"]
-        fixed = None if residual == "folded" else (frozen["a0"], -scale * frozen["b0"])
-        return Factors(a=trainable["a"], b=scale * trainable["b"], fixed=fixed)
+        terms = (Term(trainable["a"], scale * trainable["b"], drop=dropout),)
+        if residual == "separate":
+            terms += (Term(frozen["a0"], -scale * frozen["b0"]),)
+        return Factors(terms)
 
     def part(frozen):
         product = jnp.matmul(frozen["a0"], frozen["b0"], precision="highest")

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpeft.core._adapter import Adapter, Factors, RowFactors, method
+from jaxpeft.core._adapter import Adapter, method
 from jaxpeft.core._node import wider
+from jaxpeft.core._terms import Factors, Rows, Term
 
 WAYS = ("gather", "ragged")
 
@@ -27,8 +28,8 @@ def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapte
         dtype: of the pairs; ``None``: the working dtype of the kernel.
 
     Returns:
-        An ``Adapter`` with the frozen leaves of ``RowFactors``; ``index`` has no
-        entries until the rows of a batch are known.
+        An ``Adapter`` with the frozen leaves of a term with ``Rows``; ``index`` has
+        no entries until the rows of a batch are known.
     """
 
     def init(key, kernel, rank, alpha):
@@ -44,14 +45,15 @@ def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapte
 
     def factors(kernel, frozen, trainable):
         del kernel, trainable
-        return Factors(rows=RowFactors(**frozen, how=how))
+        rows = Rows(frozen["index"], frozen["scale"], how)
+        return Factors((Term(frozen["a"], frozen["b"], rows=rows),))
 
     return Adapter(init=init, factors=factors, rank=rank)
 
 
-def check_rows(factors: RowFactors, shape: tuple[int, ...], path: str) -> None:
+def check_rows(index: jax.Array, shape: tuple[int, ...], path: str) -> None:
     """Raises unless there is one choice for each row of an input."""
-    said = factors.index.shape[0]
+    said = index.shape[0]
     if said == shape[0]:
         return
     if not said:
@@ -66,11 +68,11 @@ def check_rows(factors: RowFactors, shape: tuple[int, ...], path: str) -> None:
     )
 
 
-def row_changes(factors: RowFactors, x, precision):
+def row_changes(term: Term, x, precision):
     """What each row's pair adds.
 
     Args:
-        factors: two-dimensional pairs.
+        term: two-dimensional pairs.
         x: ``[rows, tokens, d_in]``.
         precision: of the contractions.
 
@@ -78,23 +80,24 @@ def row_changes(factors: RowFactors, x, precision):
         ``[rows, tokens, d_out]``, float32 or wider. Rows of slot 0 hold anything; rows
         whose index is no slot are NaN.
     """
-    a, b, scale, index = factors.a, factors.b, factors.scale, factors.index
-    if factors.how != "taken":
+    a, b, how = term.a, term.b, term.rows.how
+    scale, index = term.rows.scale, term.rows.index
+    if how != "taken":
         index, scale = _checked(scale, index)
-    if factors.how == "gather":
+    if how == "gather":
         a, b = (jnp.take(pairs, index, 0, mode="clip") for pairs in (a, b))
     scale = scale.reshape(-1, 1, 1)
-    if factors.how == "ragged":
+    if how == "ragged":
         return _ragged(a, b, scale, index, x, precision)
     h = _each(x, a, precision)
     return _each(h * scale.astype(h.dtype), b, precision)
 
 
-def looked_up_changes(factors: RowFactors, index_ndim: int):
+def looked_up_changes(term: Term, index_ndim: int):
     """What each row's pair adds to the rows of a table that are looked up.
 
     Args:
-        factors: their ``a [*index, slots, r]`` as looked up, in every slot;
+        term: their ``a [*index, slots, r]`` as looked up, in every slot;
             ``b [slots, r, *out]``.
         index_ndim: the number of index axes; the first one are the rows.
 
@@ -102,9 +105,9 @@ def looked_up_changes(factors: RowFactors, index_ndim: int):
         ``[*index, *out]``, float32 or wider. Rows of slot 0 hold anything; rows whose
         index is no slot are NaN.
     """
-    a, b, scale, slot = factors.a, factors.b, factors.scale, factors.index
+    a, b, scale, slot = term.a, term.b, term.rows.scale, term.rows.index
     rows, index, out = len(slot), a.shape[:index_ndim], b.shape[2:]
-    if factors.how == "taken":  # a slot is a row's own
+    if term.rows.how == "taken":  # a slot is a row's own
         slot = jnp.arange(rows)
     else:
         slot, scale = _checked(scale, slot)

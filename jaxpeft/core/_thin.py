@@ -1,8 +1,8 @@
 """What adapters read of an input: thin matmuls, one for all that can share it.
 
-Two thin matmuls at each of q, k and v cost more time than their FLOPs, and a router of
+Two thin matmuls at each of q, k and v cost more time than their FLOPs, and a gate of
 a few columns costs almost as much as a down-projection of many. So kernels that read
-the same input share one product ``x [a_q | a_k | a_v | router_q | ...]``.
+the same input share one product ``x [a_q | a_k | a_v | reads_q | ...]``.
 """
 
 import math
@@ -20,15 +20,15 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 class Read(NamedTuple):
-    """What one kernel's adapter has read of its input; ``None``: not yet, or nothing.
+    """What one term has read of its input; ``None``: not yet, or nothing.
 
     Attributes:
         h: ``x a [..., r]``.
-        routed: ``x router [..., n]``.
+        seen: ``x reads [..., n]``, what its gate sees.
     """
 
     h: Any = None
-    routed: Any = None
+    seen: Any = None
 
 
 def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None, *, joined=False):
@@ -172,12 +172,12 @@ def read(
     product: Callable[[Any, Any], Any],
     precision: Any,
     target: str,
-) -> list[Read]:
+) -> list[list[Read]]:
     """Reads one input for kernels whose axes match it alike.
 
-    Routers are read at the highest precision. Where the model's own is as good, and on
-    a CPU each is, they are columns of the down-projections' product; elsewhere those
-    would become slower, so routers share one of their own.
+    What gates see is read at the highest precision. Where the model's own is as good,
+    and on a CPU each is, its columns are in the down-projections' product; elsewhere
+    those would become slower, so gates share one of their own.
 
     Args:
         kernels: one, or several.
@@ -186,18 +186,21 @@ def read(
         target: the platform that the program is for.
 
     Returns:
-        What each kernel reads; without ``h`` where dropout has an input of its own.
+        What each term of each kernel reads; without ``h`` where dropout has an input
+        of its own, and where rows choose among pairs.
     """
+    gates = any(t.gate is not None for w in kernels for t in w.terms)
     exact = target == "cpu" or precision == (HIGHEST, HIGHEST)
-    if exact and any(w.router is not None for w in kernels):
+    if exact and gates:
         precision = HIGHEST
     groups: dict[Any, dict] = {}
     for i, w in enumerate(kernels):
-        if w.a is not None and w.key is None:
-            groups.setdefault((w.a.dtype, precision), {})[i, "h"] = w.a
-        if w.router is not None:
-            own = groups.setdefault((w.router.dtype, HIGHEST), {})
-            own[i, "routed"] = w.router
+        for j, t in enumerate(w.terms):
+            if not t.drop and t.rows is None:
+                groups.setdefault((t.a.dtype, precision), {})[i, j, "h"] = t.a
+            if t.gate is not None and t.gate.reads is not None:
+                own = groups.setdefault((t.gate.reads.dtype, HIGHEST), {})
+                own[i, j, "seen"] = t.gate.reads
     made: dict[Any, Any] = {}
     for (_, how), columns in groups.items():
         parts = list(columns.values())
@@ -208,7 +211,11 @@ def read(
             made[name] = lax.slice_in_dim(whole, at, end, axis=-1)
             at = end
     return [
-        Read(made.get((i, "h")), made.get((i, "routed"))) for i in range(len(kernels))
+        [
+            Read(made.get((i, j, "h")), made.get((i, j, "seen")))
+            for j in range(len(w.terms))
+        ]
+        for i, w in enumerate(kernels)
     ]
 
 
@@ -218,7 +225,7 @@ def read_together(
     """Reads one input for several kernels that a model contracts with it.
 
     Returns:
-        What each reads, or ``None`` where they cannot share a product.
+        What each term of each reads, or ``None`` where they cannot share a product.
     """
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     w_sum, x_sum = (left, right) if kernel_first else (right, left)
@@ -232,7 +239,7 @@ def read_together(
     for w in kernels:
         ins = [i for i, r in enumerate(w.roles) if r == IN]
         ordered = [w_sum.index(i) for i in ins if i in w_sum]
-        if w.a is None or w.c is not None or len(ordered) != len(ins):
+        if not w.terms or w.c is not None or len(ordered) != len(ins):
             return None
         if w.dims(BATCH) or w.dims(IN) != first.dims(IN):
             return None

@@ -134,7 +134,7 @@ _scale_bias = jax.jit(scale_bias)
 
 @jax.jit
 def _merge_node(node: AdaptedKernel):
-    bound = bind(node.replace(key=None), taps=False)
+    bound = bind(node.replace(key=None))
     if not isinstance(bound, Bound):
         return bound
     if bound.reads_input:

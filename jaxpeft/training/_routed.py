@@ -35,7 +35,7 @@ def call_adapted(fn: Any, adapted: Any, batch: Any, *args: Any) -> Any:
     Returns:
         what ``fn`` returns, or ``Routed``.
     """
-    if not any(node.adapter.observe for node in nodes(adapted)):
+    if not any(node.adapter.experts for node in nodes(adapted)):
         return core.adapt(fn)(adapted, *args)
     mask = batch["attention_mask"] * (batch["weight"] > 0)[:, None].astype(jnp.int32)
     seen = core.with_inputs(adapted, mask=mask)

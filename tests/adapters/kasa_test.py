@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
 from adapters_toolbox import quick_compiles as quick_compiles
 
@@ -28,8 +29,7 @@ def randomise(key, trainable, std=0.5):
 def dense(adapter, kernel, frozen, trainable):
     """The merged kernel, spelled out from the factors."""
     f = adapter.factors(kernel, frozen, trainable)
-    total = kernel + f.a @ f.b
-    return total if f.fixed is None else total + f.fixed[0] @ f.fixed[1]
+    return kernel + change(f)
 
 
 def dropped(frozen):

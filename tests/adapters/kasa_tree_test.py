@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapt_toolbox import change
 from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
@@ -280,7 +281,7 @@ def test_a_scanned_stack_is_the_same_unrolled(keys):
             {n: z[i] for n, z in part.items()} for part in (node.frozen, node.trainable)
         )
         one = node.adapter.factors(node.base[i], f, t)
-        x = jnp.tanh(x @ (node.base[i] + one.a @ one.b + one.fixed[0] @ one.fixed[1]))
+        x = jnp.tanh(x @ (node.base[i] + change(one)))
     np.testing.assert_allclose(y, x, atol=1e-5)
 
 

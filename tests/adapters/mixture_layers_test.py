@@ -131,7 +131,7 @@ def dropped_a(adapter, seed, layers=None, path="w"):
             {path: kernel}, adapter, [path], key=jax.random.key(0), axes=axes
         )
     node = jp.with_dropout(adapted, jax.random.key(seed))[path]
-    return adapted[path].trainable["a"], jp.core._lift.lifted_factors(node).a
+    return adapted[path].trainable["a"], jp.core._lift.lifted_factors(node).terms[0].a
 
 
 def test_weight_dropout_is_one_mask_a_step_site_and_layer():
@@ -158,7 +158,7 @@ def test_weight_dropout_in_use():
     on = jp.with_dropout(adapted, jax.random.key(1))
     trainable, frozen = jp.partition(on)
     f = lambda t: jnp.sum(adapted_use(jp.combine(t, frozen), x) ** 2)
-    mask = np.asarray(jp.core._lift.lifted_factors(on["w"]).a != 0)
+    mask = np.asarray(jp.core._lift.lifted_factors(on["w"]).terms[0].a != 0)
     assert 0 < mask.sum() < mask.size
     g = jax.jit(jax.grad(f))(trainable)["w"].trainable["a"]
     assert np.all(g[~mask] == 0) and np.all(g[mask] != 0)
@@ -173,7 +173,9 @@ def test_weight_dropout_in_use():
     assert distance(adapted_use({"w": alone}, x), out) < 1e-6
     # Micro-batches of one step: other keys for inputs, one for the leaves.
     again = jp.with_dropout(adapted, jax.random.key(8), leaves_key=jax.random.key(1))
-    assert np.array_equal(jp.core._lift.lifted_factors(again["w"]).a != 0, mask)
+    assert np.array_equal(
+        jp.core._lift.lifted_factors(again["w"]).terms[0].a != 0, mask
+    )
     for where in ("b", "input"):
         other = on["w"].adapter.rebuild(dropout_on=where)
         got = adapted_use({"w": on["w"].replace(adapter=other)}, x)

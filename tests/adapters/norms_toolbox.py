@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from adapt_toolbox import change
 
 # The golden site: W, a, b, scale 2 and an upstream gradient G.
 W = np.array([[1.0, 2, 2], [3, 0, 4]])
@@ -24,9 +25,7 @@ def made(adapter, w, **trainable):
 def merged(adapter, w, frozen, trainable):
     """``D_c (W + a b) D_o`` from the adapter's factors; dense, for tests alone."""
     f = adapter.factors(jnp.asarray(w), frozen, trainable)
-    v = w + f.a @ f.b
-    if f.fixed is not None:
-        v = v + f.fixed[0] @ f.fixed[1]
+    v = w + change(f)
     if f.c is not None:
         v = f.c[:, None] * v
     return v if f.o is None else v * f.o[None, :]

@@ -108,11 +108,6 @@ def test_what_no_token_reaches_is_captured():
 @pytest.mark.parametrize("how", ["gather", "ragged"])
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
 def test_rows_that_choose_an_adapter(how, shape):
-    factors = jp.core._adapter.RowFactors(
-        a=numbers(3, 4, 2),
-        b=numbers(3, 2, 5),
-        scale=jnp.ones(3),
-        index=jnp.zeros(shape[0], jnp.int32),
-        how=how,
-    )
-    assert row_changes(factors, jnp.zeros(shape), None).shape == (*shape[:2], 5)
+    rows = jp.core.Rows(jnp.zeros(shape[0], jnp.int32), jnp.ones(3), how)
+    term = jp.core.Term(numbers(3, 4, 2), numbers(3, 2, 5), rows=rows)
+    assert row_changes(term, jnp.zeros(shape), None).shape == (*shape[:2], 5)
