@@ -18,7 +18,7 @@ from jaxpeft.core import Allocation, Allocator, SiteRank
 from jaxpeft.core._choices import (
     NodeSite,
     by_node,
-    choose,
+    choose_leaves,
     node_masks,
     node_sites,
     node_sizes,
@@ -252,7 +252,7 @@ def ggm(
         here = jnp.arange(collect_steps)[:, None] == step - 1 - initial_steps
         samples = jnp.where(here, by_node(now, sites)[None, :], state.samples)
         state = state._replace(samples=samples, means=means)
-        return state, choose(state.keep, sites, trainable, before)
+        return state, choose_leaves(state.keep, sites, trainable, before)
 
     def decide(state, trainable):
         sites = node_sites(trainable)
@@ -273,7 +273,7 @@ def ggm(
         }
         if unselected == "revert":
             trainable = jax.jit(
-                lambda keep, now, start: choose(keep, sites, now, start),
+                lambda keep, now, start: choose_leaves(keep, sites, now, start),
                 out_shardings=jax.tree.map(lambda x: x.sharding, trainable),
             )(keep, trainable, state.start)
         stored = sizes[chosen] if unselected == "revert" else sizes

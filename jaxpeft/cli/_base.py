@@ -47,7 +47,7 @@ def open_base(given: argparse.Namespace, wanted: Wanted):
 
 def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
     """The base's folder, and its name as it was given or is remembered."""
-    from jaxpeft.models._load import _find
+    from jaxpeft.models._load import find_checkpoint
 
     name, who = given.base or wanted.base, named_adapters(given)
     if not name:
@@ -57,7 +57,7 @@ def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
         )
     with stage(f"finding the base {name}"):
         try:
-            return _find(name), name
+            return find_checkpoint(name), name
         except ValueError as error:
             if given.base:
                 raise
@@ -124,9 +124,9 @@ def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
         another one, else None)``.
     """
     from jaxpeft.models._config import count_labels
-    from jaxpeft.models._load import _read_config
+    from jaxpeft.models._load import read_model_config
 
-    config = _read_config(folder)
+    config = read_model_config(folder)
     name = next(iter(config.get("architectures") or ()), "")
     head = next((h for end, h in _BY_CLASS.items() if name.endswith(end)), None)
     own = count_labels(config) if head == "classification" else None

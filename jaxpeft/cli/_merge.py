@@ -49,9 +49,9 @@ def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
     from jaxpeft import interop, models
-    from jaxpeft.interop._save_hf import _bytes
+    from jaxpeft.interop._save_hf import shard_bytes
 
-    _bytes(given.max_shard_size)  # objects before anything is read
+    shard_bytes(given.max_shard_size)  # objects before anything is read
 
     opened = open_adapter(given)
     model, config, folder = opened.model, opened.model.hf_config, opened.folder

@@ -220,7 +220,7 @@ def _kept_question(given: argparse.Namespace, wanted: Wanted):
 def _question_of(given: argparse.Namespace, model, folder: Path, wanted: Wanted):
     """What can be asked of a model's head, where nothing says more."""
     from jaxpeft import data, interop
-    from jaxpeft.models._load import _read_config
+    from jaxpeft.models._load import read_model_config
 
     name = Path(given.adapter or given.base).name
     if model.head == "causal_lm":
@@ -232,7 +232,7 @@ def _question_of(given: argparse.Namespace, model, folder: Path, wanted: Wanted)
             f"{given.adapter or given.base!r} has no head that would say anything of a "
             "row; --head names one, where the weights are there."
         )
-    if _read_config(folder).get("problem_type") == "multi_label_classification":
+    if read_model_config(folder).get("problem_type") == "multi_label_classification":
         raise ValueError(
             f"{str(folder)!r} gives each class a probability of its own "
             "(problem_type 'multi_label_classification'); here one class is chosen."

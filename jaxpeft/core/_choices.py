@@ -99,7 +99,7 @@ def by_node(tree: Any, sites: Mapping[str, NodeSite]) -> jax.Array:
     return jnp.concatenate(result)
 
 
-def choose(
+def choose_leaves(
     keep: Mapping[str, Any], sites: Mapping[str, NodeSite], new: Any, old: Any
 ) -> Any:
     """``new`` where a node is kept and outside of nodes, ``old`` elsewhere."""

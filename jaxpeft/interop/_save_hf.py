@@ -117,7 +117,7 @@ def save_hf(
         >>> saved.files, saved.size
         (('model.safetensors',), 120)
     """
-    folder, most = Path(folder), _bytes(max_shard_size)
+    folder, most = Path(folder), shard_bytes(max_shard_size)
     check_free(folder)
     content = _config(config, source)
     if tokenizer is not None and content.get("pad_token_id") is None:
@@ -169,7 +169,7 @@ def save_hf(
     return SavedModel(folder, tuple(names_of), size, ordered)
 
 
-def _bytes(size: int | str) -> int:
+def shard_bytes(size: int | str) -> int:
     if isinstance(size, str):
         for unit, factor in UNITS.items():
             number = size.upper().removesuffix(unit).strip()

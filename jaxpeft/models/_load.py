@@ -105,8 +105,8 @@ def load(
         tensors do not fit (all are listed), a file is cut short, a number is NaN or
         infinite, or ``key`` is needed and absent.
     """
-    folder = _find(folder_or_name)
-    config = _read_config(folder)
+    folder = find_checkpoint(folder_or_name)
+    config = read_model_config(folder)
     sketch = from_config(config, head=head, num_labels=num_labels)
     tensors = list_tensors(folder)
     stored = _stored_dtype(tensors)
@@ -158,7 +158,7 @@ def load(
     return model, unflatten_dict(ordered, sep="/")
 
 
-def _find(folder_or_name: str | Path) -> Path:
+def find_checkpoint(folder_or_name: str | Path) -> Path:
     folder = Path(folder_or_name).expanduser()
     if folder.is_dir() or (folder.suffix == GGUF and folder.is_file()):
         return folder
@@ -194,7 +194,7 @@ def named_ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return end_ids(config, more)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path) -> dict[str, Any]:
     if folder.suffix == GGUF and folder.is_file():
         return gguf_config(folder)
     return _read_json(folder / "config.json")

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxpeft.models._build import from_config
-from jaxpeft.models._load import _find, _read_config
+from jaxpeft.models._load import find_checkpoint, read_model_config
 
 
 def outline(folder_or_name: str | Path, **settings: Any) -> nn.Module:
@@ -27,4 +27,4 @@ def outline(folder_or_name: str | Path, **settings: Any) -> nn.Module:
     Example:
       >>> outline("minilm", head="classification")  # doctest: +SKIP
     """
-    return from_config(_read_config(_find(folder_or_name)), **settings)
+    return from_config(read_model_config(find_checkpoint(folder_or_name)), **settings)

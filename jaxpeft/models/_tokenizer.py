@@ -13,7 +13,7 @@ from jaxpeft.models._checkpoint import GGUF
 from jaxpeft.models._decoder_config import text_part
 from jaxpeft.models._folder_tokenizer import folder_tokenizer
 from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
-from jaxpeft.models._load import _find, _read_config, named_ends
+from jaxpeft.models._load import find_checkpoint, named_ends, read_model_config
 from jaxpeft.numerics import optional
 
 _LOG = logging.getLogger("jaxpeft.models")
@@ -61,7 +61,7 @@ def tokenizer(
     Example:
         >>> tokenizer("smollm2", chat_template="alpaca")  # doctest: +SKIP
     """
-    made = read_tokenizer(_find(folder_or_name))
+    made = read_tokenizer(find_checkpoint(folder_or_name))
     for name, token in {"pad_token": pad_token, "eos_token": eos_token}.items():
         if token is not None:
             setattr(made, name, _known(made, name, token))
@@ -136,8 +136,8 @@ def stop_tokens(folder_or_name: str | Path, tokenizer: Any) -> tuple[int, ...]:
         >>> stop_tokens("smollm2", tokenizer("smollm2"))  # doctest: +SKIP
         (2,)
     """
-    folder = _find(folder_or_name)
-    config = _read_config(folder)
+    folder = find_checkpoint(folder_or_name)
+    config = read_model_config(folder)
     own = (tokenizer.eos_token_id, turn_end(tokenizer))
     size = text_part(config).get("vocab_size") or len(tokenizer)
     more = [token for token in own if token is not None and token < size]

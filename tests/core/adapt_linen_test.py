@@ -256,19 +256,19 @@ def test_boxed_parameters(x, keys):
     assert adapted["kernel"].value.site.path == "kernel"
 
 
-def test_phi_meets_the_input_of_the_layer(x, keys):
+def test_a_gate_meets_the_input_of_the_layer(x, keys):
     fn, params = functional(Gelu(), x)
     adapted = prepare(params, gated(), ["up"], keys)
     leaf = adapted["up"]["kernel"].trainable
     dense = lambda x, p: x @ p["kernel"] + p["bias"][None, None]
-    gates = gate(leaf["router"], x, x @ leaf["a"])
+    gates = gate(x @ leaf["router"], x @ leaf["a"])
     expected = dense(
         nn.gelu(dense(x, params["up"]) + gates @ leaf["b"]), params["down"]
     )
     assert distance(jp.adapt(fn)(adapted, x), expected) < CLOSE
 
 
-def test_phi_in_a_scanned_attention(x, keys):
+def test_a_gate_in_a_scanned_attention(x, keys):
     """One layer at a time, its own router each, N-D kernels on both sides."""
 
     class Layer(nn.Module):
@@ -298,12 +298,12 @@ def test_phi_in_a_scanned_attention(x, keys):
             for n in ("query", "key", "value")
         )
         leaf = p["query"]["kernel"].trainable
-        gates = gate(leaf["router"], expected, expected @ leaf["a"])
+        gates = gate(expected @ leaf["router"], expected @ leaf["a"])
         q = q + jnp.einsum("btr,rhe->bthe", gates, leaf["b"])
         y = nn.dot_product_attention(q, k, v)
         leaf, flat = p["out"]["kernel"].trainable, y.reshape(*y.shape[:2], 28)
         a, router = (leaf[n].reshape(28, 3) for n in ("a", "router"))
         y = jnp.einsum("bthe,hed->btd", y, p["out"]["kernel"].base)
-        y = y + gate(router, flat, flat @ a) @ leaf["b"] + p["out"]["bias"][None, None]
+        y = y + gate(flat @ router, flat @ a) @ leaf["b"] + p["out"]["bias"][None, None]
         expected = expected + y
     assert distance(jp.adapt(fn)(adapted, x), expected) < CLOSE

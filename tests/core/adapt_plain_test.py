@@ -203,10 +203,10 @@ def test_a_weight_used_against_its_roles_in_out(x, w, keys):
     check(fn, {"w": w}, x, sites=sites, inferred=inferred, keys=keys)
 
 
-def test_phi_in_all_positions(x, w, keys):
+def test_a_gate_in_all_positions(x, w, keys):
     adapted = prepare({"w": w}, gated(), ["w"], keys)
     leaf = adapted["w"].trainable
-    expected = x @ w + gate(leaf["router"], x, x @ leaf["a"]) @ leaf["b"]
+    expected = x @ w + gate(x @ leaf["router"], x @ leaf["a"]) @ leaf["b"]
     right = jp.adapt(lambda p, x: x @ p["w"])(adapted, x)
     left = jp.adapt(lambda p, x: jnp.einsum("df,td->ft", p["w"], x))(adapted, x).T
     high = jp.adapt(lambda p, x: x[None, :, None] @ p["w"])(adapted, x)[0, :, 0]

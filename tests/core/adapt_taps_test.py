@@ -235,7 +235,7 @@ def test_gradients_flow_through_taps(stack, x, keys):
     assert jnp.any(b[0] != 0) and jnp.all(b[-1] == 0)  # nothing is above the last
 
 
-def test_the_gate_of_a_method_with_phi(params, x, keys):
+def test_the_gate_of_a_method(params, x, keys):
     adapted = prepare(params, gated(), ["up"], keys)
     use = lambda x, frozen, trainable: jnp.mean(
         jax.nn.sigmoid(x @ trainable["router"]), 0

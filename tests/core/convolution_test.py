@@ -94,12 +94,12 @@ def patches_by_hand(x):
     return jnp.stack(rows, 1).reshape(2, 3, 3, -1)
 
 
-def test_phi_sees_windows(keys):
+def test_a_gate_sees_windows(keys):
     fn, params, x, roles = convolution(SETTINGS["patches"], "NHWC")
     adapted = prepare(params, gated(), ["w"], keys, axes={"w": roles})
     leaf = {n: v.reshape(-1, v.shape[-1]) for n, v in adapted["w"].trainable.items()}
     rows = patches_by_hand(x)
-    h = gate(leaf["router"].reshape(rows.shape[-1], -1), rows, rows @ leaf["a"])
+    h = gate(rows @ leaf["router"].reshape(rows.shape[-1], -1), rows @ leaf["a"])
     expected = fn(params, x) + h @ leaf["b"]
     assert distance(jp.adapt(fn)(adapted, x), expected) < CLOSE
     assert distance(fn(params, x), expected) > 1e-2
