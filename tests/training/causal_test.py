@@ -224,27 +224,47 @@ def test_bad_input():
         training.objective(model.clone(head=None), mesh=mesh)
 
 
+class Marred:
+    """A language model whose hidden states are ``bad`` wherever nothing is learnt."""
+
+    def __init__(self, model, learnt, bad):
+        self.model, self.learnt, self.bad = model, learnt, bad
+        self.config, self.head = model.config, model.head
+
+    def clone(self, head):
+        return Marred(self.model.clone(head=head), self.learnt, self.bad)
+
+    def apply(self, variables, *inputs, method=None, **options):
+        if method is not None:
+            return self.model.apply(variables, *inputs, method=method, **options)
+        hidden = self.model.apply(variables, *inputs, **options)
+        return jnp.where(self.learnt[:, :, None], hidden, self.bad)
+
+
 def test_what_is_not_learnt_may_hold_anything():
-    """Losses of weight 0 that are no numbers change neither loss nor gradient."""
+    """Hidden states and losses that are no numbers change neither loss nor gradient."""
     model, trainable, frozen = adapted_model(False, ["v_proj", "lm_head"])
     mesh = training.make_mesh(devices=jax.devices()[:1])
-    forward, loss = training.objective(model, mesh=mesh)
-    rows = rows_of(texts(4))
-    bad = np.where(rows["target_weights"] > 0, rows["targets"], 10**6)
+    rows = rows_of(texts(4)) | {"weight": np.ones(4, np.float32)}
+    learnt = rows["target_weights"] > 0
+    no_loss = np.int32(np.where(learnt, rows["targets"], 10**6))  # outside: NaN
 
     @jax.jit
-    def run(trainable, batch):
-        def mean(trainable):
+    def run(trainable, batch, bad):
+        forward = training.causal_forward(Marred(model, learnt, bad), mesh=mesh)
+
+        def total(trainable):
             outputs = forward(jp.combine(trainable, frozen), batch, None)
             values, weights = training.causal_loss(outputs, batch)
             return jnp.sum(values * weights), outputs
 
-        return jax.value_and_grad(mean, has_aux=True)(trainable)
+        return jax.value_and_grad(total, has_aux=True)(trainable)
 
-    rows["weight"] = np.ones(4, np.float32)
-    good, worse = (
-        run(trainable, training.put_batch(rows | {"targets": targets}, mesh))
-        for targets in (rows["targets"], np.int32(bad))
+    good, *others = (
+        run(trainable, training.put_batch(rows | {"targets": targets}, mesh), bad)
+        for targets in (rows["targets"], no_loss)
+        for bad in (jnp.float32(0), jnp.float32(np.nan), jnp.float32(np.inf))
     )
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(good))
-    jax.tree.map(np.testing.assert_array_equal, good, worse)
+    for found in others:  # of one program, so to the bit
+        jax.tree.map(np.testing.assert_array_equal, found, good)

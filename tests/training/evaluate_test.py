@@ -1,6 +1,7 @@
 """Evaluation: all rows, once, in order, whatever the padding and the mesh."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -103,3 +104,26 @@ def test_what_cannot_be_scored_is_refused(make_run, make_batch):
         training.evaluate(
             *trees, [make_batch()], score=lambda *_: {"loss": 0.0}, **options
         )
+
+
+def test_rows_of_no_weight_may_have_any_loss(make_run, make_batch, numpy_leaves):
+    """Neither a step nor an evaluation sees the losses of rows that do not count."""
+
+    def loss(outputs, batch):
+        values, weights = training.cross_entropy(outputs, batch)
+        return jnp.where(weights > 0, values, batch["other"]), weights
+
+    run = make_run(loss=loss)
+    weight = np.float32(np.arange(16) % 4 > 0)
+    found = []
+    for bad in (0.0, np.nan, np.inf):
+        other = np.full(16, bad, np.float32)
+        batch = run.put(make_batch(weight=weight, other=other))
+        state = jax.tree.map(jnp.copy, run.state)  # a step donates its own
+        state, metrics = run.step(state, run.frozen, batch)
+        sums = evaluator(run, loss)(run.state.trainable, run.frozen, batch)[3:5]
+        found.append(numpy_leaves((state, metrics, sums)))
+    good, *others = found
+    assert np.isfinite(good["[1]['loss']"]) and good["[1]['grad_norm']"] > 0
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, good)
