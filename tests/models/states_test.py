@@ -59,9 +59,9 @@ def test_padding_does_not_matter(kind):
 @pytest.mark.parametrize("how", ["mean", "last", "first"])
 def test_states_of_padding_may_be_no_numbers(how):
     mask = np.array([[1, 1, 1, 0], [0, 0, 1, 1]])
-    hidden = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+    states = jnp.arange(24.0).reshape(2, 4, 3)
     hidden, *others = (
-        dimension.pool(np.where(mask[:, :, None], hidden, np.float32(bad)), mask, how)
+        dimension.pool(jnp.where(mask[:, :, None], states, bad), mask, how)
         for bad in (0.0, np.nan, np.inf)
     )
     assert np.all(np.isfinite(hidden))
