@@ -22,7 +22,9 @@ of one LoRA of rank N r at the same sites (``--mixtures``; their ratios are over
     python -m benchmarks.flops --mixtures
 
 FLOPs are counted in the optimised HLO with loops multiplied out (``hlo.py``) and
-divided by the minimum (``programs.py``). Temporaries are XLA's for this machine.
+divided by the minimum (``programs.py``). Temporaries are XLA's for this machine, and so
+are copies (copies and transposes of whole arrays, loops multiplied out) and the bytes
+that ``cost_analysis`` says are accessed, where the body of a loop counts once.
 """
 
 import argparse
@@ -37,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxpeft as jp
-from benchmarks.hlo import made_of_shape, matmul_flops
+from benchmarks.hlo import copies, made_of_shape, matmul_flops
 from benchmarks.programs import Parts, Program, decoder, encoder, parts_of
 
 REMATS = ("full", "unscaled", "none")
@@ -55,6 +57,8 @@ class Row:
         flops: matmul FLOPs of a step.
         ratio: over the minimum.
         temporary_bytes: of XLA's buffers for this device.
+        copies: copies and transposes that a step runs, see ``hlo.copies``.
+        accessed_bytes: of ``cost_analysis``; the body of a loop counts once.
         kernel_temporaries: arrays of a kernel's full shape that are computed.
         limit: what the ratio is held to, or ``None``.
     """
@@ -66,6 +70,8 @@ class Row:
     flops: float
     ratio: float
     temporary_bytes: int
+    copies: int
+    accessed_bytes: float
     kernel_temporaries: int
     limit: float | None
 
@@ -121,6 +127,8 @@ def _row(
         flops=flops,
         ratio=flops / minimum,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        copies=copies(text),
+        accessed_bytes=compiled.cost_analysis()["bytes accessed"],
         kernel_temporaries=len(made_of_shape(text, shapes)),
         limit=limit,
     )
@@ -223,6 +231,8 @@ def mixtures(
             flops=flops,
             ratio=flops / one,
             temporary_bytes=step.memory_analysis().temp_size_in_bytes,
+            copies=copies(step.as_text()),
+            accessed_bytes=step.cost_analysis()["bytes accessed"],
             kernel_temporaries=len(made_of_shape(step.as_text(), shapes)),
             limit=1.05,
         )
@@ -254,7 +264,15 @@ def _embedding_path(params: Any) -> str:
 def table(rows: list[Row]) -> str:
     """The rows as text."""
     head = ("program", "remat", "method", "way")
-    head += ("GFLOP", "/ minimum", "limit", "temporaries", "kernels")
+    head += (
+        "GFLOP",
+        "/ minimum",
+        "limit",
+        "temporaries",
+        "copies",
+        "accessed",
+        "kernels",
+    )
     cells = [
         (
             r.program,
@@ -265,6 +283,8 @@ def table(rows: list[Row]) -> str:
             f"{r.ratio:.3f}",
             "" if r.limit is None else f"{r.limit:.2f}",
             f"{r.temporary_bytes / 2**20:.1f} MiB",
+            str(r.copies),
+            f"{r.accessed_bytes / 2**20:.1f} MiB",
             str(r.kernel_temporaries),
         )
         for r in rows

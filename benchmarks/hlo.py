@@ -114,6 +114,43 @@ def matmul_flops(text: str) -> float:
     return total(entry)
 
 
+def copies(text: str) -> int:
+    """Instructions that only move an array in memory: copies and transposes.
+
+    A fusion counts if what it returns is a copy or a transpose.
+
+    Args:
+        text: optimised HLO, ``compiled.as_text()``.
+
+    Returns:
+        How many run in a step; loops count as often as they run, one of unknown length
+        once, and of branches the one with the most.
+    """
+    computations, entry = parse(text)
+    moves = lambda op: op in ("copy", "transpose")
+
+    @functools.cache
+    def total(name: str) -> int:
+        return sum(_one(op, rest) for _, _, op, rest in computations[name])
+
+    def _one(op: str, rest: str) -> int:
+        called = _CALLED.findall(rest)
+        if op == "fusion":
+            root = computations[called[0]][-1]
+            operands = _OPERAND.findall(root[3]) if root[2] == "tuple" else ()
+            ops = {n: o for n, _, o, _ in computations[called[0]]}
+            return sum(map(moves, (ops[n] for n in operands))) + moves(root[2])
+        branches = _BRANCHES.search(rest)
+        if branches:
+            return max(total(n.strip().lstrip("%")) for n in branches[1].split(","))
+        if op == "conditional":
+            return max(map(total, called))
+        trips = _TRIPS.search(rest) if op == "while" else None
+        return (int(trips[1]) if trips else 1) * sum(map(total, called)) + moves(op)
+
+    return total(entry)
+
+
 def _own(shape, op: str, rest: str, shapes) -> float:
     if op == "custom-call" and _LIBRARY_DOT.search(rest):
         raise ValueError(f"a matmul went to a library: {rest[:200]}")

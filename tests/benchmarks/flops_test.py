@@ -58,6 +58,38 @@ def test_arrays_of_a_shape_are_found_inside_fusions_and_loops():
     assert not hlo.made_of_shape(compiled(plain, w, jnp.ones((5, 20))), [(20, 12)])
 
 
+def test_copies_are_counted_in_loops_and_in_fusions():
+    text = """HloModule toy
+%fused (p: f32[2,3]) -> f32[3,2] {
+  %p = f32[2,3]{1,0} parameter(0)
+  %n = f32[2,3]{1,0} negate(%p)
+  ROOT %t = f32[3,2]{1,0} transpose(%n), dimensions={1,0}
+}
+%inner (q: f32[2,3]) -> f32[2,3] {
+  %q = f32[2,3]{1,0} parameter(0)
+  %c = f32[2,3]{0,1} copy(%q)
+  ROOT %m = f32[2,3]{1,0} negate(%c)
+}
+%body (r: f32[2,3]) -> f32[2,3] {
+  %r = f32[2,3]{1,0} parameter(0)
+  %k = f32[2,3]{0,1} copy(%r)
+  ROOT %f = f32[2,3]{1,0} fusion(%k), kind=kLoop, calls=%inner
+}
+ENTRY %main (x: f32[2,3]) -> f32[3,2] {
+  %x = f32[2,3]{1,0} parameter(0)
+  %w = f32[2,3]{1,0} while(%x), body=%body, TRIPS
+  ROOT %y = f32[3,2]{1,0} fusion(%w), kind=kLoop, calls=%fused
+}
+"""
+    trips = 'backend_config={"known_trip_count":{"n":"4"}}'
+    # What stays inside a fusion (%c) moves nothing in memory.
+    assert hlo.copies(text.replace("TRIPS", trips)) == 4 + 1
+    assert hlo.copies(text.replace(", TRIPS", "")) == 1 + 1  # a length unknown: once
+    moved = compiled(lambda x: x.T + 0, jnp.ones((64, 48)))
+    assert hlo.copies(moved) == 1
+    assert hlo.copies(compiled(lambda x: x + 1, jnp.ones((64, 48)))) == 0
+
+
 # The rank is small beside the tokens, as 8 is beside 2,048.
 SIZES = {"width": 128, "hidden": 320, "layers": 3, "batch": 4, "length": 64}
 
@@ -115,11 +147,14 @@ def test_methods_are_read_off_the_factors():
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    row = flops.Row("toy", "full", "some", "adapt", 1.03e9, 1.03, 2**20, 0, 1.02)
+    row = flops.Row(
+        "toy", "full", "some", "adapt", 1.03e9, 1.03, 2**20, 7, 2**21, 0, 1.02
+    )
     monkeypatch.setattr(flops, "measure", lambda *args: [row])
     assert flops.main(["--width", "32", "--json", str(tmp_path / "rows.json")]) == 1
     text = capsys.readouterr().out
     assert "1.030" in text and "1.0 MiB" in text
+    assert "  7 " in text and "2.0 MiB" in text
     assert "above 1.02: toy, full, some" in text
     record = json.loads((tmp_path / "rows.json").read_text())
     assert record["rows"][0]["ratio"] == 1.03
