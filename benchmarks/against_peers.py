@@ -5,10 +5,14 @@
 
 For a tiny and a small encoder (BERT) and decoder (Llama), random weights: the same
 weights, batch, targets, rank and optimiser on both sides, each in a process of its
-own. The two take turns, a few steps at a time, so that whatever else the machine does
-falls on both; a ratio is taken for each turn, and its median, least and greatest are
-printed. Peak memory is each process's own, over what it held before its model was
-there: the compiler's memory is in it.
+own. What is compared is **processor time on one core**: all processes are pinned to
+the same core, so that XLA and PyTorch run one thread of work each, and time in which
+the core works for others does not count. They take turns, a few steps at a time; a
+ratio is taken for each turn, and its median, least and greatest are printed. A third
+process runs the frozen model alone, forward and the gradient of every layer's input,
+in the same compiler as ours: the step over it is what adapters and the optimiser cost.
+Peak memory is each process's own, over what it held before its model was there: the
+compiler's memory is in it.
 
 The losses of the first step must agree, or nothing is reported.
 """
@@ -62,8 +66,9 @@ class Row:
         model: size and kind.
         method: the adapter.
         peer: the other library.
-        step_ms: median milliseconds of a step, ours then theirs.
+        step_ms: median milliseconds of processor time a step, ours then theirs.
         time: our time over theirs: median, least and greatest over the turns.
+        frozen: our time over that of our frozen model, likewise.
         memory_mb: peak memory in MB (10^6 bytes), ours then theirs.
         memory: our peak over theirs.
     """
@@ -73,6 +78,7 @@ class Row:
     peer: str
     step_ms: tuple[float, float]
     time: tuple[float, float, float]
+    frozen: tuple[float, float, float]
     memory_mb: tuple[float, float]
     memory: float
 
@@ -143,9 +149,16 @@ class Worker:
 
 
 def compare(
-    folder: Path, kind: str, size: Size, method: str, rank: int, turns: int, quiet: bool
+    folder: Path,
+    kind: str,
+    size: Size,
+    method: str,
+    rank: int,
+    turns: int,
+    quiet: bool,
+    core: int,
 ) -> Row:
-    """Runs both sides in turns.
+    """Runs both sides, and our frozen model, in turns on one core.
 
     Raises:
         RuntimeError: the first losses differ: it is not the same step.
@@ -159,43 +172,52 @@ def compare(
         "rank": rank,
         "scan": False,
         "quiet": quiet,
+        "core": core,
     }
     modules = ("benchmarks.peers.with_jaxpeft", "benchmarks.peers.with_peft")
     workers = [Worker(module, settings) for module in modules]
     losses = [w.first for w in workers]
     if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[1]):
         raise RuntimeError(f"the first losses differ: {losses}; not the same step")
-    each = workers[1].ask({"steps": 2})["seconds"] / 2
+    workers.append(Worker(modules[0], settings | {"method": "frozen"}))
+    each = workers[1].ask({"steps": 2})["processor"] / 2
     steps = max(2, round(1.0 / each))  # a turn takes about a second
-    seconds: list[list[float]] = [[], []]
+    used: list[list[float]] = [[], [], []]
     for turn in range(turns):
-        for i in (0, 1) if turn % 2 else (1, 0):
-            seconds[i].append(workers[i].ask({"steps": steps})["seconds"] / steps)
+        for i in (0, 1, 2) if turn % 2 else (2, 1, 0):
+            used[i].append(workers[i].ask({"steps": steps})["processor"] / steps)
     peaks = [w.ask({"memory": True})["bytes"] for w in workers]
     for w in workers:
         w.close()
-    ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
-    ms = [1e3 * statistics.median(s) for s in seconds]
+    ours, theirs, frozen = used
+    ms = [1e3 * statistics.median(s) for s in used]
     return Row(
         model=f"{size.name} {kind}",
         method=method,
         peer="HF PEFT",
         step_ms=(round(ms[0], 2), round(ms[1], 2)),
-        time=(statistics.median(ratios), ratios[0], ratios[-1]),
+        time=_ratio(ours, theirs),
+        frozen=_ratio(ours, frozen),
         memory_mb=(round(peaks[0] / 1e6, 1), round(peaks[1] / 1e6, 1)),
         memory=peaks[0] / peaks[1],
     )
 
 
+def _ratio(these: list[float], those: list[float]) -> tuple[float, float, float]:
+    ratios = sorted(a / b for a, b in zip(these, those, strict=True))
+    return statistics.median(ratios), ratios[0], ratios[-1]
+
+
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     head = ("model", "method", "ms a step, ours / theirs", "time ratio (range)")
-    lines = [f"| {' | '.join(head)} | peak memory ratio |", "|---|---|---|---|---|"]
+    head += ("over our frozen model (range)", "peak memory ratio")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    spread = lambda three: "{:.2f} ({:.2f} to {:.2f})".format(*three)
     for r in rows:
-        middle, low, high = r.time
         lines.append(
             f"| {r.model} | {r.method} | {r.step_ms[0]:.1f} / {r.step_ms[1]:.1f} | "
-            f"{middle:.2f} ({low:.2f} to {high:.2f}) | {r.memory:.2f} |"
+            f"{spread(r.time)} | {spread(r.frozen)} | {r.memory:.2f} |"
         )
     return "\n".join(lines)
 
@@ -207,6 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--methods", nargs="+", default=["lora", "dora"])
     parser.add_argument("--sizes", nargs="+", default=[s.name for s in SIZES])
+    cores = sorted(os.sched_getaffinity(0))
+    parser.add_argument("--core", type=int, default=cores[0], choices=cores)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--verbose", action="store_true", help="show what workers say")
     args = parser.parse_args(argv)
@@ -225,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
                             args.rank,
                             args.turns,
                             not args.verbose,
+                            args.core,
                         )
                     )
                     print(table(rows[-1:]).splitlines()[-1], flush=True)
@@ -233,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         packages = ("jax", "torch", "transformers", "peft", "optax")
         record = {
             "versions": {p: metadata.version(p) for p in packages},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{platform.machine()}, one core of {os.cpu_count()}",
             "rows": [dataclasses.asdict(r) for r in rows],
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)

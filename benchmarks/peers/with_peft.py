@@ -11,6 +11,8 @@ def build(settings):
     import torch
     import transformers
 
+    if settings.get("core") is not None:
+        torch.set_num_threads(1)
     kind = {
         "encoder": transformers.AutoModelForSequenceClassification,
         "decoder": transformers.AutoModelForCausalLM,
