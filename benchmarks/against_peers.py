@@ -227,7 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--methods", nargs="+", default=["lora", "dora"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["lora", "dora"], choices=["lora", "dora"]
+    )
     parser.add_argument("--sizes", nargs="+", default=[s.name for s in SIZES])
     cores = sorted(os.sched_getaffinity(0))
     parser.add_argument("--core", type=int, default=cores[0], choices=cores)

@@ -168,7 +168,7 @@ def build(size: Size, scan: bool) -> tuple[list[Any], list[tuple], jax.Array]:
 
         return jax.jit(step, donate_argnums=(0, 1))
 
-    trees = [(trainable, frozen), (jp.core.flat(trainable), jp.core.flat(frozen))]
+    trees = [(trainable, frozen), (jp.tree.flat(trainable), jp.tree.flat(frozen))]
     # Copies: what a step is given is donated.
     trees = [(jax.tree.map(jnp.copy, t), f) for t, f in trees]
     starts = [(t, optimizer.init(t), f) for t, f in trees]

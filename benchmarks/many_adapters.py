@@ -41,7 +41,7 @@ import numpy as np
 import jaxpeft as jp
 from benchmarks.hlo import matmul_flops
 from jaxpeft import models, serving
-from jaxpeft.core._node import nodes
+from jaxpeft.tree import nodes
 
 LIMIT = 1.3  # of a mixed batch over one with one adapter
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]

@@ -145,7 +145,7 @@ class Program:
         return self.frozen_flops() + self.layers * more
 
 
-def parts_of(adapter: jp.core.Adapter, rank: int) -> Parts | None:
+def parts_of(adapter: jp.tree.Adapter, rank: int) -> Parts | None:
     """Reads the parts off one small kernel: they are the method's, not the kernel's.
 
     Returns:
@@ -280,7 +280,7 @@ class _Decoder(nn.Module):
         if self.remat != "none":
             policy = policies.nothing_saveable
             if self.remat == "unscaled":
-                policy = policies.save_only_these_names(jp.core.UNSCALED)
+                policy = policies.save_only_these_names(jp.transform.UNSCALED)
             block = nn.remat(_Block, prevent_cse=False, policy=policy)
         stack = nn.scan(
             block,

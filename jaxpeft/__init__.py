@@ -1,22 +1,23 @@
 """Parameter-efficient fine-tuning as functional transforms on parameter trees."""
 
 from jaxpeft.adapters import *  # noqa: F403 (every method, as registered there)
-from jaxpeft.core import adapt as adapt
-from jaxpeft.core import attach as attach
-from jaxpeft.core import capture as capture
-from jaxpeft.core import combine as combine
-from jaxpeft.core import count as count
-from jaxpeft.core import describe as describe
-from jaxpeft.core import detach as detach
-from jaxpeft.core import extract as extract
-from jaxpeft.core import graft as graft
-from jaxpeft.core import infer_axes as infer_axes
-from jaxpeft.core import merge as merge
-from jaxpeft.core import mergeable as mergeable
-from jaxpeft.core import partition as partition
-from jaxpeft.core import penalty as penalty
-from jaxpeft.core import scaled as scaled
-from jaxpeft.core import weighted as weighted
-from jaxpeft.core import with_dropout as with_dropout
+from jaxpeft.lowrank import scaled as scaled
+from jaxpeft.lowrank import weighted as weighted
+from jaxpeft.transform import UnsupportedError as UnsupportedError
+from jaxpeft.transform import adapt as adapt
+from jaxpeft.transform import capture as capture
+from jaxpeft.transform import infer_axes as infer_axes
+from jaxpeft.tree import attach as attach
+from jaxpeft.tree import combine as combine
+from jaxpeft.tree import count as count
+from jaxpeft.tree import describe as describe
+from jaxpeft.tree import detach as detach
+from jaxpeft.tree import extract as extract
+from jaxpeft.tree import graft as graft
+from jaxpeft.tree import merge as merge
+from jaxpeft.tree import mergeable as mergeable
+from jaxpeft.tree import partition as partition
+from jaxpeft.tree import penalty as penalty
+from jaxpeft.tree import with_dropout as with_dropout
 
 __version__ = "0.1.0"

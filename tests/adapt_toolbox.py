@@ -1,7 +1,7 @@
 """What the tests of ``adapt`` share: adapters, one comparison, a search in the HLO.
 
 The adapters here are not methods of any paper. Each puts a chosen set of terms of
-the formula of ``jaxpeft.core.Factors`` to work, so that a rule of ``adapt`` that
+the formula of ``jaxpeft.tree.Factors`` to work, so that a rule of ``adapt`` that
 forgets one of them gives wrong numbers.
 """
 
@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
-from jaxpeft.core import Adapter, Factors, Gate, Term, method
+from jaxpeft.tree import Adapter, Factors, Gate, Term, method
 
 
 def numbers(*shape, seed=0, scale=1.0):
@@ -285,10 +285,10 @@ def kernel_shapes(adapted, halves: int = 1) -> set[tuple[int, ...]]:
     """
     shapes = set()
     nodes = jax.tree.leaves(
-        adapted, is_leaf=lambda x: isinstance(x, jp.core.AdaptedKernel)
+        adapted, is_leaf=lambda x: isinstance(x, jp.tree.AdaptedKernel)
     )
     for node in nodes:
-        if not isinstance(node, jp.core.AdaptedKernel):
+        if not isinstance(node, jp.tree.AdaptedKernel):
             continue
         sizes = list(zip(node.site.roles, node.base.shape, strict=True))
         batch = [n for role, n in sizes if role == "batch"]

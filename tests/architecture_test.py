@@ -15,12 +15,17 @@ from jaxpeft.numerics._optional import EXTRAS
 ROOT = pathlib.Path(__file__).parents[1] / "jaxpeft"
 ORDER = [
     ["numerics"],
-    ["core", "dimension"],
+    ["tree", "dimension"],
+    ["transform"],
+    ["lowrank"],
+    ["parts"],
     ["adapters", "allocate"],
     ["mixtures"],
-    ["models", "interop"],
+    ["models"],
+    ["interop"],
     ["data", "training"],
-    ["serving", "study"],
+    ["serving"],
+    ["study"],
     ["cli"],
     ["__main__.py"],
 ]
@@ -40,6 +45,32 @@ def imported(path):
                 yield parts[1], f"{path}:{node.lineno}"
 
 
+PROJECT = ROOT.parent
+OUTSIDE = [
+    PROJECT / "train.py",
+    *(PROJECT / "benchmarks").glob("*.py"),
+    *(PROJECT / "configs").glob("*.py"),
+]
+
+
+@pytest.mark.parametrize(
+    "path", FILES + OUTSIDE, ids=lambda p: str(p.relative_to(PROJECT))
+)
+def test_no_file_uses_a_private_one_of_another_room(path):
+    """A room's door is its package: ``from jaxpeft.tree import is_node``."""
+    inside = path.is_relative_to(ROOT)
+    mine = path.relative_to(ROOT).parts[0] if inside else None
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        for name in names:
+            library, *parts = name.split(".")
+            if library == "jaxpeft" and len(parts) > 1 and parts[0] != mine:
+                private = [part for part in parts if part.startswith("_")]
+                assert not private, f"{path}:{node.lineno}: {name}"
+
+
 def at_the_top(path):
     """Packages that importing a file loads: imports outside of functions."""
     waiting = list(ast.parse(path.read_text()).body)
@@ -56,7 +87,7 @@ def at_the_top(path):
 
 def test_there_is_something_to_read():
     rooms = {p.relative_to(ROOT).parts[0] for p in FILES}
-    assert {"core", "adapters", "models", "data", "training"} <= rooms
+    assert {"tree", "transform", "adapters", "models", "data", "training"} <= rooms
     assert rooms <= set(LEVEL), "a room without a place in the order"
 
 
@@ -70,7 +101,10 @@ def test_imports_point_down(path):
             assert LEVEL.get(theirs, 99) < LEVEL[mine], where
 
 
-@pytest.mark.parametrize("room", ["numerics", "core", "adapters", "mixtures"])
+@pytest.mark.parametrize(
+    "room",
+    ["numerics", "tree", "transform", "lowrank", "parts", "adapters", "mixtures"],
+)
 def test_the_core_needs_nothing_heavy(room):
     for path in (ROOT / room).rglob("*.py"):
         heavy = set(at_the_top(path)) - LIGHT - {"jaxpeft"} - sys.stdlib_module_names
@@ -151,7 +185,7 @@ print(*sorted({m.split(".")[0] for m in sys.modules} - before))
     assert more <= {"jaxpeft", "jaxtyping", "wadler_lindig"}, more
 
 
-@pytest.mark.parametrize("room", ["core", "adapters"])
+@pytest.mark.parametrize("room", ["tree", "transform", "lowrank", "parts", "adapters"])
 def test_no_method_is_named_in_core(room):
     """Nothing outside of its own file knows a method; core knows none at all."""
     names = {p.stem.removeprefix("_") for p in (ROOT / "adapters").glob("_[a-z]*.py")}

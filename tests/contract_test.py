@@ -50,8 +50,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
-from jaxpeft.core._lift import shared_names
-from jaxpeft.core._node import is_node
+from jaxpeft.tree._lift import shared_names
+from jaxpeft.tree._node import is_node
 
 P = PartitionSpec
 
@@ -73,7 +73,7 @@ def params():
 
 def test_the_defaults_alone_make_an_adapter(name):
     adapter = constructor(name)()
-    assert isinstance(adapter, jp.core.Adapter) and adapter.name == name
+    assert isinstance(adapter, jp.tree.Adapter) and adapter.name == name
     assert constructor(name)() is adapter  # equal trees have equal structures
     options = json.loads(json.dumps(dict(adapter.options)))
     assert constructor(name)(**options) is adapter
@@ -137,7 +137,7 @@ def test_shapes_need_no_memory(name, params):
     shapes = jax.eval_shape(attach_, params, jax.random.key(0))
     real = at_init(name)
     assert jax.tree.structure(shapes) == jax.tree.structure(real)
-    kind = lambda t: {n: (v.shape, v.dtype) for n, v in jp.core.flat(t).items()}
+    kind = lambda t: {n: (v.shape, v.dtype) for n, v in jp.tree.flat(t).items()}
     assert kind(shapes) == kind(real)
     assert jp.count(shapes) == jp.count(real)
     trained = sum(leaf.size for leaf in jax.tree.leaves(jp.partition(real)[0]))
@@ -201,12 +201,12 @@ def test_only_trainable_leaves_learn_and_all_of_them_do(name, params, x):
     trainable, frozen = jp.partition(moved(name))
     _, gradient = value_and_grad(trainable, frozen, x)
     assert jax.tree.structure(gradient) == jax.tree.structure(trainable)
-    for path, leaf in jp.core.flat(gradient).items():
+    for path, leaf in jp.tree.flat(gradient).items():
         assert np.any(np.asarray(leaf) != 0), f"{path} never learns"
         assert bool(jnp.all(jnp.isfinite(leaf))), path
     names = {n for node in nodes(moved(name)) for n in node.trainable}
-    assert {p.rpartition("/")[2] for p in jp.core.flat(gradient)} == names
-    bases = {p for p in jp.core.flat(frozen) if p.endswith("/base")}
+    assert {p.rpartition("/")[2] for p in jp.tree.flat(gradient)} == names
+    bases = {p for p in jp.tree.flat(frozen) if p.endswith("/base")}
     assert len(bases) == len(nodes(moved(name)))
 
 
@@ -235,8 +235,8 @@ def test_training_moves_what_is_trained_and_nothing_else(name, params, x):
     assert values[-1] < values[0] and len(traced) == 1
     end = jp.combine(trainable, frozen)
     assert jax.tree.structure(end) == jax.tree.structure(start)
-    for path, leaf in jp.core.flat(jp.partition(start)[0]).items():
-        now = jp.core.flat(trainable)[path]
+    for path, leaf in jp.tree.flat(jp.partition(start)[0]).items():
+        now = jp.tree.flat(trainable)[path]
         assert now.dtype == leaf.dtype and np.any(np.asarray(now != leaf)), path
     original = jp.detach(end)
     if node_in(start, "dense").adapter.unfold is None:
@@ -334,7 +334,7 @@ def test_scan_equals_unrolled(name, params, x):
         flat, make(name), KERNELS, key=jax.random.key(0), axes={"heads": "in out out"}
     )
     leaves = {}
-    for path, leaf in jp.core.flat(adapted).items():
+    for path, leaf in jp.tree.flat(adapted).items():
         if not path.startswith("layers/"):
             leaves[path] = leaf
             continue
@@ -342,20 +342,20 @@ def test_scan_equals_unrolled(name, params, x):
         for i in range(L):
             one = leaf if shared else leaf[i]
             leaves[path.replace("layers/", f"layers/layer_{i}/")] = one
-    target = jp.core.unflat(target, leaves)
+    target = jp.tree.unflat(target, leaves)
     trainable, frozen = jp.partition(target)
     value, gradient = jax.value_and_grad(loss)(trainable, frozen, x, unrolled)
     expected, expected_gradient = value_and_grad(*jp.partition(adapted), x)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     stacked = {}
-    gradient = jp.core.flat(gradient)
-    for path in jp.core.flat(expected_gradient):
+    gradient = jp.tree.flat(gradient)
+    for path in jp.tree.flat(expected_gradient):
         each = [path.replace("layers/", f"layers/layer_{i}/") for i in range(L)]
         stack = path.startswith("layers/")
         stacked[path] = (
             jnp.stack([gradient[p] for p in each]) if stack else gradient[path]
         )
-    assert distance(stacked, jp.core.flat(expected_gradient)) < CLOSE
+    assert distance(stacked, jp.tree.flat(expected_gradient)) < CLOSE
     assert jp.count(target)[0] == jp.count(adapted)[0]
 
 
@@ -381,7 +381,7 @@ def test_eight_devices_equal_one(name, x):
     adapted = moved(name)
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        jp.core.inherit_specs(adapted, specs),
+        jp.tree.inherit_specs(adapted, specs),
         is_leaf=lambda s: isinstance(s, P),
     )
     placed = jax.device_put(adapted, shardings)

@@ -125,7 +125,7 @@ value_and_grad = jax.jit(jax.value_and_grad(loss))
 
 
 def nodes(tree):
-    is_node = lambda n: isinstance(n, jp.core.AdaptedKernel)
+    is_node = lambda n: isinstance(n, jp.tree.AdaptedKernel)
     return [n for n in jax.tree.leaves(tree, is_leaf=is_node) if is_node(n)]
 
 
@@ -138,7 +138,7 @@ def node_in(tree, *modules):
 
 def replaces_kernel(node):
     """Whether the method trains the kernel itself: then arrays of its shape exist."""
-    return jax.eval_shape(lambda: jp.core._lift.lifted_factors(node)).kernel is not None
+    return jax.eval_shape(lambda: jp.tree._lift.lifted_factors(node)).kernel is not None
 
 
 def same_bits(x, y):

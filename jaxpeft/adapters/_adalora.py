@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, PeftForm, Term, check_options, method
 from jaxpeft.numerics import gram_distance
+from jaxpeft.parts import PeftForm, check_options
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 STD = 0.02  # of a and b at the start
 OFFSET = 1e-5  # added to the rank in the scale's divisor, as everybody does
@@ -106,7 +107,7 @@ def adalora(
 
     def pair(frozen, trainable, shape):
         del shape
-        made = factors(None, frozen, trainable)
+        (made,) = factors(None, frozen, trainable).terms
         return made.a, made.b
 
     peft = PeftForm(

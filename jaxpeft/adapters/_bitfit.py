@@ -1,6 +1,7 @@
 """BitFit: train the biases, and nothing else (arXiv 2106.10199)."""
 
-from jaxpeft.core import Adapter, method, whole_leaf
+from jaxpeft.parts import whole_leaf
+from jaxpeft.tree import Adapter, method
 
 
 @method

@@ -5,15 +5,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import (
-    SCALINGS,
-    Adapter,
-    Factors,
-    Term,
-    check_options,
-    method,
-    scale_leaf,
-)
 from jaxpeft.numerics import (
     factored_square_norms,
     live_features,
@@ -22,6 +13,8 @@ from jaxpeft.numerics import (
     square_norms,
     zero_factors,
 )
+from jaxpeft.parts import SCALINGS, check_options, scale_leaf
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 ORDERS = (("out", "in"), ("in", "out"))
 

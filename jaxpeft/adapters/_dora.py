@@ -5,17 +5,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import (
-    SCALINGS,
-    Adapter,
-    Factors,
-    Term,
-    check_options,
-    check_site_rank,
-    method,
-    scale_leaf,
-)
-from jaxpeft.core._peft import LORA_KINDS, lora_form, low_rank_pair, read_lora
 from jaxpeft.numerics import (
     ZERO_STARTS,
     bottom_factors,
@@ -28,6 +17,17 @@ from jaxpeft.numerics import (
     top_factors,
     zero_factors,
 )
+from jaxpeft.parts import (
+    LORA_KINDS,
+    SCALINGS,
+    check_options,
+    check_site_rank,
+    lora_form,
+    low_rank_pair,
+    read_lora,
+    scale_leaf,
+)
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 # Where `a` and `b` begin; the last three also carry that beginning along.
 STARTS = {

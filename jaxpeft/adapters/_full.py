@@ -1,6 +1,7 @@
 """Full training of chosen leaves: heads, biases, norms, or whole kernels."""
 
-from jaxpeft.core import Adapter, method, whole_leaf
+from jaxpeft.parts import whole_leaf
+from jaxpeft.tree import Adapter, method
 
 
 @method

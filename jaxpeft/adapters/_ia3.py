@@ -4,7 +4,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxpeft.core import Adapter, Factors, PeftForm, check_options, method
+from jaxpeft.parts import PeftForm, check_options
+from jaxpeft.tree import Adapter, Factors, method
 
 
 @method

@@ -8,23 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import (
-    SCALINGS,
-    Adapter,
-    Factors,
-    Term,
-    check_options,
-    check_site_rank,
-    method,
-    scale_leaf,
-)
-from jaxpeft.core._peft import joined, lora_form, read_lora
 from jaxpeft.numerics import (
     bottom_triplets,
     frobenius_norm,
     gram_distance,
     outer_gram_distance,
 )
+from jaxpeft.parts import (
+    SCALINGS,
+    check_options,
+    check_site_rank,
+    joined,
+    lora_form,
+    read_lora,
+    scale_leaf,
+)
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 # m, the number of dropped components, from d_in, d_out and r.
 TRUNCATION = {

@@ -2,17 +2,16 @@
 
 from typing import Literal
 
-from jaxpeft.core import (
+from jaxpeft.numerics import ZERO_STARTS, zero_factors
+from jaxpeft.parts import (
     SCALINGS,
-    Adapter,
-    Factors,
-    Term,
     check_options,
-    method,
+    lora_form,
+    low_rank_pair,
+    read_lora,
     scale_leaf,
 )
-from jaxpeft.core._peft import lora_form, low_rank_pair, read_lora
-from jaxpeft.numerics import ZERO_STARTS, zero_factors
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 
 @method

@@ -5,18 +5,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import (
-    SCALINGS,
-    Adapter,
-    Factors,
-    PeftForm,
-    Term,
-    check_options,
-    check_site_rank,
-    method,
-    scale_leaf,
-)
 from jaxpeft.numerics import top_factors
+from jaxpeft.parts import SCALINGS, PeftForm, check_options, check_site_rank, scale_leaf
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 
 @method

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from jaxpeft.core import Adapter, domain_mixture, method
+from jaxpeft.parts import domain_mixture
+from jaxpeft.tree import Adapter, method
 
 
 @method

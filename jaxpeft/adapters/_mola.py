@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from jaxpeft.core import Adapter, method, mixture
+from jaxpeft.parts import mixture
+from jaxpeft.tree import Adapter, method
 
 
 @method

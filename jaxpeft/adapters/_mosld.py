@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from jaxpeft.core import Adapter, check_options, method, mixture
+from jaxpeft.parts import check_options, mixture
+from jaxpeft.tree import Adapter, method
 
 
 @method

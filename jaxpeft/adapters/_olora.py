@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from jaxpeft.core import SCALINGS, Adapter, check_options, method, residual_pair
 from jaxpeft.numerics import qr_factors
+from jaxpeft.parts import SCALINGS, check_options, residual_pair
+from jaxpeft.tree import Adapter, method
 
 RESIDUALS = ("separate", "folded")
 

@@ -4,16 +4,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxpeft.core import (
-    Adapter,
-    Factors,
-    PeftForm,
-    Term,
-    check_options,
-    check_site_rank,
-    method,
-)
 from jaxpeft.numerics import top_factors
+from jaxpeft.parts import PeftForm, check_options, check_site_rank
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 RESIDUALS = ("separate", "folded")
 

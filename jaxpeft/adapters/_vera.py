@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import Adapter, Factors, PeftForm, Term, check_options, method
+from jaxpeft.parts import PeftForm, check_options
+from jaxpeft.tree import Adapter, Factors, Term, method
 
 LEAVES = {"lam_d": "vera_lambda_d", "lam_b": "vera_lambda_b"}  # in PEFT's files
 

@@ -9,10 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxpeft.core import Allocation, KernelShape, SiteRank
-from jaxpeft.core._lift import lifted_factors, matrix_shape
-from jaxpeft.core._node import BATCH, AdaptedKernel, map_nodes
 from jaxpeft.numerics import Spectrum
+from jaxpeft.tree import (
+    BATCH,
+    AdaptedKernel,
+    Allocation,
+    KernelShape,
+    SiteRank,
+    lifted_factors,
+    map_nodes,
+    matrix_shape,
+)
 
 
 def eva(
@@ -261,7 +268,7 @@ def eva_start(
 @jax.jit
 def _acts(node: AdaptedKernel) -> Array:
     """Whether a site's low-rank product has a part that is not 0."""
-    f, batch = lifted_factors(node), node.roles.count(BATCH)
-    a = jnp.any(f.a != 0, axis=tuple(range(batch, f.a.ndim - 1)))
-    b = jnp.any(f.b != 0, axis=tuple(range(batch + 1, f.b.ndim)))
+    trained, batch = lifted_factors(node).terms[0], node.roles.count(BATCH)
+    a = jnp.any(trained.a != 0, axis=tuple(range(batch, trained.a.ndim - 1)))
+    b = jnp.any(trained.b != 0, axis=tuple(range(batch + 1, trained.b.ndim)))
     return jnp.any(a & b)

@@ -6,10 +6,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from jaxpeft.core import AdaptedKernel, Adapter, attach
-from jaxpeft.core._components import Components, component_sites
-from jaxpeft.core._lift import lifted_factors
-from jaxpeft.core._node import BATCH, map_nodes, nodes
+from jaxpeft.tree import (
+    BATCH,
+    AdaptedKernel,
+    Adapter,
+    Components,
+    attach,
+    component_sites,
+    lifted_factors,
+    map_nodes,
+    nodes,
+)
 
 
 def _kept(node: AdaptedKernel, site: Components) -> np.ndarray:
@@ -125,11 +132,11 @@ def _cut(node: AdaptedKernel, before: AdaptedKernel, kept: np.ndarray):
             f"`adapter` {node.adapter!r} is not a plain low-rank pair; write "
             "finalise(adapted, jaxpeft.lora(), key=key)"
         )
-    f, layers = lifted_factors(before), len(kept)
+    (term,), layers = lifted_factors(before).terms, len(kept)
     scale = np.asarray(node.frozen["scale"]).reshape(layers)
     batch = node.site.roles.count(BATCH)
     leaves = {}
-    for name, old in (("a", f.a), ("b", f.b)):
+    for name, old in (("a", term.a), ("b", term.b)):
         like = node.trainable[name]
         rank_first = name == "b"
         at = batch if rank_first else old.ndim - 1

@@ -14,16 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxpeft.core import Allocation, Allocator, SiteRank
-from jaxpeft.core._choices import (
-    NodeSite,
-    by_node,
-    choose_leaves,
-    node_masks,
-    node_sites,
-    node_sizes,
-    pick,
-)
 from jaxpeft.numerics import (
     NodeScores,
     Ranking,
@@ -32,6 +22,18 @@ from jaxpeft.numerics import (
     rank_correlation,
     rank_nodes,
     select_nodes,
+)
+from jaxpeft.tree import (
+    Allocation,
+    Allocator,
+    NodeSite,
+    SiteRank,
+    by_node,
+    choose_leaves,
+    node_masks,
+    node_sites,
+    node_sizes,
+    pick,
 )
 
 IMPORTANT, SELECTED = 0.07, 0.14  # of all nodes: the authors' 30 and 60 of 434

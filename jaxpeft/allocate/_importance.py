@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxpeft.core import Allocator
-from jaxpeft.core._components import component_sites
-from jaxpeft.core._node import is_node, map_nodes, wider
+from jaxpeft.tree import Allocator, component_sites, is_node, map_nodes, wider
 
 
 class ImportanceState(NamedTuple):

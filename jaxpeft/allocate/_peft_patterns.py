@@ -5,9 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.core import Allocation, KernelShape, ModuleName, SiteRank
-from jaxpeft.core._paths import module_path
-from jaxpeft.core._peft_rules import in_layers, listed
+from jaxpeft.parts import in_layers, listed
+from jaxpeft.tree import Allocation, KernelShape, ModuleName, SiteRank, module_path
 
 
 def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jaxpeft.core import Allocation, KernelShape, SiteRank
+from jaxpeft.tree import Allocation, KernelShape, SiteRank
 
 
 def uniform(

@@ -47,7 +47,7 @@ def open_base(given: argparse.Namespace, wanted: Wanted):
 
 def find_base(given: argparse.Namespace, wanted: Wanted) -> tuple[Path, str]:
     """The base's folder, and its name as it was given or is remembered."""
-    from jaxpeft.models._load import find_checkpoint
+    from jaxpeft.models import find_checkpoint
 
     name, who = given.base or wanted.base, named_adapters(given)
     if not name:
@@ -77,8 +77,8 @@ def named_adapters(given: argparse.Namespace) -> str:
 def _with_other_head(model, params, settings: dict[str, Any], key):
     """A model of other classes than its checkpoint's, whose names are drawn anew."""
     from jaxpeft import models
-    from jaxpeft.core import flat, unflat
-    from jaxpeft.models._build import draw_leaves
+    from jaxpeft.models import draw_leaves
+    from jaxpeft.tree import flat, unflat
 
     labels = 1 if settings["head"] == "regression" else settings["num_labels"]
     model = model.clone(head=settings["head"], num_labels=labels)
@@ -95,9 +95,8 @@ def _drawn(model, adapted) -> list[str]:
     import numpy as np
 
     from jaxpeft import models
-    from jaxpeft.core import AdaptedKernel, flat
-    from jaxpeft.core._node import leaves_with_path
-    from jaxpeft.models._build import draw_leaves
+    from jaxpeft.models import draw_leaves
+    from jaxpeft.tree import AdaptedKernel, flat, leaves_with_path
 
     if model.head is None:
         return []
@@ -123,8 +122,7 @@ def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
         ``(arguments of models.load, width of the checkpoint's own head where it is
         another one, else None)``.
     """
-    from jaxpeft.models._config import count_labels
-    from jaxpeft.models._load import read_model_config
+    from jaxpeft.models import count_labels, read_model_config
 
     config = read_model_config(folder)
     name = next(iter(config.get("architectures") or ()), "")
@@ -166,8 +164,8 @@ def _check_head(given: argparse.Namespace, config, settings: dict[str, Any]) -> 
 def _fitting(config, first: dict[str, Any], sites: dict[str, list[int]], *, free: bool):
     """The first settings with which the model has every site, or else ``first``."""
     from jaxpeft import models
-    from jaxpeft.core import flat
-    from jaxpeft.interop._untie import untied_for
+    from jaxpeft.interop import untied_for
+    from jaxpeft.tree import flat
 
     tried = [first]
     if free:

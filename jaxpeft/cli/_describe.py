@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> None:
                 "onto a base: write --base too."
             )
     if given.base is not None:
-        from jaxpeft.core import describe
+        from jaxpeft.tree import describe
 
         print(describe(open_adapter(given, whole=False).adapted))
     elif kind == MODEL:
@@ -80,8 +80,8 @@ def _ranks(ranks) -> str:
 
 
 def _peft(folder: Path) -> None:
-    from jaxpeft.interop._peft_config import CONFIG, PREFIX, TENSORS
-    from jaxpeft.interop._tensors import TensorFile
+    from jaxpeft.interop import PEFT_CONFIG as CONFIG
+    from jaxpeft.interop import PREFIX, TENSORS, TensorFile
 
     try:
         given = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
@@ -102,7 +102,7 @@ def _peft(folder: Path) -> None:
 
 
 def _model(given: argparse.Namespace) -> None:
-    from jaxpeft.core import flat
+    from jaxpeft.tree import flat
 
     given.base = given.adapter
     _, model, params = open_base(given, Wanted())

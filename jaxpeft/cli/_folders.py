@@ -132,8 +132,7 @@ def own(folder: Path) -> Wanted:
 def peft(folder: Path) -> Wanted:
     """What a PEFT adapter says: base, task, and the width of a head that it holds."""
     from jaxpeft import interop
-    from jaxpeft.interop._peft_config import TENSORS
-    from jaxpeft.interop._tensors import TensorFile
+    from jaxpeft.interop import TENSORS, TensorFile
 
     try:
         config = json.loads((folder / MARKS[PEFT]).read_text(encoding="utf-8"))

@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
     from jaxpeft import interop, models
-    from jaxpeft.interop._save_hf import shard_bytes
+    from jaxpeft.interop import shard_bytes
 
     shard_bytes(given.max_shard_size)  # objects before anything is read
 

@@ -94,7 +94,7 @@ def open_tokenizer(base: Path, adapter: str | Path | None = None):
     it or none.
     """
     from jaxpeft import models
-    from jaxpeft.models._tokenizer import has_tokenizer
+    from jaxpeft.models import has_tokenizer
 
     options: dict[str, Any] = {}
     if adapter is not None:
@@ -111,7 +111,7 @@ def changed_options(base: Path, tokenizer) -> dict[str, str]:
     Tokens that the base's does not have are left out: its model has no row for them.
     """
     from jaxpeft import models
-    from jaxpeft.models._tokenizer import has_tokenizer, read_tokenizer
+    from jaxpeft.models import has_tokenizer, read_tokenizer
 
     if not has_tokenizer(base):
         return {}
@@ -188,7 +188,7 @@ def labels_of(
     given: argparse.Namespace, model, wanted: Wanted
 ) -> tuple[str, ...] | None:
     """What the classes are called: what was said, or what the adapter says."""
-    from jaxpeft.interop._labels import checked
+    from jaxpeft.interop import checked
 
     said = getattr(given, "labels", None)
     if model.head == "classification":
@@ -258,10 +258,10 @@ def open_adapters(
         ``(the base's folder, model, parameters of which each row uses its own)``.
     """
     from jaxpeft import serving
-    from jaxpeft.core._node import nodes
-    from jaxpeft.core._products import not_low_rank
-    from jaxpeft.interop._untie import untied_for
-    from jaxpeft.serving._write import change_rank
+    from jaxpeft.interop import untied_for
+    from jaxpeft.lowrank import not_low_rank
+    from jaxpeft.serving import change_rank
+    from jaxpeft.tree import nodes
 
     found = {name: _wanted(given, folder) for name, folder in names.items()}
     sites: dict[str, list[int]] = {}

@@ -158,7 +158,7 @@ def run(given: argparse.Namespace) -> None:
 
 def _rows(given: argparse.Namespace) -> list[Mapping[str, Any]] | list[str]:
     from jaxpeft import data
-    from jaxpeft.data._sources import read_file
+    from jaxpeft.data import read_file
 
     source, kind = given.input, given.input_format
     if source != "-" and not Path(source).is_file():
@@ -220,7 +220,7 @@ def _kept_question(given: argparse.Namespace, wanted: Wanted):
 def _question_of(given: argparse.Namespace, model, folder: Path, wanted: Wanted):
     """What can be asked of a model's head, where nothing says more."""
     from jaxpeft import data, interop
-    from jaxpeft.models._load import read_model_config
+    from jaxpeft.models import read_model_config
 
     name = Path(given.adapter or given.base).name
     if model.head == "causal_lm":

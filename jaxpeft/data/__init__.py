@@ -8,6 +8,8 @@ from jaxpeft.data._batches import bucket_lengths as bucket_lengths
 from jaxpeft.data._batches import evaluation_batches as evaluation_batches
 from jaxpeft.data._encoded import Encoded as Encoded
 from jaxpeft.data._lookup import task as task
+from jaxpeft.data._messages import messages_of as messages_of
+from jaxpeft.data._messages import tools_of as tools_of
 from jaxpeft.data._mixed import MixedTask as MixedTask
 from jaxpeft.data._mixed import gather_scores as gather_scores
 from jaxpeft.data._mixed import held_out as held_out
@@ -15,6 +17,7 @@ from jaxpeft.data._mixed import mix as mix
 from jaxpeft.data._mixed import mixture_shares as mixture_shares
 from jaxpeft.data._notes import notes as notes
 from jaxpeft.data._pack import pack as pack
+from jaxpeft.data._prompts import DEMONSTRATIONS as DEMONSTRATIONS
 from jaxpeft.data._prompts import PromptSet as PromptSet
 from jaxpeft.data._prompts import Record as Record
 from jaxpeft.data._prompts import draw_demonstrations as draw_demonstrations
@@ -30,6 +33,7 @@ from jaxpeft.data._sample import unpacked as unpacked
 from jaxpeft.data._score import score as score
 from jaxpeft.data._sources import is_file_name as is_file_name
 from jaxpeft.data._sources import read_csv as read_csv
+from jaxpeft.data._sources import read_file as read_file
 from jaxpeft.data._sources import read_jsonl as read_jsonl
 from jaxpeft.data._sources import read_parquet as read_parquet
 from jaxpeft.data._sources import read_tfds as read_tfds
@@ -40,8 +44,12 @@ from jaxpeft.data._splits import text_key as text_key
 from jaxpeft.data._task import Rows as Rows
 from jaxpeft.data._task import Task as Task
 from jaxpeft.data._task import make_task as make_task
+from jaxpeft.data._templates import is_template as is_template
+from jaxpeft.data._templates import pieces as pieces
+from jaxpeft.data._templates import read_text as read_text
 from jaxpeft.data._texts import TextTask as TextTask
 from jaxpeft.data._texts import make_text_task as make_text_task
 from jaxpeft.data._tokenize import check_tokenizer as check_tokenizer
 from jaxpeft.data._tokenize import tokenize as tokenize
 from jaxpeft.data.metrics._direction import metric_mode as metric_mode
+from jaxpeft.data.tasks._choices import read_choices as read_choices

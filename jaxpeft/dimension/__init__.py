@@ -27,6 +27,7 @@ from jaxpeft.dimension._fit import twonn_points as twonn_points
 from jaxpeft.dimension._neighbours import neighbours as neighbours
 from jaxpeft.dimension._profile import difference_map as difference_map
 from jaxpeft.dimension._profile import difference_sd as difference_sd
+from jaxpeft.dimension._profile import dims_of as dims_of
 from jaxpeft.dimension._profile import id_difference as id_difference
 from jaxpeft.dimension._profile import id_profile as id_profile
 from jaxpeft.dimension._profile import normalized_auc as normalized_auc

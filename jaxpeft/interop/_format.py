@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft import adapters
-from jaxpeft.core import Adapter, PeftForm
+from jaxpeft.parts import PeftForm
+from jaxpeft.tree import Adapter
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 DIGEST = "sha256"  # of the arrays' file, in CONFIG

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpeft.interop import _format, _peft_config
+from jaxpeft.interop import _format
+from jaxpeft.interop.peft import _config as _peft_config
 
 # Beside PEFT's files, which have no field for it. A config.json in that place would
 # make transformers take the folder for a whole model.

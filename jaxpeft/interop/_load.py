@@ -9,19 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxpeft.core import AdaptedKernel, Adapter, ModuleName, Site
-from jaxpeft.core._grouped import grouped
-from jaxpeft.core._lift import (
-    from_matrices,
-    initialise,
-    layer_leaves,
-    leaf_entries,
-    lifted_factors,
-    shared_names,
-    to_matrices,
-)
-from jaxpeft.core._node import leaves_with_path, working_dtype
-from jaxpeft.core._paths import nearest
 from jaxpeft.interop._format import (
     CONFIG,
     DIGEST,
@@ -34,6 +21,23 @@ from jaxpeft.interop._format import (
 from jaxpeft.interop._tensors import TensorFile
 from jaxpeft.interop._untie import untied_for
 from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
+from jaxpeft.tree import (
+    AdaptedKernel,
+    Adapter,
+    ModuleName,
+    Site,
+    from_matrices,
+    grouped,
+    initialise,
+    layer_leaves,
+    leaf_entries,
+    leaves_with_path,
+    lifted_factors,
+    nearest,
+    shared_names,
+    to_matrices,
+    working_dtype,
+)
 
 
 def load_adapter(

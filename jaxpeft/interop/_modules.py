@@ -6,15 +6,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpeft.core import AdaptedKernel, ModuleName
-from jaxpeft.core._attach import parse_roles
-from jaxpeft.core._lift import matrix_shape, to_matrices
-from jaxpeft.core._node import BATCH, IN, OUT
-from jaxpeft.core._paths import (
+from jaxpeft.tree import (
+    BATCH,
+    IN,
+    OUT,
+    AdaptedKernel,
+    ModuleName,
+    matrix_shape,
     matrix_words,
     module_path,
     nearest,
+    parse_roles,
     resolve_pattern,
+    to_matrices,
 )
 
 KINDS = ("linear", "conv1d", "embedding", "norm")

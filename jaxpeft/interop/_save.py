@@ -12,9 +12,6 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxpeft.core import AdaptedKernel, Adapter
-from jaxpeft.core._lift import shared_names
-from jaxpeft.core._node import leaves_with_path
 from jaxpeft.interop._format import (
     CONFIG,
     DIGEST,
@@ -28,6 +25,7 @@ from jaxpeft.interop._format import (
 )
 from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 from jaxpeft.numerics import checksum, projection
+from jaxpeft.tree import AdaptedKernel, Adapter, leaves_with_path, shared_names
 
 
 def save_adapter(

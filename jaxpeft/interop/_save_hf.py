@@ -11,15 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxpeft.core import AdaptedKernel, ModuleName, detach, merge, mergeable
-from jaxpeft.core._lift import shared_names
-from jaxpeft.core._names import BESIDE
-from jaxpeft.core._node import BATCH, is_node, leaves_with_path, wider, working_dtype
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._labels import REGRESSION, is_head, named_head
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
 from jaxpeft.interop._tensors import is_finite, on_host
+from jaxpeft.tree import (
+    BATCH,
+    BESIDE,
+    AdaptedKernel,
+    ModuleName,
+    detach,
+    is_node,
+    leaves_with_path,
+    merge,
+    mergeable,
+    shared_names,
+    wider,
+    working_dtype,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # What families call their number of layers.

@@ -2,11 +2,6 @@
 
 from jaxtyping import Array, Key, PyTree
 
-from jaxpeft.core import AdaptedKernel
-from jaxpeft.core._attach import place_like, site_key
-from jaxpeft.core._domain_mixture import check_domain, domain_of
-from jaxpeft.core._lift import initialise
-from jaxpeft.core._node import check_key
 from jaxpeft.mixtures._nodes import (
     domain_nodes,
     is_residual,
@@ -15,6 +10,8 @@ from jaxpeft.mixtures._nodes import (
     rebuilt,
     with_adapter,
 )
+from jaxpeft.parts import check_domain, domain_of
+from jaxpeft.tree import AdaptedKernel, check_key, initialise, place_like, site_key
 
 
 def add_domain(adapted: PyTree, name: str, *, key: Key[Array, ""]) -> PyTree:

@@ -9,16 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxpeft.core import UNIVERSAL, AdaptedKernel
-from jaxpeft.core._grouped import grouped
 from jaxpeft.mixtures._domains import new_domain, with_new_domain
-from jaxpeft.mixtures._nodes import (
-    domain_nodes,
-    is_residual,
-    known_domain,
-    options_of,
-)
+from jaxpeft.mixtures._nodes import domain_nodes, is_residual, known_domain, options_of
 from jaxpeft.numerics import checksum
+from jaxpeft.parts import UNIVERSAL
+from jaxpeft.tree import AdaptedKernel, grouped
 
 FORMAT, VERSION = "jaxpeft.domain", 1
 

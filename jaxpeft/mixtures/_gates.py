@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxpeft.core import UNIVERSAL, with_inputs
-from jaxpeft.core._node import AdaptedKernel, map_nodes, nodes
 from jaxpeft.mixtures._nodes import is_residual, options_of
 from jaxpeft.numerics import balance_and_z
+from jaxpeft.parts import UNIVERSAL
+from jaxpeft.tree import AdaptedKernel, map_nodes, nodes, with_inputs
 
 BASE = "__base__"  # a row whose gates are all 0
 

@@ -4,9 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
-from jaxpeft.core import AdaptedKernel, Adapter
-from jaxpeft.core._lift import leaf_axes
-from jaxpeft.core._node import map_nodes, nodes
+from jaxpeft.tree import AdaptedKernel, Adapter, leaf_axes, map_nodes, nodes
 
 
 def options_of(node: AdaptedKernel) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float64, PyTree
 from numpy import ndarray
 
-from jaxpeft.core._node import nodes
 from jaxpeft.numerics import optional
+from jaxpeft.tree import nodes
 
 DEAD = 0.01  # a share of the load that is this part of an even one is none
 

@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from jaxpeft.core import UNIVERSAL
-from jaxpeft.core._attach import fold_base, site_key
-from jaxpeft.core._domain_mixture import domain_of, stage_names
-from jaxpeft.core._lift import initialise, matrix_shape
-from jaxpeft.core._node import AdaptedKernel, check_key
-from jaxpeft.core._tree import trainable_size
 from jaxpeft.mixtures._nodes import (
     domain_nodes,
     is_residual,
     options_of,
     rebuilt,
     with_adapter,
+)
+from jaxpeft.parts import UNIVERSAL, domain_of, stage_names
+from jaxpeft.tree import (
+    AdaptedKernel,
+    check_key,
+    fold_base,
+    initialise,
+    matrix_shape,
+    site_key,
+    trainable_size,
 )
 
 
@@ -71,7 +75,7 @@ def stage(
         >>> adapter = jp.modula_flan(("law", "code"), rank=1, rank_universal=2)
         >>> adapted = jp.attach(params, adapter, ["query"], key=jax.random.key(0))
         >>> trainable, frozen = jp.partition(stage(adapted, "universal"))
-        >>> sorted(name.rpartition("/")[2] for name in jp.core.flat(trainable))
+        >>> sorted(name.rpartition("/")[2] for name in jp.tree.flat(trainable))
         ['a.universal', 'b.universal']
 
     References:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxpeft.core import ModuleName
 from jaxpeft.models._deberta_config import DebertaConfig, write_deberta_config
 from jaxpeft.models._families import deberta_names
 from jaxpeft.models._layers import Output, run_layers
@@ -31,6 +30,7 @@ from jaxpeft.models._parts import (
     keep,
     wide,
 )
+from jaxpeft.tree import ModuleName
 
 HEADS = (None, "classification", "regression")
 

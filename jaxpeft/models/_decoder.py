@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxpeft.core import ModuleName
 from jaxpeft.models._attention import IMPLEMENTATIONS, make_context
 from jaxpeft.models._cache import advance, poison
 from jaxpeft.models._decoder_config import DecoderConfig, write_decoder_config
@@ -28,6 +27,7 @@ from jaxpeft.models._parts import (
     dense,
     wide,
 )
+from jaxpeft.tree import ModuleName
 
 HEADS = (None, "causal_lm", "classification", "regression")
 

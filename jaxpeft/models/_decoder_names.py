@@ -1,9 +1,9 @@
 """Names of decoders' modules, in checkpoints and in our trees."""
 
-from jaxpeft.core import ModuleName
 from jaxpeft.models._decoder_config import DecoderConfig
 from jaxpeft.models._families import module_names
 from jaxpeft.models._parts import LOOKUP
+from jaxpeft.tree import ModuleName
 
 
 def decoder_names(

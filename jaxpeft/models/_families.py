@@ -8,9 +8,9 @@ our leaves are called and whether they are transposed.
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-from jaxpeft.core import ModuleName
 from jaxpeft.models._deberta_config import DebertaConfig
 from jaxpeft.models._decoder_families import PART, TRAITS, WHOLES
+from jaxpeft.tree import ModuleName
 
 # kind -> (tensor on disk, our leaf, whether ours is its transpose)
 KINDS = {

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxpeft.core import adapt
 from jaxpeft.models._cache import init_cache, room
 from jaxpeft.models._decoder import Decoder
 from jaxpeft.models._stop_texts import HIT, StopTexts, split_stops
+from jaxpeft.transform import adapt
 
 SHORTEST = 16  # prompts and answers are padded to powers of two from here on
 # The range of normal numbers in float32, as Python's numbers.

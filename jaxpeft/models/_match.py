@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpeft.core._grouped import grouped
 from jaxpeft.models._checkpoint import Tensor
 from jaxpeft.models._families import FAMILIES, OLD_NAMES, Family, Source
+from jaxpeft.tree import grouped
 
 
 class Match(NamedTuple):

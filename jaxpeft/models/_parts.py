@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxpeft.core import UNSCALED
+from jaxpeft.transform import UNSCALED
 
 LOOKUP = "lookup"  # a table for the look-up alone, inside of the embedding's module
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxpeft.core import adapt
 from jaxpeft.dimension import pool
 from jaxpeft.models._decoder import Decoder
+from jaxpeft.transform import adapt
 
 FINALS = ("pre_norm", "post_norm")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -6,9 +6,7 @@ from jaxpeft.numerics._factored import factored_square_norms as factored_square_
 from jaxpeft.numerics._factored import live_features as live_features
 from jaxpeft.numerics._factored import magnitude_ratio as magnitude_ratio
 from jaxpeft.numerics._factored import square_norms as square_norms
-from jaxpeft.numerics._fingerprint import (
-    PROJECTION_TOLERANCE as PROJECTION_TOLERANCE,
-)
+from jaxpeft.numerics._fingerprint import PROJECTION_TOLERANCE as PROJECTION_TOLERANCE
 from jaxpeft.numerics._fingerprint import checksum as checksum
 from jaxpeft.numerics._fingerprint import projection as projection
 from jaxpeft.numerics._gates import balance_and_z as balance_and_z

@@ -7,3 +7,4 @@ from jaxpeft.serving._slots import load as load
 from jaxpeft.serving._slots import rows as rows
 from jaxpeft.serving._slots import slots as slots
 from jaxpeft.serving._slots import with_rows as with_rows
+from jaxpeft.serving._write import change_rank as change_rank

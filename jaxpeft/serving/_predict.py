@@ -10,13 +10,17 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from jaxpeft import data, models, training
-from jaxpeft.core._node import leaves_with_path
-from jaxpeft.data._messages import messages_of, tools_of
-from jaxpeft.data._templates import is_template, pieces, read_text
-from jaxpeft.data.tasks._choices import read_choices
-from jaxpeft.models._cache import room
-from jaxpeft.training._evaluate import EvalOutput
-from jaxpeft.training._routed import split_routed
+from jaxpeft.data import (
+    is_template,
+    messages_of,
+    pieces,
+    read_choices,
+    read_text,
+    tools_of,
+)
+from jaxpeft.models import room
+from jaxpeft.training import EvalOutput, split_routed
+from jaxpeft.tree import leaves_with_path
 
 _HEADS = {"class": "classification", "number": "regression"}
 _SPLIT = "input"  # what messages call the rows

@@ -16,20 +16,21 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
-from jaxpeft.core import ModuleName, attach, detach
-from jaxpeft.core._grouped import grouped
-from jaxpeft.core._node import is_node, leaves_with_path, map_nodes, nodes
-from jaxpeft.core._paths import Targets, nearest
-from jaxpeft.core._rows import (
-    WAYS,
-    is_slotted,
-    is_taken,
-    set_index,
-    slotted,
-    take_rows,
-)
 from jaxpeft.numerics import target_of
 from jaxpeft.serving._write import cleared, misfits, pairs, written
+from jaxpeft.transform import WAYS, is_slotted, is_taken, set_index, slotted, take_rows
+from jaxpeft.tree import (
+    ModuleName,
+    Targets,
+    attach,
+    detach,
+    grouped,
+    is_node,
+    leaves_with_path,
+    map_nodes,
+    nearest,
+    nodes,
+)
 
 BASE = "__base__"
 
@@ -237,8 +238,8 @@ def _check_name(slots: Slots, name: str) -> None:
 def _read(slots: Slots, folder: Path, check_base: bool, ignore: Sequence[str]):
     """An adapted tree from a folder of either sort."""
     from jaxpeft import interop
-    from jaxpeft.interop._format import CONFIG as OWN
-    from jaxpeft.interop._peft_config import CONFIG as PEFT
+    from jaxpeft.interop import CONFIG as OWN
+    from jaxpeft.interop import PEFT_CONFIG as PEFT
 
     params = detach(slots.tree)
     if (folder / OWN).is_file():

@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core._lift import dims_of, expand_leaf
-from jaxpeft.core._node import BATCH, IN, OUT, AdaptedKernel
-from jaxpeft.core._paths import module_path
-from jaxpeft.core._products import is_plain, layer_products, not_low_rank
-from jaxpeft.interop._tensors import on_host
+from jaxpeft.interop import on_host
+from jaxpeft.lowrank import is_plain, layer_products, not_low_rank
+from jaxpeft.tree import (
+    BATCH,
+    IN,
+    OUT,
+    AdaptedKernel,
+    dims_of,
+    expand_leaf,
+    module_path,
+)
 
 PAIR = ("a", "b", "scale")
 

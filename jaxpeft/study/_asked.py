@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from jaxpeft.data import (
-    Encoded,
-    PromptSet,
-    draw_demonstrations,
-    write_prompt,
-)
+from jaxpeft.data import Encoded, PromptSet, draw_demonstrations, write_prompt
 from jaxpeft.models import joint, opened
 
 OVERFLOWS = ("error", "drop_demos")

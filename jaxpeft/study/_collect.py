@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxpeft import data, dimension, interop, models, training
-from jaxpeft.data._prompts import DEMONSTRATIONS
-from jaxpeft.interop._format import CONFIG, DIGEST
-from jaxpeft.models._states import FINALS
+from jaxpeft.data import DEMONSTRATIONS
+from jaxpeft.interop import CONFIG, DIGEST
+from jaxpeft.models import FINALS
 from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
 META, ACCURACY, STATES, RUNS = "meta.json", "accuracy.json", "states", "runs"

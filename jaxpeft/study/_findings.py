@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpeft.dimension import difference_sd, id_difference, normalized_auc
-from jaxpeft.dimension._profile import dims_of
+from jaxpeft.dimension import difference_sd, dims_of, id_difference, normalized_auc
 from jaxpeft.study._estimate import Result, without_steps
 
 VERDICTS = ("agrees", "disagrees", "not tested")

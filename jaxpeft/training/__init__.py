@@ -3,10 +3,6 @@ from jaxpeft.numerics import optional as _optional
 with _optional("Runs"):
     import ml_collections as _ml_collections  # noqa: F401
 
-from jaxpeft.core._ending import INTERRUPTED as INTERRUPTED
-from jaxpeft.core._ending import NOT_FINITE as NOT_FINITE
-from jaxpeft.core._ending import REFUSED as REFUSED
-from jaxpeft.core._ending import ended as ended
 from jaxpeft.training._causal import causal_forward as causal_forward
 from jaxpeft.training._causal import causal_loss as causal_loss
 from jaxpeft.training._causal import objective as objective
@@ -71,6 +67,7 @@ from jaxpeft.training._report import print_table as print_table
 from jaxpeft.training._report import report as report
 from jaxpeft.training._report import versions as versions
 from jaxpeft.training._routed import Routed as Routed
+from jaxpeft.training._routed import split_routed as split_routed
 from jaxpeft.training._stages import enter_stage as enter_stage
 from jaxpeft.training._stages import run_stages as run_stages
 from jaxpeft.training._stages import save_routing as save_routing
@@ -88,3 +85,7 @@ from jaxpeft.training._topology import topology_devices as topology_devices
 from jaxpeft.training._workdir import WorkdirError as WorkdirError
 from jaxpeft.training._workdir import check_workdir as check_workdir
 from jaxpeft.training._workdir import open_workdir as open_workdir
+from jaxpeft.tree import INTERRUPTED as INTERRUPTED
+from jaxpeft.tree import NOT_FINITE as NOT_FINITE
+from jaxpeft.tree import REFUSED as REFUSED
+from jaxpeft.tree import ended as ended

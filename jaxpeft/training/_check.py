@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jaxpeft import adapters, allocate, core, interop, models
-from jaxpeft.core._lift import matrix_shape
-from jaxpeft.core._node import nodes
+from jaxpeft import adapters, allocate, interop, models
 from jaxpeft.training._config import call, call_named, count_steps
 from jaxpeft.training._fields import check_fields
 from jaxpeft.training._mesh import check_rows, make_mesh
 from jaxpeft.training._optimizer import adamw
 from jaxpeft.training._ranks import check_allocator, read_allocation
 from jaxpeft.training._workdir import check_workdir
+from jaxpeft.tree import matrix_shape, nodes, partition
 
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
 Attach = Callable[..., Any]
@@ -157,7 +156,7 @@ def rehearse(
     if ranks is not None or config.start:
         field = "`config.start`" if config.start else "`config.allocation`"
     _check_ranks(made[0], field)
-    trainable, _ = core.partition(made[0])
+    trainable, _ = partition(made[0])
     call(
         adamw,
         config.optimizer.to_dict(),

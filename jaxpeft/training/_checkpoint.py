@@ -12,13 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxpeft.core import flat, unflat
-from jaxpeft.core._grouped import grouped
-from jaxpeft.core._node import is_node
 from jaxpeft.numerics import optional
 from jaxpeft.training._config import config_differences
 from jaxpeft.training._state import TrainState, check_finite
 from jaxpeft.training._workdir import as_folder
+from jaxpeft.tree import flat, grouped, is_node, unflat
 
 
 class CheckpointError(ValueError):

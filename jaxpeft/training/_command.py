@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import ml_collections
 
-from jaxpeft.core._ending import Parser
 from jaxpeft.training._config import load_config
 from jaxpeft.training._workdir import WorkdirError, as_folder
+from jaxpeft.tree import Parser
 
 
 class Command(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxpeft.core._arguments import check_arguments
+from jaxpeft.tree import check_arguments
 
 
 def load_config(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpeft import core, numerics
+from jaxpeft import numerics
 from jaxpeft.training._mesh import batch_sharding, put_batch, replicated
 from jaxpeft.training._routed import add_sums, split_routed, sum_rows
 from jaxpeft.training._state import TrainState
 from jaxpeft.training._step import Batch, Forward, Loss
+from jaxpeft.tree import combine
 
 
 class EvalOutput(NamedTuple):
@@ -70,7 +71,7 @@ def eval_step(
     """
 
     def step(trainable, frozen, batch):
-        adapted = core.combine(trainable, frozen)
+        adapted = combine(trainable, frozen)
         outputs, routing = split_routed(forward(adapted, batch, None))
         values, weights = loss(outputs, batch)
         losses = numerics.where_shown(weights, values) * weights

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
-from jaxpeft.core._arguments import check_finite_numbers
 from jaxpeft.training._config import count_steps, flat_config, near_names
+from jaxpeft.tree import check_finite_numbers
 
 
 class _Field(NamedTuple):

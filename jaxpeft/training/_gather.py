@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import allocate, core, dimension, models
+from jaxpeft import allocate, dimension, models
+from jaxpeft.transform import capture
 
 Draw = Callable[[int, int], tuple[int, Iterable[Mapping[str, Any]]]]
 WIDE = 8192  # inputs: second moments of more take too much memory
@@ -102,7 +103,7 @@ def _spectra(
     def run(params, inputs, mask):
         reduce = lambda x: allocate.input_moments(x, mask, keep)
         chosen = lambda path, leaf: path in shapes
-        return core.capture(apply, chosen, reduce, axes=model.axes)(params, inputs)[1]
+        return capture(apply, chosen, reduce, axes=model.axes)(params, inputs)[1]
 
     def step(batch):
         inputs = {n: np.asarray(batch[n]) for n in _INPUTS if n in batch}

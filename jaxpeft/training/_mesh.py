@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft.core import inherit_specs
-from jaxpeft.core._node import leaves_with_path
-from jaxpeft.core._paths import (
+from jaxpeft.tree import (
+    inherit_specs,
+    leaves_with_path,
     matrix_words,
     module_path,
     names_leaf,

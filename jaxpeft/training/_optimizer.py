@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.core import AdaptedKernel
-from jaxpeft.core._node import is_node
+from jaxpeft.tree import AdaptedKernel, is_node
 
 # Rates, decays and moments are float32 numbers.
 MOST = float(jnp.finfo(jnp.float32).max)

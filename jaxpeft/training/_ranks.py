@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxpeft import allocate, core
-from jaxpeft.core._arguments import check_arguments
+from jaxpeft import allocate
 from jaxpeft.training._config import near_names
 from jaxpeft.training._gather import GATHER, Draw
+from jaxpeft.tree import Adapter, Allocation, SiteRank, check_arguments
 
 ALLOCATION_FILE = "allocation.json"
 # What says how large the scale is, or how it differs between sites.
@@ -39,7 +39,7 @@ def estimate_allocation(
     scale: int | float = 1.0,
     start_file: str | Path | None = None,
     progress: bool = True,
-) -> core.Allocation:
+) -> Allocation:
     """Asks an allocator of ``jaxpeft.allocate`` for ranks, before anything is trained.
 
     What it takes beside the shapes is gathered from the pretrained model, without
@@ -118,7 +118,7 @@ def estimate_allocation(
     facts["parameters"] = found.count(shapes)
     if start.get("init_from_eva"):
         _save_spectra(start_file, given["spectra"], found)
-    return core.Allocation.of(sites, found.facts | facts)
+    return Allocation.of(sites, found.facts | facts)
 
 
 class Asked(NamedTuple):
@@ -131,7 +131,7 @@ class Asked(NamedTuple):
         starts: those that say how adapters start, with their defaults.
     """
 
-    function: Callable[..., core.Allocation]
+    function: Callable[..., Allocation]
     gathers: str | None
     own: list[str]
     starts: dict[str, bool]
@@ -197,7 +197,7 @@ def read_allocation(
     targets: Any,
     exclude: Any = None,
     axes: Any = None,
-) -> core.Allocation:
+) -> Allocation:
     """Reads an allocation of exactly the sites that a run adapts.
 
     Args:
@@ -215,7 +215,7 @@ def read_allocation(
         FileNotFoundError: there is no such file.
     """
     try:
-        found = core.Allocation.load(file)
+        found = Allocation.load(file)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} holds no allocation: {error!r}") from error
     shapes = allocate.kernel_shapes(params, targets, exclude=exclude, axes=axes)
@@ -244,10 +244,10 @@ def starting_allocation(
     params: PyTree,
     draw: Draw,
     *,
-    adapter: core.Adapter,
+    adapter: Adapter,
     targets: Any,
     exclude: Any = None,
-) -> core.Allocation:
+) -> Allocation:
     """Returns the ranks that a run starts with, the same again when it is resumed.
 
     The first time they are kept in the run's folder, as ``allocation.json``; from then
@@ -308,13 +308,13 @@ def starting_allocation(
     return found
 
 
-def starts_at_inputs(allocation: core.Allocation) -> bool:
+def starts_at_inputs(allocation: Allocation) -> bool:
     """Returns whether adapters of these ranks start at their inputs' directions."""
     return bool(allocation.facts.get("options", {}).get("init_from_eva"))
 
 
 def start_at_inputs(
-    adapted: PyTree, allocation: core.Allocation, file: str | Path
+    adapted: PyTree, allocation: Allocation, file: str | Path
 ) -> PyTree:
     """Starts low-rank adapters at the leading directions of their inputs, as EVA does.
 
@@ -339,7 +339,7 @@ def start_at_inputs(
     return allocate.eva_start(adapted, spectra, whiten=whiten)
 
 
-def _save_spectra(file, spectra: Mapping[str, Any], found: core.Allocation) -> None:
+def _save_spectra(file, spectra: Mapping[str, Any], found: Allocation) -> None:
     """Writes as many directions as sites have ranks: shares, singular values, both."""
     kept = {}
     for path, site in found.sites:
@@ -353,7 +353,7 @@ def _save_spectra(file, spectra: Mapping[str, Any], found: core.Allocation) -> N
     new.replace(file)  # whole or not at all
 
 
-def find_allocator(name: str) -> Callable[..., core.Allocation]:
+def find_allocator(name: str) -> Callable[..., Allocation]:
     """Returns the function of ``jaxpeft.allocate`` of this name that makes allocations.
 
     Args:
@@ -382,7 +382,7 @@ def find_allocator(name: str) -> Callable[..., core.Allocation]:
     return getattr(allocate, name)
 
 
-def _scaled(site: core.SiteRank, scale: float) -> core.SiteRank:
+def _scaled(site: SiteRank, scale: float) -> SiteRank:
     alpha = site.alpha
     of = lambda x: float(x * scale)
     return site._replace(

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import core
-from jaxpeft.core._node import nodes
+from jaxpeft.transform import adapt
+from jaxpeft.tree import nodes, with_inputs
 
 
 class Routed(NamedTuple):
@@ -36,10 +36,10 @@ def call_adapted(fn: Any, adapted: Any, batch: Any, *args: Any) -> Any:
         what ``fn`` returns, or ``Routed``.
     """
     if not any(node.adapter.experts for node in nodes(adapted)):
-        return core.adapt(fn)(adapted, *args)
+        return adapt(fn)(adapted, *args)
     mask = batch["attention_mask"] * (batch["weight"] > 0)[:, None].astype(jnp.int32)
-    seen = core.with_inputs(adapted, mask=mask)
-    outputs, sums = core.adapt(fn, taps="own")(seen, *args)
+    seen = with_inputs(adapted, mask=mask)
+    outputs, sums = adapt(fn, taps="own")(seen, *args)
     return Routed(outputs, {site: found for site, found in sums.items() if found})
 
 

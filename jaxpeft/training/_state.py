@@ -9,9 +9,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
 from jaxpeft.allocate import Allocation, Allocator
-from jaxpeft.core import flat, unflat
 from jaxpeft.training._mesh import replicated
 from jaxpeft.training._optimizer import Optimizer
+from jaxpeft.tree import flat, unflat
 
 
 class NonFiniteError(FloatingPointError):

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft import core, mixtures, numerics
+from jaxpeft import mixtures, numerics
 from jaxpeft.allocate import Allocator
 from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
 from jaxpeft.training._optimizer import Optimizer
 from jaxpeft.training._routed import call_adapted, split_routed
 from jaxpeft.training._state import TrainState
+from jaxpeft.tree import combine, penalty, with_dropout
 
 Batch = Mapping[str, jax.Array]
 Forward = Callable[[Any, Batch, Any], Any]
@@ -208,8 +209,8 @@ def train_step(
 
     def task(trainable, frozen, batch, key, leaves_key):
         adapter_key, model_key = jax.random.split(key)
-        adapted = core.with_dropout(
-            core.combine(trainable, frozen), adapter_key, leaves_key=leaves_key
+        adapted = with_dropout(
+            combine(trainable, frozen), adapter_key, leaves_key=leaves_key
         )
         outputs, sums = split_routed(forward(adapted, batch, model_key))
         values, weights = loss(outputs, batch)
@@ -252,14 +253,14 @@ def train_step(
             value, parts, grads = accumulated(*inputs)
         weight, auxiliary = parts
         divisor = jnp.where(weight == 0, 1.0, weight)  # 0, and not nan
-        penalty, penalty_grads = jax.value_and_grad(
-            lambda t: core.penalty(core.combine(t, frozen))
-        )(trainable)
+        own, own_grads = jax.value_and_grad(lambda t: penalty(combine(t, frozen)))(
+            trainable
+        )
         grads = jax.tree.map(
-            lambda g, p: g / divisor.astype(g.dtype) + p, grads, penalty_grads
+            lambda g, p: g / divisor.astype(g.dtype) + p, grads, own_grads
         )
         value, auxiliary = (value - auxiliary) / divisor, auxiliary / divisor
-        penalty = penalty + auxiliary
+        penalties = own + auxiliary
         norm = optax.tree.norm(grads)
         if clip_norm is not None:
             scale = clip_norm / jnp.maximum(norm, clip_norm)
@@ -275,7 +276,7 @@ def train_step(
             ranks, updated = allocation.update(
                 ranks, updated, grads, state.step + 1, trainable
             )
-        total = value + penalty
+        total = value + penalties
         # A finite gradient may still overflow a leaf: a rate of 1e38 does.
         leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updated)]
         finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.stack(leaves).all()
@@ -294,7 +295,7 @@ def train_step(
         )
         metrics = {
             "loss": value,
-            "penalty": penalty,
+            "penalty": penalties,
             "total": total,
             "grad_norm": norm,
             "weight": weight,

@@ -29,7 +29,7 @@ def test_every_leaf_of_a_module_is_trained_as_plain_training_does(params, keys):
     x = jax.random.normal(next(keys), (4, 6))
     adapted = jp.attach(params, jp.full(), ["head"], key=next(keys))
     trainable, frozen = jp.partition(adapted)
-    assert {n: v.shape for n, v in jp.core.flat(trainable).items()} == {
+    assert {n: v.shape for n, v in jp.tree.flat(trainable).items()} == {
         "head/kernel/value": (5, 3),
         "head/bias/value": (3,),
     }

@@ -130,7 +130,7 @@ def test_only_b_moves_first_and_then_everything(params, keys):
     adapted = attach(params, jp.kasa(rank=3))
     x = jax.random.normal(next(keys), (5, 6))
     history, state = train(adapted, x)
-    zero, one, two = map(jp.core.flat, history)
+    zero, one, two = map(jp.tree.flat, history)
     for path in zero:
         moved = [not np.array_equal(zero[path], one[path])]
         moved.append(not np.array_equal(one[path], two[path]))
@@ -372,7 +372,7 @@ def test_bfloat16_kernels(params, keys):
         y.astype(jnp.float32), exact, atol=2e-2 * np.max(np.abs(exact))
     )
     history, _ = train(adapted, x, steps=3)
-    first, last = jp.core.flat(history[0]), jp.core.flat(history[-1])
+    first, last = jp.tree.flat(history[0]), jp.tree.flat(history[-1])
     for path in first:
         assert np.all(np.isfinite(last[path])), path
         assert np.all(first[path] != last[path]), path  # sigma too

@@ -131,7 +131,7 @@ def dropped_a(adapter, seed, layers=None, path="w"):
             {path: kernel}, adapter, [path], key=jax.random.key(0), axes=axes
         )
     node = jp.with_dropout(adapted, jax.random.key(seed))[path]
-    return adapted[path].trainable["a"], jp.core._lift.lifted_factors(node).terms[0].a
+    return adapted[path].trainable["a"], jp.tree._lift.lifted_factors(node).terms[0].a
 
 
 def test_weight_dropout_is_one_mask_a_step_site_and_layer():
@@ -147,7 +147,7 @@ def test_weight_dropout_is_one_mask_a_step_site_and_layer():
     assert not np.array_equal(stack[0] != 0, stack[1] != 0)
     off = adapter.rebuild(dropout=0.0)
     assert np.array_equal(*dropped_a(off, 1))
-    keep = jax.vmap(lambda k: jp.core._mixture.drop_entries(k, a, 0.25))
+    keep = jax.vmap(lambda k: jp.parts._mixture.drop_entries(k, a, 0.25))
     mean = jnp.mean(keep(jax.random.split(jax.random.key(3), 4000)), 0)
     assert np.max(np.abs(mean - a)) < 5 * float(jnp.max(jnp.abs(a))) * 0.0092
 
@@ -158,7 +158,7 @@ def test_weight_dropout_in_use():
     on = jp.with_dropout(adapted, jax.random.key(1))
     trainable, frozen = jp.partition(on)
     f = lambda t: jnp.sum(adapted_use(jp.combine(t, frozen), x) ** 2)
-    mask = np.asarray(jp.core._lift.lifted_factors(on["w"]).terms[0].a != 0)
+    mask = np.asarray(jp.tree._lift.lifted_factors(on["w"]).terms[0].a != 0)
     assert 0 < mask.sum() < mask.size
     g = jax.jit(jax.grad(f))(trainable)["w"].trainable["a"]
     assert np.all(g[~mask] == 0) and np.all(g[mask] != 0)
@@ -174,7 +174,7 @@ def test_weight_dropout_in_use():
     # Micro-batches of one step: other keys for inputs, one for the leaves.
     again = jp.with_dropout(adapted, jax.random.key(8), leaves_key=jax.random.key(1))
     assert np.array_equal(
-        jp.core._lift.lifted_factors(again["w"]).terms[0].a != 0, mask
+        jp.tree._lift.lifted_factors(again["w"]).terms[0].a != 0, mask
     )
     for where in ("b", "input"):
         other = on["w"].adapter.rebuild(dropout_on=where)

@@ -10,7 +10,7 @@ from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 from jaxpeft.adapters import pc
-from jaxpeft.core._lift import lifted_factors
+from jaxpeft.tree._lift import lifted_factors
 
 
 def apply(params, x):

@@ -11,7 +11,7 @@ from jax.extend import core as jex
 from mixtures_toolbox import alike, leaves_of
 
 import jaxpeft as jp
-from jaxpeft.core._node import nodes
+from jaxpeft.tree._node import nodes
 
 NAMES, WIDTHS, D = ("q", "k", "v"), (10, 11, 12), 6
 MIXTURE = jp.molora(rank=2, experts=3)

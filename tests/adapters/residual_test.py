@@ -138,7 +138,7 @@ def test_separate_and_folded_are_one_function(method, params, keys):
         lambda one, other: one.replace(trainable=other.trainable),
         folded,
         separate,
-        is_leaf=lambda x: isinstance(x, jp.core.AdaptedKernel),
+        is_leaf=lambda x: isinstance(x, jp.tree.AdaptedKernel),
     )
     x = jax.random.normal(next(keys), (5, 6))
     y = jp.adapt(apply)(separate, x)

@@ -9,8 +9,8 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import allocate, interop
-from jaxpeft.core._choices import node_sites, node_sizes
-from jaxpeft.core._node import nodes
+from jaxpeft.tree._choices import node_sites, node_sizes
+from jaxpeft.tree._node import nodes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,11 +142,11 @@ def test_scores_are_recorded_before_the_update():
 def test_scores_do_not_see_how_a_and_b_share_their_scale():
     trainable, grads = halves()[0], gradients(3)
     allocator = allocate.ggm(7, 3, **TIMES | {"initial_steps": 0})
-    scale = lambda tree, c: jp.core.unflat(
+    scale = lambda tree, c: jp.tree.unflat(
         tree,
         {
             n: x * (c if n[-2:] == "/a" else 1 / c if n[-2:] == "/b" else 1)
-            for n, x in jp.core.flat(tree).items()
+            for n, x in jp.tree.flat(tree).items()
         },
     )
     seen = []
@@ -394,7 +394,7 @@ def test_the_chosen_alone_in_peft(tmp_path):
         "b": node.trainable["b"] + 0.3 * mask[:, :, None],
     }
     adapted = {"layers": {"kernel": node.replace(trainable=moved)}}
-    names = [jp.core.ModuleName("layers.{i}", "layers", "linear")]
+    names = [jp.tree.ModuleName("layers.{i}", "layers", "linear")]
     saved = interop.save_peft(
         allocate.compact(adapted, chosen), tmp_path / "p", names=names
     )

@@ -154,9 +154,9 @@ def test_running_means_over_three_steps():
         state.uncertainty["up"]["kernel"].trainable["a"], spread, rtol=1e-5
     )
     # What is trained whole has no scores, and takes no memory.
-    names = set(jp.core.flat(state.sensitivity))
+    names = set(jp.tree.flat(state.sensitivity))
     assert names == {f"{path}/{leaf}" for path in PATHS for leaf in "abe"}
-    assert set(jp.core.flat(state.keep)) == {f"{path}/e" for path in PATHS}
+    assert set(jp.tree.flat(state.keep)) == {f"{path}/e" for path in PATHS}
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 6])

@@ -8,7 +8,7 @@ import pytest
 
 from jaxpeft import allocate
 from jaxpeft.allocate import Allocation, KernelShape, SiteRank
-from jaxpeft.core import ModuleName
+from jaxpeft.tree import ModuleName
 
 APART = [
     ModuleName("layers.{i}.q", "layer_{i}/q", "linear"),

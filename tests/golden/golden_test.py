@@ -1,4 +1,4 @@
-"""Every number stays: what methods compute, against files made once by ``make.py``."""
+"""Every number stays: against files that ``make_golden.py`` made once."""
 
 import importlib.metadata
 import json

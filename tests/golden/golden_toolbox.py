@@ -1,8 +1,8 @@
 """What the golden files hold, and how it is computed: the same for making and testing.
 
 A case is a method in one form, on the contract suite's net: a plain kernel, one with
-heads, and a scanned stack of two layers, run on rows of tokens (two axes). ``make.py``
-keeps its adapter as a folder and what is computed with it as arrays.
+heads, and a scanned stack of two layers, run on rows of tokens (two axes).
+``make_golden.py`` keeps its adapter as a folder, and what it computes as arrays.
 """
 
 import functools
@@ -33,7 +33,7 @@ from jax import lax
 import jaxpeft as jp
 from benchmarks.hlo import parse
 from jaxpeft import interop, mixtures, serving
-from jaxpeft.core import AdaptedKernel, ModuleName
+from jaxpeft.tree import AdaptedKernel, ModuleName
 
 HERE = pathlib.Path(__file__).parent
 CASES = HERE / "cases"

@@ -56,8 +56,8 @@ def make_adapted(params, keys, kasa=None):
 
 def assert_same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    theirs = jp.core.flat(other)
-    for path, x in jp.core.flat(one).items():
+    theirs = jp.tree.flat(other)
+    for path, x in jp.tree.flat(one).items():
         assert x.dtype == theirs[path].dtype, path
         assert np.array_equal(x, theirs[path]), path  # bit for bit
 
@@ -165,7 +165,7 @@ def test_a_folded_base_is_folded_again(params, keys, tmp_path):
     folded = make_adapted(params, keys, jp.kasa(rank=3, base="folded"))
     loaded = load_adapter(save_adapter(folded, tmp_path / "a"), params)
     assert jax.tree.structure(loaded) == jax.tree.structure(folded)
-    mine, theirs = jp.core.flat(folded), jp.core.flat(loaded)
+    mine, theirs = jp.tree.flat(folded), jp.tree.flat(loaded)
     for path in mine:
         np.testing.assert_allclose(mine[path], theirs[path], atol=1e-6)
     plain = params["query"]["kernel"]
@@ -244,7 +244,7 @@ def test_what_cannot_be_saved(params, adapted, tmp_path):
     with pytest.raises(ValueError, match="`metadata` must be what JSON can hold"):
         save_adapter(adapted, tmp_path / "a", metadata={"x": jnp.ones(2)})
 
-    @jp.core.method
+    @jp.tree.method
     def homemade():
         return jp.lora(2)._replace(name="")
 

@@ -77,9 +77,9 @@ def with_peft_leaves(adapted, leaves, scanned):
                 for i, value in enumerate(each):
                     named[f"encoder/layer_{i}/{path}/kernel/{name}"] = value
     assert {n: x.shape for n, x in named.items()} == {
-        n: x.shape for n, x in jp.core.flat(trainable).items()
+        n: x.shape for n, x in jp.tree.flat(trainable).items()
     }
-    return jp.combine(jp.core.unflat(trainable, named), frozen)
+    return jp.combine(jp.tree.unflat(trainable, named), frozen)
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
@@ -116,10 +116,10 @@ def test_logits_and_penalty(pair, oracle, scanned):
             node.replace(
                 frozen={**node.frozen, "s_d": jnp.zeros_like(node.frozen["s_d"])}
             )
-            if isinstance(node, jp.core.AdaptedKernel)
+            if isinstance(node, jp.tree.AdaptedKernel)
             else node
         ),
         adapted,
-        is_leaf=lambda x: isinstance(x, jp.core.AdaptedKernel),
+        is_leaf=lambda x: isinstance(x, jp.tree.AdaptedKernel),
     )
     assert np.max(np.abs(jp.adapt(run)(whole) - logits)) > 1000 * tolerance

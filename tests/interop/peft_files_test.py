@@ -102,8 +102,8 @@ def test_peft_loads_what_we_write(case, family, oracle, tmp_path):
         return  # one family is enough for the way back
     again = load(saved.folder, family)
     if form == "native":  # bit for bit
-        mine = jp.core.flat(jp.partition(adapted)[0])
-        for path, x in jp.core.flat(jp.partition(again)[0]).items():
+        mine = jp.tree.flat(jp.partition(adapted)[0])
+        for path, x in jp.tree.flat(jp.partition(again)[0]).items():
             assert np.array_equal(x, mine.pop(path)), path
         assert not mine
     else:

@@ -15,7 +15,7 @@ from adapt_toolbox import perturb
 from contract_toolbox import METHODS, constructor, make
 
 import jaxpeft as jp
-from jaxpeft.interop._peft_config import DEFAULTS
+from jaxpeft.interop.peft._config import DEFAULTS
 
 
 def variants(name):

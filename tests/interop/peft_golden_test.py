@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft as jp
-from jaxpeft.core import ModuleName
 from jaxpeft.interop import load_peft, save_hf, save_peft
+from jaxpeft.tree import ModuleName
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists())

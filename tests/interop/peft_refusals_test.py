@@ -21,8 +21,8 @@ from trees_toolbox import (
 )
 
 import jaxpeft as jp
-from jaxpeft.core import ModuleName
 from jaxpeft.interop import load_peft, save_peft
+from jaxpeft.tree import ModuleName
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,9 @@
 import pytest
 from families_toolbox import Family, quiet
 
-from jaxpeft.core._node import leaves_with_path
 from jaxpeft.interop._modules import MATRICES, Table
-from jaxpeft.interop._peft_config import (
-    DEFAULTS,
-    by_pattern,
-    target_names,
-    targets,
-)
+from jaxpeft.interop.peft._config import DEFAULTS, by_pattern, target_names, targets
+from jaxpeft.tree._node import leaves_with_path
 
 pytestmark = [
     pytest.mark.interop,

@@ -30,7 +30,7 @@ from tied_toolbox import (
 
 import jaxpeft as jp
 from jaxpeft import interop
-from jaxpeft.core._node import nodes
+from jaxpeft.tree._node import nodes
 
 pytestmark = [
     pytest.mark.interop,

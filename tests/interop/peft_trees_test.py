@@ -77,8 +77,8 @@ def test_what_is_in_the_folder(saved):
 
 def test_it_loads_into_the_stack_and_into_single_layers(saved, params, adapted):
     stacked = load_peft(saved.folder, params, names=STACKED, axes=AXES)
-    before = jp.core.flat(moved(adapted))
-    for path, x in jp.core.flat(stacked).items():
+    before = jp.tree.flat(moved(adapted))
+    for path, x in jp.tree.flat(stacked).items():
         assert np.array_equal(x, before[path]), path
     single = load_peft(saved.folder, unrolled(params), names=UNROLLED)
     whole, each = jp.merge(stacked), jp.merge(single)
@@ -138,7 +138,7 @@ def test_a_smaller_rank_cuts_and_says_by_how_much(adapted, params, tmp_path):
 
 def test_balance_keeps_a_small_difference_in_half_precision():
     """Two near pairs, concatenated, lose in bfloat16 what balanced factors keep."""
-    from jaxpeft.interop._pairs import balance
+    from jaxpeft.interop.peft._pairs import balance
 
     rng = np.random.default_rng(0)
     a0, b0 = rng.normal(size=(96, 8)), rng.normal(size=(8, 96))

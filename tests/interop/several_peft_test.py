@@ -11,7 +11,7 @@ from families_toolbox import quiet
 from peft_toolbox import LAYERS, parameters, with_leaves
 
 import jaxpeft as jp
-from jaxpeft.core._attach import site_key
+from jaxpeft.tree._attach import site_key
 
 pytestmark = [
     pytest.mark.interop,

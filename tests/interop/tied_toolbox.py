@@ -10,7 +10,7 @@ from families_toolbox import quiet
 
 import jaxpeft as jp
 from jaxpeft import interop, models
-from jaxpeft.core._node import nodes
+from jaxpeft.tree._node import nodes
 
 SIZES = {
     "vocab_size": 48,
@@ -112,7 +112,7 @@ def merged(tree):
 
 def tables(tree):
     """Paths of the leaves that are embedding or head, and of the adapters there."""
-    paths = [path for path, _ in jp.core._node.leaves_with_path(tree)]
+    paths = [path for path, _ in jp.tree._node.leaves_with_path(tree)]
     own = [p for p in paths if "embed_tokens" in p or "lm_head" in p or "wte" in p]
     adapted = {node.site.path for node in nodes(tree)}
     return own, [path for path in own if path in adapted]

@@ -74,7 +74,7 @@ def train(adapted, steps, decay=0.1):
 
 def prints(adapted):
     """The bytes of every leaf, by the leaf's own name."""
-    leaves = jp.core.flat(adapted)
+    leaves = jp.tree.flat(adapted)
     return {n.removeprefix("w/"): np.asarray(x).tobytes() for n, x in leaves.items()}
 
 
@@ -278,7 +278,7 @@ def test_a_folded_universal_expert_is_the_same_function():
     forward = jp.adapt(net)
     assert distance(forward(folded, X), forward(tree, X)) < 1e-5
     assert distance(jp.detach(folded), jp.detach(tree)) < 1e-6
-    own = jax.eval_shape(jp.core._lift.lifted_factors, folded["w"])
+    own = jax.eval_shape(jp.tree._lift.lifted_factors, folded["w"])
     assert own.b.shape[1] == 2 * 2  # the domains' alone
     with pytest.raises(ValueError, match="is folded already"):
         mixtures.fold_universal(folded)

@@ -204,7 +204,7 @@ def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
 
 def orthonormal(tree, found):
     """Whether every site's ``a`` has orthonormal columns, as directions have."""
-    leaves = jp.core.flat(tree)
+    leaves = jp.tree.flat(tree)
     each = [
         np.asarray(leaves[f"{path}/a"]) for path, rank in found.ranks().items() if rank
     ]

@@ -12,7 +12,8 @@ import ml_collections
 import pytest
 from refusal_toolbox import COMPILES, assert_refused
 
-from jaxpeft import adapters, allocate, core, training
+from jaxpeft import adapters, allocate, training
+from jaxpeft.tree import Allocation, SiteRank
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = training.load_config(ROOT / "configs/quickstart.py")
@@ -176,7 +177,7 @@ def place(tiny, tmp_path_factory):
     (place / "broken.jsonl").write_text('{"text": "w1", "label"')
     (place / "column.jsonl").write_text('{"txet": "w1", "label": "a"}\n')
     sites = [f"encoder/layer_{i}/attention/query/kernel" for i in range(2)]
-    core.Allocation.of({site: core.SiteRank(99, 99.0) for site in sites}).save(
+    Allocation.of({site: SiteRank(99, 99.0) for site in sites}).save(
         place / "wide.json"
     )
     for name in ("none", "garbage", "other", "cut", "weightless", "wordless"):

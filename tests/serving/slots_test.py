@@ -22,8 +22,8 @@ from slots_toolbox import (
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
 from jaxpeft import serving
-from jaxpeft.core import Rows, Term
-from jaxpeft.core._rows import row_changes
+from jaxpeft.transform.rules._rows import row_changes
+from jaxpeft.tree import Rows, Term
 
 NAMES = ["large", "__base__", "layers", "small", "large", "root", "__base__"]
 X = numbers(len(NAMES), 4, D, seed=9)
@@ -323,5 +323,5 @@ def test_kernels_that_meet_no_rows_are_named(slots):
         ),
     }
     for why, f in cases.items():
-        with pytest.raises(jp.core.UnsupportedError, match=f"'out/kernel'.*{why}"):
+        with pytest.raises(jp.UnsupportedError, match=f"'out/kernel'.*{why}"):
             jp.adapt(f)(chosen(slots, NAMES))

@@ -24,14 +24,14 @@ def advance(run, state, make_batch, start, stop):
     counts = []
     for seed in range(start, stop):
         state, _ = run.step(state, run.frozen, run.put(make_batch(seed=seed)))
-        flat = jp.core.flat(state.trainable)
+        flat = jp.tree.flat(state.trainable)
         counts += [sum(int(jnp.sum(x != 0)) for n, x in flat.items() if n[-2:] == "/e")]
     return state, counts
 
 
 def test_the_step_prunes_to_the_budget(make_adaptive, make_batch):
     run = make_adaptive()
-    held = {n.partition("/")[2] for n in jp.core.flat(run.state.allocation)}
+    held = {n.partition("/")[2] for n in jp.tree.flat(run.state.allocation)}
     assert "query/kernel/a" in held
     assert not any("classifier" in name for name in held)  # nothing for the head
     _, counts = advance(run, run.state, make_batch, 0, TOTAL)
@@ -49,11 +49,11 @@ def test_the_step_scores_the_gradient_it_takes(
         optimizer=plain_descent,
         clip_norm=0.1,
     )
-    before = jp.core.flat(jax.tree.map(jnp.copy, run.state.trainable))
+    before = jp.tree.flat(jax.tree.map(jnp.copy, run.state.trainable))
     state, metrics = run.step(run.state, run.frozen, run.put(make_batch()))
     assert float(metrics["grad_norm"]) > 0.2
-    after = jp.core.flat(state.trainable)
-    seen = jp.core.flat(state.allocation.sensitivity)
+    after = jp.tree.flat(state.trainable)
+    seen = jp.tree.flat(state.allocation.sensitivity)
     for name, mean in seen.items():
         gradient = np.asarray(before[name]) - np.asarray(after[name])
         expected = 0.15 * np.abs(np.asarray(after[name]) * gradient)
@@ -63,8 +63,8 @@ def test_the_step_scores_the_gradient_it_takes(
 
 def test_eight_devices_prune_as_one(make_adaptive, make_batch, numpy_leaves):
     one, many = make_adaptive(), make_adaptive(mesh=(2, 2, 2))
-    where = jp.core.flat(many.state.allocation.sensitivity)
-    trained = jp.core.flat(many.state.trainable)
+    where = jp.tree.flat(many.state.allocation.sensitivity)
+    trained = jp.tree.flat(many.state.trainable)
     assert all(x.sharding == trained[name].sharding for name, x in where.items())
     assert any(not x.sharding.is_fully_replicated for x in where.values())
     states = [advance(run, run.state, make_batch, 0, TOTAL)[0] for run in (one, many)]
@@ -130,10 +130,10 @@ def trained(allocation, run, state, make_batch, start, stop):
 def test_after_the_choice_the_others_do_not_move(make_chosen, make_batch, numpy_leaves):
     allocation, run = make_chosen()
     state, chosen, _ = trained(allocation, run, run.state, make_batch, 0, 5)
-    before = jp.core.flat(jax.tree.map(np.array, state.trainable))
+    before = jp.tree.flat(jax.tree.map(np.array, state.trainable))
     keep = {path: np.asarray(x)[0] for path, x in state.allocation.keep.items()}
     state, _, _ = trained(allocation, run, state, make_batch, 5, 25)  # with decay
-    after = jp.core.flat(jax.tree.map(np.array, state.trainable))
+    after = jp.tree.flat(jax.tree.map(np.array, state.trainable))
     assert sum(chosen.ranks().values()) == 3
     for path, kept in keep.items():
         assert chosen[path].components == tuple(np.flatnonzero(kept))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import core, training
+from jaxpeft import training
+from jaxpeft.tree import AdaptedKernel
 
 CONFIG = {"adapter": {"name": "kasa", "rank": 2}, "seed": 0, "mesh": (1, 1, 1)}
 
 
-is_node = lambda x: isinstance(x, core.AdaptedKernel)
+is_node = lambda x: isinstance(x, AdaptedKernel)
 
 
 def advance(run, state, make_batch, start, stop):

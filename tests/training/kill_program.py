@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
-from jaxpeft import core, training
+from jaxpeft import training
+from jaxpeft.transform import adapt
+from jaxpeft.tree import flat
 
 STEPS = 40
 
@@ -30,7 +32,7 @@ def batch_of(step):
 
 def forward(adapted, batch, key):
     del key  # this network has no dropout of its own
-    return core.adapt(network)(adapted, batch["x"])
+    return adapt(network)(adapted, batch["x"])
 
 
 def main(folder):
@@ -67,8 +69,8 @@ def main(folder):
             data = {"next": next_batch}
             checkpoints.save(state, frozen, data_state=data, scores=scores)
             print(f"step {next_batch} {float(metrics['loss']):.4f}", flush=True)
-    leaves = {n: np.asarray(x) for n, x in core.flat(state.trainable).items()}
-    moments = {n: np.asarray(x) for n, x in core.flat(state.opt_state).items()}
+    leaves = {n: np.asarray(x) for n, x in flat(state.trainable).items()}
+    moments = {n: np.asarray(x) for n, x in flat(state.opt_state).items()}
     np.savez(folder / "final.npz", **leaves, **moments)
 
 

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft import core, training
+from jaxpeft import training
+from jaxpeft.tree import flat
 
 
 def shapes(tree):
@@ -102,7 +103,7 @@ def test_adapters_are_placed_like_their_kernels(keys):
     params = {"query": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}
     adapted = jp.attach(params, jp.lora(rank=2), ["query"], key=next(keys))
     specs = training.param_specs(params, mesh)
-    placed = core.flat(training.place(adapted, mesh, specs))
+    placed = flat(training.place(adapted, mesh, specs))
     found = {n: x.sharding.spec for n, x in placed.items() if x.ndim}
     assert found == {
         "query/kernel/base": P("fsdp", "tensor"),
@@ -110,10 +111,10 @@ def test_adapters_are_placed_like_their_kernels(keys):
         "query/kernel/b": P(None, "tensor"),
         "query/bias": P(None),
     }
-    for name, x in core.flat(adapted).items():
+    for name, x in flat(adapted).items():
         assert np.array_equal(placed[name], x), name
     abstract = jax.eval_shape(lambda: adapted)
-    held = core.flat(training.place(abstract, mesh, specs))
+    held = flat(training.place(abstract, mesh, specs))
     assert {type(x) for x in held.values()} == {jax.ShapeDtypeStruct}
     assert {n: x.sharding for n, x in held.items()} == {
         n: x.sharding for n, x in placed.items()

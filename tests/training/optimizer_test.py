@@ -12,7 +12,8 @@ import pytest
 from contract_toolbox import METHODS, make
 
 import jaxpeft as jp
-from jaxpeft import core, training
+from jaxpeft import training
+from jaxpeft.tree import flat
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def first_update(optimizer, trainable, gradient=1.0):
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.transform.init(trainable)
         updates, _ = jax.jit(optimizer.transform.update)(grads, state, trainable)
-    return {n: np.asarray(x) for n, x in core.flat(updates).items()}
+    return {n: np.asarray(x) for n, x in flat(updates).items()}
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -81,7 +82,7 @@ def test_only_matrices_are_decayed(trainable):
         weight_decay=0.5,
     )
     updates = first_update(optimizer, trainable, gradient=0.0)
-    values = core.flat(trainable)
+    values = flat(trainable)
     for name in ("query/kernel/a", "layers/up/kernel/a", "classifier/kernel/value"):
         np.testing.assert_allclose(updates[name], -0.05 * values[name], rtol=1e-6)
     # b starts at 0, where decay does not show.
@@ -223,7 +224,7 @@ def test_every_method_has_groups_and_decay(adapter, keys):
     kinds = training._optimizer._leaf_kinds(trainable, {})
     assert kinds
     for (path, name), kind in kinds.items():
-        axes = len(core.flat(trainable)[f"{path}/{name}"].shape) - 1
+        axes = len(flat(trainable)[f"{path}/{name}"].shape) - 1
         assert (axes == 1) == (kind == "vector"), (path, name, kind)
     labels = training.adamw(
         trainable, total_steps=9, learning_rate=1e-3, lora_plus_ratio=16.0

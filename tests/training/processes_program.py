@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
-from jaxpeft import core, training
+from jaxpeft import training
+from jaxpeft.transform import adapt
 
 
 def network(params, x):
@@ -25,7 +26,7 @@ def network(params, x):
 
 def forward(adapted, batch, key):
     del key
-    return core.adapt(network)(adapted, batch["x"])
+    return adapt(network)(adapted, batch["x"])
 
 
 def my_rows(step, index, count):

@@ -1,0 +1,1 @@
+"""HF PEFT's files: their config, their rules, and adapters in them."""

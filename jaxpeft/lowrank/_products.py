@@ -1,0 +1,129 @@
+"""The low-rank change that an adapter makes to each layer of a kernel."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.tree import (
+    IN,
+    OUT,
+    AdaptedKernel,
+    Adapter,
+    gathered,
+    layer_leaves,
+    leaf_axes,
+    lifted_factors,
+    padded,
+    shared_names,
+    to_matrices,
+    unpadded_layers,
+    working_dtype,
+)
+
+
+@functools.cache
+def is_plain(adapter: Adapter) -> bool:
+    """Whether a method is ``W + scale a b`` with trained factors and nothing else."""
+    if adapter.leaves != "kernel" or adapter.fold or adapter.shared:
+        return False
+    frozen, trainable = leaf_axes(adapter, adapter.rank)
+    return frozen == {"scale": ()} and trainable == {"a": (IN, None), "b": (None, OUT)}
+
+
+def not_low_rank(node: AdaptedKernel) -> str:
+    """Why the change of a site's kernel is not a product of thin factors, or ""."""
+    bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever it lies
+    f = jax.eval_shape(lifted_factors, jax.tree.map(bare, node.replace(key=None)))
+    where, form = f"{node.site.path!r}: {node.adapter.name!r}", node.adapter.peft
+    if f.reads_input:
+        return f"{where} depends on the input, so its change is no matrix"
+    if f.kernel is not None or node.adapter.leaves != "kernel":
+        return f"{where} trains the leaf itself, not a low-rank change of it; {_LEAVE}"
+    if f.c is not None or f.o is not None:
+        return f"{where} scales the kernel, so its change has full rank; {_LEAVE}"
+    if node.adapter.unfold is not None and (form is None or form.pair is None):
+        return f"{where} has folded a part of its change into the kernel; {_LEAVE}"
+    return ""
+
+
+_LEAVE = (
+    "leave the site out: jaxpeft.graft(params, {path: node for path, node in "
+    "jaxpeft.extract(adapted).items() if ...})"
+)
+
+
+def _product(adapter: Adapter, shared, kernel, frozen, trainable):
+    """``(a, b, scale)`` of one layer: the original kernel's change."""
+    if is_plain(adapter):
+        parts = trainable["a"], trainable["b"], frozen["scale"]
+    else:
+        if adapter.unfold is not None:
+            pairs = [adapter.peft.pair(frozen, trainable, kernel.shape)]
+        else:
+            f = adapter.factors(kernel, frozen | shared, trainable)
+            pairs = [(term.a, term.b) for term in f.terms]
+        a = jnp.concatenate([a for a, _ in pairs], 1)
+        parts = a, jnp.concatenate([b for _, b in pairs], 0), jnp.ones(())
+    return tuple(x.astype(working_dtype(kernel.dtype)) for x in parts)
+
+
+def layer_products(nodes: Sequence[AdaptedKernel]) -> list[list[tuple]]:
+    """The products of several adapters of one kernel, layers of equal ranks at once.
+
+    Args:
+        nodes: each adapter's node, none of which ``not_low_rank`` objects to.
+
+    Returns:
+        Groups of layers, in order; of each group ``(a [layers, d_in, r_i], b [layers,
+        r_i, d_out], scale [layers])`` for each adapter.
+    """
+    nodes = [_nameless(node) for node in nodes]
+    if not any(padded(node) for node in nodes):
+        return [[_stacked(node) for node in nodes]]
+    return [list(each) for each in zip(*map(_apart, nodes), strict=True)]
+
+
+def _nameless(node: AdaptedKernel) -> AdaptedKernel:
+    """The node without its name: sites of one shape share a compiled program.
+
+    On an explicit mesh its leaves are gathered, which are thin; the kernel is where
+    its axes are to be joined.
+    """
+    joins = node.roles.count(IN) > 1 or node.roles.count(OUT) > 1
+    return node.replace(
+        base=gathered(node.base) if joins else node.base,
+        frozen={name: gathered(x) for name, x in node.frozen.items()},
+        trainable={name: gathered(x) for name, x in node.trainable.items()},
+        key=None,
+        call=None,
+        site=dataclasses.replace(node.site, path="", pattern=""),
+    )
+
+
+def _bound(node: AdaptedKernel):
+    shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
+    return functools.partial(_product, node.adapter, shared)
+
+
+@jax.jit  # a kernel that no factor depends on is not read
+def _stacked(node: AdaptedKernel):
+    matrices = to_matrices(node.base, node.roles)
+    return jax.vmap(_bound(node))(matrices, *layer_leaves(node))
+
+
+@jax.jit
+def _apart(node: AdaptedKernel) -> list[tuple]:
+    """One layer at a time, without the padding of unequal ranks."""
+    if not padded(node):
+        whole = _stacked(node)
+        count = len(whole[0])
+        return [tuple(x[i : i + 1] for x in whole) for i in range(count)]
+    matrices = to_matrices(node.base, node.roles)
+    layers = [
+        _bound(node)(matrix, *leaves)
+        for matrix, leaves in zip(matrices, unpadded_layers(node), strict=True)
+    ]
+    return [tuple(x[None] for x in layer) for layer in layers]

@@ -1,0 +1,359 @@
+"""Mixtures of named experts that are trained one after another, in stages.
+
+Every expert has leaves of its own (``a.NAME``, ``b.NAME``, ``router.NAME``), so that
+adding, taking off or renaming one leaves all others as they are, byte for byte. Which
+leaves train and which gates the forward uses are options: a stage sets both.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jaxpeft.numerics import gated
+from jaxpeft.parts._mixture import (
+    Routing,
+    check_routing,
+    row_gates,
+    warn_of_idle_router,
+)
+from jaxpeft.parts._options import check_options
+from jaxpeft.tree import Adapter, Factors, Gate, Term
+
+UNIVERSAL = "universal"
+STAGES = ("all", "universal", "router")
+
+
+def stage_names(domains: tuple[str, ...]) -> list[str]:
+    """The stages of a mixture with these domains."""
+    return [*STAGES, *(f"domain:{name}" for name in domains)]
+
+
+def domain_of(stage: str) -> str | None:
+    """The domain that a stage trains, if it is one domain's."""
+    return stage.removeprefix("domain:") if stage.startswith("domain:") else None
+
+
+def check_domain(name: Any) -> None:
+    """Raises unless a domain's name can be a part of a leaf's."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(
+            f"a domain's name must be made of letters, digits, '_' and '-', got "
+            f"{name!r}; write 'code' or 'law-2'."
+        )
+    if name == UNIVERSAL:
+        raise ValueError(
+            f"a domain cannot be named {UNIVERSAL!r}, the name of the expert of all "
+            "domains; choose another name."
+        )
+
+
+def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
+    if not isinstance(rank_universal, int) or rank_universal < 1:
+        raise ValueError(
+            f"`rank_universal` must be a whole number from 1 up, got "
+            f"{rank_universal!r}; write {name}(rank_universal=16)."
+        )
+    if not (math.isfinite(slope) and 0 <= slope < 1):
+        raise ValueError(f"`slope` must be in [0, 1), got {slope}; write slope=0.01.")
+    for domain in domains:
+        check_domain(domain)
+    twice = sorted({d for d in domains if domains.count(d) > 1})
+    if twice:
+        raise ValueError(f"`domains` names {twice} twice; each needs its own name.")
+    if stage not in stage_names(domains):
+        raise ValueError(
+            f"`stage` must be one of {', '.join(stage_names(domains))}, got {stage!r}."
+        )
+    for argument, names in (("inactive", inactive), ("stale", stale)):
+        unknown = sorted(set(names) - set(domains))
+        if unknown:
+            raise ValueError(
+                f"`{argument}` names {unknown}, which are none of the domains "
+                f"{list(domains)}."
+            )
+    if gates is not None and len(gates) != len(domains) + 1:
+        raise ValueError(
+            f"`gates` must hold {len(domains) + 1} numbers, for the universal expert "
+            f"and then for {list(domains)}, got {gates!r}."
+        )
+
+
+@functools.cache
+def _parallel(routing: Routing | None, ranks: tuple[int, ...]):
+    """What acts on experts that all read the input."""
+
+    def apply(rows, routed, h):
+        gates = row_gates(rows, h) if routing is None else routing.gates(routed)[2]
+        return gated(h, gates, ranks)
+
+    return apply
+
+
+@functools.cache
+def _residual(routing, ranks: tuple[int, ...], slope: float, universal: bool):
+    """What acts on experts that read the universal one's output, through its rank."""
+
+    def apply(mixing, rows, routed, z):
+        h = jnp.matmul(z.astype(mixing.dtype), mixing)
+        h = jnp.where(h >= 0, h, jnp.asarray(slope, h.dtype) * h)
+        weight = None
+        if routing is not None:
+            h = gated(h, routing.gates(routed)[2], ranks)
+        elif rows is not None:
+            gates = row_gates(rows, z)
+            weight, h = gates[..., :1].astype(z.dtype), gated(h, gates[..., 1:], ranks)
+        if not universal:
+            return h
+        z = z if weight is None else z * weight
+        return jnp.concatenate([z.astype(h.dtype), h], -1)
+
+    return apply
+
+
+def domain_mixture(
+    name: str,
+    *,
+    residual: bool,
+    domains: tuple[str, ...],
+    rank: int,
+    rank_universal: int,
+    alpha: int | float | None,
+    slope: int | float = 0.0,
+    route_universal: bool = False,
+    dropout: int | float = 0.0,
+    top_k: int | None = None,
+    temperature: int | float = 1.0,
+    router_std: int | float = 0.02,
+    balance_coef: int | float = 0.0,
+    z_coef: int | float = 0.0,
+    aux_reduce: str = "sum",
+    stage: str = "all",
+    gates: tuple[int | float, ...] | None = None,
+    inactive: tuple[str, ...] = (),
+    stale: tuple[str, ...] = (),
+    folded: bool = False,
+) -> Adapter:
+    r"""Returns a mixture of a universal expert and one expert for each domain.
+
+    With :math:`h = s_u (x a_u) b_u`, either in parallel or (``residual``) behind it:
+
+    .. math::
+        y = x W + g_u h + \sum_i g_i s_i (x a_i) b_i \qquad\text{or}\qquad
+        y = x W + h + \sum_i g_i s_i\, \mathrm{leaky}(h a_i)\, b_i
+
+    The second is computed with :math:`h a_i = s_u (x a_u)(b_u a_i)`, so that ``h``,
+    which is as wide as the output, is never formed.
+
+    Leaves of one site, in the order of the experts: ``a.NAME [d_in, r]`` (of a domain
+    behind the universal expert ``[d_out, r]``), ``b.NAME [r, d_out]``, ``router.NAME
+    [d_in, 1]`` where the expert is routed, and with an alpha the scales.
+
+    Args:
+        name: the method's, for errors.
+        residual: which of the two forms.
+        domains: names of the domains, in their order.
+        rank: of each domain.
+        rank_universal: of the universal expert.
+        alpha: numerator of all scales; ``None``: they are 1.
+        slope: of the leaky ReLU.
+        route_universal: whether the universal expert has a gate beside the domains.
+        dropout: probability of dropping an entry of the input.
+        top_k: experts kept for each token.
+        temperature: of the router.
+        router_std: standard deviation of the router's columns.
+        balance_coef: weight of the balance loss.
+        z_coef: weight of the z-loss.
+        aux_reduce: how sites are joined.
+        stage: what trains, and which gates are used unless ``gates`` says.
+        gates: fixed gates of the universal expert and of each domain.
+        inactive: domains that are not routed yet.
+        stale: domains trained behind a universal expert that has changed since.
+        folded: whether the universal expert's change is stored in the kernel.
+    """
+    check_options(name, rank=rank, alpha=alpha, dropout=dropout)
+    check_routing(
+        name,
+        top_k=top_k,
+        temperature=temperature,
+        balance_coef=balance_coef,
+        z_coef=z_coef,
+        aux_reduce=aux_reduce,
+        router_std=router_std,
+    )
+    _check(name, domains, stage, gates, inactive, stale, rank_universal, slope)
+    if folded and stage in ("all", "universal"):
+        raise ValueError(
+            f"`folded` keeps the universal expert's change in the kernel, but stage "
+            f"{stage!r} trains it; write stage='router' or a domain's."
+        )
+    columns = (*((UNIVERSAL,) if route_universal else ()), *domains)
+    routed = tuple(c for c in columns if c not in inactive)
+    if top_k is not None and top_k > max(1, len(columns)):
+        raise ValueError(
+            f"`top_k` is {top_k}, but only {len(columns)} experts are routed; add "
+            "domains or lower it."
+        )
+    routing = Routing(top_k, True, temperature)
+    trained_by = balance_coef + z_coef
+    warn_of_idle_router(name, routing, len(columns), trained_by, stacklevel=5)
+    names = _trained(stage, columns, domains)
+
+    def init(key, kernel, rank, alpha):
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}")
+        d_in, d_out = kernel.shape
+        d_domain = d_out if residual else d_in
+        sizes = {UNIVERSAL: (d_in, rank_universal)}
+        sizes |= dict.fromkeys(domains, (d_domain, rank))
+        most = max(d_in * rank_universal, d_domain * rank)
+        leaves = {}
+        numbers = _numbers(key, tuple(sizes), most + d_in, kernel.dtype)
+        for (expert, (d, r)), u in zip(sizes.items(), numbers, strict=True):
+            bound = jnp.asarray(1 / math.sqrt(d), kernel.dtype)
+            leaves[f"a.{expert}"] = bound * u[: d * r].reshape(d, r)
+            leaves[f"b.{expert}"] = jnp.zeros((r, d_out), kernel.dtype)
+            if expert in columns:
+                std = jnp.asarray(math.sqrt(2) * router_std, kernel.dtype)
+                leaves[f"router.{expert}"] = std * jax.lax.erf_inv(u[most:])[:, None]
+        trainable = {n: leaves.pop(n) for n in names}
+        if alpha is not None:
+            one = lambda r: jnp.asarray(alpha / r, kernel.dtype)
+            leaves |= {"scale": one(rank), "scale_universal": one(rank_universal)}
+        return leaves, trainable
+
+    def up(leaves, expert, gate: float = 1.0):
+        b = leaves[f"b.{expert}"]
+        scale = leaves.get("scale_universal" if expert == UNIVERSAL else "scale")
+        b = b if scale is None else scale * b
+        return b if gate == 1 else b * jnp.asarray(gate, b.dtype)
+
+    def static_gates() -> dict[str, float] | None:
+        """Gates known beforehand, by expert; ``None``: the router's."""
+        if gates is not None:
+            return dict(zip((UNIVERSAL, *domains), gates, strict=True))
+        if stage == "universal":
+            return {UNIVERSAL: 1.0}
+        if domain_of(stage) is not None:
+            return ({UNIVERSAL: 1.0} if residual else {}) | {domain_of(stage): 1.0}
+        if len(routed) < 2:
+            return ({UNIVERSAL: 1.0} if residual else {}) | dict.fromkeys(routed, 1.0)
+        return None
+
+    def experts_of(known, rows) -> tuple[str, ...]:
+        """The experts that are computed, without those whose gate is 0."""
+        if rows is not None:
+            return (UNIVERSAL, *domains)
+        if known is None:
+            return routed
+        return tuple(e for e in (UNIVERSAL, *domains) if known.get(e))
+
+    def factors(kernel, frozen, trainable):
+        del kernel
+        leaves, rows = {**frozen, **trainable}, frozen.get("gates")
+        known = static_gates() if rows is None else None
+        chosen = experts_of(known, rows)
+        kind = routing if rows is None and known is None else None
+        gate = Gate(names=(UNIVERSAL, *domains) if kind is None else routed)
+        if kind is not None:
+            report = routing.report(None, frozen.get("mask"))
+            gate = dataclasses.replace(
+                gate, reads=_router(leaves, routed), report=report
+            )
+        make = _behind if residual else _beside
+        pair, apply = make(leaves, chosen, known or {}, kind, rows)
+        if apply is not None:
+            gate = dataclasses.replace(gate, apply=apply)
+        elif kind is None:
+            gate = None
+        return Factors(pair and (Term(*pair, drop=dropout, gate=gate),))
+
+    def _beside(leaves, chosen, known, kind, rows):
+        """The pair of experts that read the input, and what acts on it."""
+        if not chosen:
+            return (), None
+        downs = [leaves[f"a.{e}"] for e in chosen]
+        ups = [up(leaves, e, known.get(e, 1.0)) for e in chosen]
+        apply = None
+        if kind is not None or rows is not None:
+            ranks = tuple(a.shape[1] for a in downs)
+            apply = Partial(_parallel(kind, ranks), rows)
+        return (_joined(downs, 1), _joined(ups, 0)), apply
+
+    def _behind(leaves, chosen, known, kind, rows):
+        """The same where the domains read the universal expert's output."""
+        behind = [e for e in chosen if e != UNIVERSAL]
+        weight = known.get(UNIVERSAL, 0.0) if known else 1.0
+        if folded and (rows is not None or weight != 1.0):
+            raise ValueError(
+                "the universal expert is folded into the kernel, so it has no gate; "
+                "give gates to the tree before it is folded"
+            )
+        own = weight != 0 and not folded
+        ups = [up(leaves, UNIVERSAL, weight)] if own else []
+        if not behind:
+            return ((leaves["a.universal"], ups[0]) if own else ()), None
+        downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
+        # b_u a_i for all i: r_u numbers a rank, once a step, not once a token.
+        mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
+        ups += [up(leaves, e, known.get(e, 1.0)) for e in behind]
+        ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
+        apply = Partial(_residual(kind, ranks, slope, own), mixing, rows)
+        return (leaves["a.universal"], _joined(ups, 0)), apply
+
+    def fold(kernel, frozen, sign: float = 1.0):
+        change = jnp.matmul(
+            frozen["a.universal"], up(frozen, UNIVERSAL), precision="highest"
+        )
+        return kernel + jnp.asarray(sign, kernel.dtype) * change.astype(kernel.dtype)
+
+    return Adapter(
+        init=init,
+        factors=factors,
+        rank=rank,
+        alpha=None if alpha is None else float(alpha),
+        dropout=dropout,
+        experts=(UNIVERSAL, *domains),
+        fold=fold if folded else None,
+        unfold=functools.partial(fold, sign=-1.0) if folded else None,
+    )
+
+
+def _numbers(key, experts, size: int, dtype):
+    """Uniform numbers in (-1, 1), ``[experts, size]``.
+
+    Each row is from a key of its expert's name, whichever others there are.
+    """
+    digests = [hashlib.sha256(e.encode()).digest()[:4] for e in experts]
+    seeds = np.array([int.from_bytes(d, "little") for d in digests], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.split(key, 1)[0], seeds)
+    least = np.nextafter(np.array(-1, dtype), np.array(0, dtype))
+    draw = lambda k: jax.random.uniform(k, (size,), dtype, least, 1.0)
+    return jax.vmap(draw)(keys)
+
+
+def _trained(stage: str, columns, domains) -> tuple[str, ...]:
+    """Names of the leaves that train in a stage."""
+    pair = lambda expert: (f"a.{expert}", f"b.{expert}")
+    column = tuple(f"router.{expert}" for expert in columns)
+    if stage == "router":
+        return column
+    if stage == "all":
+        experts = (UNIVERSAL, *domains)
+        return sum(map(pair, experts), ()) + column
+    return pair(domain_of(stage) or UNIVERSAL)
+
+
+def _router(leaves, experts):
+    return jnp.concatenate([leaves[f"router.{e}"] for e in experts], 1)
+
+
+def _joined(parts: list, axis: int):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)

@@ -1,0 +1,171 @@
+"""How a method looks in HF PEFT's files: data, and small pure functions."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxpeft.parts._options import SCALINGS
+
+Leaves = Mapping[str, Any]  # arrays, of JAX or of NumPy
+
+
+class PeftForm(NamedTuple):
+    """A method's form in HF PEFT's files; the ``peft`` field of its ``Adapter``.
+
+    All functions see one layer's two-dimensional leaves, as ``Adapter.init`` makes
+    them, without padding. ``kind`` is that of a ``ModuleName``.
+
+    Attributes:
+        peft_type: the config's ``peft_type``, ``"LORA"``; ``None``: PEFT has no form
+            of its own for the method, but ``pair`` may have.
+        kinds: the kinds of modules that PEFT adapts in this way.
+        to_leaves: ``(frozen, trainable, kind) -> {end of the key in the file: array}``.
+        from_leaves: the inverse, ``(leaves, kind) -> trainable``; ``init`` makes the
+            frozen leaves.
+        arrange: ``(config, module, leaves) -> leaves`` as ``from_leaves`` takes them,
+            where a file may leave some out; ``None``: it may not.
+        fields: the config's fields beyond those that every method shares.
+        rank: the config's field for the rank.
+        patterns: whether a config may give sites ranks and alphas of their own.
+        lists: ``{field of the config that is a list of modules: whether this site's
+            is in it}``.
+        shared: ``{our shared leaf: its whole key in the file}``, transposed.
+        alpha: ``(frozen, rank) -> alpha`` that gives this layer's scale in PEFT.
+        read: ``(config, kind) -> options`` of the constructor, or ``None`` where the
+            config is another method's; a field of ``lists`` is there whether the
+            module is listed. A config belongs to one method at most.
+        pair: ``(frozen, trainable, (d_in, d_out)) -> (a, b)`` with ``original + a b``
+            the merged kernel, or ``None`` where the change is not of low rank.
+        beside: ``{our leaf: end of its key}`` of what PEFT then does with
+            ``original + a b``; empty: nothing.
+        beside_fields: the config's fields for that.
+        redone: whether a reader of the file must decompose its own base again.
+        refusal: why these options have no native form; empty: they have.
+        whole: the leaf's new value is written in place of the leaf.
+    """
+
+    peft_type: str | None = None
+    kinds: tuple[str, ...] = ()
+    to_leaves: Callable[[Leaves, Leaves, str], dict[str, Any]] | None = None
+    from_leaves: Callable[[Leaves, str], dict[str, Any]] | None = None
+    arrange: Callable[[Mapping[str, Any], str, Leaves], Leaves] | None = None
+    fields: Mapping[str, Any] = {}
+    rank: str = "r"
+    patterns: bool = True
+    lists: Mapping[str, bool] = {}
+    shared: Mapping[str, str] = {}
+    alpha: Callable[[Leaves, int], Any] | None = None
+    read: Callable[[Mapping[str, Any], str], dict[str, Any] | None] | None = None
+    pair: Callable[[Leaves, Leaves, tuple[int, int]], tuple[Any, Any]] | None = None
+    beside: Mapping[str, str] = {}
+    beside_fields: Mapping[str, Any] = {}
+    redone: bool = False
+    refusal: str = ""
+    whole: bool = False
+
+
+# What LoRA's own leaves are called, by the kind of module.
+_LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_EMBEDDING = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+LORA_KINDS = ("linear", "conv1d", "embedding")
+
+# Values of `init_lora_weights` that leave the base as it is.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+def lora_form(
+    *,
+    scaling: str,
+    dropout: float,
+    extra: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
+    kinds: tuple[str, ...] = LORA_KINDS,
+    **more: Any,
+) -> PeftForm:
+    """The form of a method that is a ``LoraConfig`` in PEFT.
+
+    Args:
+        scaling: a name in ``SCALINGS``.
+        dropout: the method's.
+        extra: ``{our leaf: end of its key}`` of trained vectors beside a and b.
+        fields: the config's fields beyond scale and dropout.
+        kinds: the kinds of modules that PEFT adapts in this way.
+        **more: other attributes of ``PeftForm``.
+    """
+
+    def ends(kind: str) -> dict[str, str]:
+        return {**(_EMBEDDING if kind == "embedding" else _LINEAR), **(extra or {})}
+
+    def to_leaves(frozen: Leaves, trainable: Leaves, kind: str) -> dict[str, Any]:
+        del frozen
+        return {theirs: trainable[ours].T for ours, theirs in ends(kind).items()}
+
+    def from_leaves(leaves: Leaves, kind: str) -> dict[str, Any]:
+        return {ours: leaves[theirs].T for ours, theirs in ends(kind).items()}
+
+    own = {"use_rslora": scaling == "alpha/sqrt_r", "lora_dropout": dropout}
+    return PeftForm(
+        peft_type="LORA",
+        kinds=kinds,
+        to_leaves=to_leaves,
+        from_leaves=from_leaves,
+        fields=own | dict(fields or {}),
+        alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
+        **more,
+    )
+
+
+def read_lora(
+    config: Mapping[str, Any],
+    kind: str,
+    starts: Iterable[Any] = PLAIN_STARTS,
+    **wanted: bool,
+) -> dict[str, Any] | None:
+    """Options that every LoRA-like method shares; ``None`` for another's config.
+
+    Args:
+        config: an ``adapter_config.json`` with PEFT's defaults filled in.
+        kind: kind of the module.
+        starts: the values of ``init_lora_weights`` that the method is.
+        **wanted: whether ``use_dora`` and ``kasa_config`` are to be set.
+    """
+    wanted = {"use_dora": False, "kasa_config": False} | wanted
+    if config["peft_type"] != "LORA" or kind not in LORA_KINDS:
+        return None
+    start = config["init_lora_weights"]
+    if kind == "embedding" and start != "loftq":
+        start = True  # PEFT takes nothing out of a table, whatever it is told
+    if start not in tuple(starts):
+        return None
+    if any(bool(config[field]) is not value for field, value in wanted.items()):
+        return None
+    return {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "dropout": config["lora_dropout"],
+        "scaling": "alpha/sqrt_r" if config["use_rslora"] else "alpha/r",
+    }
+
+
+def scaled(frozen: Leaves, b: Any) -> Any:
+    """``scale * b`` with the scale that ``init`` left among the frozen leaves."""
+    return frozen["scale"].astype(b.dtype) * b
+
+
+def joined(*pairs: tuple[Any, Any]) -> tuple[Array, Array]:
+    """The sum of products of pairs as one product of the sum of their ranks."""
+    return (
+        jnp.concatenate([a for a, _ in pairs], axis=1),
+        jnp.concatenate([b for _, b in pairs], axis=0),
+    )
+
+
+def low_rank_pair(frozen: Leaves, trainable: Leaves, shape: Any) -> tuple[Any, Any]:
+    """The change that ``a`` and ``b`` make, less ``a0`` and ``b0`` where there are."""
+    del shape
+    own = trainable["a"], scaled(frozen, trainable["b"])
+    if "a0" not in frozen:
+        return own
+    return joined(own, (-frozen["a0"], scaled(frozen, frozen["b0"])))

@@ -1,0 +1,260 @@
+"""What adapters read of an input: thin matmuls, one for all that can share it.
+
+Two thin matmuls at each of q, k and v cost more time than their FLOPs, and a gate of
+a few columns costs almost as much as a down-projection of many. So kernels that read
+the same input share one product ``x [a_q | a_k | a_v | reads_q | ...]``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpeft.numerics import where_shown
+from jaxpeft.transform._moved import NoRule, assign, swapped
+from jaxpeft.tree import BATCH, IN, OUT, Bound, wider
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Read(NamedTuple):
+    """What one term has read of its input; ``None``: not yet, or nothing.
+
+    Attributes:
+        h: ``x a [..., r]``.
+        seen: ``x reads [..., n]``, what its gate sees.
+    """
+
+    h: Any = None
+    seen: Any = None
+
+
+def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None, *, joined=False):
+    """Contracts labelled arrays: labels in both and not in ``out`` are summed.
+
+    Args:
+        x: an array.
+        x_labels: a label for each of its axes.
+        w: another.
+        w_labels: the same.
+        out_labels: the labels of the result.
+        precision: of the contraction.
+        joined: whether axes that go together are one axis for the contraction, see
+            ``joins_axes``.
+    """
+    sizes = dict(zip((*x_labels, *w_labels), (*x.shape, *w.shape), strict=True))
+    if joined:
+        runs = _runs(list(x_labels), list(w_labels), list(out_labels))
+        x, x_labels = _with_runs(x, x_labels, runs)
+        w, w_labels = _with_runs(w, w_labels, runs)
+    both = [l for l in x_labels if l in w_labels]
+    batch = [l for l in both if l in out_labels]
+    summed = [l for l in both if l not in out_labels]
+    y = lax.dot_general(
+        x,
+        w,
+        (
+            ([x_labels.index(l) for l in summed], [w_labels.index(l) for l in summed]),
+            ([x_labels.index(l) for l in batch], [w_labels.index(l) for l in batch]),
+        ),
+        precision=precision,
+        preferred_element_type=wider(x.dtype, w.dtype),
+    )
+    labels = batch + [l for l in x_labels if l not in both]
+    labels += [l for l in w_labels if l not in both]
+    if joined:
+        labels = [l for first in labels for l in runs.get(first, (first,))]
+        y = y.reshape([sizes[l] for l in labels])
+    order = [labels.index(l) for l in out_labels]
+    return y if order == list(range(len(order))) else y.transpose(order)
+
+
+def _runs(x: list, w: list, out: list) -> dict:
+    """Labels of axes that go together through a contraction, by the first of each run.
+
+    They lie side by side, in one order, in all operands that have them.
+    """
+    kind = lambda l: (l in x, l in w, l in out)
+    runs: dict = {}
+    for labels in (x, w):
+        for label in labels:
+            if any(label in run for run in runs.values()):
+                continue
+            run = [label]
+            while True:
+                ends = {
+                    side[at + 1] if at + 1 < len(side) else None
+                    for side in (x, w)
+                    if run[-1] in side
+                    for at in (side.index(run[-1]),)
+                }
+                follower = ends.pop() if len(ends) == 1 else None
+                if follower is None or kind(follower) != kind(label):
+                    break
+                run.append(follower)
+            runs[label] = tuple(run)
+    return runs
+
+
+def _with_runs(x, labels, runs: dict):
+    """An operand with each run as one axis, under its first label."""
+    firsts = [l for l in labels if l in runs]
+    shape, at = [], 0
+    for first in firsts:
+        width = len(runs[first])
+        shape.append(math.prod(x.shape[at : at + width]))
+        at += width
+    return x.reshape(shape), firsts
+
+
+def joins_axes(target: str) -> bool:
+    """Whether thin products for a target see rows, and heads, as one axis.
+
+    The gradient of ``b`` sums over all axes of the rows. XLA's compiler for CPUs lays a
+    product that sums over two axes out anew: it writes a transposed copy of all of dY.
+    With one axis it does not; other compilers need no help, and keep their programs.
+    """
+    return target == "cpu"
+
+
+def shown(w: Bound, x, x_labels):
+    """The input as its adapter sees it: 0 in padding, whatever it holds there.
+
+    A mask of other positions than the input's is left to the tap, which refuses it.
+    """
+    if w.mask is None or math.prod(w.dims(BATCH)) != 1:
+        return x
+    mask = w.mask.reshape(w.mask.shape[len(w.dims(BATCH)) :])
+    places = [i for i, l in enumerate(x_labels) if l[0] == "x"][: mask.ndim]
+    if tuple(x.shape[i] for i in places) != mask.shape:
+        return x
+    shape = [x.shape[i] if i in places else 1 for i in range(x.ndim)]
+    return where_shown(mask.reshape(shape), x)
+
+
+def oriented(w: Bound, summed, batch) -> Bound:
+    """The kernel with in axes summed; swaps in and out for a transposed use."""
+    big = lambda axes: {i for i in axes if w.base.shape[i] > 1}
+    have = {
+        role: big(i for i, r in enumerate(w.roles) if r == role)
+        for role in (IN, OUT, BATCH)
+    }
+    if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
+        w = swapped(w)
+    elif big(summed) != have[IN]:
+        raise NoRule(
+            f"axes {tuple(summed)} of shape {w.base.shape} are summed, but its roles "
+            f"are {' '.join(w.roles)!r}: all of its in axes must be, and no other"
+        )
+    if big(batch) - {i for i, r in enumerate(w.roles) if r == BATCH}:
+        raise NoRule(
+            f"axes {tuple(batch)} of shape {w.base.shape} are batch axes of the "
+            f"contraction, but its roles are {' '.join(w.roles)!r}"
+        )
+    names = tuple(
+        IN if i in summed else BATCH if i in batch else BATCH if r == BATCH else OUT
+        for i, r in enumerate(w.roles)
+    )
+    return assign(w, names)
+
+
+def precision_of(params):
+    """The model's precision, unless it is an algorithm for other dtypes."""
+    precision = params.get("precision")
+    plain = precision is None or isinstance(precision, lax.Precision | tuple)
+    return precision if plain else None
+
+
+def read(
+    kernels: Sequence[Bound],
+    product: Callable[[Any, Any], Any],
+    precision: Any,
+    target: str,
+) -> list[list[Read]]:
+    """Reads one input for kernels whose axes match it alike.
+
+    What gates see is read at the highest precision. Where the model's own is as good,
+    and on a CPU each is, its columns are in the down-projections' product; elsewhere
+    those would become slower, so gates share one of their own.
+
+    Args:
+        kernels: one, or several.
+        product: ``product(columns [..., n], precision)``: the input times columns.
+        precision: the model's.
+        target: the platform that the program is for.
+
+    Returns:
+        What each term of each kernel reads; without ``h`` where dropout has an input
+        of its own, and where rows choose among pairs.
+    """
+    gates = any(t.gate is not None for w in kernels for t in w.terms)
+    exact = target == "cpu" or precision == (HIGHEST, HIGHEST)
+    if exact and gates:
+        precision = HIGHEST
+    groups: dict[Any, dict] = {}
+    for i, w in enumerate(kernels):
+        for j, t in enumerate(w.terms):
+            if not t.drop and t.rows is None:
+                groups.setdefault((t.a.dtype, precision), {})[i, j, "h"] = t.a
+            if t.gate is not None and t.gate.reads is not None:
+                own = groups.setdefault((t.gate.reads.dtype, HIGHEST), {})
+                own[i, j, "seen"] = t.gate.reads
+    made: dict[Any, Any] = {}
+    for (_, how), columns in groups.items():
+        parts = list(columns.values())
+        wide = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+        whole, at = product(wide, how), 0
+        for name, part in columns.items():
+            end = at + part.shape[-1]
+            made[name] = lax.slice_in_dim(whole, at, end, axis=-1)
+            at = end
+    return [
+        [
+            Read(made.get((i, j, "h")), made.get((i, j, "seen")))
+            for j in range(len(w.terms))
+        ]
+        for i, w in enumerate(kernels)
+    ]
+
+
+def read_together(
+    kernels: list[Bound], x, params: dict, kernel_first: bool, target: str
+):
+    """Reads one input for several kernels that a model contracts with it.
+
+    Returns:
+        What each term of each reads, or ``None`` where they cannot share a product.
+    """
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    w_sum, x_sum = (left, right) if kernel_first else (right, left)
+    if left_batch or right_batch:
+        return None
+    try:
+        kernels = [oriented(w, w_sum, ()) for w in kernels]
+    except NoRule:
+        return None
+    first = kernels[0]
+    for w in kernels:
+        ins = [i for i, r in enumerate(w.roles) if r == IN]
+        ordered = [w_sum.index(i) for i in ins if i in w_sum]
+        if not w.terms or w.c is not None or len(ordered) != len(ins):
+            return None
+        if w.dims(BATCH) or w.dims(IN) != first.dims(IN):
+            return None
+    ins = [i for i, r in enumerate(first.roles) if r == IN]
+    x_labels: list[Any] = [("x", i) for i in range(x.ndim)]
+    for i, j in zip(x_sum, w_sum, strict=True):
+        x_labels[i] = ("w", j)
+    out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
+    labels = [("w", i) for i in ins] + [("r", 0)]
+    if len({w.mask is None for w in kernels}) > 1:
+        return None
+    x = shown(first, x, x_labels)  # a call has one mask for all
+    joined = joins_axes(target)
+
+    def product(columns, how):
+        return labelled_dot(x, x_labels, columns, labels, out, how, joined=joined)
+
+    return read(kernels, product, precision_of(params), target)

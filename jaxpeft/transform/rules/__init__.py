@@ -1,0 +1,1 @@
+"""Rules: what an equation does to a kernel on its way."""

@@ -1,0 +1,359 @@
+"""Where a kernel meets its input: ``y = ((x c) W + sum of gate((x c) a) b) o``.
+
+Every rule here computes the model's own contraction with the base, as the model
+wrote it, and adds two thin ones.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft.transform import _compat
+from jaxpeft.transform._moved import NoRule, along, swapped
+from jaxpeft.transform._thin import (
+    Read,
+    joins_axes,
+    labelled_dot,
+    oriented,
+    precision_of,
+    read,
+    shown,
+)
+from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
+from jaxpeft.tree import BATCH, IN, OUT, Bound, Term, wider
+
+# A remat policy that keeps this name spares recomputing outputs that are scaled.
+UNSCALED = "jaxpeft_unscaled"
+
+
+@dataclasses.dataclass
+class Uses:
+    """What one call of an adapted function gathers at its sites.
+
+    Attributes:
+        tap: the user's function, ``"own"`` for each method's, or ``None``.
+        target: the platform that the program is for.
+        numbers: the uses of each site, by the equations that lead to them; shared by
+            all bodies of one trace, so that tracing a body twice changes nothing.
+        tapped: ``(path, statistics)`` in order.
+        trail: the equations that lead here, outermost first.
+    """
+
+    tap: Callable[..., Any] | str | None
+    target: str
+    numbers: dict[str, dict[tuple[int, ...], int]]
+    tapped: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+    trail: tuple[Any, ...] = ()
+
+    def at(self, eqn) -> "Uses":
+        """The same gathering, one equation further in."""
+        return dataclasses.replace(self, trail=(*self.trail, eqn))
+
+    def child(self) -> "Uses":
+        """For the body of a loop or branch, whose statistics come out on their own."""
+        return dataclasses.replace(self, tapped=[])
+
+    def record(self, path: str, statistics: Any) -> None:
+        """Keeps what a tap or a report gave at a site, if it gave anything."""
+        if jax.tree.leaves(statistics):
+            self.tapped.append((path, statistics))
+
+    def number(self, path: str) -> int:
+        """Which use of the site this is, in the order of the program."""
+        seen = self.numbers.setdefault(path, {})
+        return seen.setdefault(tuple(map(id, self.trail)), len(seen))
+
+
+def spread_along(x, labels, out_labels):
+    """Transposes and reshapes ``x`` so that it broadcasts along ``out_labels``."""
+    order = sorted(range(len(labels)), key=lambda i: out_labels.index(labels[i]))
+    x = x.transpose(order)
+    sizes = {labels[i]: x.shape[k] for k, i in enumerate(order)}
+    return x.reshape(tuple(sizes.get(l, 1) for l in out_labels))
+
+
+def times(x, scale):
+    """Multiplies in the wider dtype, returns ``x``'s own."""
+    wide = wider(x.dtype, scale.dtype)
+    shape = jnp.broadcast_shapes(x.shape, scale.shape)
+    scale = jnp.broadcast_to(scale.astype(wide), shape)
+    return (jnp.broadcast_to(x, shape).astype(wide) * scale).astype(x.dtype)
+
+
+def dropped(x, w: Bound, rate: float, uses: Uses):
+    """Inverted dropout on a term's input; the identity at rate 0."""
+    if not rate:
+        return x
+    key = jax.random.fold_in(w.key.reshape(-1)[0], uses.number(w.path))
+    for name in sorted(_compat.varying_axes(x)):  # each shard draws its own
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    scaled = x * jnp.asarray(1 / (1 - rate), x.dtype)
+    return jnp.where(keep, scaled, jnp.zeros_like(x))
+
+
+def dot_general(
+    w: Bound,
+    x,
+    params: dict,
+    kernel_first: bool,
+    uses: Uses,
+    run,
+    known: list[Read] | None = None,
+):
+    """A ``dot_general`` of a kernel with an input.
+
+    Args:
+        w: the kernel.
+        x: the other operand.
+        params: the equation's parameters.
+        kernel_first: whether the kernel is the left operand.
+        uses: what the call gathers.
+        run: ``run(x, base)`` issues the model's own contraction.
+        known: what each term reads of the input, where that is known already.
+    """
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    sides = (left, left_batch), (right, right_batch)
+    (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
+    w = oriented(w, w_sum, w_batch)
+    n = w.base.ndim
+    w_labels = [("w", i) for i in range(n)]
+    x_labels: list[tuple[str, int]] = [("x", i) for i in range(x.ndim)]
+    for i, j in zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True):
+        x_labels[i] = w_labels[j]
+    shared = [w_labels[i] for i in w_batch]
+    x_free = [l for l in x_labels if l[0] == "x"]
+    w_free = [w_labels[i] for i in range(n) if i not in (*w_sum, *w_batch)]
+    out = shared + (w_free + x_free if kernel_first else x_free + w_free)
+
+    ins, outs, batch = (
+        [w_labels[i] for i, r in enumerate(w.roles) if r == role]
+        for role in (IN, OUT, BATCH)
+    )
+    precision, given = precision_of(params), (x, x_labels)
+    product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
+    if w.c is not None:
+        # An expert axis that the input lacks must be spelled out to scale the input.
+        spelled = [l for l in batch if l not in x_labels] + x_labels
+        x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
+        x = times(x, spread_along(w.c, batch + ins, spelled))
+        if spelled == x_labels:
+            y = run(x, w.base)
+        else:
+            y = labelled_dot(x, spelled, w.base, w_labels, out, precision)
+            y = y.astype(params["preferred_element_type"] or y.dtype)
+        x_labels = spelled
+    else:
+        y = run(x, w.base)
+
+    x = shown(w, x, x_labels)
+    rank = [("r", 0)]
+    h_labels = batch + x_free + rank
+
+    def thin(columns, how, x=x):
+        labels = batch + ins + rank
+        return product(x, x_labels, columns, labels, h_labels, how)
+
+    if known is None:
+        known = read([w], thin, precision, uses.target)[0]
+    record(uses, w, *given, batch, ins, known)
+    delta = None
+    for term, (h, seen) in zip(w.terms, known, strict=True):
+        if term.rows is not None:
+            continue
+        if h is None:
+            h = thin(term.a, precision, dropped(x, w, term.drop, uses))
+        if term.gated:
+            h = gated(term.gate.apply, seen, h, len(batch))
+        more = product(h, h_labels, term.b, batch + rank + outs, out, precision)
+        delta = more if delta is None else delta + more
+    y = finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
+    for term in w.terms:
+        if term.rows is not None:
+            y = _each_row(term, w, x, x_labels, y, out, precision)
+    return y
+
+
+def _each_row(term: Term, w: Bound, x, x_labels, y, out, precision):
+    """Adds to each row of the input, along its first axis, what that row chose."""
+    ins, outs, batch = (
+        [("w", i) for i, r in enumerate(w.roles) if r == role]
+        for role in (IN, OUT, BATCH)
+    )
+    rest = [l for l in x_labels if l not in batch and l not in ins]
+    if math.prod(w.dims(BATCH)) != 1 or rest[:1] != [("x", 0)]:
+        raise NoRule(
+            "rows of its input choose an adapter, but here the input's first axis is "
+            "no row, or the kernel is a stack"
+        )
+    count, rank = term.rows.scale.shape[-1], term.a.shape[-1]
+    flat_term = Term(
+        term.a.reshape(count, -1, rank),
+        term.b.reshape(count, rank, -1),
+        rows=dataclasses.replace(
+            term.rows,
+            scale=term.rows.scale.reshape(count),
+            index=term.rows.index.reshape(-1),
+        ),
+    )
+    index = flat_term.rows.index
+    check_rows(index, x.shape, w.path)
+    rows = x.shape[0]
+    tokens = math.prod(x.shape[i] for _, i in rest[1:])
+    flat = _rows(x, x_labels, batch, ins)[0]
+    flat = flat.reshape(rows, tokens, math.prod(w.dims(IN)))
+    delta = row_changes(flat_term, flat, precision)
+    labels = batch + rest + outs
+    delta = delta.reshape(
+        [1] * len(batch) + [x.shape[i] for _, i in rest] + list(w.dims(OUT))
+    )
+    delta = delta.transpose([labels.index(l) for l in out])
+    chosen = (index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
+    return jnp.where(chosen, finish(y, delta, None, None), y)
+
+
+def finish(y, delta, o, spread):
+    """Adds the low-rank part and scales, wide; rounds once to ``y``'s dtype."""
+    if delta is None and o is None:
+        return y
+    dtype = y.dtype
+    if delta is not None:
+        wide = wider(dtype, delta.dtype)
+        y = y.astype(wide) + delta.astype(wide)
+    if o is not None:
+        y = checkpoint_name(y, UNSCALED)
+        y = times(y, spread(o))
+    return y.astype(dtype)
+
+
+def _rows(x, labels, batch, ins):
+    """``x`` as ``[*shared batch, rest..., d_in]``, and which batch axes it has."""
+    shared = [l for l in batch if l in labels]
+    rest = [l for l in labels if l not in batch and l not in ins]
+    x = x.transpose([labels.index(l) for l in shared + rest + ins])
+    flat = x.shape[: len(shared) + len(rest)]
+    width = math.prod(x.shape[len(flat) :])
+    return x.reshape(*flat, width), [l in labels for l in batch]
+
+
+def gated(apply, seen, h, batch_axes: int):
+    """Applies a gate to ``(what it sees, h)`` for each entry of the batch axes."""
+    each = lambda g, seen, h: g(seen, h)
+    for _ in range(batch_axes):
+        each = jax.vmap(each, in_axes=(0, None if seen is None else 0, 0))
+    return each(apply, seen, h)
+
+
+def record(uses: Uses, w: Bound, x, x_labels, batch, ins, known: list[Read]):
+    """Keeps what a tap of the user's or the gates say of an input, if they do."""
+    if uses.tap == "own":
+        for term, (_, seen) in zip(w.terms, known, strict=True):
+            if term.gate is not None and term.gate.report is not None:
+                report = lambda r, seen: r(seen)
+                for _ in batch:
+                    report = jax.vmap(report)
+                uses.record(w.path, report(term.gate.report, seen))
+        return
+    if w.leaves is None:
+        return
+    rows, present = _rows(x, x_labels, batch, ins)
+    apply = lambda x, leaves: uses.tap(x, *leaves)
+    for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
+        in_axes = (0 if here else None, 0)
+        apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)
+    uses.record(w.path, apply(rows, w.leaves))
+
+
+def look_up(
+    w: Bound,
+    axis: int,
+    take: Callable[[Any, int], Any],
+    index_ndim: int,
+    uses: Uses,
+):
+    """Rows of an embedding table: rows of the base and of ``a``.
+
+    Args:
+        w: the table.
+        axis: the axis that is indexed.
+        take: ``take(array, position)`` gathers along one axis of an array and puts
+            the index axes first.
+        index_ndim: the number of index axes.
+        uses: what the call gathers.
+
+    Returns:
+        ``[*index, *rest]``.
+    """
+    if w.roles[axis] == OUT:
+        w = swapped(w)
+    if w.roles[axis] != IN or w.roles.count(IN) != 1 or w.dims(BATCH):
+        raise NoRule(
+            f"rows are looked up along axis {axis}, but its roles are "
+            f"{' '.join(w.roles)!r}: a table is 'in out'"
+        )
+    if any(term.gate is not None for term in w.terms):
+        raise NoRule("its method depends on the input, and a look-up has none")
+    if not index_ndim and any(term.rows is not None for term in w.terms):
+        raise NoRule("rows choose an adapter, and here one id is looked up alone")
+    rows = along(w, axis, lambda x, position: take(x, position))
+    y, delta = rows.base, None
+    out = y.ndim - index_ndim
+    if rows.c is not None:
+        c = rows.c.reshape(rows.c.shape + (1,) * out)
+        y = times(y, c)
+    for term in rows.terms:
+        a, b = term.a, term.b
+        if term.rows is not None:  # slots: nothing else is beside the table
+            check_rows(term.rows.index, y.shape, w.path)
+            chosen = (term.rows.index != 0).reshape(-1, *(1,) * (y.ndim - 1))
+            delta = looked_up_changes(term, index_ndim)
+            return jnp.where(chosen, finish(y, delta, None, None), y)
+        if rows.c is not None:
+            a = times(a, rows.c[..., None])
+        index = [("x", i) for i in range(index_ndim)]
+        rest = [("w", i) for i in range(1, b.ndim)]
+        more = labelled_dot(
+            *(a, [*index, ("r", 0)], b, [("r", 0), *rest], index + rest),
+            joined=joins_axes(uses.target),
+        )
+        delta = more if delta is None else delta + more
+    return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
+
+
+def ragged_dot(w: Bound, x, group_sizes, params, run):
+    """``lax.ragged_dot`` over experts: ``x [m, k]``, kernel ``[g, k, n]``."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    contract = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
+    if (
+        contract != ((1,), (1,))
+        or any(numbers.dot_dimension_numbers[1])
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+        or w.roles != (BATCH, IN, OUT)
+    ):
+        raise NoRule(
+            f"ragged_dot needs a kernel 'expert in out' and its plain form; roles are "
+            f"{' '.join(w.roles)!r}"
+        )
+    plain = all(term.gate is None and term.rows is None for term in w.terms)
+    if not plain or w.key is not None or w.leaves is not None:
+        raise NoRule("gates, rows, dropout and taps have no form in a ragged_dot")
+    rows = x.shape[0]
+    expert = jnp.repeat(
+        jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows
+    )
+    if w.c is not None:
+        x = times(x, w.c[expert])
+    y, delta, precision = run(x, w.base, group_sizes), None, precision_of(params)
+    for term in w.terms:
+        z = x.astype(wider(x.dtype, term.a.dtype))
+        h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)
+        more = lax.ragged_dot(h, term.b.astype(h.dtype), group_sizes, precision)
+        delta = more if delta is None else delta + more
+    return finish(y, delta, w.o, lambda o: o[expert])

@@ -1,0 +1,184 @@
+"""Many low-rank pairs beside one kernel, a different one for each row of a batch.
+
+The pairs lie in slots of fixed size. What each row adds is computed in one of two
+ways: "gather" takes each row's pair out of the slots, "ragged" sorts the rows by slot
+and gives every pair the rows that are its own. A third, "taken", is "gather" whose
+pairs were taken out beforehand.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpeft.tree import Adapter, Factors, Rows, Term, method, wider
+
+WAYS = ("gather", "ragged")
+
+
+@method
+def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapter:
+    """Returns the method of a kernel with slots: all of them empty, none trained.
+
+    Args:
+        slots: S, with slot 0, which stands for the base alone.
+        rank: r, the most that an adapter may have.
+        how: one of ``WAYS``, or ``"taken"``, with a slot for each row.
+        dtype: of the pairs; ``None``: the working dtype of the kernel.
+
+    Returns:
+        An ``Adapter`` with the frozen leaves of a term with ``Rows``; ``index`` has
+        no entries until the rows of a batch are known.
+    """
+
+    def init(key, kernel, rank, alpha):
+        del key, alpha
+        d_in, d_out = kernel.shape
+        own = kernel.dtype if dtype is None else dtype
+        return {
+            "a": jnp.zeros((slots, d_in, rank), own),
+            "b": jnp.zeros((slots, rank, d_out), own),
+            "scale": jnp.zeros((slots,), kernel.dtype),
+            "index": jnp.zeros((0,), jnp.int32),
+        }, {}
+
+    def factors(kernel, frozen, trainable):
+        del kernel, trainable
+        rows = Rows(frozen["index"], frozen["scale"], how)
+        return Factors((Term(frozen["a"], frozen["b"], rows=rows),))
+
+    return Adapter(init=init, factors=factors, rank=rank)
+
+
+def check_rows(index: jax.Array, shape: tuple[int, ...], path: str) -> None:
+    """Raises unless there is one choice for each row of an input."""
+    said = index.shape[0]
+    if said == shape[0]:
+        return
+    if not said:
+        raise ValueError(
+            f"site {path!r} has slots, and nothing says which of them each row takes; "
+            "write serving.with_rows(slots.tree, serving.rows(slots, names))"
+        )
+    raise ValueError(
+        f"`index` says which adapter {said} rows take, but the input of site {path!r} "
+        f"has shape {list(shape)}: its first axis must be those rows. Give one index "
+        "for each row of the batch."
+    )
+
+
+def row_changes(term: Term, x, precision):
+    """What each row's pair adds.
+
+    Args:
+        term: two-dimensional pairs.
+        x: ``[rows, tokens, d_in]``.
+        precision: of the contractions.
+
+    Returns:
+        ``[rows, tokens, d_out]``, float32 or wider. Rows of slot 0 hold anything; rows
+        whose index is no slot are NaN.
+    """
+    a, b, how = term.a, term.b, term.rows.how
+    scale, index = term.rows.scale, term.rows.index
+    if how != "taken":
+        index, scale = _checked(scale, index)
+    if how == "gather":
+        a, b = (jnp.take(pairs, index, 0, mode="clip") for pairs in (a, b))
+    scale = scale.reshape(-1, 1, 1)
+    if how == "ragged":
+        return _ragged(a, b, scale, index, x, precision)
+    h = _each(x, a, precision)
+    return _each(h * scale.astype(h.dtype), b, precision)
+
+
+def looked_up_changes(term: Term, index_ndim: int):
+    """What each row's pair adds to the rows of a table that are looked up.
+
+    Args:
+        term: their ``a [*index, slots, r]`` as looked up, in every slot;
+            ``b [slots, r, *out]``.
+        index_ndim: the number of index axes; the first one are the rows.
+
+    Returns:
+        ``[*index, *out]``, float32 or wider. Rows of slot 0 hold anything; rows whose
+        index is no slot are NaN.
+    """
+    a, b, scale, slot = term.a, term.b, term.rows.scale, term.rows.index
+    rows, index, out = len(slot), a.shape[:index_ndim], b.shape[2:]
+    if term.rows.how == "taken":  # a slot is a row's own
+        slot = jnp.arange(rows)
+    else:
+        slot, scale = _checked(scale, slot)
+        b = jnp.take(b, slot, 0)
+    own = slot.reshape(rows, *(1,) * (index_ndim + 1))
+    h = jnp.take_along_axis(a, own, index_ndim).reshape(rows, -1, a.shape[-1])
+    h = h * scale.reshape(-1, 1, 1).astype(h.dtype)
+    delta = _each(h, b.reshape(rows, b.shape[1], -1), None)
+    return delta.reshape(*index, *out)
+
+
+def _checked(scale, index):
+    """``index`` within the slots, and each row's scale: NaN where it was not."""
+    inside = jnp.clip(index, 0, scale.shape[0] - 1)
+    return inside, jnp.where(inside == index, scale[inside], jnp.nan)
+
+
+def _each(x, w, precision):
+    """``x [rows, tokens, n]`` times ``w [rows, n, m]``, row by row."""
+    return lax.dot_general(
+        x,
+        w,
+        (((2,), (1,)), ((0,), (0,))),
+        precision=precision,
+        preferred_element_type=wider(x.dtype, w.dtype, jnp.float32),
+    )
+
+
+def _ragged(a, b, scale, index, x, precision):
+    (rows, tokens, d_in), rank = x.shape, a.shape[-1]
+    wide = wider(x.dtype, a.dtype, jnp.float32)
+    order = jnp.argsort(index, stable=True)
+    sizes = jnp.bincount(index, length=a.shape[0]).astype(jnp.int32) * tokens
+    z = x[order].reshape(rows * tokens, d_in).astype(wide)
+    h = lax.ragged_dot(z, a.astype(wide), sizes, precision)
+    h = h.reshape(rows, tokens, rank) * scale[order].astype(wide)
+    h = h.reshape(rows * tokens, rank)
+    y = lax.ragged_dot(h, b.astype(wide), sizes, precision)
+    back = jnp.argsort(order)
+    return y.reshape(rows, tokens, b.shape[-1])[back]
+
+
+def is_slotted(node) -> bool:
+    """Whether an adapted kernel has slots."""
+    return node.adapter.name == slotted.__name__
+
+
+def set_index(node, index: jax.Array):
+    """The node with ``index [rows]`` for every layer of its stack."""
+    batch = node.frozen["scale"].shape[:-1]
+    index = jnp.broadcast_to(index, (*batch, *index.shape))
+    return node.replace(frozen=node.frozen | {"index": index})
+
+
+def is_taken(node) -> bool:
+    """Whether a node with slots holds one for each row of a batch."""
+    return dict(node.adapter.options)["how"] == "taken"
+
+
+@jax.jit
+def take_rows(node, index: jax.Array):
+    """The node with each row's own pair in place of the slots."""
+    node = set_index(node, index)
+    axis, options = node.frozen["scale"].ndim - 1, dict(node.adapter.options)
+
+    def checked(scale):
+        return _checked(scale, index)[1]
+
+    for _ in range(axis):
+        checked = jax.vmap(checked)
+    taken = {
+        name: jnp.take(node.frozen[name], index, axis, mode="clip") for name in "ab"
+    }
+    taken["scale"] = checked(node.frozen["scale"])
+    options |= {"slots": index.shape[0], "how": "taken"}
+    return node.replace(adapter=slotted(**options), frozen=node.frozen | taken)

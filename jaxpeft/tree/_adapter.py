@@ -1,0 +1,142 @@
+"""What a method is: a tuple of pure functions on one two-dimensional kernel."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxpeft.tree._terms import Factors
+
+
+def _no_penalty(frozen: Mapping[str, Array], trainable: Mapping[str, Array]):
+    del frozen, trainable
+    return jnp.zeros((), jnp.float32)
+
+
+class Adapter(NamedTuple):
+    """A method: how one kernel's leaves begin, and which factors they make.
+
+    All functions are pure, see one two-dimensional kernel, and know nothing of
+    trees, stacks or models. Core maps them over the layers of a stack (one key a
+    layer), reshapes kernels with more axes to two and their leaves back, pads
+    layers of unequal rank and never shows the padding to ``penalty`` or ``report``.
+
+    Attributes:
+        init: ``(key, kernel, rank, alpha) -> (frozen, trainable)``, two dicts of
+            arrays. ``kernel [d_in, d_out]`` is float32 (float64 if the base is).
+            Shapes follow from ``d_in``, ``d_out`` and ``rank`` alone. A rank that
+            the method forbids raises ``ValueError``; core adds the site's name. It
+            must accept any large kernel: core reads off an abstract one which axes
+            of a leaf are ``d_in`` and which ``d_out``.
+        factors: ``(kernel, frozen, trainable) -> Factors``; once a step, outside
+            the model.
+        penalty: ``(frozen, trainable) -> scalar``, for one site.
+        rank: the rank where no pattern says another; ``None`` for methods
+            without one.
+        alpha: the numerator of the scale where no pattern says another.
+        dropout: probability of dropping an entry of the low-rank path's input.
+        dropout_on: ``"input"``, or ``"leaves"`` for methods that drop entries of their
+            own leaves: ``factors`` then finds the layer's key under ``"key"`` among
+            ``frozen``, once a step, and nothing else is dropped.
+        reduction: how the penalties of all sites of this method are joined.
+        leaves: ``"kernel"`` for methods on the matrix of a contraction, ``"any"``
+            for methods on leaves of any shape, biases included, ``"bias"`` for
+            methods on biases alone.
+        scales_bias: whether ``o`` also scales the bias that lies beside the kernel.
+        shared: ``(key, d_in, d_out, rank, dtype) -> frozen leaves`` that all sites of
+            one ``attach`` have in common, from its largest sizes: drawn once, kept
+            once, and given to ``factors`` among ``frozen``. ``init``, ``penalty`` and
+            ``report`` do not see them.
+        fold: ``(kernel, frozen) -> kernel`` for options that store a changed base.
+        unfold: its inverse, for ``detach``.
+        report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
+            ``describe`` shows.
+        per_layer: ``(number of layers) -> the options that differ, for each layer``,
+            for methods whose layers may differ in more than their rank. Leaves are
+            padded with zeros in a stack.
+        experts: names of the parts that gates weigh, in the order of the gates.
+        peft: the method's form in HF PEFT's files; ``None``: it has none.
+        name: the constructor's name, filled in by ``method``.
+        options: the constructor's arguments, filled in by ``method``.
+        rebuild: the same method with some options changed, filled in by ``method``.
+    """
+
+    init: Callable[..., tuple[dict[str, Array], dict[str, Array]]]
+    factors: Callable[..., Factors]
+    penalty: Callable[..., Array] = _no_penalty
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    dropout_on: Literal["input", "leaves"] = "input"
+    reduction: Literal["sum", "mean"] = "sum"
+    leaves: Literal["kernel", "any", "bias"] = "kernel"
+    scales_bias: bool = False
+    shared: Callable[..., dict[str, Array]] | None = None
+    fold: Callable[..., Array] | None = None
+    unfold: Callable[..., Array] | None = None
+    report: Callable[..., dict[str, Array]] | None = None
+    per_layer: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
+    experts: tuple[str, ...] = ()
+    peft: Any = None
+    name: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+    rebuild: Callable[..., "Adapter"] | None = None
+
+    # By identity: `method` gives one object to equal calls.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.options)
+        return f"{self.name or 'Adapter'}({inside})"
+
+
+def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    """Makes a constructor return the same object for the same arguments.
+
+    Adapters are static parts of adapted trees, and functions compare by identity:
+    without this, two trees made by two equal calls would not be the same pytree.
+
+    Args:
+        constructor: a function with plain, hashable arguments that returns an
+            ``Adapter``.
+
+    Returns:
+        The constructor; its results carry ``name`` and ``options``.
+
+    Raises:
+        TypeError: an argument is unknown, or not a plain hashable value (when
+            called).
+    """
+    signature = inspect.signature(constructor)
+
+    @functools.cache
+    def build(arguments: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]):
+        del kinds  # 1, 1.0 and True are equal keys, but not equal options
+        adapter = constructor(**dict(arguments))
+        rebuild = lambda **changes: wrapper(**(dict(arguments) | changes))
+        return adapter._replace(
+            name=constructor.__name__, options=arguments, rebuild=rebuild
+        )
+
+    @functools.wraps(constructor)
+    def wrapper(*args, **kwargs) -> Adapter:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if isinstance(value, list):  # as JSON writes a tuple
+                bound.arguments[name] = value = tuple(value)
+            if not isinstance(value, int | float | str | bool | tuple | None):
+                raise TypeError(
+                    f"`{name}` of {constructor.__name__} must be a plain Python value "
+                    f"(a number, a string, a tuple or None), got {type(value).__name__}"
+                )
+        kinds = tuple(type(v) for v in bound.arguments.values())
+        return build(tuple(bound.arguments.items()), kinds)
+
+    return wrapper

@@ -1,0 +1,366 @@
+"""``attach``: a parameter tree in, an adapted tree out."""
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._allocation import Allocation, attach_arguments
+from jaxpeft.tree._finite import check_finite
+from jaxpeft.tree._grouped import some
+from jaxpeft.tree._kept import only_adds, take_components
+from jaxpeft.tree._layers import site_methods
+from jaxpeft.tree._lift import (
+    from_matrices,
+    init_shapes,
+    initialise,
+    initialise_layer,
+    joined_layers,
+    layer_leaves,
+    layer_settings,
+    leaf_entries,
+    matrix_shape,
+    to_matrices,
+)
+from jaxpeft.tree._node import (
+    AdaptedKernel,
+    Site,
+    check_key,
+    is_node,
+    leaves_with_path,
+    wider,
+    working_dtype,
+)
+from jaxpeft.tree._paths import Targets, matrix_words, module_path, resolve_pattern
+from jaxpeft.tree._per_layer import per_layer_values
+from jaxpeft.tree._progress import Progress
+from jaxpeft.tree._targets import choose
+from jaxpeft.tree._terms import BATCH, IN, OUT
+
+PerSite = Mapping[str, Any] | Sequence[int | float]
+
+
+def attach(
+    params: PyTree,
+    adapter: Adapter,
+    targets: Targets | Allocation,
+    *,
+    key: Key[Array, ""],
+    rank_pattern: PerSite | None = None,
+    alpha_pattern: PerSite | None = None,
+    exclude: Targets | None = None,
+    axes: Mapping[str, str] | None = None,
+) -> PyTree:
+    """Puts an adapter beside the kernels that ``targets`` names.
+
+    Pure and traceable: under ``jax.eval_shape`` the sites of a model of any size
+    cost no memory. Attaching again to the result adds adapters at other sites. Kernels
+    are looked through for NaN and infinities first, unless they are traced or shapes.
+
+    Args:
+        params: any pytree of arrays, or of their ``jax.ShapeDtypeStruct``: a Linen
+            variable dict, an NNX state, plain containers. Already adapted kernels
+            stay as they are.
+        adapter: what to attach, such as ``jaxpeft.kasa(rank=8)``.
+        targets: a list of module names, each matched as a suffix of the path at a
+            "/" (``"query"`` finds ``encoder/layer_3/attention/query/kernel``); a
+            string, a regular expression that must match the whole module path;
+            ``"all-linear"``, every weight but embeddings, output heads and what is
+            already trained in full; a callable ``(path, leaf) -> bool``; or an
+            ``Allocation``, with the rank and alpha of each of its sites, and their
+            components where some are chosen, out of the ranks that its facts have.
+        key: a typed key (``jax.random.key``). Each site and each layer draws from
+            its own part of it.
+        rank_pattern: ``{pattern: rank}`` where ranks differ from the adapter's, or
+            a list with one rank per layer of a stack (as the mapping's value too);
+            a layer of rank 0 stays as it is, for methods that are a low-rank sum.
+        alpha_pattern: the same for alpha.
+        exclude: what to leave out of the targets, in the same forms; a list entry
+            also leaves out everything inside the modules that it names.
+        axes: roles of the axes of kernels, ``{pattern: "layer in out"}``. Words:
+            ``in``, ``out``, and any other word for a batch axis (a stacked layer,
+            an expert). Two axes are ``"in out"`` (the table of an output head,
+            ``lm_head/embedding``: ``"out in"``) unless said otherwise; kernels
+            with more need an entry.
+
+    Returns:
+        The tree with ``AdaptedKernel`` nodes in place of the chosen kernels.
+
+    Raises:
+        ValueError: an entry matches nothing, a site is adapted already, a kernel is
+            not floating or finite or its axes have no roles, or a rank is not possible.
+        TypeError: the adapter or the key is of the wrong kind.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params, key = {"query": {"kernel": jnp.zeros((4, 6))}}, jax.random.key(0)
+        >>> adapted = jp.attach(params, jp.lora(rank=2), ["query"], key=key)
+        >>> jp.count(adapted)
+        (20, 44)
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be an Adapter such as jaxpeft.kasa(rank=8), got "
+            f"{type(adapter).__name__}; a constructor must be called"
+        )
+    check_key(key)
+    leaves, kept = leaves_with_path(params), {}
+    if isinstance(targets, Allocation):
+        if rank_pattern is not None or alpha_pattern is not None:
+            raise ValueError(
+                "`targets` is an allocation, which has ranks and alphas already; "
+                "leave `rank_pattern` and `alpha_pattern` out"
+            )
+        targets, rank_pattern, alpha_pattern, kept = attach_arguments(
+            targets, [path for path, _ in leaves], adapter
+        )
+    if kept and adapter.fold is not None:
+        raise ValueError(
+            f"`targets` chooses components, and {adapter.name!r} folds all of them "
+            "into the kernel; write residual='separate' (base='separate' of KaSA)"
+        )
+    chosen = choose(leaves, adapter, targets, exclude)
+    by_path = dict(leaves)
+    paths = list(chosen)
+    roles = {p: ("out",) * by_path[p].ndim for p in paths}
+    if adapter.leaves == "kernel":
+        roles = _roles(by_path, paths, axes)
+    ranks = per_layer_values("rank", rank_pattern, adapter.rank, by_path, roles)
+    alphas = per_layer_values(
+        "alpha", alpha_pattern, adapter.alpha, by_path, roles, ranks
+    )
+    _check(adapter, by_path, roles, ranks)
+    check_finite({path: by_path[path] for path in paths}, roles)
+    methods = site_methods(adapter, by_path, roles)
+    shared = _shared(adapter, by_path, roles, ranks, key)
+    layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
+    made, show = {}, Progress(adapter.name or "adapter", sum(layers))
+    for path in paths:
+        site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
+        own = site_key(key, path)
+        made[path] = _make(by_path[path], methods[path], site, own, shared, show)
+    show.close()
+    for path, each in kept.items():
+        made[path] = take_components(made[path], each)
+    _, treedef = jax.tree.flatten(params, is_leaf=is_node)
+    return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
+
+
+def site_key(key, path: str):
+    """A key of this path's own, whatever else is attached."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for part in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, np.uint32(int.from_bytes(part, "little")))
+    return key
+
+
+def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
+    given = {}
+    if axes:
+        weights = [p for p, x in by_path.items() if getattr(x, "ndim", 0) >= 2]
+        given = resolve_pattern("axes", axes, weights)
+    roles = {}
+    for path in paths:
+        shape = by_path[path].shape
+        words = given.get(path, matrix_words(path) if len(shape) == 2 else None)
+        if words is None:
+            raise ValueError(
+                f"site {path!r} has shape {tuple(shape)}, and a parameter tree does "
+                "not say what its axes are (a stack of layers? heads?). Three ways "
+                f"to tell: axes={{{module_path(path)!r}: 'layer in out'}}; the model's "
+                "own, axes=model.axes; or read them off the model, "
+                "axes=jaxpeft.infer_axes(fn, params, *example_args)."
+            )
+        roles[path] = parse_roles(words, path, shape)
+    return roles
+
+
+def parse_roles(words: str, path: str, shape) -> tuple[str, ...]:
+    """Reads ``"layer in out"``; checks it against a kernel's shape."""
+    if not isinstance(words, str):
+        raise ValueError(
+            f"`axes` must give a string such as 'layer in out', got {words!r} for "
+            f"{path!r}"
+        )
+    names = words.split()
+    roles = tuple(w if w in (IN, OUT) else BATCH for w in names)
+    if len(roles) != len(shape) or IN not in roles or OUT not in roles:
+        raise ValueError(
+            f"`axes` gives {words!r} for {path!r} of shape {tuple(shape)}: it needs "
+            f"one word per axis ({len(shape)}), with at least one 'in' and one 'out'"
+        )
+    return roles
+
+
+def _check(adapter: Adapter, by_path, roles, ranks) -> None:
+    """Brings up a method's own objections, by site, before anything is computed."""
+    said: dict[tuple, list] = {}
+    sites: dict[tuple, list[str]] = {}
+    for path, site_roles in roles.items():
+        kernel = by_path[path]
+        _, d_in, d_out = matrix_shape(kernel.shape, site_roles)
+        for rank in sorted(set(ranks[path])) if ranks[path] else (None,):
+            if rank == 0:
+                _check_none(adapter, path)
+                continue
+            like = (d_in, d_out, rank, working_dtype(kernel.dtype))
+            sites.setdefault(like, []).append(path)
+            if like in said:
+                continue
+            try:
+                with warnings.catch_warnings(record=True) as heard:
+                    warnings.simplefilter("always")
+                    init_shapes.__wrapped__(adapter, *like)
+            except ValueError as e:
+                shape = tuple(kernel.shape)
+                raise ValueError(f"site {path!r}, shape {shape}: {e}") from e
+            said[like] = heard
+    for like, heard in said.items():
+        for warning in heard:
+            warnings.warn(
+                f"sites {some(sites[like])}: {warning.message}",
+                warning.category,
+                stacklevel=3,
+            )
+
+
+def _check_none(adapter: Adapter, path: str) -> None:
+    """Raises unless a layer whose leaves are all 0 is the kernel itself."""
+    if not only_adds(adapter):
+        raise ValueError(
+            f"site {path!r} is a stack with layers of rank 0, and {adapter.name!r} "
+            "does more than add a low-rank product: without a rank a layer would not "
+            "be its kernel. Allocate with r_min=1, or load the model with its layers "
+            "apart (scan_layers=False)."
+        )
+
+
+def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
+    """The leaves that all sites have in common, made once for the largest of them."""
+    if adapter.shared is None:
+        return {}
+    sizes = [matrix_shape(by_path[path].shape, roles[path]) for path in roles]
+    make = functools.partial(
+        adapter.shared,
+        d_in=max(d_in for _, d_in, _ in sizes),
+        d_out=max(d_out for _, _, d_out in sizes),
+        rank=max(max(r) for r in ranks.values()),
+        dtype=working_dtype(wider(*(by_path[path].dtype for path in roles))),
+    )
+    own = site_key(key, f"shared by {adapter.name}")
+    first = by_path[next(iter(roles))]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.eval_shape(make, own)
+    shared, sharding = make(own), getattr(first, "sharding", None)
+    if isinstance(first, jax.core.Tracer) or not isinstance(
+        sharding, jax.sharding.NamedSharding
+    ):
+        return shared
+    return jax.device_put(shared, sharding.update(spec=jax.sharding.PartitionSpec()))
+
+
+def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKernel:
+    abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
+        if abstract or isinstance(kernel, jax.core.Tracer) or BATCH not in site.roles:
+            init = functools.partial(
+                initialise,
+                adapter=adapter,
+                roles=site.roles,
+                ranks=site.ranks,
+                alphas=site.alphas,
+            )
+            init = functools.partial(jax.eval_shape, init) if abstract else init
+            frozen, trainable = init(key, gathered(kernel))
+            show(matrix_shape(kernel.shape, site.roles)[0])
+        else:
+            frozen, trainable = _by_layer(gathered(kernel), adapter, site, key, show)
+    node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
+    if adapter.fold is not None:
+        fold = functools.partial(jax.eval_shape, fold_base) if abstract else fold_base
+        node = node.replace(base=fold(node))
+    node = place_like(node, kernel)
+    return node.replace(frozen=node.frozen | shared)
+
+
+def _by_layer(kernel, adapter: Adapter, site: Site, key, show):
+    """A stack's leaves, one layer at a time: the workspace of one, and progress."""
+    layers = matrix_shape(kernel.shape, site.roles)[0]
+    keys, each = jax.random.split(key, layers), []
+    settings = layer_settings(adapter, layers, site.ranks, site.alphas)
+    for i, (method, rank, alpha) in enumerate(settings):
+        made = initialise_layer(
+            keys[i],
+            kernel,
+            i,
+            adapter=method,
+            roles=site.roles,
+            rank=rank,
+            alpha=alpha,
+        )
+        each.append(jax.block_until_ready(made))
+        show(1)
+    return joined_layers(
+        each, kernel, adapter=adapter, roles=site.roles, ranks=site.ranks
+    )
+
+
+def gathered(kernel):
+    """A kernel on an explicit mesh, whole: an SVD has no rule for its axes there."""
+    sharding = getattr(kernel, "sharding", None)
+    explicit = jax.sharding.AxisType.Explicit
+    if isinstance(kernel, jax.core.Tracer) or not isinstance(
+        sharding, jax.sharding.NamedSharding
+    ):
+        return kernel
+    if explicit not in sharding.mesh.axis_types:
+        return kernel
+    return jax.device_put(kernel, sharding.update(spec=jax.sharding.PartitionSpec()))
+
+
+def fold_base(node: AdaptedKernel):
+    """Stores the changed base; says how much of the change rounding undoes."""
+    kernel, roles = node.base, node.roles
+    wide = to_matrices(kernel, roles).astype(working_dtype(kernel.dtype))
+    changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
+    folded = changed.astype(kernel.dtype)
+    if kernel.dtype != wide.dtype and not isinstance(folded, jax.core.Tracer):
+        moved = jnp.linalg.norm(changed - wide)
+        lost = jnp.linalg.norm(folded.astype(wide.dtype) - changed)
+        warnings.warn(
+            f"site {node.site.path!r}: folding into a {kernel.dtype} kernel rounds; "
+            f"the rounding error is {float(lost / moved):.2f} of the norm of what was "
+            "folded. Keep base='separate', or fold a float32 kernel.",
+            stacklevel=5,
+        )
+    return from_matrices(folded, kernel.shape, roles)
+
+
+def place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:
+    """Puts each leaf where its kernel lies, sharded along the same axes."""
+    sharding = getattr(kernel, "sharding", None)
+    if isinstance(kernel, jax.core.Tracer) or not isinstance(
+        sharding, jax.sharding.NamedSharding
+    ):
+        return node
+    entries = leaf_entries(node)
+    spec = tuple(sharding.spec) + (None,) * (kernel.ndim - len(sharding.spec))
+
+    def place(name, leaf):
+        along = tuple(None if i is None else spec[i] for i in entries[name])
+        return jax.device_put(
+            leaf, sharding.update(spec=jax.sharding.PartitionSpec(*along))
+        )
+
+    return node.replace(
+        frozen={n: place(n, x) for n, x in node.frozen.items()},
+        trainable={n: place(n, x) for n, x in node.trainable.items()},
+    )

@@ -1,0 +1,53 @@
+"""Biases beside kernels whose output scale covers them too: ``(x W + bias) o``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.tree._lift import lifted_factors
+from jaxpeft.tree._node import AdaptedKernel, is_node, leaves_with_path, wider
+from jaxpeft.tree._paths import BIASES, module_path
+
+
+def scaled_biases(tree: Any) -> dict[str, AdaptedKernel]:
+    """Finds the biases that a kernel's adapter scales.
+
+    Args:
+        tree: any pytree with adapted kernels.
+
+    Returns:
+        ``{path of the bias: the kernel's node}``.
+
+    Raises:
+        ValueError: such a bias has not the shape of the kernel's output.
+    """
+    leaves = leaves_with_path(tree)
+    if not any(is_node(x) and x.adapter.scales_bias for _, x in leaves):
+        return {}
+    by_path, found = dict(leaves), {}
+    for path, node in leaves:
+        module = module_path(path)
+        if not is_node(node) or not node.adapter.scales_bias or module == path:
+            continue
+        for bias in (f"{module}/{name}" for name in BIASES):
+            if bias not in by_path or bias == path:
+                continue
+            scale = jax.eval_shape(lifted_factors, node).o
+            if scale is None:
+                continue
+            if tuple(by_path[bias].shape) != scale.shape:
+                raise ValueError(
+                    f"{node.adapter.name!r} at site {path!r} scales the bias beside "
+                    f"it, but {bias!r} has shape {tuple(by_path[bias].shape)} and the "
+                    f"kernel's output {scale.shape}; leave the site out with `exclude`"
+                )
+            found[bias] = node
+    return found
+
+
+def scale_bias(bias, node: AdaptedKernel):
+    """A bias times its kernel's output scale, in the bias's dtype."""
+    scale = lifted_factors(node).o
+    wide = wider(bias.dtype, scale.dtype)
+    return (jnp.asarray(bias).astype(wide) * scale.astype(wide)).astype(bias.dtype)

@@ -1,0 +1,170 @@
+"""A kernel on its way to its contraction: base, factors, and the roles of its axes.
+
+``adapt`` binds every adapted kernel once, on entry. What the model then does to the
+kernel before it uses it (transpose, reshape, slice, ...) is done here to the base and
+to the factors alike.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.tree._lift import dims_of, layer_leaves, lifted_factors
+from jaxpeft.tree._node import AdaptedKernel, trailing, wider
+from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, Term
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """A kernel and its factors at one place of a program.
+
+    Attributes:
+        base: the kernel, ``roles`` in order.
+        factors: batch axes first, then the axes that their fields declare.
+        key: dropout keys ``[*batch]``, or ``None``.
+        leaves: ``(frozen, trainable)`` for a tap of the user's, batch axes first, or
+            ``None``.
+        mask: 0 at positions of the input that are padding, batch axes first, or
+            ``None``.
+        names: the roles of the base's axes when it was bound; slicing a leading axis
+            leaves the last ``base.ndim`` of them valid.
+        path: the site.
+    """
+
+    base: Any
+    factors: Factors
+    key: Any
+    leaves: Any
+    mask: Any
+    names: tuple[str, ...]
+    path: str
+
+    def tree_flatten(self):
+        arrays = (self.base, self.factors, self.key, self.leaves, self.mask)
+        return arrays, (self.names, self.path)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        return cls(*arrays, *static)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        return self.factors.terms
+
+    @property
+    def c(self):
+        return self.factors.c
+
+    @property
+    def o(self):
+        return self.factors.o
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether no kernel has the effect of this one and its factors."""
+        return self.factors.reads_input
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return trailing(self.names, self.base.ndim)
+
+    def replace(self, **changes) -> "Bound":
+        return dataclasses.replace(self, **changes)
+
+    def dims(self, role: str) -> tuple[int, ...]:
+        return dims_of(self.base.shape, self.roles, role)
+
+
+def bind(node: AdaptedKernel, taps: Any = None):
+    """Computes a node's factors; returns a ``Bound`` or, where it suffices, an array.
+
+    Args:
+        node: the adapted kernel.
+        taps: a function of the user's, ``"own"`` for the reports of gates, or ``None``.
+            A site with nothing to add is followed all the same where the user taps it.
+    """
+    f = lifted_factors(node)
+    base = node.base if f.kernel is None else f.kernel
+    batch = dims_of(base.shape, node.roles, BATCH)
+    key = node.key if node.adapter.dropout_on == "input" else None
+    terms = [_as_called(t, key is not None, taps == "own") for t in f.terms]
+    terms = _joined(terms, rank_axis=len(batch))
+    tapped = callable(taps) and node.adapter.leaves == "kernel"
+    if not terms and f.c is None and f.o is None and not tapped:
+        return base
+    leaves = None
+    if tapped:
+        leaves = jax.tree.map(
+            lambda x: x.reshape(batch + x.shape[1:]), layer_leaves(node)
+        )
+    return Bound(
+        base=base,
+        factors=Factors(terms, f.c, f.o),
+        key=key,
+        leaves=leaves,
+        mask=(node.call or {}).get("mask"),
+        names=node.roles,
+        path=node.site.path,
+    )
+
+
+def _as_called(term: Term, drops: bool, reports: bool) -> Term:
+    """A term without the dropout and the report that a call does not ask for."""
+    gate = term.gate
+    if gate is not None and not reports:
+        gate = dataclasses.replace(gate, report=None)
+    if gate is not None and gate.apply is None and gate.report is None:
+        gate = None
+    return dataclasses.replace(term, drop=term.drop if drops else 0.0, gate=gate)
+
+
+def _joined(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
+    """Terms of which nothing but their pairs differs as one: one pair of thin matmuls.
+
+    It stands where the first of them stood.
+    """
+    agree = lambda t: not t.drop and t.gate is None and t.rows is None
+    alike = [t for t in terms if agree(t)]
+    if len(alike) < 2:
+        return tuple(terms)
+    wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
+    a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
+    b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
+    before = list(itertools.takewhile(lambda t: not agree(t), terms))
+    after = [t for t in terms[len(before) :] if not agree(t)]
+    return (*before, Term(a, b), *after)
+
+
+def materialise(w: Bound):
+    """The merged kernel ``D_c (W + a b) D_o``: float32, cast once to the base's dtype.
+
+    ``merge`` is this; in a model it is what ``adapt`` exists to avoid.
+    """
+    arrays = [w.base, w.c, w.o, *(term.b for term in w.terms)]
+    dtype = wider(*(x.dtype for x in arrays if x is not None))
+    batch, d_in, d_out = w.dims(BATCH), w.dims(IN), w.dims(OUT)
+    rows, columns = math.prod(d_in), math.prod(d_out)
+    order = _order(w.roles)
+    matrix = w.base.transpose(order).reshape(*batch, rows, columns).astype(dtype)
+    for term in w.terms:
+        a = term.a.reshape(*batch, rows, term.a.shape[-1]).astype(dtype)
+        b = term.b.reshape(*batch, a.shape[-1], columns).astype(dtype)
+        matrix = matrix + jnp.matmul(a, b, precision="highest")
+    if w.c is not None:
+        matrix = matrix * w.c.reshape(*batch, rows, 1).astype(dtype)
+    if w.o is not None:
+        matrix = matrix * w.o.reshape(*batch, 1, columns).astype(dtype)
+    matrix = matrix.reshape(batch + d_in + d_out).astype(w.base.dtype)
+    return matrix.transpose(tuple(order.index(i) for i in range(len(order))))
+
+
+def _order(roles) -> tuple[int, ...]:
+    """The base's axes, batch first, then in, then out."""
+    return sum(
+        (tuple(i for i, r in enumerate(roles) if r == x) for x in (BATCH, IN, OUT)), ()
+    )

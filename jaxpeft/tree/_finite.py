@@ -1,0 +1,65 @@
+"""Kernels that hold what is no number, found before anything is made of them."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.tree._lift import axes_of
+from jaxpeft.tree._paths import module_path
+from jaxpeft.tree._terms import BATCH
+
+
+def check_finite(kernels: Mapping[str, Any], roles: Mapping[str, tuple]) -> None:
+    """Raises if a kernel holds NaN or an infinity.
+
+    One reduction a kernel, where it lies, whose results alone come to the host.
+
+    Args:
+        kernels: by path. Those without values, traced ones and shapes, are passed over.
+        roles: of their axes, by path.
+
+    Raises:
+        ValueError: with the paths, and of a stack its layers.
+    """
+    with jax.ensure_compile_time_eval():  # in a trace, too, kernels may have values
+        found = {
+            path: _finite(kernel, axes_of(roles[path], BATCH))
+            for path, kernel in kernels.items()
+            if not isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer)
+        }
+    bad = []
+    for path, each in found.items():
+        each = np.asarray(each)
+        if not np.all(each):
+            layers = np.argwhere(~each)
+            layers = (layers[:, 0] if each.ndim == 1 else layers).tolist()
+            bad.append(f"{path!r}" + f", layers {layers}" * bool(each.ndim))
+    if bad:
+        names = [module_path(path) for path, x in found.items() if not np.all(x)]
+        raise ValueError(
+            "`params` holds NaN or infinite values, of which an adapter would make "
+            f"others, at: {'; '.join(bad)}. Load the weights again, or leave these "
+            f"sites out with exclude={names!r}."
+        )
+
+
+def _finite(kernel, batch: tuple[int, ...]):
+    """Whether each layer is finite, ``[*batch]``, on every device and process."""
+    sharding = getattr(kernel, "sharding", None)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        where = sharding.update(spec=jax.sharding.PartitionSpec())
+        return _reduction(where)(kernel, batch)
+    return _reduction()(kernel, batch)
+
+
+@functools.cache
+def _reduction(where=None):
+    def finite(kernel, batch):
+        rest = tuple(i for i in range(kernel.ndim) if i not in batch)
+        return jnp.all(jnp.isfinite(kernel), rest)
+
+    return jax.jit(finite, static_argnums=1, out_shardings=where)

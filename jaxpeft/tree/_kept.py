@@ -1,0 +1,178 @@
+"""Fewer components of a low-rank site: a smaller node that computes the same."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._lift import init_shapes, leaf_axes, lifted_factors
+from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._terms import BATCH
+
+
+@functools.cache
+def only_adds(adapter: Adapter) -> bool:
+    """Whether a method is its kernel and a low-rank sum, and nothing where that is 0.
+
+    Not what scales the kernel, puts another in its place or reads the input.
+    """
+    if adapter.per_layer is not None or adapter.experts or adapter.rank is None:
+        return False
+    kernel = jax.ShapeDtypeStruct((3, 5), jnp.dtype(jnp.float32))
+    shared = {}
+    if adapter.shared is not None:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        shared = jax.eval_shape(
+            lambda key: adapter.shared(key, 3, 5, 1, jnp.float32), key
+        )
+    frozen, trainable = init_shapes(adapter, 3, 5, 1, kernel.dtype)
+    f = jax.eval_shape(adapter.factors, kernel, frozen | shared, trainable)
+    return f.c is None and f.o is None and f.kernel is None and not f.reads_input
+
+
+@functools.cache
+def unit_scale(adapter: Adapter, rank: int) -> float:
+    """The scale that a method makes of alpha 1; 1 where it has none."""
+    with jax.ensure_compile_time_eval():
+        frozen, _ = adapter.init(jax.random.key(0), jnp.eye(rank + 1), rank, 1.0)
+        return float(frozen["scale"]) if "scale" in frozen else 1.0
+
+
+def keep_components(node: AdaptedKernel, kept: Sequence[Sequence[int]]) -> Any:
+    """Cuts a site's leaves down to some of its components.
+
+    Args:
+        node: a site, with values.
+        kept: for each layer the components that stay, rising; of a kernel alone, one.
+
+    Returns:
+        The node with as many ranks as are kept; the kernel where none is. Each layer's
+        scale stays, and its alpha is the one that gives it.
+
+    Raises:
+        ValueError: a component is not there, the method's components are not apart from
+            one another, or one that would go has a share in what the site computes.
+    """
+    site, name = node.site, node.adapter.name
+    where = f"site {site.path!r}"
+    shares = node.adapter.shared is not None
+    apart = site.ranks is not None and only_adds(node.adapter) and not shares
+    if not apart or node.adapter.fold:
+        raise ValueError(
+            f"{where}: {name!r} has no components that can be cut off one by one; a "
+            "method that folds nothing into the kernel, shares nothing between sites "
+            "and only adds has"
+        )
+    if len(kept) != len(site.ranks):
+        raise ValueError(
+            f"{where} has {len(site.ranks)} layers, and components of {len(kept)} are "
+            "kept"
+        )
+    for layer, (rank, each) in enumerate(zip(site.ranks, kept, strict=True)):
+        if list(each) != sorted(set(each)) or not all(0 <= i < rank for i in each):
+            raise ValueError(
+                f"{where} keeps components {tuple(each)} of layer {layer}; they must "
+                f"rise, from 0 to {rank - 1}"
+            )
+    gone = [
+        [i for i in range(rank) if i not in each]
+        for rank, each in zip(site.ranks, kept, strict=True)
+    ]
+    if any(gone) and bool(_acts(take_components(node, gone))):
+        raise ValueError(
+            f"{where}: a component that is not kept has a share in what the site "
+            "computes. Choose with unselected='revert' (jaxpeft.allocate.ggm), or keep "
+            "all."
+        )
+    return take_components(node, kept) if any(map(len, kept)) else node.base
+
+
+def take_components(
+    node: AdaptedKernel, kept: Sequence[Sequence[int]]
+) -> AdaptedKernel:
+    """The node with these components of each layer, padded with zeros.
+
+    Nothing is checked; of a fresh adapter, or of its shapes.
+    """
+    site, width = node.site, max(map(len, kept))
+    if node.adapter.shared is not None and any(
+        list(each) != list(range(len(each))) for each in kept
+    ):
+        raise ValueError(
+            f"site {site.path!r}: {node.adapter.name!r} shares its components between "
+            "sites; they cannot be chosen one by one"
+        )
+    index = np.zeros((len(kept), width), np.int32)
+    real = np.zeros((len(kept), width), bool)
+    for layer, each in enumerate(kept):
+        index[layer, : len(each)], real[layer, : len(each)] = each, True
+    batch, parts = site.roles.count(BATCH), []
+    top = max(site.ranks)
+    axes = leaf_axes(node.adapter, top)
+    for part, names in zip((node.frozen, node.trainable), axes, strict=True):
+        leaves = {}
+        for name, x in part.items():
+            roles = names.get(name, ())
+            if roles.count(None) > 1:
+                raise ValueError(
+                    f"site {site.path!r}: leaf {name!r} of {node.adapter.name!r} mixes "
+                    "components, which cannot be cut off one by one"
+                )
+            if None not in roles:
+                leaves[name] = x
+                continue
+            before = roles[: roles.index(None)]
+            at = batch + sum(site.roles.count(role) for role in before)
+            if x.shape[at] != top:
+                raise ValueError(
+                    f"site {site.path!r}: leaf {name!r} of {node.adapter.name!r} has "
+                    f"{x.shape[at]} columns for {top} components"
+                )
+            shape = x.shape[:batch] + (1,) * (at - batch) + (width,)
+            shape += (1,) * (x.ndim - at - 1)
+            cut = functools.partial(
+                _cut, index=index.reshape(shape), real=real.reshape(shape), at=at
+            )
+            if isinstance(x, jax.ShapeDtypeStruct):
+                leaves[name] = jax.eval_shape(cut, x)
+            elif isinstance(x, jax.core.Tracer):
+                leaves[name] = cut(x)
+            else:
+                leaves[name] = jax.device_put(cut(x), getattr(x, "sharding", None))
+        parts.append(leaves)
+    ranks = tuple(map(len, kept))
+    alphas = site.alphas
+    if alphas is not None:
+        alphas = tuple(
+            alpha * unit_scale(node.adapter, old) / unit_scale(node.adapter, new)
+            if new
+            else 0.0
+            for alpha, old, new in zip(alphas, site.ranks, ranks, strict=True)
+        )
+    return node.replace(
+        frozen=parts[0],
+        trainable=parts[1],
+        site=dataclasses.replace(site, ranks=ranks, alphas=alphas),
+    )
+
+
+def _cut(x, index, real, at: int):
+    taken = jnp.take_along_axis(x, jnp.asarray(index), at)
+    return jnp.where(real, taken, jnp.zeros((), x.dtype))
+
+
+@jax.jit
+def _acts(node: AdaptedKernel):
+    """Whether a product of a site's factors has a part that is not 0."""
+    f, batch = lifted_factors(node), node.roles.count(BATCH)
+    found = []
+    for term in f.terms:
+        down = jnp.any(term.a != 0, axis=tuple(range(batch, term.a.ndim - 1)))
+        up = jnp.any(term.b != 0, axis=tuple(range(batch + 1, term.b.ndim)))
+        found.append(jnp.any(down & up))
+    return jnp.any(jnp.stack(found))

@@ -1,0 +1,371 @@
+"""From one two-dimensional kernel to kernels with more axes, and to stacks.
+
+A method's functions see ``kernel [d_in, d_out]``. Here its leaves get the kernel's
+own in and out axes in place of ``d_in`` and ``d_out`` and its batch axes in front,
+and layers of unequal rank are padded with zeros to a common shape.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._node import AdaptedKernel, working_dtype
+from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
+
+# Two sizes that no real kernel has: an abstract trace of `init` on a kernel of this
+# shape shows which axes of a leaf are d_in and which are d_out.
+_D_IN, _D_OUT = 100_003, 100_019
+
+
+def axes_of(roles: tuple[str, ...], role: str) -> tuple[int, ...]:
+    """Positions of the axes with a role."""
+    return tuple(i for i, r in enumerate(roles) if r == role)
+
+
+def dims_of(shape: tuple[int, ...], roles: tuple[str, ...], role: str):
+    """Sizes of the axes with a role."""
+    return tuple(shape[i] for i in axes_of(roles, role))
+
+
+def matrix_shape(shape: tuple[int, ...], roles: tuple[str, ...]):
+    """``(number of layers, d_in, d_out)`` of a kernel."""
+    return tuple(math.prod(dims_of(shape, roles, role)) for role in (BATCH, IN, OUT))
+
+
+def to_matrices(kernel, roles: tuple[str, ...]):
+    """A kernel as ``[layers, d_in, d_out]``."""
+    order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
+    sizes = matrix_shape(kernel.shape, roles)
+    if order != tuple(range(kernel.ndim)):
+        kernel = kernel.transpose(order)
+    return kernel.reshape(sizes)
+
+
+def from_matrices(matrices, shape: tuple[int, ...], roles: tuple[str, ...]):
+    """The inverse of ``to_matrices``."""
+    order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
+    ordered = matrices.reshape(tuple(shape[i] for i in order))
+    if order == tuple(range(len(order))):
+        return ordered
+    inverse = tuple(order.index(i) for i in range(len(order)))
+    return ordered.transpose(inverse)
+
+
+@functools.cache
+def leaf_axes(adapter: Adapter, rank: int | None):
+    """Which axes of the adapter's two-dimensional leaves are in or out axes.
+
+    Returns:
+        ``(frozen, trainable)``: two dicts from a leaf's name to a tuple with
+        ``"in"``, ``"out"`` or ``None`` for each axis.
+    """
+    shapes = init_shapes(adapter, _D_IN, _D_OUT, rank, jnp.dtype(jnp.float32))
+    label = {_D_IN: IN, _D_OUT: OUT}
+    return tuple(
+        {name: tuple(label.get(d) for d in leaf.shape) for name, leaf in part.items()}
+        for part in shapes
+    )
+
+
+@functools.cache
+def shared_names(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the frozen leaves that all sites of an adapter have in common."""
+    if adapter.shared is None:
+        return ()
+    probe = lambda key: adapter.shared(key, 2, 2, adapter.rank, jnp.float32)
+    return tuple(jax.eval_shape(lambda: probe(jax.random.key(0))))
+
+
+@functools.cache
+def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
+    """Shapes of one layer's ``(frozen, trainable)``, by an abstract trace.
+
+    At rank 0, where no method is asked, those of rank 1 without the rank.
+    """
+    if rank == 0:
+        parts = init_shapes(adapter, d_in, d_out, 1, dtype)
+        return tuple(
+            {
+                name: jax.ShapeDtypeStruct(
+                    tuple(
+                        0 if role is None else size
+                        for size, role in zip(x.shape, names[name], strict=True)
+                    ),
+                    x.dtype,
+                )
+                for name, x in part.items()
+            }
+            for part, names in zip(parts, leaf_axes(adapter, 1), strict=True)
+        )
+    kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    init = functools.partial(adapter.init, rank=rank, alpha=adapter.alpha)
+    return jax.eval_shape(lambda k, w: init(k, w), key, kernel)
+
+
+def expand_leaf(leaf, axes, batch, in_dims, out_dims):
+    """A leaf ``[layers, ...]`` with its batch, in and out axes put in place."""
+    shape = list(batch)
+    for size, role in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
+        shape += {IN: in_dims, OUT: out_dims}.get(role, (size,))
+    return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
+
+
+def _flatten(leaf, axes, roles, layers=True):
+    """The inverse of ``expand_leaf``: ``[layers, ...]`` with d_in and d_out.
+
+    Without ``layers`` (a kernel without batch axes) the first axis is left out.
+    """
+    counts = {r: len(axes_of(roles, r)) for r in (BATCH, IN, OUT)}
+    shape, at = [], counts[BATCH]
+    if layers:
+        shape.append(math.prod(leaf.shape[:at]))
+    for role in axes:
+        width = counts.get(role, 1)
+        shape.append(math.prod(leaf.shape[at : at + width]))
+        at += width
+    return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
+
+
+def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
+    """For each leaf, the axis of the kernel that each of its axes follows.
+
+    Returns:
+        ``{leaf name: (kernel axis or None, ...)}``; ``None`` for rank axes.
+    """
+    roles = node.roles
+    where = {r: axes_of(roles, r) for r in (BATCH, IN, OUT)}
+    entries = {"base": tuple(range(len(roles))), "key": where[BATCH]}
+    for names in leaf_axes(node.adapter, _top_rank(node)):
+        for name, axes in names.items():
+            entry = where[BATCH]
+            for role in axes:
+                entry += where.get(role, (None,))
+            entries[name] = entry
+    for name in shared_names(node.adapter):
+        if name in node.frozen:
+            entries[name] = (None,) * node.frozen[name].ndim
+    return entries
+
+
+def _top_rank(node: AdaptedKernel) -> int | None:
+    return None if node.site.ranks is None else max(node.site.ranks)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("adapter", "roles", "ranks", "alphas"), inline=True
+)
+def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
+    """Calls ``adapter.init`` for each layer of a kernel.
+
+    Args:
+        key: one key for the whole site; each layer gets its own split of it.
+        kernel: the base, any number of axes.
+        adapter: the method.
+        roles: the roles of the kernel's axes.
+        ranks: rank of each layer, or ``None``.
+        alphas: alpha of each layer, or ``None``.
+
+    Returns:
+        ``(frozen, trainable)`` with leaves in the layout of ``AdaptedKernel``.
+    """
+    matrices = to_matrices(kernel, roles)
+    layers = matrices.shape[0]
+    settings = layer_settings(adapter, layers, ranks, alphas)
+
+    def init(key, matrix, setting):
+        own, *rest = setting
+        if rest[0] == 0:
+            return {}, {}  # padding alone
+        return own.init(key, matrix.astype(working_dtype(kernel.dtype)), *rest)
+
+    if BATCH not in roles:
+        parts = jax.tree.map(lambda x: x[None], init(key, matrices[0], settings[0]))
+    else:
+        keys = jax.random.split(key, layers)
+        if len(set(settings)) == 1:  # one layer at a time: one SVD's workspace
+            parts = jax.lax.map(lambda kw: init(*kw, settings[0]), (keys, matrices))
+        else:
+            each = [init(keys[i], matrices[i], settings[i]) for i in range(layers)]
+            parts = _stacked_parts(each)
+    return _in_place(parts, kernel, adapter, roles, ranks)
+
+
+def layer_settings(adapter: Adapter, layers: int, ranks, alphas) -> list[tuple]:
+    """``(method, rank, alpha)`` of each layer."""
+    none = (None,) * layers
+    methods = layer_methods(adapter, layers)
+    return list(zip(methods, ranks or none, alphas or none, strict=True))
+
+
+def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
+    """The method of each layer of a stack: one, unless its layers differ."""
+    if adapter.per_layer is None:
+        return (adapter,) * layers
+    return tuple(adapter.rebuild(**its) for its in adapter.per_layer(layers))
+
+
+@functools.partial(jax.jit, static_argnames=("adapter", "roles", "rank", "alpha"))
+def initialise_layer(key, kernel, i, *, adapter: Adapter, roles, rank, alpha):
+    """Calls ``adapter.init`` for layer ``i`` of a stack: ``(frozen, trainable)``."""
+    if rank == 0:
+        return {}, {}
+    matrices = to_matrices(kernel, roles)
+    matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
+    return adapter.init(key, matrix.astype(working_dtype(kernel.dtype)), rank, alpha)
+
+
+@functools.partial(jax.jit, static_argnames=("adapter", "roles", "ranks"))
+def joined_layers(each: list, kernel, *, adapter: Adapter, roles, ranks):
+    """What ``initialise`` returns, from every layer's ``(frozen, trainable)``."""
+    return _in_place(_stacked_parts(each), kernel, adapter, roles, ranks)
+
+
+def _stacked_parts(each: list[tuple[dict, dict]]) -> tuple[dict, dict]:
+    return tuple(map(_stacked, zip(*each, strict=True)))
+
+
+def _in_place(parts, kernel, adapter: Adapter, roles, ranks):
+    """Leaves ``[layers, ...]`` in the layout of ``AdaptedKernel``."""
+    batch, in_dims, out_dims = (
+        dims_of(kernel.shape, roles, role) for role in (BATCH, IN, OUT)
+    )
+    axes = leaf_axes(adapter, None if ranks is None else max(ranks))
+    return tuple(
+        {
+            name: expand_leaf(x, names[name], batch, in_dims, out_dims)
+            for name, x in p.items()
+        }
+        for p, names in zip(parts, axes, strict=True)
+    )
+
+
+def _stacked(layers: tuple[dict, ...]) -> dict:
+    """Stacks layers' leaves, padded with zeros; a leaf may be missing in a layer."""
+    stacked = {}
+    for name in dict.fromkeys(name for layer in layers for name in layer):
+        like = next(layer[name] for layer in layers if name in layer)
+        empty = jnp.zeros((0,) * like.ndim, like.dtype)
+        each = [layer.get(name, empty) for layer in layers]
+        shape = tuple(
+            max(sizes) for sizes in zip(*(x.shape for x in each), strict=True)
+        )
+        stacked[name] = jnp.stack([_padded_to(x, shape) for x in each])
+    return stacked
+
+
+def _padded_to(x, shape: tuple[int, ...]):
+    if x.shape == shape:
+        return x
+    widths = [(0, n - s) for s, n in zip(x.shape, shape, strict=True)]
+    return jnp.pad(x, widths)
+
+
+def layer_leaves(node: AdaptedKernel, layers: bool = True):
+    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis.
+
+    What a call added is among the frozen ones.
+    """
+    axes = leaf_axes(node.adapter, _top_rank(node))
+    frozen, trainable = tuple(
+        {
+            name: _flatten(x, names[name], node.roles, layers)
+            for name, x in part.items()
+            if name in names  # shared leaves have no layers
+        }
+        for part, names in zip((node.frozen, node.trainable), axes, strict=True)
+    )
+    added = dict(node.call or {})
+    if node.key is not None and node.adapter.dropout_on == "leaves":
+        added["key"] = node.key
+    for name, x in added.items():
+        own = (None,) * (x.ndim - len(axes_of(node.roles, BATCH)))
+        frozen[name] = _flatten(x, own, node.roles, layers)
+    return frozen, trainable
+
+
+def padded(node: AdaptedKernel) -> bool:
+    """Whether the layers of a stack have unequal ranks, or differ in other ways."""
+    ranks = node.site.ranks
+    return ranks is not None and len(set(_methods(node, ranks))) > 1
+
+
+def _methods(node: AdaptedKernel, ranks) -> list[tuple]:
+    """``(method, rank)`` of each layer that the node was attached to."""
+    return list(zip(layer_methods(node.adapter, len(ranks)), ranks, strict=True))
+
+
+def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
+    """Each layer's own ``(frozen, trainable)``, two-dimensional, without padding."""
+    parts = layer_leaves(node)
+    layers, d_in, d_out = matrix_shape(node.base.shape, node.roles)
+    if layers != len(node.site.ranks):
+        raise ValueError(
+            f"site {node.site.path!r} was attached to {len(node.site.ranks)} layers of "
+            f"unequal sizes and now has {layers}: which ones they are is not known. "
+            "Take penalties and counts of the whole stack."
+        )
+    result = []
+    for i, (adapter, rank) in enumerate(_methods(node, node.site.ranks)):
+        shapes = init_shapes(adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
+        result.append(
+            tuple(
+                {n: p[n][i][tuple(slice(s) for s in x.shape)] for n, x in like.items()}
+                for p, like in zip(parts, shapes, strict=True)
+            )
+        )
+    return result
+
+
+def per_layer(node: AdaptedKernel, f):
+    """Calls ``f(frozen, trainable)`` for each layer; results stacked on axis 0.
+
+    Layers of rank 0 are left out.
+    """
+    if padded(node):
+        each = zip(node.site.ranks, unpadded_layers(node), strict=True)
+        each = [f(*leaves) for rank, leaves in each if rank]
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+    return jax.vmap(f)(*layer_leaves(node))
+
+
+def per_layer_factors(node: AdaptedKernel) -> Factors:
+    """``adapter.factors`` of each layer, stacked; of one kernel as it is."""
+    shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
+
+    def factors(kernel, frozen, trainable):
+        return node.adapter.factors(kernel, frozen | shared, trainable)
+
+    if BATCH in node.roles:
+        matrices = to_matrices(node.base, node.roles)
+        return jax.vmap(factors)(matrices, *layer_leaves(node))
+    # Nothing to map over: a plain kernel and its leaves go in without a reshape.
+    _, d_in, d_out = matrix_shape(node.base.shape, node.roles)
+    matrix = node.base
+    if node.roles != (IN, OUT):
+        matrix = to_matrices(matrix, node.roles).reshape(d_in, d_out)
+    return factors(matrix, *layer_leaves(node, layers=False))
+
+
+def lifted_factors(node: AdaptedKernel) -> Factors:
+    """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
+    roles, shape = node.roles, node.base.shape
+    batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
+    flat, layers = per_layer_factors(node), BATCH in roles
+
+    def expand(x, axes):
+        sizes = list(batch)
+        for i, size in enumerate(x.shape[layers:]):
+            role = axes[i] if i < len(axes) else None
+            sizes += {IN: in_dims, OUT: out_dims}.get(role, (size,))
+        return x if x.shape == tuple(sizes) else x.reshape(sizes)
+
+    kernel = flat.kernel
+    if kernel is not None:
+        kernel = from_matrices(kernel, shape, roles).astype(node.base.dtype)
+    lifted = map_axes(expand, dataclasses.replace(flat, kernel=None))
+    return dataclasses.replace(lifted, kernel=kernel)

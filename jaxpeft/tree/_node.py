@@ -1,0 +1,207 @@
+"""The node that takes a kernel's place in an adapted tree."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._paths import path_strings
+from jaxpeft.tree._terms import BATCH as BATCH
+from jaxpeft.tree._terms import IN as IN
+from jaxpeft.tree._terms import OUT as OUT
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where an adapter sits: the static half of an ``AdaptedKernel``.
+
+    Attributes:
+        path: the kernel's path in the parameter tree.
+        roles: ``"batch"``, ``"in"`` or ``"out"`` for each axis of the kernel.
+        ranks: the rank of each layer (one entry for a kernel without batch axes),
+            or ``None`` for methods without a rank.
+        alphas: the alpha of each layer, or ``None``.
+        pattern: the entry of ``targets`` that found this site.
+    """
+
+    path: str
+    roles: tuple[str, ...]
+    ranks: tuple[int, ...] | None
+    alphas: tuple[float, ...] | None
+    pattern: str
+
+
+class LeafKey(NamedTuple):
+    """The name of an adapter's leaf in a pytree key path."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f"[{self.key!r}]"
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedKernel:
+    """A kernel with an adapter beside it; a pytree node.
+
+    Attributes:
+        base: the kernel, as it was (an option that folds changes it, see
+            ``Adapter.fold``).
+        frozen: the adapter's fixed leaves, batch axes first, then the kernel's own
+            in or out axes in place of ``d_in`` or ``d_out``.
+        trainable: the adapter's trained leaves, in the same layout.
+        key: a dropout key for each layer, or ``None`` for evaluation.
+        adapter: the method. Static.
+        site: the place. Static.
+        call: what ``with_inputs`` added for a call, batch axes first, or ``None``.
+    """
+
+    base: Any
+    frozen: dict[str, Any]
+    trainable: dict[str, Any]
+    key: Any
+    adapter: Adapter
+    site: Site
+    call: Any = None  # a dict; any leaf where JAX rebuilds the node with its own
+
+    def tree_flatten_with_keys(self):
+        key = LeafKey
+        names = (sorted(self.frozen), sorted(self.trainable))
+        children = (
+            [(key("base"), self.base), (key("key"), self.key)]
+            + [(key("call"), self.call)]
+            + [(key(n), self.frozen[n]) for n in names[0]]
+            + [(key(n), self.trainable[n]) for n in names[1]]
+        )
+        return children, (tuple(names[0]), tuple(names[1]), self.adapter, self.site)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        frozen, trainable, adapter, site = static
+        base, key, call, *rest = children
+        return cls(
+            base=base,
+            frozen=dict(zip(frozen, rest[: len(frozen)], strict=True)),
+            trainable=dict(zip(trainable, rest[len(frozen) :], strict=True)),
+            key=key,
+            adapter=adapter,
+            site=site,
+            call=call,
+        )
+
+    def replace(self, **changes) -> "AdaptedKernel":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the base's axes, also after leading ones came or went."""
+        return trailing(self.site.roles, self.base.ndim)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    def __jax_array__(self):
+        raise TypeError(
+            f"the adapted kernel {self.site.path!r} reached a JAX function outside of "
+            "jaxpeft.adapt. Wrap the function that takes the tree: "
+            "`forward = jaxpeft.adapt(model.apply)`, or fold the tree first with "
+            "`jaxpeft.merge(adapted)`."
+        )
+
+    def __repr__(self) -> str:
+        leaves = {
+            n: getattr(v, "shape", v)
+            for n, v in {"base": self.base, **self.frozen, **self.trainable}.items()
+        }
+        return f"AdaptedKernel({self.site.path!r}, {self.adapter!r}, {leaves})"
+
+
+def trailing(roles: tuple[str, ...], ndim: int) -> tuple[str, ...]:
+    """The roles of the last axes; axes that were stacked in front are batch axes."""
+    return (BATCH,) * (ndim - len(roles)) + roles[max(0, len(roles) - ndim) :]
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is an ``AdaptedKernel``."""
+    return isinstance(x, AdaptedKernel)
+
+
+def map_nodes(f, tree, *rest):
+    """Maps ``f`` over the nodes of a tree; everything else stays as it is."""
+    return jax.tree.map(
+        lambda x, *r: f(x, *r) if is_node(x) else x, tree, *rest, is_leaf=is_node
+    )
+
+
+def nodes(tree: Any) -> list[AdaptedKernel]:
+    """All adapted kernels of a tree, in the order of its leaves; whole ones only."""
+    found = [x for x in jax.tree.leaves(tree, is_leaf=is_node) if is_node(x)]
+    for node in found:
+        leaves = (*node.frozen.values(), *node.trainable.values())
+        if node.base is None and all(x is not None for x in leaves):
+            raise ValueError(
+                f"site {node.site.path!r} has no base: put what extract took off onto "
+                "one, jaxpeft.graft(params, adapter), or join the halves of a "
+                "partition, jaxpeft.combine(trainable, frozen)"
+            )
+        if node.base is None or any(x is None for x in leaves):
+            raise ValueError(
+                f"site {node.site.path!r} is one half of a partition; join the two "
+                "first: jaxpeft.combine(trainable, frozen)"
+            )
+    return found
+
+
+def leaves_with_path(tree: Any, is_leaf=is_node) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` of a tree; an adapted kernel counts as one leaf.
+
+    Raises:
+        ValueError: two leaves have the same path.
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = path_strings([path for path, _ in pairs])
+    if len(set(paths)) != len(paths):
+        twice = sorted({p for p in paths if paths.count(p) > 1})
+        raise ValueError(f"two leaves of the tree have the same path: {twice}")
+    return [(path, leaf) for path, (_, leaf) in zip(paths, pairs, strict=True)]
+
+
+def check_key(key: Any) -> None:
+    """Raises unless ``key`` is one typed key."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed or key.shape != ():
+        got = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
+        raise TypeError(
+            f"`key` must be one typed key, got {got}: write jax.random.key(seed)"
+        )
+
+
+def wider(*dtypes) -> jnp.dtype:
+    """The dtype that holds all of these, whatever promotion the user allows."""
+    # float8 types promote with nothing; bfloat16 holds every one of them.
+    dtypes = [
+        jnp.bfloat16 if jnp.issubdtype(d, jnp.floating) and d.itemsize == 1 else d
+        for d in map(jnp.dtype, dtypes)
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def working_dtype(dtype) -> jnp.dtype:
+    """The dtype of adapter leaves over a kernel: float32, or float64 over float64."""
+    return wider(dtype, jnp.float32)

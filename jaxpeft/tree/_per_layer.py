@@ -1,0 +1,82 @@
+"""Ranks and alphas of sites and layers, from a pattern or an allocation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.tree._lift import matrix_shape
+from jaxpeft.tree._paths import resolve_pattern
+from jaxpeft.tree._terms import BATCH
+
+
+def per_layer_values(
+    what, pattern, default, by_path, roles, ranks=None
+) -> dict[str, Any]:
+    """Each site's ranks or alphas, one value per layer.
+
+    A layer of a stack may have rank 0, and then, of the ``ranks``, alpha 0.
+    """
+    argument = f"{what}_pattern"
+    paths = list(roles)
+    if default is None:
+        if pattern is not None:
+            raise ValueError(f"`{argument}` was given, but this adapter has no {what}")
+        return dict.fromkeys(paths)
+    if pattern is None:
+        values = {}
+    elif isinstance(pattern, Mapping):
+        values = resolve_pattern(argument, pattern, paths)
+    elif not _is_list(pattern):
+        raise ValueError(
+            f"`{argument}` must be {{pattern: {what}}} or a list with one {what} per "
+            f"stacked layer, got {pattern!r}"
+        )
+    else:
+        stacked = [p for p in paths if BATCH in roles[p]]
+        if len(stacked) < len(paths):
+            lone = next(p for p in paths if p not in stacked)
+            raise ValueError(
+                f"`{argument}` is a list with one {what} per stacked layer, but site "
+                f"{lone!r} is not stacked; write {argument}={{pattern: value}}"
+            )
+        values = dict.fromkeys(paths, pattern)
+    result = {}
+    for path in paths:
+        layers = matrix_shape(by_path[path].shape, roles[path])[0]
+        value = values.get(path, default)
+        each = tuple(value) if _is_list(value) else (value,) * layers
+        if len(each) != layers:
+            raise ValueError(
+                f"`{argument}` gives {len(each)} values for site {path!r}, which has "
+                f"{layers} layer{'s' * (layers > 1)}"
+            )
+        some = BATCH in roles[path] and any(each)
+        none = [some] * layers
+        if ranks is not None:
+            none = [some and rank == 0 for rank in ranks[path] or (None,) * layers]
+        for v, allowed in zip(each, none, strict=True):
+            if not (allowed and v == 0 and not isinstance(v, bool)):
+                _check_value(what, v, path)
+        result[path] = tuple(int(v) if what == "rank" else float(v) for v in each)
+    return result
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+
+
+def _check_value(what: str, v: Any, path: str) -> None:
+    if what == "rank":
+        fits, kind = (
+            isinstance(v, int | np.integer) and v >= 1,
+            "an integer of at least 1",
+        )
+    else:
+        number = isinstance(v, int | float | np.number)
+        fits, kind = number and 0 < v < float("inf"), "a finite number > 0"
+    if isinstance(v, bool) or not fits:
+        raise ValueError(
+            f"{what} of site {path!r} must be {kind}, got {v!r}; for no adapter leave "
+            "the site out with `exclude`"
+        )

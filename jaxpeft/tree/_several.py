@@ -1,0 +1,128 @@
+"""Several adapters on one base: off a tree, onto a tree.
+
+There is no container for them: ``{"french": extract(one), "sql": extract(other)}``
+is one, and its keys are the names.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import PyTree
+
+from jaxpeft.tree._attach import fold_base, place_like
+from jaxpeft.tree._grouped import grouped
+from jaxpeft.tree._lift import leaf_entries
+from jaxpeft.tree._node import AdaptedKernel, is_node, leaves_with_path, nodes
+from jaxpeft.tree._paths import nearest
+
+
+def extract(adapted: PyTree) -> dict[str, AdaptedKernel]:
+    """Takes the adapters off a tree: a small tree without the base.
+
+    N adapters of one base then cost N small trees. A plain dictionary of them, by
+    name, is all there is to managing them:
+
+    ==========  ==================================================
+    add         ``adapters["french"] = jp.extract(adapted)``
+    list        ``list(adapters)``
+    switch      ``adapted = jp.graft(params, adapters["french"])``
+    disable     run ``params``, which no adapter has changed
+    delete      ``del adapters["french"]``
+    ==========  ==================================================
+
+    Args:
+        adapted: a tree made by ``attach``.
+
+    Returns:
+        ``{path of the kernel: its node without the kernel}``. Entries may be left out
+        or brought together from several trees. Dropout keys stay behind.
+
+    Raises:
+        ValueError: the tree has no adapters, or is one half of a partition.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params, key = {"query": {"kernel": jnp.zeros((4, 6))}}, jax.random.key(0)
+        >>> one = jp.attach(params, jp.lora(rank=2), ["query"], key=key)
+        >>> adapters = {"one": jp.extract(one)}
+        >>> list(adapters["one"])
+        ['query/kernel']
+        >>> again = jp.graft(params, adapters["one"])
+        >>> jax.tree.structure(again) == jax.tree.structure(one)
+        True
+    """
+    found = nodes(adapted)
+    if not found:
+        raise ValueError(
+            "`adapted` has no adapters; give a tree that jaxpeft.attach made, before "
+            "merge or detach."
+        )
+    return {
+        node.site.path: node.replace(base=None, key=None, call=None) for node in found
+    }
+
+
+def graft(params: PyTree, adapter: Mapping[str, AdaptedKernel]) -> PyTree:
+    """Puts adapters that ``extract`` took off onto a base.
+
+    The base is not copied: trees of several adapters share its arrays. Nothing says
+    which base an adapter was trained with; a file does (``interop.save_adapter``).
+
+    Args:
+        params: the plain parameter tree; it may carry adapters at other sites.
+        adapter: what ``extract`` returned. Leaves may come from a checkpoint; they go
+            where their kernels lie.
+
+    Returns:
+        The adapted tree. An option that folds a part of the kernel folds it again.
+
+    Raises:
+        ValueError: a kernel is not there, has an adapter already, or has another
+            shape. All are listed, and nothing is attached.
+    """
+    leaves = dict(leaves_with_path(params))
+    problems: list[str] = []
+    for path, node in adapter.items():
+        problems += _misfits(path, node, leaves)
+    if problems:
+        raise ValueError(
+            "`adapter` does not fit `params`; nothing was attached:\n  "
+            + grouped(problems)
+        )
+    made = {path: _grafted(node, leaves[path]) for path, node in adapter.items()}
+    treedef = jax.tree.structure(params, is_leaf=is_node)
+    return treedef.unflatten([made.get(path, x) for path, x in leaves.items()])
+
+
+def _misfits(path: str, node: AdaptedKernel, leaves) -> list[str]:
+    if not is_node(node) or node.base is not None:
+        return [f"{path!r} is no adapter off a tree; write adapter=extract(adapted)"]
+    kernel = leaves.get(path)
+    if kernel is None:
+        return [f"no leaf {path!r}; nearest: {nearest(path, list(leaves))}"]
+    if is_node(kernel):
+        return [f"{path!r} already carries {kernel.adapter.name!r}; detach it first"]
+    shape = tuple(kernel.shape)
+    if len(shape) != len(node.site.roles):
+        roles = " ".join(node.site.roles)
+        return [f"{path!r} has shape {shape}, and the adapter's axes are {roles!r}"]
+    entries = leaf_entries(node.replace(base=kernel))
+    return [
+        f"{path!r} has shape {shape}, which the adapter's leaf {name!r} of shape "
+        f"{tuple(x.shape)} does not fit"
+        for name, x in {**node.frozen, **node.trainable}.items()
+        if any(
+            i is not None and shape[i] != size
+            for i, size in zip(entries[name], x.shape, strict=True)
+        )
+    ]
+
+
+def _grafted(node: AdaptedKernel, kernel) -> AdaptedKernel:
+    node = node.replace(base=kernel)
+    if node.adapter.fold is not None:
+        with warnings.catch_warnings():  # what attach has warned of already
+            warnings.simplefilter("ignore")
+            node = node.replace(base=fold_base(node))
+    return place_like(node, kernel)

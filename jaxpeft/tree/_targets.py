@@ -1,0 +1,141 @@
+"""Which leaves a user means: targets, exclusions, and errors that show the way."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._node import is_node
+from jaxpeft.tree._paths import (
+    BIASES,
+    OUTPUT_HEADS,
+    compiled,
+    in_module,
+    module_path,
+    names_leaf,
+    nearest,
+)
+
+# A linear layer's weight among the standard names; heads that predict tokens are
+# left out of "all-linear", as in HF PEFT.
+_NOT_LINEAR = ("embedding", "embeddings", "bias", "scale", "b")
+
+
+def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -> bool:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
+        return False
+    if adapter.leaves == "any":
+        return True
+    if adapter.leaves == "bias":
+        return path.rpartition("/")[2] in BIASES
+    # A stacked bias or norm scale has two axes and is no matrix all the same. Haiku's
+    # bias is "b" beside "w"; alone, a kernel may have that name.
+    head, slash, last = path.rpartition("/")
+    beside = last == "b" and f"{head}{slash}w" in paths
+    own = last in ("bias", "scale", "offset") or beside
+    return leaf.ndim >= 2 and not own
+
+
+def _floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
+    """``{path: the entry that found it}``, or an error that shows the way."""
+    paths = {p for p, _ in leaves}
+    if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):
+        what = "biases" if adapter.leaves == "bias" else "weights"
+        raise ValueError(
+            f"`params` has no {what}: none of its {len(leaves)} leaves is an array "
+            f"that {adapter.name or 'an adapter'} can sit on"
+        )
+    if isinstance(targets, str) and targets == "all-linear":
+        found = {
+            p: targets
+            for p, leaf in leaves
+            if not (is_node(leaf) and leaf.adapter.leaves != "kernel")
+            and _is_weight(p, leaf, adapter, paths)
+            and leaf.ndim >= 2
+            and _floating(leaf)
+            and p.rpartition("/")[2] not in _NOT_LINEAR
+            and module_path(p).rpartition("/")[2] not in OUTPUT_HEADS
+        }
+    else:
+        found = _match("targets", targets, leaves, adapter)
+    if exclude is not None:
+        out = _match("exclude", exclude, leaves, adapter, inside=True)
+        found = {p: entry for p, entry in found.items() if p not in out}
+        if not found:
+            raise ValueError(f"`exclude` {exclude!r} leaves nothing of `targets`")
+    if not found:
+        raise ValueError(
+            f"`targets` {targets!r} matched none of the {len(leaves)} leaves; they are "
+            f"named like {nearest('', [p for p, _ in leaves])}"
+        )
+    for path, leaf in leaves:
+        if path not in found:
+            continue
+        if is_node(leaf):
+            raise ValueError(
+                f"site {path!r} already carries {leaf.adapter.name!r} (attached as "
+                f"{leaf.site.pattern!r}) and is matched again by {found[path]!r}. Name "
+                "other `targets`, leave it out with `exclude`, or detach first; two "
+                "plain adapters on one kernel are one of the sum of their ranks."
+            )
+        if not _floating(leaf):
+            raise ValueError(
+                f"site {path!r} has dtype {leaf.dtype}; an adapter needs a floating "
+                f"kernel. Leave it out with exclude=[{module_path(path)!r}]."
+            )
+    return found
+
+
+def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
+    every = {p for p, _ in leaves}
+    eligible = [(p, leaf) for p, leaf in leaves if _is_weight(p, leaf, adapter, every)]
+    paths = [p for p, _ in eligible]
+    if callable(patterns):
+        name = getattr(patterns, "__name__", "callable")
+        return {p: name for p, leaf in eligible if patterns(p, leaf)}
+    if isinstance(patterns, str):
+        expression = compiled(patterns, argument)
+        found = {
+            p: patterns
+            for p in paths
+            if expression.fullmatch(module_path(p)) or expression.fullmatch(p)
+        }
+        if not found:
+            hint = nearest(patterns, paths, 2)
+            raise ValueError(
+                f"`{argument}` {patterns!r} is a string, so a regular expression that "
+                f"must match a whole module path; it matched none of the {len(paths)} "
+                f"kernels. Nearest: {hint}. To match by name write "
+                f"{argument}={hint or [patterns]!r}; for part of a path, "
+                f"{argument}={'.*' + patterns + '.*'!r}."
+            )
+        return found
+    found: dict[str, str] = {}
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise ValueError(
+            f"`{argument}` must be a list of module names, a regular expression, "
+            f'"all-linear" or a callable, got {patterns!r}'
+        )
+    matches = in_module if inside or adapter.leaves != "kernel" else names_leaf
+    for entry in patterns:
+        if not isinstance(entry, str):
+            raise ValueError(f"`{argument}` entry {entry!r} is not a string")
+        hits = [p for p in paths if matches(entry.strip("/"), p)]
+        if not hits:
+            near = nearest(entry, paths)
+            raise ValueError(
+                f"`{argument}` entry {entry!r} matched none of the {len(paths)} "
+                f"kernels; nearest: {near}. List entries are names, matched at the "
+                f"end of a path: write {argument}={near[:1]!r}, or a string such as "
+                f"{argument}={'.*' + re.escape(near[0]) if near else '.*'!r} for a "
+                "regular expression."
+            )
+        for path in hits:
+            found.setdefault(path, entry)
+    return found
