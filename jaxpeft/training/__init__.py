@@ -47,7 +47,6 @@ from jaxpeft.training._metrics import Stopwatch as Stopwatch
 from jaxpeft.training._metrics import compile_seconds as compile_seconds
 from jaxpeft.training._metrics import memory as memory
 from jaxpeft.training._metrics import read_metrics as read_metrics
-from jaxpeft.training._optimizer import LEAF_KINDS as LEAF_KINDS
 from jaxpeft.training._optimizer import PARAMETER_KINDS as PARAMETER_KINDS
 from jaxpeft.training._optimizer import Optimizer as Optimizer
 from jaxpeft.training._optimizer import adamw as adamw

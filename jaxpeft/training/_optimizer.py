@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.tree import AdaptedKernel, is_node
+from jaxpeft.tree import IN, OUT, AdaptedKernel, is_node, leaf_axes
 
 # Rates, decays and moments are float32 numbers.
 MOST = float(jnp.finfo(jnp.float32).max)
@@ -19,24 +19,8 @@ Schedule = Callable[[jax.Array], jax.Array]
 # The groups of learning rates.
 ADAPTER, FAST, EMBEDDING, HEAD = "adapter", "adapter_fast", "embedding", "head"
 
-# What an adapter's leaf is, by its name: "down" reads the input (and square cores
-# count with it), "up" writes the output, "vector" is everything else. By name and
-# never by the number of axes: the sigma of a stack of layers has two.
-LEAF_KINDS: dict[str, str] = {
-    "a": "down",
-    "core": "down",
-    "router": "down",
-    "b": "up",
-    "sigma": "vector",
-    "e": "vector",
-    "m_in": "vector",
-    "m_out": "vector",
-    "lam_d": "vector",
-    "lam_b": "vector",
-    "l": "vector",
-}
-
-# The same for leaves that are trained whole, by their own names in the model.
+# What a leaf that is trained whole is, by its own name in the model: "down" for a
+# matrix, "vector" for what is never decayed.
 PARAMETER_KINDS: dict[str, str] = {
     "kernel": "down",
     "weight": "down",
@@ -178,8 +162,10 @@ def adamw(
         embedding_learning_rate: the peak rate of factors at embedding tables.
             ``None``: 1e-6 with ``lora_plus_ratio`` (as in HF PEFT), else
             ``learning_rate``.
-        leaf_kinds: kinds (``"down"``, ``"up"``, ``"vector"``) of leaf names that
-            ``LEAF_KINDS`` and ``PARAMETER_KINDS`` do not know.
+        leaf_kinds: kinds (``"down"``, ``"up"``, ``"vector"``) by name, of leaves of the
+            model that are trained whole and that ``PARAMETER_KINDS`` does not know, or
+            in place of what an adapter's leaf is by its axes: with one axis a vector,
+            with the kernel's in or out axis last "up", else "down".
 
     Returns:
         An ``Optimizer`` for trees like ``trainable``.
@@ -323,11 +309,12 @@ def _leaf_kinds(trainable: Any, given: Mapping[str, str]) -> dict[tuple[str, str
     def look(node, name):
         # A leaf trained whole has the adapter's word for a name; the model's own
         # name, the end of the path, is what tells a matrix from a bias.
-        own = node.site.path.rpartition("/")[2] if _whole(node) else name
-        table = PARAMETER_KINDS if _whole(node) else LEAF_KINDS
-        kinds = {**table, **given}
+        own, known = name, lambda: _kind_by_axes(node, name)
+        if _whole(node):
+            own = node.site.path.rpartition("/")[2]
+            known = lambda: PARAMETER_KINDS.get(own)
         # An expert's leaf is called after it: "a.code" is an a.
-        kind = kinds.get(own, kinds.get(own.partition(".")[0]))
+        kind = given.get(own, given.get(own.partition(".")[0])) or known()
         if kind is None:
             unknown.add(own)
         found[node.site.path, name] = kind
@@ -336,12 +323,22 @@ def _leaf_kinds(trainable: Any, given: Mapping[str, str]) -> dict[tuple[str, str
     if unknown:
         names = sorted(unknown)
         raise ValueError(
-            f"weight decay and LoRA+ go by leaf names, and {names} are unknown: write "
+            f"weight decay and LoRA+ go by the names of leaves that are trained whole, "
+            f"and {names} are unknown: write "
             f"leaf_kinds={dict.fromkeys(names, 'vector')!r} ('down' for a matrix that "
             "reads the input, 'up' for one that writes the output, 'vector' for what "
             "is never decayed)"
         )
     return found
+
+
+def _kind_by_axes(node: AdaptedKernel, name: str) -> str:
+    """What a leaf of one kernel is: a stack's layers are not counted as an axis."""
+    rank = None if node.site.ranks is None else max(node.site.ranks)
+    axes = leaf_axes(node.adapter, rank)[1][name]
+    if len(axes) < 2:
+        return "vector"
+    return "up" if axes[-1] in (IN, OUT) else "down"
 
 
 def _group(node: AdaptedKernel, kind: str | None, head: bool, embedding: bool) -> str:

@@ -17,8 +17,10 @@ from jaxpeft.tree._node import AdaptedKernel, working_dtype
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
 
 # Two sizes that no real kernel has: an abstract trace of `init` on a kernel of this
-# shape shows which axes of a leaf are d_in and which are d_out.
-_D_IN, _D_OUT = 100_003, 100_019
+# shape shows which axes of a leaf are d_in and which are d_out. Small numbers and
+# powers of two divide them, for methods with groups or blocks.
+_EVEN = 2**10 * 3**2 * 5 * 7
+_D_IN, _D_OUT = 13 * _EVEN, 11 * _EVEN
 
 
 def axes_of(roles: tuple[str, ...], role: str) -> tuple[int, ...]:

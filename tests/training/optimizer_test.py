@@ -13,7 +13,7 @@ from contract_toolbox import METHODS, make
 
 import jaxpeft as jp
 from jaxpeft import training
-from jaxpeft.tree import flat
+from jaxpeft.tree import Adapter, Factors, Term, flat, method
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_trees_that_are_not_trainable_are_refused(trainable):
 
 @pytest.mark.parametrize("adapter", [*map(make, METHODS)], ids=lambda a: a.name)
 def test_every_method_has_groups_and_decay(adapter, keys):
-    """By names, never by axes: a stack's vectors have two and are not decayed."""
+    """A stack's vectors have two axes and are not decayed."""
     params = {"up": {"kernel": jnp.ones((2, 400, 300)), "bias": jnp.ones((2, 300))}}
     run = lambda p, k: jp.attach(p, adapter, ["up"], key=k, axes={"up": "layer in out"})
     trainable, _ = jp.partition(jax.eval_shape(run, params, next(keys)))
@@ -231,3 +231,52 @@ def test_every_method_has_groups_and_decay(adapter, keys):
     ).schedules
     vectors = "adapter_fast" in labels
     assert vectors == bool({"up", "vector"} & set(kinds.values()))
+
+
+# What the methods' papers call their leaves, and what these are.
+NAMED = {
+    "down": {"a", "core", "router"},
+    "up": {"b"},
+    "vector": {"sigma", "e", "m_in", "m_out", "lam_d", "lam_b", "l"},
+}
+
+
+@pytest.mark.parametrize("adapter", [*map(make, METHODS)], ids=lambda a: a.name)
+def test_what_a_leaf_is_follows_from_its_axes(adapter, keys):
+    params = {"up": {"kernel": jnp.ones((400, 300)), "bias": jnp.ones((300,))}}
+    run = lambda p, k: jp.attach(p, adapter, ["up"], key=k)
+    trainable, _ = jp.partition(jax.eval_shape(run, params, next(keys)))
+    for (_, name), kind in training._optimizer._leaf_kinds(trainable, {}).items():
+        whole = adapter.leaves != "kernel"
+        assert whole or name.partition(".")[0] in NAMED[kind], (name, kind)
+
+
+@method
+def blocks(rank: int = 2, groups: int = 48) -> Adapter:
+    """A method of one's own whose leaves have groups, and names of its own."""
+
+    def init(key, kernel, rank, alpha):
+        d_in, d_out = kernel.shape
+        if d_in % groups:
+            raise ValueError(f"`groups` must divide {d_in}")
+        left = jax.random.normal(key, (groups, d_in // groups, rank))
+        return {}, {"left": left, "right": jnp.zeros((rank, d_out))}
+
+    def factors(kernel, frozen, t):
+        a = t["left"].reshape(kernel.shape[0], -1)
+        return Factors((Term(a, t["right"]),))
+
+    return Adapter(init, factors, rank=rank)
+
+
+def test_a_method_from_elsewhere_has_decay_and_groups_of_rates(keys):
+    params = {"up": {"kernel": jnp.ones((96, 30))}}
+    adapted = jp.attach(params, blocks(), ["up"], key=next(keys))
+    trainable, _ = jp.partition(adapted)
+    kinds = training._optimizer._leaf_kinds(trainable, {})
+    assert {name: kind for (_, name), kind in kinds.items()} == {
+        "left": "down",
+        "right": "up",
+    }
+    options = {"total_steps": 9, "learning_rate": 1e-3, "weight_decay": 0.1}
+    training.adamw(trainable, lora_plus_ratio=4.0, **options)
