@@ -1,15 +1,15 @@
 """The two files of a saved adapter, and the way from a name to a method."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxpeft import adapters
 from jaxpeft.parts import PeftForm
-from jaxpeft.tree import Adapter
+from jaxpeft.tree import Adapter, methods
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 DIGEST = "sha256"  # of the arrays' file, in CONFIG
@@ -32,17 +32,13 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def method_names() -> list[str]:
-    """The names of all methods."""
-    public = (name for name in dir(adapters) if not name.startswith("_"))
-    return [name for name in public if callable(getattr(adapters, name))]
-
-
 def forms() -> dict[str, tuple[Callable[..., Adapter], PeftForm]]:
     """Constructor and form in PEFT's files, of each method that has one."""
     found = {}
-    for name in method_names():
-        constructor = getattr(adapters, name)
+    for name, constructor in methods().items():
+        parameters = inspect.signature(constructor).parameters.values()
+        if any(p.default is p.empty for p in parameters):
+            continue  # nothing says how a file's options would fill these
         if (form := constructor().peft) is not None:
             found[name] = constructor, form
     return found
@@ -50,7 +46,7 @@ def forms() -> dict[str, tuple[Callable[..., Adapter], PeftForm]]:
 
 def build_method(name: str, options: Mapping[str, Any]) -> Adapter | None:
     """Calls the constructor of a name; ``None`` if there is no such method."""
-    constructor = getattr(adapters, name, None) if name in method_names() else None
+    constructor = methods().get(name)
     return None if constructor is None else constructor(**options)
 
 

@@ -16,7 +16,6 @@ from jaxpeft.interop._format import (
     adapter_info,
     build_method,
     digest,
-    method_names,
 )
 from jaxpeft.interop._tensors import TensorFile
 from jaxpeft.interop._untie import untied_for
@@ -33,6 +32,7 @@ from jaxpeft.tree import (
     leaf_entries,
     leaves_with_path,
     lifted_factors,
+    methods,
     nearest,
     shared_names,
     to_matrices,
@@ -138,7 +138,9 @@ def _load_method(entry: Mapping[str, Any], problems: list[str]) -> Adapter | Non
         return None
     if adapter is None:
         problems.append(
-            f"unknown method {name!r}; there are {', '.join(method_names())}"
+            f"unknown method {name!r}; there are {', '.join(methods())}. A method of "
+            "another package is known once the module that defines it is imported: "
+            "import it first"
         )
     return adapter
 

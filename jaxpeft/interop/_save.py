@@ -20,12 +20,11 @@ from jaxpeft.interop._format import (
     VERSION,
     build_method,
     digest,
-    method_names,
     version,
 )
 from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 from jaxpeft.numerics import checksum, projection
-from jaxpeft.tree import AdaptedKernel, Adapter, leaves_with_path, shared_names
+from jaxpeft.tree import AdaptedKernel, Adapter, leaves_with_path, methods, shared_names
 
 
 def save_adapter(
@@ -156,9 +155,9 @@ def _method_entry(adapter: Adapter) -> dict[str, Any]:
     options = dict(adapter.options)
     if not adapter.name or build_method(adapter.name, options) is not adapter:
         raise ValueError(
-            f"the method {adapter!r} is not one of jaxpeft.adapters "
-            f"({', '.join(method_names())}) and could not be loaded again. Keep the "
-            "function in a file of its own there, with one line in __init__.py."
+            f"the method {adapter!r} has no name and could not be loaded again; there "
+            f"are {', '.join(methods())}. Decorate its constructor with "
+            "@jaxpeft.tree.method"
         )
     return {"name": adapter.name, "options": options}
 

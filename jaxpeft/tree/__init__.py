@@ -1,7 +1,9 @@
 """Adapted trees: the contract of a method, the node, and what is done to trees."""
 
 from jaxpeft.tree._adapter import Adapter as Adapter
+from jaxpeft.tree._adapter import cached as cached
 from jaxpeft.tree._adapter import method as method
+from jaxpeft.tree._adapter import methods as methods
 from jaxpeft.tree._allocation import Allocation as Allocation
 from jaxpeft.tree._allocation import KernelShape as KernelShape
 from jaxpeft.tree._allocation import SiteRank as SiteRank

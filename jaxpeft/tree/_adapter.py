@@ -96,11 +96,27 @@ class Adapter(NamedTuple):
         return f"{self.name or 'Adapter'}({inside})"
 
 
+_METHODS: dict[str, Callable[..., Adapter]] = {}
+
+
+def methods() -> dict[str, Callable[..., Adapter]]:
+    """Returns the constructors of all methods that are known, by name.
+
+    Those of ``jaxpeft.adapters``, and those of other packages that are imported.
+    """
+    return dict(sorted(_METHODS.items()))
+
+
 def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
-    """Makes a constructor return the same object for the same arguments.
+    """Makes a constructor a method: it has a name, and equal calls give one object.
+
+    Files of adapters name the method of each site, and reading one looks the name up
+    among the methods that are known. A method of any package is known as soon as its
+    module is imported; files import nothing by themselves.
 
     Adapters are static parts of adapted trees, and functions compare by identity:
-    without this, two trees made by two equal calls would not be the same pytree.
+    if equal calls gave two objects, two trees made by them would not be the same
+    pytree.
 
     Args:
         constructor: a function with plain, hashable arguments that returns an
@@ -110,9 +126,44 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
         The constructor; its results carry ``name`` and ``options``.
 
     Raises:
+        ValueError: another constructor has this name already. (The same one may be
+            defined again, as in a notebook.)
         TypeError: an argument is unknown, or not a plain hashable value (when
             called).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> from jaxpeft.tree import Adapter, Factors, Term, method
+        >>> @method
+        ... def rank_one() -> Adapter:
+        ...     def init(key, kernel, rank, alpha):
+        ...         d_in, d_out = kernel.shape
+        ...         a = jax.random.normal(key, (d_in, 1))
+        ...         return {}, {"a": a, "b": jnp.zeros((1, d_out))}
+        ...
+        ...     def factors(kernel, frozen, trainable):
+        ...         return Factors((Term(trainable["a"], trainable["b"]),))
+        ...
+        ...     return Adapter(init, factors)
+        >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+        >>> adapted = jp.attach(params, rank_one(), ["query"], key=jax.random.key(0))
+        >>> jp.count(adapted)
+        (10, 34)
     """
+    name, made = constructor.__name__, cached(constructor)
+    place = lambda f: (f.__module__, f.__qualname__)
+    known = _METHODS.get(name)
+    if known is not None and place(known) != place(constructor):
+        raise ValueError(
+            f"a method named {name!r} is known already, {'.'.join(place(known))}; "
+            "files tell methods apart by name: give yours another one."
+        )
+    _METHODS[name] = made
+    return made
+
+
+def cached(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    """``method`` without a name in files: what the library attaches by itself."""
     signature = inspect.signature(constructor)
 
     @functools.cache

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpeft.tree import Adapter, Factors, Rows, Term, method, wider
+from jaxpeft.tree import Adapter, Factors, Rows, Term, cached, wider
 
 WAYS = ("gather", "ragged")
 
 
-@method
+@cached
 def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapter:
     """Returns the method of a kernel with slots: all of them empty, none trained.
 
