@@ -91,9 +91,25 @@ class Adapter(NamedTuple):
     def __eq__(self, other: object) -> bool:
         return self is other
 
+    def __reduce__(self):
+        # By name, as in files: what it is made of are functions inside of functions.
+        if not self.name:
+            raise TypeError("an adapter without a name cannot be pickled; use @method")
+        return _named, (self.name, self.options)
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.options)
         return f"{self.name or 'Adapter'}({inside})"
+
+
+def _named(name: str, options: tuple[tuple[str, Any], ...]) -> Adapter:
+    """The method of a name, for ``pickle``."""
+    if name not in _METHODS:
+        raise ValueError(
+            f"unknown method {name!r}; there are {', '.join(methods())}. A method of "
+            "another package is known once the module that defines it is imported"
+        )
+    return _METHODS[name](**dict(options))
 
 
 _METHODS: dict[str, Callable[..., Adapter]] = {}

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import serialization
 
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._paths import path_strings
@@ -34,15 +35,6 @@ class Site:
     pattern: str
 
 
-class LeafKey(NamedTuple):
-    """The name of an adapter's leaf in a pytree key path."""
-
-    key: str
-
-    def __str__(self) -> str:
-        return f"[{self.key!r}]"
-
-
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedKernel:
@@ -69,7 +61,7 @@ class AdaptedKernel:
     call: Any = None  # a dict; any leaf where JAX rebuilds the node with its own
 
     def tree_flatten_with_keys(self):
-        key = LeafKey
+        key = jax.tree_util.DictKey  # which Orbax and others know
         names = (sorted(self.frozen), sorted(self.trainable))
         children = (
             [(key("base"), self.base), (key("key"), self.key)]
@@ -128,6 +120,24 @@ class AdaptedKernel:
             for n, v in {"base": self.base, **self.frozen, **self.trainable}.items()
         }
         return f"AdaptedKernel({self.site.path!r}, {self.adapter!r}, {leaves})"
+
+
+def _to_state(node: AdaptedKernel) -> dict[str, Any]:
+    """The node's leaves, as Flax's serialisation has those of a dataclass."""
+    names = ("base", "key", "call", "frozen", "trainable")
+    return {n: serialization.to_state_dict(getattr(node, n)) for n in names}
+
+
+def _from_state(node: AdaptedKernel, state: dict[str, Any]) -> AdaptedKernel:
+    """The node with leaves from a state; method and site are the node's own."""
+    leaves = {
+        name: serialization.from_state_dict(getattr(node, name), value, name=name)
+        for name, value in state.items()
+    }
+    return node.replace(**leaves)
+
+
+serialization.register_serialization_state(AdaptedKernel, _to_state, _from_state)
 
 
 def trailing(roles: tuple[str, ...], ndim: int) -> tuple[str, ...]:

@@ -38,7 +38,8 @@ def _joined(key_path: tuple, children: dict[tuple, set]) -> str:
             case jax.tree_util.SequenceKey(idx=index):
                 names.append(str(index))
             case jax.tree_util.GetAttrKey(name=name):
-                last = all(hasattr(k, "_fields") for k in key_path[i + 1 :])
+                dicts = jax.tree_util.DictKey  # of a node's leaves
+                last = all(isinstance(k, dicts) for k in key_path[i + 1 :])
                 box = name == "value" and last and len(children[key_path[:i]]) == 1
                 if not box:
                     names.append(name)
