@@ -20,7 +20,7 @@ from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
 # shape shows which axes of a leaf are d_in and which are d_out. Small numbers and
 # powers of two divide them, for methods with groups or blocks.
 _EVEN = 2**10 * 3**2 * 5 * 7
-_D_IN, _D_OUT = 13 * _EVEN, 11 * _EVEN
+_D_IN, _D_OUT = 11 * _EVEN, 13 * _EVEN
 
 
 def axes_of(roles: tuple[str, ...], role: str) -> tuple[int, ...]:

@@ -279,7 +279,7 @@ def test_a_folded_universal_expert_is_the_same_function():
     assert distance(forward(folded, X), forward(tree, X)) < 1e-5
     assert distance(jp.detach(folded), jp.detach(tree)) < 1e-6
     own = jax.eval_shape(jp.tree._lift.lifted_factors, folded["w"])
-    assert own.b.shape[1] == 2 * 2  # the domains' alone
+    assert own.terms[0].b.shape[1] == 2 * 2  # the domains' alone
     with pytest.raises(ValueError, match="is folded already"):
         mixtures.fold_universal(folded)
     with pytest.raises(ValueError, match="export from the tree before"):
