@@ -69,6 +69,11 @@ def test_no_file_uses_a_private_one_of_another_room(path):
             if library == "jaxpeft" and len(parts) > 1 and parts[0] != mine:
                 private = [part for part in parts if part.startswith("_")]
                 assert not private, f"{path}:{node.lineno}: {name}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            door, name = node.value.id, node.attr
+            inner = re.fullmatch("_[a-z][a-z_]*", name) and door != mine
+            if inner and (ROOT / door / f"{name}.py").exists():
+                raise AssertionError(f"{path}:{node.lineno}: {door}.{name}")
 
 
 def at_the_top(path):

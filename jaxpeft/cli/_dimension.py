@@ -172,7 +172,7 @@ def _collect(given: argparse.Namespace) -> None:
         _check_held_out(given, run)
     with stage(f"reading {given.task}"):
         records = _records(given)
-    tiny = given.model == study._tiny.TINY
+    tiny = given.model == study.TINY
     if not tiny:
         models.outline(given.model, head="causal_lm")  # objects before any weight
     words = [] if given.label_tokens == "none" else records.labels or []
@@ -255,7 +255,7 @@ def _load(given: argparse.Namespace, adapter: str | None):
         ignore=[],
         adapter=adapter,
     )
-    if given.model == study._tiny.TINY:
+    if given.model == study.TINY:
         model, params = study.tiny_model()
         if adapter is None:
             return model, params

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,6 @@ def forms() -> dict[str, tuple[Callable[..., Adapter], PeftForm]]:
         if (form := constructor().peft) is not None:
             found[name] = constructor, form
     return found
-
-
-def build_method(name: str, options: Mapping[str, Any]) -> Adapter | None:
-    """Calls the constructor of a name; ``None`` if there is no such method."""
-    constructor = methods().get(name)
-    return None if constructor is None else constructor(**options)
 
 
 def adapter_folder(folder: str | Path) -> Path:

@@ -14,7 +14,6 @@ from jaxpeft.interop._format import (
     DIGEST,
     TENSORS,
     adapter_info,
-    build_method,
     digest,
 )
 from jaxpeft.interop._tensors import TensorFile
@@ -25,6 +24,7 @@ from jaxpeft.tree import (
     Adapter,
     ModuleName,
     Site,
+    find_method,
     from_matrices,
     grouped,
     initialise,
@@ -32,7 +32,6 @@ from jaxpeft.tree import (
     leaf_entries,
     leaves_with_path,
     lifted_factors,
-    methods,
     nearest,
     shared_names,
     to_matrices,
@@ -132,17 +131,15 @@ def _load_method(entry: Mapping[str, Any], problems: list[str]) -> Adapter | Non
     name = entry["name"]
     options = {k: _hashable(v) for k, v in entry["options"].items()}
     try:
-        adapter = build_method(name, options)
+        constructor = find_method(name)
+    except ValueError as e:
+        problems.append(str(e))
+        return None
+    try:
+        return constructor(**options)
     except (TypeError, ValueError) as e:
         problems.append(f"method {name!r} does not take the saved options: {e}")
         return None
-    if adapter is None:
-        problems.append(
-            f"unknown method {name!r}; there are {', '.join(methods())}. A method of "
-            "another package is known once the module that defines it is imported: "
-            "import it first"
-        )
-    return adapter
 
 
 def _hashable(value: Any) -> Any:

@@ -18,13 +18,19 @@ from jaxpeft.interop._format import (
     FORMAT,
     TENSORS,
     VERSION,
-    build_method,
     digest,
     version,
 )
 from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 from jaxpeft.numerics import checksum, projection
-from jaxpeft.tree import AdaptedKernel, Adapter, leaves_with_path, methods, shared_names
+from jaxpeft.tree import (
+    AdaptedKernel,
+    Adapter,
+    is_named,
+    leaves_with_path,
+    methods,
+    shared_names,
+)
 
 
 def save_adapter(
@@ -153,11 +159,11 @@ def _common(tensors: dict[str, np.ndarray], name: str, leaf: np.ndarray) -> str:
 
 def _method_entry(adapter: Adapter) -> dict[str, Any]:
     options = dict(adapter.options)
-    if not adapter.name or build_method(adapter.name, options) is not adapter:
+    if not is_named(adapter):
         raise ValueError(
-            f"the method {adapter!r} has no name and could not be loaded again; there "
-            f"are {', '.join(methods())}. Decorate its constructor with "
-            "@jaxpeft.tree.method"
+            f"the method {adapter!r} could not be loaded again: it is not what a known "
+            f"method of its name returns; there are {', '.join(methods())}. Decorate "
+            "its constructor with @jaxpeft.tree.method"
         )
     return {"name": adapter.name, "options": options}
 

@@ -81,7 +81,7 @@ def check_site_rank(rank: int, shape: tuple[int, int], most: int | None = None) 
         most: the largest rank that is possible; ``None`` means ``min(shape)``.
 
     Raises:
-        ValueError: it has not; core adds the site's name.
+        ValueError: it has not; ``attach`` adds the site's name.
     """
     k = min(shape)
     most = k if most is None else most

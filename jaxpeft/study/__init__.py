@@ -21,5 +21,6 @@ from jaxpeft.study._estimate import read_runs as read_runs
 from jaxpeft.study._findings import Finding as Finding
 from jaxpeft.study._findings import findings as findings
 from jaxpeft.study._report import report as report
+from jaxpeft.study._tiny import TINY as TINY
 from jaxpeft.study._tiny import tiny_model as tiny_model
 from jaxpeft.study._tiny import tiny_tokenizer as tiny_tokenizer

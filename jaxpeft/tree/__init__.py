@@ -2,6 +2,8 @@
 
 from jaxpeft.tree._adapter import Adapter as Adapter
 from jaxpeft.tree._adapter import cached as cached
+from jaxpeft.tree._adapter import find_method as find_method
+from jaxpeft.tree._adapter import is_named as is_named
 from jaxpeft.tree._adapter import method as method
 from jaxpeft.tree._adapter import methods as methods
 from jaxpeft.tree._allocation import Allocation as Allocation

@@ -20,7 +20,7 @@ class Adapter(NamedTuple):
     """A method: how one kernel's leaves begin, and which factors they make.
 
     All functions are pure, see one two-dimensional kernel, and know nothing of
-    trees, stacks or models. Core maps them over the layers of a stack (one key a
+    trees, stacks or models. The library maps them over the layers of a stack (one key a
     layer), reshapes kernels with more axes to two and their leaves back, pads
     layers of unequal rank and never shows the padding to ``penalty`` or ``report``.
 
@@ -28,16 +28,17 @@ class Adapter(NamedTuple):
         init: ``(key, kernel, rank, alpha) -> (frozen, trainable)``, two dicts of
             arrays. ``kernel [d_in, d_out]`` is float32 (float64 if the base is).
             Shapes follow from ``d_in``, ``d_out`` and ``rank`` alone. A rank that
-            the method forbids raises ``ValueError``; core adds the site's name. It
-            must accept any large kernel: core reads off an abstract one which axes
-            of a leaf are ``d_in`` and which ``d_out``.
+            the method forbids raises ``ValueError``; ``attach`` adds the site's
+            name. It must accept any large kernel: an abstract one shows which axes of
+            a leaf are ``d_in`` and which ``d_out``.
         factors: ``(kernel, frozen, trainable) -> Factors``; once a step, outside
             the model.
         penalty: ``(frozen, trainable) -> scalar``, for one site.
         rank: the rank where no pattern says another; ``None`` for methods
             without one.
         alpha: the numerator of the scale where no pattern says another.
-        dropout: probability of dropping an entry of the low-rank path's input.
+        dropout: probability of dropping an entry of the input of those terms whose
+            ``drop`` says the same.
         dropout_on: ``"input"``, or ``"leaves"`` for methods that drop entries of their
             own leaves: ``factors`` then finds the layer's key under ``"key"`` among
             ``frozen``, once a step, and nothing else is dropped.
@@ -91,10 +92,19 @@ class Adapter(NamedTuple):
     def __eq__(self, other: object) -> bool:
         return self is other
 
+    def __copy__(self) -> "Adapter":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Adapter":
+        return self
+
     def __reduce__(self):
         # By name, as in files: what it is made of are functions inside of functions.
-        if not self.name:
-            raise TypeError("an adapter without a name cannot be pickled; use @method")
+        if not is_named(self):
+            raise TypeError(
+                f"{self!r} cannot be pickled: it is not what a known method of its "
+                "name returns. Decorate its constructor with @jaxpeft.tree.method"
+            )
         return _named, (self.name, self.options)
 
     def __repr__(self) -> str:
@@ -104,12 +114,7 @@ class Adapter(NamedTuple):
 
 def _named(name: str, options: tuple[tuple[str, Any], ...]) -> Adapter:
     """The method of a name, for ``pickle``."""
-    if name not in _METHODS:
-        raise ValueError(
-            f"unknown method {name!r}; there are {', '.join(methods())}. A method of "
-            "another package is known once the module that defines it is imported"
-        )
-    return _METHODS[name](**dict(options))
+    return find_method(name)(**dict(options))
 
 
 _METHODS: dict[str, Callable[..., Adapter]] = {}
@@ -121,6 +126,27 @@ def methods() -> dict[str, Callable[..., Adapter]]:
     Those of ``jaxpeft.adapters``, and those of other packages that are imported.
     """
     return dict(sorted(_METHODS.items()))
+
+
+def find_method(name: str) -> Callable[..., Adapter]:
+    """Returns the constructor of a name.
+
+    Raises:
+        ValueError: no method has it; the message says which there are.
+    """
+    if name not in _METHODS:
+        raise ValueError(
+            f"unknown method {name!r}; there are {', '.join(methods())}. A method of "
+            "another package is known once the module that defines it is imported: "
+            "import it first"
+        )
+    return _METHODS[name]
+
+
+def is_named(adapter: Adapter) -> bool:
+    """Whether an adapter's name and options give it again, as files rely on."""
+    constructor = _METHODS.get(adapter.name)
+    return constructor is not None and constructor(**dict(adapter.options)) is adapter
 
 
 def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:

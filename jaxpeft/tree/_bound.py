@@ -1,8 +1,8 @@
 """A kernel on its way to its contraction: base, factors, and the roles of its axes.
 
 ``adapt`` binds every adapted kernel once, on entry. What the model then does to the
-kernel before it uses it (transpose, reshape, slice, ...) is done here to the base and
-to the factors alike.
+kernel before it uses it (transpose, reshape, slice, ...) the transform does to the base
+and to the factors alike.
 """
 
 import dataclasses
@@ -89,6 +89,7 @@ def bind(node: AdaptedKernel, taps: Any = None):
             A site with nothing to add is followed all the same where the user taps it.
     """
     f = lifted_factors(node)
+    _check_dropout(node, f)
     base = node.base if f.kernel is None else f.kernel
     batch = dims_of(base.shape, node.roles, BATCH)
     key = node.key if node.adapter.dropout_on == "input" else None
@@ -111,6 +112,19 @@ def bind(node: AdaptedKernel, taps: Any = None):
         names=node.roles,
         path=node.site.path,
     )
+
+
+def _check_dropout(node: AdaptedKernel, f: Factors) -> None:
+    """Raises where an adapter and its terms disagree: dropout would be off, unsaid."""
+    adapter = node.adapter
+    said = adapter.dropout if adapter.dropout_on == "input" else 0.0
+    rates = {term.drop for term in f.terms if term.drop}
+    if f.terms and rates != ({said} if said else set()):
+        raise ValueError(
+            f"site {node.site.path!r}: {adapter!r} has dropout={said} of its input, "
+            f"and its terms drop {sorted(rates) or 'nothing'}; give both one rate: "
+            "Adapter(..., dropout=rate) and Term(a, b, drop=rate)"
+        )
 
 
 def _as_called(term: Term, drops: bool, reports: bool) -> Term:

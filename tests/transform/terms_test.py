@@ -88,6 +88,13 @@ def test_terms_under_dropout_stay_apart():
     assert distance(jp.adapt(use)(on, X), jp.adapt(use)(adapted, X)) > 1e-2
 
 
+@pytest.mark.parametrize("kinds, dropout", [("p", 0.5), ("pg", 0.5)])
+def test_dropout_that_no_term_has_is_refused(kinds, dropout):
+    adapted = attached(kinds, dropout=dropout)
+    with pytest.raises(ValueError, match="site 'w'.*dropout=0.5.*drop nothing"):
+        jp.adapt(use)(adapted, X)
+
+
 def test_axes_are_declared_once_on_the_fields():
     """And every array of a record is reached, with the axes of its field."""
     x = jnp.zeros(())

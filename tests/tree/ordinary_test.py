@@ -55,7 +55,10 @@ def test_pickle_and_copies(part):
         assert again["q"]["kernel"].adapter is jp.kasa(rank=2)
 
 
-def test_an_adapter_without_a_name_is_not_pickled():
+def test_an_adapter_that_its_name_does_not_give_is_not_pickled():
     plain = Adapter(lambda *_: ({}, {}), lambda *_: Factors())
-    with pytest.raises(TypeError, match="without a name.*@method"):
-        pickle.dumps(plain)
+    changed = jp.lora(rank=2)._replace(dropout=0.5)  # its name gives another one
+    for adapter in (plain, changed):
+        with pytest.raises(TypeError, match="cannot be pickled.*@jaxpeft.tree.method"):
+            pickle.dumps(adapter)
+        assert copy.deepcopy(adapter) is adapter
