@@ -23,8 +23,9 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The exact GELU, ``x (1 + erf(x / sqrt 2)) / 2``, in the dtype of ``x``.
 
     ``flax.linen.gelu`` goes through erfc, whose code on a CPU takes more than twice the
-    time in the forward pass, and a third more in both passes. Here ``1 + erf`` cancels below zero, so it is computed in float32 at
-    least; one array of the dtype of ``x``, the slope, waits for the backward pass.
+    time in the forward pass, and a third more in both passes. Here ``1 + erf`` cancels
+    below zero, so it is computed in float32 at least; one array of the dtype of ``x``,
+    the slope, waits for the backward pass.
     """
     return (x.astype(wide(x.dtype)) * _normal_cdf(x)).astype(x.dtype)
 
