@@ -72,6 +72,9 @@ def _frozen_step(model, params, settings):
     import jax.numpy as jnp
 
     loss_of = _loss(model.apply, settings)
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
+    if sum(map(_is_table, paths)) != 1:
+        raise ValueError(f"one table of tokens is wanted among {paths}")
     scaled = lambda gain, path, x: x * gain if _is_table(path) else x
 
     def of_gain(gain, params):
