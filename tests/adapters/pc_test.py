@@ -105,11 +105,11 @@ def test_the_change_is_that_of_the_paper_and_so_are_its_gradients():
 def test_one_moved_component_is_a_change_of_rank_two():
     adapted = attach(params(), pc(rank=3))
     node = adapted["up"]["kernel"]
-    change = {
+    leaves = {
         "a": node.trainable["a"].at[:, 1].add(0.3),
         "b": node.trainable["b"].at[1].add(-0.2),
     }
-    f = lifted_factors(node.replace(trainable=change))
+    f = lifted_factors(node.replace(trainable=leaves))
     singular = np.linalg.svd(np.asarray(change(f), np.float64), compute_uv=False)
     assert singular[1] > 0.1 and np.all(singular[2:] < 1e-5)
 
