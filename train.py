@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 import jaxpeft as jp
-from jaxpeft import adapters, allocate, data, interop, mixtures, models, training
+from jaxpeft import adapters, allocate, data, interop, mixtures, models, runs, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
@@ -41,9 +41,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         training.WorkdirError: the folder is in use, or of another run.
         training.NonFiniteError: an update was not finite; it says what is kept.
     """
-    training.check_fields(config)
+    runs.check_fields(config)
     if config.stages:
-        return training.run_stages(config, workdir, run, free=FREE)
+        return runs.run_stages(config, workdir, run, free=FREE)
     with contextlib.ExitStack() as stack:
         return _run(config, workdir, stack)
 
@@ -52,12 +52,12 @@ def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapte
     """Puts all that will train beside a model's parameters, or beside their shapes."""
     if config.start:  # what another run saved, head and all
         shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
-        with training.said_of("start"):
+        with runs.said_of("start"):
             adapted = interop.load_adapter(
                 config.start, params, check_base=not shapes, names=model.names
             )
     else:
-        adapter = training.call_named(adapters, config.adapter, "adapter")
+        adapter = runs.call_named(adapters, config.adapter, "adapter")
         sites = {"targets": config.targets, "exclude": config.exclude or None}
         adapted = jp.attach(
             params,
@@ -70,18 +70,18 @@ def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapte
         )
         adapted = start(adapted)
         if config.head:  # trained whole: no pre-trained one fits the new task
-            with training.said_of("head"):
+            with runs.said_of("head"):
                 adapted = jp.attach(
                     adapted, jp.full(), targets=config.head, key=keys[1]
                 )
     if config.allocate and (biases := config.allocate.get("biases")):
-        with training.said_of("allocate.biases"):
+        with runs.said_of("allocate.biases"):
             adapted = jp.attach(  # nodes of their own; draws nothing
                 adapted, jp.bitfit(), targets=biases, key=keys[0]
             )
     if config.stage:
-        with training.said_of("stage"):
-            adapted = training.enter_stage(adapted, config.stage, seed=config.seed)
+        with runs.said_of("stage"):
+            adapted = runs.enter_stage(adapted, config.stage, seed=config.seed)
     return adapted
 
 
@@ -90,7 +90,7 @@ def _run(config, workdir, stack):
 
     # ----------------- Refused is what can be, before anything is read ----------------
 
-    training.check_run(config, workdir, attach, free=FREE)
+    runs.check_run(config, workdir, attach, free=FREE)
     main_process = jax.process_index() == 0
     if config.log.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
@@ -100,9 +100,9 @@ def _run(config, workdir, stack):
     # ------------------------------- The task, its steps ------------------------------
 
     task = data.task(config.data)
-    model = training.outline(config, head=task.head, num_labels=task.num_labels)
+    model = runs.outline(config, head=task.head, num_labels=task.num_labels)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    with training.said_of("tokenizer"):
+    with runs.said_of("tokenizer"):
         tokenizer = models.tokenizer(config.model.name, **config.tokenizer)
     told = {  # goes with every adapter that is saved, for all that is done with it
         "config": config.to_dict(),
@@ -116,12 +116,12 @@ def _run(config, workdir, stack):
         )
     )
     per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
-    count = lambda field: training.count_steps(config[field], per_epoch, field=field)
+    count = lambda field: runs.count_steps(config[field], per_epoch, field=field)
     total_steps = count("train_for")
     evaluate_every = count("evaluate_every")
     saving = config.save_every.removesuffix(", kept")
-    save_every = training.count_steps(saving, per_epoch, field="save_every")
-    training.rehearse(config, model, attach, total_steps)  # now that these are known
+    save_every = runs.count_steps(saving, per_epoch, field="save_every")
+    runs.rehearse(config, model, attach, total_steps)  # now that these are known
 
     # ------------------------------------ The model -----------------------------------
 
@@ -145,7 +145,7 @@ def _run(config, workdir, stack):
     model, params = load_base()
     if config.start:  # an adapter of another base is refused before the folder is ours
         adapted = attach(config, model, params, (adapter_key, whole_key))
-    folder = stack.enter_context(training.open_workdir(workdir, config, free=FREE))
+    folder = stack.enter_context(runs.open_workdir(workdir, config, free=FREE))
 
     # ---------------------------------- The adapter -----------------------------------
 
@@ -163,19 +163,19 @@ def _run(config, workdir, stack):
             return drawn.rows, data.evaluation_batches(drawn, rows, lengths=lengths)
 
         setting = config.allocation
-        start_ranks = training.starting_allocation(
+        start_ranks = runs.starting_allocation(
             setting if isinstance(setting, str) else setting.to_dict(),
             *(folder, model, params, draw),
-            adapter=training.call_named(adapters, config.adapter, "adapter"),
+            adapter=runs.call_named(adapters, config.adapter, "adapter"),
             targets=config.targets,
             exclude=config.exclude or None,
         )
 
     def start(adapted):
-        if start_ranks is None or not training.starts_at_inputs(start_ranks):
+        if start_ranks is None or not runs.starts_at_inputs(start_ranks):
             return adapted
         file = folder / "allocation.npz"
-        return training.start_at_inputs(adapted, start_ranks, file)
+        return runs.start_at_inputs(adapted, start_ranks, file)
 
     if not config.start:
         both = (adapter_key, whole_key)
@@ -192,7 +192,7 @@ def _run(config, workdir, stack):
     # ---------------------------------- Update step -----------------------------------
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    allocation = training.find_allocation(config, total_steps)
+    allocation = runs.find_allocation(config, total_steps)
     settled = allocation.settled if allocation else 0  # from then on: the best can be
     state = training.init_state(
         trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
@@ -248,10 +248,10 @@ def _run(config, workdir, stack):
     seconds = lambda: carried["seconds"] + time.perf_counter() - started
     after = first_step or -1  # no checkpoint yet: what was written is written anew
     writer = stack.enter_context(
-        training.MetricsWriter(folder, after=after, tensorboard=config.log.tensorboard)
+        runs.MetricsWriter(folder, after=after, tensorboard=config.log.tensorboard)
     )
-    writer.write("start", first_step, versions=training.versions(), command=sys.argv)
-    bar = stack.enter_context(training.progress(total_steps, done=first_step))
+    writer.write("start", first_step, versions=runs.versions(), command=sys.argv)
+    bar = stack.enter_context(runs.progress(total_steps, done=first_step))
     title = f"{config.adapter.name} on {config.model.name}, {task.name}"
     bar.note(
         f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
@@ -273,7 +273,7 @@ def _run(config, workdir, stack):
 
     # ----------------------------------- Train loop -----------------------------------
 
-    watch, waiting = training.Stopwatch(), []
+    watch, waiting = runs.Stopwatch(), []
     for step in range(first_step + 1, total_steps + 1):
         batch = next(batches)
         tokens = int(batch["attention_mask"].sum()) * jax.process_count()
@@ -300,7 +300,7 @@ def _run(config, workdir, stack):
             writer.write("train", number, **values)
         waiting.clear()
         lap = watch.lap()
-        writer.write("speed", step, **lap, **training.memory(), seconds=seconds())
+        writer.write("speed", step, **lap, **runs.memory(), seconds=seconds())
         try:
             training.check_finite(state)
         except training.NonFiniteError as error:
@@ -366,7 +366,7 @@ def _run(config, workdir, stack):
         ranks["allocation"] = shown
     if any(routing.values()):  # the adapters have routers
         routes = mixtures.routing_report(reloaded, routing)
-        ranks["routing"] = training.save_routing(folder, routes, title=title)
+        ranks["routing"] = runs.save_routing(folder, routes, title=title)
 
     # ------------------------------------- Report -------------------------------------
 
@@ -384,7 +384,7 @@ def _run(config, workdir, stack):
         "data": task.facts | {name: s.facts for name, s in splits.items() if s.facts},
         **ranks,
     }
-    return training.report(folder, results, config, title=title)
+    return runs.report(folder, results, config, title=title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run; 130 after Ctrl-C.
     """
     quickstart = Path(__file__).parent / "configs/quickstart.py"
-    command = training.parse_command(argv, quickstart, description=__doc__)
+    command = runs.parse_command(argv, quickstart, description=__doc__)
     logging.basicConfig(format="%(message)s")  # before a library chooses another
 
     def start():
@@ -404,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             jax.distributed.initialize()
         run(command.config, command.workdir)
 
-    return training.ended(
+    return runs.ended(
         "train.py",
         start,
         traceback=command.traceback,

@@ -25,6 +25,7 @@ ORDER = [
     ["interop"],
     ["data", "training"],
     ["serving"],
+    ["runs"],
     ["study"],
     ["cli"],
     ["__main__.py"],

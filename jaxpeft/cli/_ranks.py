@@ -98,9 +98,9 @@ def run(given: argparse.Namespace) -> None:
         if getattr(given, name) is not None:
             fields[name] = getattr(given, name)
 
-    from jaxpeft import data, dimension, models, training
+    from jaxpeft import data, dimension, models, runs
 
-    training.find_allocator(given.method)  # objects before anything is read
+    runs.find_allocator(given.method)  # objects before anything is read
     task = data.task(
         {"name": given.task, **named_options("--task-option", given.task_option)}
     )
@@ -120,7 +120,7 @@ def run(given: argparse.Namespace) -> None:
 
     targets = given.targets or ATTENTION
     with stage(f"{given.method} on {task.name}"):
-        found = training.estimate_allocation(
+        found = runs.estimate_allocation(
             *(model, params, fields, draw), targets=targets, start_file=start
         )
     print(found)

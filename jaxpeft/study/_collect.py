@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpeft import data, dimension, interop, models, training
+from jaxpeft import data, dimension, interop, models
 from jaxpeft.data import DEMONSTRATIONS
 from jaxpeft.interop import CONFIG, DIGEST
 from jaxpeft.models import FINALS
+from jaxpeft.runs import open_workdir, versions
 from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
 META, ACCURACY, STATES, RUNS = "meta.json", "accuracy.json", "states", "runs"
@@ -112,7 +113,7 @@ def collect_runs(
         "max_length": max_length,
         "batch_size": batch_size,
     }
-    with training.open_workdir(folder, ConfigDict(settings)) as root:
+    with open_workdir(folder, ConfigDict(settings)) as root:
         waiting = []
         for run in runs:
             wanted = _identity(run)
@@ -157,7 +158,7 @@ def collect_runs(
                 f"{asked.facts['longest']} tokens"
             )
             meta = {**wanted, **settings, **asked.facts}
-            write_json(where / META, meta | {"versions": training.versions()})
+            write_json(where / META, meta | {"versions": versions()})
             del meta["adapter"]  # its path; what is in it counts
             states = collect_states(
                 *(net, params, asked, where / STATES),

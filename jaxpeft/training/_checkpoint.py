@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxpeft.numerics import optional
-from jaxpeft.training._config import config_differences
+from jaxpeft.training._config_json import config_differences
+from jaxpeft.training._folder import as_folder
 from jaxpeft.training._state import TrainState, check_finite
-from jaxpeft.training._workdir import as_folder
 from jaxpeft.tree import flat, grouped, is_node, unflat
 
 

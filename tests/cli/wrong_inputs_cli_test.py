@@ -15,7 +15,7 @@ import jaxpeft as jp
 from jaxpeft import cli, interop, models
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests/run"))
+sys.path.insert(0, str(ROOT / "tests/runs"))
 from causal_toolbox import write_llama  # noqa: E402
 
 TASK = "text='text' label='label' labels=('a','b')".split()

@@ -5,7 +5,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from jaxpeft import training
+from jaxpeft import runs, training
 
 REFUSED = "*?[\\"
 PRINTABLE = [chr(i) for i in range(32, 127) if chr(i) != "/"]
@@ -79,10 +79,10 @@ def test_a_pattern_for_a_name_is_refused_at_the_start(character, above, tmp_path
     folder = tmp_path / f"a{character}b" / ("run" if above else "")
     for refused in (
         lambda: training.Checkpointer(folder, config={}),
-        lambda: training.check_workdir(folder, ml_collections.ConfigDict()),
-        lambda: training.open_workdir(folder, ml_collections.ConfigDict()).__enter__(),
+        lambda: runs.check_workdir(folder, ml_collections.ConfigDict()),
+        lambda: runs.open_workdir(folder, ml_collections.ConfigDict()).__enter__(),
     ):
-        with pytest.raises(training.WorkdirError, match="not be found again") as error:
+        with pytest.raises(runs.WorkdirError, match="not be found again") as error:
             refused()
         assert repr(character) in str(error.value)
     assert not any(tmp_path.iterdir())
@@ -92,15 +92,15 @@ def test_a_pattern_for_a_name_is_refused_at_the_start(character, above, tmp_path
     "name", ["gs:", "logs:", "logs:/run", "/gs/bucket/run", "/hf/run", "gs://bucket"]
 )
 def test_what_is_taken_for_a_bucket_is_refused_at_the_start(name, tmp_path):
-    with pytest.raises(training.WorkdirError, match="`folder`"):
+    with pytest.raises(runs.WorkdirError, match="`folder`"):
         training.Checkpointer(name if "://" in name else tmp_path / name, config={})
     assert not any(tmp_path.iterdir())
 
 
 def test_a_path_that_is_too_long_is_refused(tmp_path):
     folder = tmp_path.joinpath(*["n" * 250] * 14)
-    with pytest.raises(training.WorkdirError, match="a path of 3[0-9]{3} bytes"):
-        training.check_workdir(folder, ml_collections.ConfigDict())
+    with pytest.raises(runs.WorkdirError, match="a path of 3[0-9]{3} bytes"):
+        runs.check_workdir(folder, ml_collections.ConfigDict())
     assert not any(tmp_path.iterdir())
 
 

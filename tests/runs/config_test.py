@@ -1,7 +1,7 @@
 import ml_collections
 import pytest
 
-from jaxpeft import training
+from jaxpeft import runs
 
 FILE = """
 import ml_collections
@@ -40,8 +40,8 @@ def file(tmp_path):
     ],
 )
 def test_overrides_take_the_type_of_what_they_replace(file, text, value):
-    config = training.load_config(file, [text])
-    got = training.flat_config(config)[text.partition("=")[0]]
+    config = runs.load_config(file, [text])
+    got = runs.flat_config(config)[text.partition("=")[0]]
     assert got == value and type(got) is type(value)
     with pytest.raises((AttributeError, KeyError)):
         config.new_field = 1
@@ -62,37 +62,37 @@ def test_overrides_take_the_type_of_what_they_replace(file, text, value):
 )
 def test_a_wrong_override_names_the_field(file, text, message):
     with pytest.raises(ValueError, match=message):
-        training.load_config(file, [text])
+        runs.load_config(file, [text])
 
 
 def test_the_file_takes_arguments(file):
-    config = training.load_config(f"{file}:task=rte,size=large")
+    config = runs.load_config(f"{file}:task=rte,size=large")
     assert (config.task, config.size) == ("rte", "large")
     with pytest.raises(ValueError, match="'tsk=rte' is not an arg.*'task', 'size'"):
-        training.load_config(f"{file}:tsk=rte")
+        runs.load_config(f"{file}:tsk=rte")
 
 
 def test_a_missing_file_names_its_neighbours(file):
     with pytest.raises(ValueError, match="no file .*rum.py.*nearest.*run.py"):
-        training.load_config(file.with_name("rum.py"))
+        runs.load_config(file.with_name("rum.py"))
     empty = file.with_name("empty.py")
     empty.write_text("")
     with pytest.raises(ValueError, match="has no function get_config"):
-        training.load_config(empty)
+        runs.load_config(empty)
 
 
 def test_json_and_back(file):
-    config = training.load_config(file)
-    again = training.config_from_json(training.config_to_json(config))
+    config = runs.load_config(file)
+    again = runs.config_from_json(runs.config_to_json(config))
     assert again == config and again.is_locked
-    changed = training.load_config(file, ["adapter.rank=4", "targets=value"])
-    assert training.config_differences(config, again) == []
-    assert training.config_differences(config, changed) == [
+    changed = runs.load_config(file, ["adapter.rank=4", "targets=value"])
+    assert runs.config_differences(config, again) == []
+    assert runs.config_differences(config, changed) == [
         "adapter.rank: 8, now 4",
         "targets: ('query', 'key'), now ('value',)",
     ]
     fewer = ml_collections.ConfigDict({"seed": 0})
-    assert "seed: absent, now 0" in training.config_differences(config, fewer)
+    assert "seed: absent, now 0" in runs.config_differences(config, fewer)
 
 
 def test_call_named_says_what_there_is():
@@ -100,9 +100,9 @@ def test_call_named_says_what_there_is():
 
     section = lambda **fields: ml_collections.ConfigDict(fields)
     with pytest.raises(ValueError, match=r"config.q.name` 'indnet'.*nearest.*indent"):
-        training.call_named(textwrap, section(name="indnet"), "q")
+        runs.call_named(textwrap, section(name="indnet"), "q")
     with pytest.raises(ValueError, match="config.q.prefx`.*nearest: .'prefix'"):
-        training.call_named(textwrap, section(name="indent", text="a", prefx=""), "q")
+        runs.call_named(textwrap, section(name="indent", text="a", prefx=""), "q")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_call_named_says_what_there_is():
 )
 def test_a_length_needs_a_unit(text):
     with pytest.raises(ValueError, match="config.train_for` is .*'200 steps' or"):
-        training.count_steps(text, 10, field="train_for")
+        runs.count_steps(text, 10, field="train_for")
 
 
 def test_fields_that_may_differ():
@@ -120,5 +120,5 @@ def test_fields_that_may_differ():
         )
         for d in (1, 2)
     )
-    found = training.config_differences(old, new, free=("mesh", "log.every"))
+    found = runs.config_differences(old, new, free=("mesh", "log.every"))
     assert found == ["meshes: 1, now 2"]

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxpeft import adapters, allocate, interop, models
-from jaxpeft.training._config import call, call_named, count_steps
-from jaxpeft.training._fields import check_fields
-from jaxpeft.training._mesh import check_rows, make_mesh
-from jaxpeft.training._optimizer import adamw
-from jaxpeft.training._ranks import check_allocator, read_allocation
-from jaxpeft.training._workdir import check_workdir
+from jaxpeft.runs._config import call, call_named, count_steps
+from jaxpeft.runs._fields import check_fields
+from jaxpeft.runs._ranks import check_allocator, read_allocation
+from jaxpeft.runs._workdir import check_workdir
+from jaxpeft.training import adamw, check_rows, make_mesh
 from jaxpeft.tree import matrix_shape, nodes, partition
 
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree

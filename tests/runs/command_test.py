@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft import training
+from jaxpeft import runs
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.py"
-parse = lambda *argv: training.parse_command(list(argv), QUICKSTART)
+parse = lambda *argv: runs.parse_command(list(argv), QUICKSTART)
 
 
 def test_without_arguments_it_is_the_quickstart():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import train
-from jaxpeft import interop, training
+from jaxpeft import interop, runs
 
 
 def test_a_run(tiny_llama, tiny_config, tmp_path):
@@ -44,6 +44,6 @@ def test_a_run(tiny_llama, tiny_config, tmp_path):
     facts = results["data"]["train"]
     assert facts == {**counts, "learnt_tokens": 200, "sequences": 25}
     assert results["data"]["validation"]["rows"] == 100
-    train_steps = training.read_metrics(tmp_path / "run", "train")
+    train_steps = runs.read_metrics(tmp_path / "run", "train")
     # Eight sequences of eight learnt tokens.
     assert {event["weight"] for event in train_steps} == {64.0}

@@ -79,10 +79,10 @@ def nli(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def moods(tiny, nli, tmp_path_factory):
     """A run on a base that calls its classes otherwise, and the rows it held out."""
-    from jaxpeft import training
+    from jaxpeft import runs
 
     folder = tmp_path_factory.mktemp("moods")
-    config = training.load_config(tiny)
+    config = runs.load_config(tiny)
     rows = [
         json.loads(x) for x in (tiny.parent / "rows.jsonl").read_text().split("\n") if x
     ]
@@ -292,9 +292,9 @@ def test_a_base_that_is_gone_is_named(moods, run, tmp_path):
 
 
 def test_a_number_has_no_names(tiny, run, tmp_path):
-    from jaxpeft import training
+    from jaxpeft import runs
 
-    config = training.load_config(tiny)
+    config = runs.load_config(tiny)
     rows = [
         json.loads(x) for x in (tiny.parent / "rows.jsonl").read_text().split("\n") if x
     ]
@@ -340,9 +340,9 @@ def test_a_number_has_no_names(tiny, run, tmp_path):
 
 
 def test_tasks_of_a_mixture_have_their_own_classes(tiny, run, tmp_path):
-    from jaxpeft import training
+    from jaxpeft import runs
 
-    config = training.load_config(tiny)
+    config = runs.load_config(tiny)
     rows = [
         json.loads(x) for x in (tiny.parent / "rows.jsonl").read_text().split("\n") if x
     ]
@@ -391,9 +391,9 @@ def test_tasks_of_a_mixture_have_their_own_classes(tiny, run, tmp_path):
 
 @pytest.fixture(scope="module")
 def sums(tiny, tiny_llama, tmp_path_factory):
-    from jaxpeft import training
+    from jaxpeft import runs
 
-    config = training.load_config(tiny)
+    config = runs.load_config(tiny)
     folder = tmp_path_factory.mktemp("sums")
     with config.unlocked():
         short(config).model.name = str(tiny_llama)

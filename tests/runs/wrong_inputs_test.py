@@ -12,12 +12,12 @@ import ml_collections
 import pytest
 from refusal_toolbox import COMPILES, assert_refused
 
-from jaxpeft import adapters, allocate, training
+from jaxpeft import adapters, allocate, runs, training
 from jaxpeft.tree import Allocation, SiteRank
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = training.load_config(ROOT / "configs/quickstart.py")
-FIELDS = training.flat_config(QUICKSTART)
+QUICKSTART = runs.load_config(ROOT / "configs/quickstart.py")
+FIELDS = runs.flat_config(QUICKSTART)
 HUGE = "1" + "0" * 30
 
 # Of each type of a field, texts that none of them can have.
@@ -314,8 +314,8 @@ def test_a_corrected_command_is_not_locked_out(place, refused):
     run = ("--config=tiny.py", "--workdir=fresh")
     refused(*run, "--config.model.remat=ful", named="remat")
     refused(*run, "--config.data.train=empty.jsonl", named="train")
-    config = training.load_config(place / "tiny.py")
-    training.check_run(config, place / "fresh", train.attach)  # nothing in its way
+    config = runs.load_config(place / "tiny.py")
+    runs.check_run(config, place / "fresh", train.attach)  # nothing in its way
 
 
 def test_a_run_that_fails_before_it_has_written_leaves_nothing(tmp_path):
@@ -323,11 +323,11 @@ def test_a_run_that_fails_before_it_has_written_leaves_nothing(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("a/b/run", "there"):
         with pytest.raises(OSError, match="No space left"):
-            with training.open_workdir(tmp_path / name, config):
+            with runs.open_workdir(tmp_path / name, config):
                 raise OSError(28, "No space left on device")
     assert [p.name for p in tmp_path.rglob("*")] == ["there"]
     with pytest.raises(OSError, match="No space left"):
-        with training.open_workdir(tmp_path / "run", config) as folder:
+        with runs.open_workdir(tmp_path / "run", config) as folder:
             (folder / "metrics.jsonl").write_text("")
             raise OSError(28, "No space left on device")
     assert (tmp_path / "run/config.json").exists()  # it had begun
@@ -340,7 +340,7 @@ def test_a_full_disk_is_one_message(place, capsys, monkeypatch, error):
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(training, "open_workdir", full)
+    monkeypatch.setattr(runs, "open_workdir", full)
     argv = ("--config=tiny.py", "--workdir=run")
     named = ["No space left on device: 'a/b'"]
     assert_refused(train.main, argv, named, folder=place, capsys=capsys, compiles=True)

@@ -3,13 +3,13 @@ import re
 
 import rich.console
 
-from jaxpeft import training
+from jaxpeft import runs
 
 
 def test_plain_lines_where_there_is_no_terminal():
     text = io.StringIO()
     console = rich.console.Console(file=text, width=40)
-    with training.progress(10, done=2, console=console) as bar:
+    with runs.progress(10, done=2, console=console) as bar:
         bar.advance()
         bar.show(4, loss=0.51234, tokens_per_second=12345.6)
         bar.show(10, accuracy=0.9)
@@ -25,7 +25,7 @@ def test_plain_lines_where_there_is_no_terminal():
 def test_a_bar_in_a_terminal():
     text = io.StringIO()
     console = rich.console.Console(file=text, width=120, force_terminal=True)
-    with training.progress(10, console=console) as bar:
+    with runs.progress(10, console=console) as bar:
         with bar.phase("evaluation", 100) as advance:
             advance(100)
         bar.show(10, loss=0.25)
@@ -36,7 +36,7 @@ def test_a_bar_in_a_terminal():
 def test_a_bar_never_shortens_its_counts():
     text = io.StringIO()
     console = rich.console.Console(file=text, width=80, force_terminal=True)
-    with training.progress(1234, console=console) as bar:
+    with runs.progress(1234, console=console) as bar:
         bar.show(1000, loss=0.25, learning_rate=1e-5, something_else="long " * 20)
         with bar.phase("validation", 100):
             bar.close()

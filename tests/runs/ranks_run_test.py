@@ -6,7 +6,7 @@ import pytest
 
 import jaxpeft as jp
 import train
-from jaxpeft import allocate, data, dimension, interop, models, numerics, training
+from jaxpeft import allocate, data, dimension, interop, models, numerics, runs
 from jaxpeft.cli import main
 
 ROUGH = pytest.mark.filterwarnings("ignore:`profile` has dimensions estimated")
@@ -30,7 +30,7 @@ def seen(tiny):
     import torch
     import transformers
 
-    task = data.task(training.load_config(tiny).data)
+    task = data.task(runs.load_config(tiny).data)
     folder = str(tiny.parent / "model")
     tokenizer = models.tokenizer(folder)
     encoded = data.tokenize(
@@ -177,10 +177,10 @@ def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
     def never(*args, **options):
         raise AssertionError("estimated again")
 
-    monkeypatch.setattr(training._ranks, "estimate_allocation", never)
+    monkeypatch.setattr(runs._ranks, "estimate_allocation", never)
     model, params = models.load(config.model.name)
     here = dict(adapter=jp.lora(), targets=config.targets)
-    start = lambda setting, folder: training.starting_allocation(
+    start = lambda setting, folder: runs.starting_allocation(
         setting, folder, model, params, never, **here
     )
     assert start("eva", folder) == kept
@@ -225,7 +225,7 @@ def test_adapters_start_at_their_inputs(ranks, tiny_config, tmp_path):
     model, params = models.load(config.model.name)
     for folder in (tmp_path / "one", tmp_path / "two"):  # from `out`; from the folder
         folder.mkdir(exist_ok=True)
-        again = training.starting_allocation(
+        again = runs.starting_allocation(
             str(out),
             tmp_path / "one",
             model,
@@ -234,19 +234,19 @@ def test_adapters_start_at_their_inputs(ranks, tiny_config, tmp_path):
             adapter=jp.lora(),
             targets=config.targets,
         )
-        assert again == found and training.starts_at_inputs(again)
+        assert again == found and runs.starts_at_inputs(again)
         out.unlink(missing_ok=True)
     adapted = jp.attach(params, jp.lora(), found, key=jax.random.key(0))
-    whitened = training.start_at_inputs(adapted, found, tmp_path / "one/allocation.npz")
+    whitened = runs.start_at_inputs(adapted, found, tmp_path / "one/allocation.npz")
     assert not orthonormal(whitened, found)
     with pytest.raises(ValueError, match="'b' is not 0; attach jaxpeft.lora"):
-        training.start_at_inputs(
+        runs.start_at_inputs(
             jp.attach(params, jp.pissa(), found, key=jax.random.key(0)),
             *(found, tmp_path / "one/allocation.npz"),
         )
     (tmp_path / "one/allocation.npz").unlink()
     with pytest.raises(ValueError, match="which is not there"):
-        training.starting_allocation(
+        runs.starting_allocation(
             str(tmp_path / "one/allocation.json"),
             tmp_path / "two",
             model,

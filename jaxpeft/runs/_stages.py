@@ -10,9 +10,10 @@ import jax
 import ml_collections
 
 from jaxpeft import mixtures
-from jaxpeft.training._fields import check_fields
-from jaxpeft.training._report import REPORT_FILE, print_table
-from jaxpeft.training._workdir import as_folder, check_workdir
+from jaxpeft.runs._fields import check_fields
+from jaxpeft.runs._report import REPORT_FILE, print_table
+from jaxpeft.runs._workdir import check_workdir
+from jaxpeft.training import as_folder
 
 
 def stage_config(

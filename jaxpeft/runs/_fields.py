@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
-from jaxpeft.training._config import count_steps, flat_config, near_names
+from jaxpeft.runs._config import count_steps, near_names
+from jaxpeft.training import flat_config
 from jaxpeft.tree import check_finite_numbers
 
 

@@ -15,7 +15,8 @@ import safetensors.numpy
 from kill_toolbox import DIES, adapter_of, assert_same_run
 
 import train
-from jaxpeft import data, models, training
+from jaxpeft import data, models
+from jaxpeft.runs import read_metrics, run_stages
 
 DOMAINS = ("one", "two", "three")
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_a_router_is_penalised_and_reported(config, tmp_path):
     with config.unlocked():
         config.adapter = dict(name="mosld", rank=2, experts=3, balance_coef=0.5)
     results = train.run(config, tmp_path / "run")
-    steps = training.read_metrics(tmp_path / "run", "train")
+    steps = read_metrics(tmp_path / "run", "train")
     sites = 8  # query, key, value and output of two layers, each at 1 or more
     assert all(0.5 * sites * 0.99 < e["penalty"] < 0.5 * sites * 3 for e in steps)
     assert all(e["total"] == pytest.approx(e["loss"] + e["penalty"]) for e in steps)
@@ -173,7 +174,7 @@ def test_a_stage_that_is_killed_is_as_if_nothing_had_been(config, tmp_path):
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (killed / second / "adapter").exists()
     train.run(config, killed)
-    starts = [e["step"] for e in training.read_metrics(killed / second, "start")]
+    starts = [e["step"] for e in read_metrics(killed / second, "start")]
     assert starts in ([0, 2], [0, 4])  # the checkpoint being written may be lost
     assert (killed / first / "metrics.jsonl").read_bytes() == (
         whole / first / "metrics.jsonl"
@@ -221,5 +222,5 @@ def test_the_home_folder_is_meant_as_by_any_run(config, tmp_path, monkeypatch):
         raise Enough
 
     with pytest.raises(Enough):
-        training.run_stages(config, "~/stages", run)
+        run_stages(config, "~/stages", run)
     assert seen == [tmp_path / "stages/01_universal"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kill_toolbox import DIES, adapter_of, assert_same_run, curve
 
-from jaxpeft import training
+from jaxpeft import runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, finished, tmp_path):
     rate = "--config.optimizer.learning_rate=1e38"
     others = ("--config.save_every=1 step", "--config.seed=1")
     done = command(f"--workdir={folder}", rate, *others, check=False)
-    (stopped,) = training.read_metrics(folder, "stopped")
+    (stopped,) = runs.read_metrics(folder, "stopped")
     step = stopped["step"]
     assert done.returncode == 3 and f"not finite at step {step};" in done.stderr
     assert "Traceback" not in done.stderr
@@ -115,8 +115,8 @@ def test_a_folder_of_another_config_is_refused(command, finished):
 def test_a_folder_in_use_is_refused(tiny_config, tmp_path):
     import train
 
-    with training.open_workdir(tmp_path / "run", tiny_config()):
-        with pytest.raises(training.WorkdirError, match="in use by another living run"):
+    with runs.open_workdir(tmp_path / "run", tiny_config()):
+        with pytest.raises(runs.WorkdirError, match="in use by another living run"):
             train.run(tiny_config(), tmp_path / "run")
 
 

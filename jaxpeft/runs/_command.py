@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import ml_collections
 
-from jaxpeft.training._config import load_config
-from jaxpeft.training._workdir import WorkdirError, as_folder
+from jaxpeft.runs._config import load_config
+from jaxpeft.training import WorkdirError, as_folder
 from jaxpeft.tree import Parser
 
 

@@ -3,19 +3,19 @@
 import numpy as np
 import safetensors.numpy
 
-from jaxpeft import training
+from jaxpeft import runs
 
 # To stand before a program that runs train.py: once a step of a run in {folder} has
 # been written down, its process is no more.
 DIES = """
 import os, signal
-from jaxpeft import training
-write = training.MetricsWriter.write
+from jaxpeft import runs
+write = runs.MetricsWriter.write
 def write_and_die(self, event, step, **values):
     write(self, event, step, **values)
     if (event, step) == ("train", {step}) and {folder!r} in self._file.name:
         os.kill(os.getpid(), signal.SIGKILL)
-training.MetricsWriter.write = write_and_die
+runs.MetricsWriter.write = write_and_die
 """
 
 
@@ -31,7 +31,7 @@ def adapter_of(folder):
 
 
 def curve(folder, event, name):
-    return [(e["step"], e[name]) for e in training.read_metrics(folder, event)]
+    return [(e["step"], e[name]) for e in runs.read_metrics(folder, event)]
 
 
 def assert_same_run(folder, other, metric="accuracy"):

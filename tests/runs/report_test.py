@@ -6,29 +6,29 @@ import ml_collections
 import pytest
 import rich.console
 
-from jaxpeft import data, training
+from jaxpeft import data, runs, training
 
 
 def test_curves_are_a_picture_of_what_was_measured(tmp_path):
     with pytest.raises(FileNotFoundError):
-        training.plot_curves(tmp_path, score="accuracy", title="a run")
-    with training.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
+        runs.plot_curves(tmp_path, score="accuracy", title="a run")
+    with runs.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
         writer.write("eval", 0, loss=2.0, accuracy=0.1)
         with pytest.raises(ValueError, match="no training step to draw"):
-            training.plot_curves(tmp_path, score="accuracy", title="a run")
+            runs.plot_curves(tmp_path, score="accuracy", title="a run")
         for step in range(1, 9):
             rates = {"learning_rate/adapter": 1e-3 / step, "learning_rate/head": 1e-3}
             writer.write("train", step, loss=2 / step, penalty=0.1, **rates)
         writer.write("eval", 8, loss=0.4, accuracy=0.9)
     options = dict(score="accuracy", title="a run", best_step=8)
-    before = training.plot_curves(tmp_path, **options)
+    before = runs.plot_curves(tmp_path, **options)
     assert before == tmp_path / "curves.png"
     image = matplotlib.image.imread(before)
     assert image.shape[0] > 500 and image.shape[1] > 800 and image.std() > 0.05
-    with training.MetricsWriter(tmp_path, after=8, tensorboard=False) as writer:
+    with runs.MetricsWriter(tmp_path, after=8, tensorboard=False) as writer:
         writer.write("train", 9, loss=float("nan"), penalty=0.1)
         writer.write("eval", 9, loss=3.0, accuracy=float("nan"))
-    after = training.plot_curves(tmp_path, **options)
+    after = runs.plot_curves(tmp_path, **options)
     assert (matplotlib.image.imread(after) != image).any()
 
 
@@ -66,7 +66,7 @@ def test_the_best_that_is_drawn_is_the_checkpoint_that_is_kept(
             checkpoints._manager, "metrics", lambda step: {metric: scores[step]}
         )
         kept = checkpoints.best
-    with training.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
+    with runs.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
         for step, score in scores.items():
             writer.write("train", step, loss=1.0, penalty=0.0)
             writer.write("speed", step, step_seconds=1.0, tokens_per_second=1.0)
@@ -77,7 +77,7 @@ def test_the_best_that_is_drawn_is_the_checkpoint_that_is_kept(
     results |= {"after": each, "after_last_step": each}
     console = rich.console.Console(file=io.StringIO())
     config = ml_collections.ConfigDict()
-    training.report(tmp_path, results, config, title="a run", console=console)
+    runs.report(tmp_path, results, config, title="a run", console=console)
     assert written == [best]
 
 
@@ -95,14 +95,14 @@ RESULTS = {
 
 
 def test_the_report_has_config_and_versions_inside(tmp_path):
-    with training.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
+    with runs.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
         for step, seconds in enumerate((9.0, 0.5, 0.4), start=1):
             writer.write("train", step, loss=1.0, penalty=0.0)
             writer.write("speed", step, step_seconds=seconds, tokens_per_second=100.0)
     config = ml_collections.ConfigDict({"adapter": {"rank": 8}, "targets": ("query",)})
     text = io.StringIO()
     console = rich.console.Console(file=text, width=100)
-    results = training.report(tmp_path, RESULTS, config, title="a run", console=console)
+    results = runs.report(tmp_path, RESULTS, config, title="a run", console=console)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["results"] == results
     assert results["step_seconds"] == 0.5  # the median: not the lap that warmed up
@@ -119,6 +119,6 @@ def test_the_last_table(tmp_path):
     text = io.StringIO()
     console = rich.console.Console(file=text, width=60)
     rows = {"accuracy before": "0.2000", "adapter": "/a/very/long/" + "path/" * 12}
-    training.print_table(rows, title="[quickstart]", console=console)
+    runs.print_table(rows, title="[quickstart]", console=console)
     assert "accuracy before" in text.getvalue() and "0.2000" in text.getvalue()
     assert text.getvalue().count("path/") > 5  # folded, not cut off

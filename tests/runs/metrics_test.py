@@ -4,24 +4,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxpeft import training
+from jaxpeft import runs
 
 
 def write_run(folder, first, last, after):
-    with training.MetricsWriter(folder, after=after) as writer:
+    with runs.MetricsWriter(folder, after=after) as writer:
         for step in range(first, last + 1):
             writer.write("train", step, loss=jnp.float32(step) / 4, first=first)
 
 
 def test_one_line_an_event_on_disk_at_once(tmp_path):
-    with training.MetricsWriter(tmp_path, after=None) as writer:
+    with runs.MetricsWriter(tmp_path, after=None) as writer:
         writer.write("start", 0, versions={"jax": "0.10"}, argv=["train.py"])
         writer.write("train", 1, loss=jnp.float32(0.5))
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
     assert first["versions"] == {"jax": "0.10"} and first["argv"] == ["train.py"]
     assert second["event"] == "train" and second["step"] == 1 and second["loss"] == 0.5
-    assert training.read_metrics(tmp_path, "train") == [second]
+    assert runs.read_metrics(tmp_path, "train") == [second]
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
@@ -29,7 +29,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "train", "st')  # killed while writing
     write_run(tmp_path, 5, 9, after=4)
-    events = training.read_metrics(tmp_path)
+    events = runs.read_metrics(tmp_path)
     assert [e["step"] for e in events] == list(range(1, 10))
     assert [e["first"] for e in events] == [1] * 4 + [5] * 5
 
@@ -45,13 +45,13 @@ def test_a_broken_line_is_named(tmp_path):
         '{"event": "a"\n{"event": "b", "step": 1}\n'
     )
     with pytest.raises(ValueError, match="line 1 of .* is not JSON"):
-        training.read_metrics(tmp_path)
+        runs.read_metrics(tmp_path)
 
 
 def test_numbers_that_json_does_not_know(tmp_path):
-    with training.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
+    with runs.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
         writer.write("train", 1, loss=jnp.nan, worst={"here": -float("inf")})
-    (event,) = training.read_metrics(tmp_path)
+    (event,) = runs.read_metrics(tmp_path)
     assert event["loss"] == "nan" and event["worst"] == {"here": "-inf"}
     assert not (tmp_path / "tensorboard").exists()
 
@@ -80,7 +80,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 def test_the_stopwatch_leaves_compilation_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    watch = training.Stopwatch()
+    watch = runs.Stopwatch()
     with pytest.raises(ValueError, match="no step in this lap"):
         watch.lap()
     for _ in range(4):
@@ -88,7 +88,7 @@ def test_the_stopwatch_leaves_compilation_out(monkeypatch):
     now[0] += 10.0
     event = "/jax/core/compile/backend_compile_duration"
     jax.monitoring.record_event_duration_secs(event, 8.0)
-    before = training.compile_seconds()
+    before = runs.compile_seconds()
     lap = watch.lap()
     assert lap["step_seconds"] == pytest.approx(0.5)
     assert lap["tokens_per_second"] == pytest.approx(100.0)
@@ -101,11 +101,11 @@ def test_the_stopwatch_leaves_compilation_out(monkeypatch):
 
 
 def test_compiling_is_noticed():
-    before = training.compile_seconds()
+    before = runs.compile_seconds()
     jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
-    assert training.compile_seconds() > before
+    assert runs.compile_seconds() > before
 
 
 def test_memory_is_plausible():
-    peak = training.memory()["host_peak_bytes"]
+    peak = runs.memory()["host_peak_bytes"]
     assert 50 * 2**20 < peak < 2**40

@@ -13,7 +13,7 @@ import pytest
 from causal_toolbox import write_llama
 from flax.traverse_util import flatten_dict
 
-from jaxpeft import models, training
+from jaxpeft import models, runs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # train.py is a script, not part of the package
@@ -132,7 +132,7 @@ def tiny_llama(tmp_path_factory):
 @pytest.fixture
 def tiny_config(tiny):
     """Loads the small run's config: tiny_config("seed=1")."""
-    return lambda *overrides: training.load_config(tiny, overrides)
+    return lambda *overrides: runs.load_config(tiny, overrides)
 
 
 @pytest.fixture(scope="session")

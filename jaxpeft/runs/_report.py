@@ -17,13 +17,8 @@ import rich.console
 import rich.table
 
 from jaxpeft.numerics import optional
-from jaxpeft.training._metrics import (
-    METRICS_FILE,
-    compile_seconds,
-    memory,
-    read_metrics,
-)
-from jaxpeft.training._progress import clock
+from jaxpeft.runs._metrics import METRICS_FILE, compile_seconds, memory, read_metrics
+from jaxpeft.runs._progress import clock
 
 REPORT_FILE = "report.json"
 CURVES_FILE = "curves.png"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from jaxpeft import data, training
+from jaxpeft import data, runs
 from jaxpeft.data.tasks import _packaged
 
 ROOT = Path(__file__).parents[2]
@@ -22,15 +22,15 @@ SETTINGS = list(itertools.product(GLUE, ("base", "large")))
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_it_is_locked_and_has_every_field(path):
-    config, quickstart = training.load_config(path), training.load_config(QUICKSTART)
+    config, quickstart = runs.load_config(path), runs.load_config(QUICKSTART)
     assert config.is_locked
     # These hold what the method, its allocation and the task take.
     sections = {"adapter", "allocate", "allocation", "data", "stage_changes"}
     fields = lambda c: {
-        name for name in training.flat_config(c) if name.split(".")[0] not in sections
+        name for name in runs.flat_config(c) if name.split(".")[0] not in sections
     }
     assert fields(config) == fields(quickstart)
-    assert training.config_from_json(training.config_to_json(config)) == config
+    assert runs.config_from_json(runs.config_to_json(config)) == config
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -43,12 +43,10 @@ def test_it_says_how_to_run_it_and_what_came_out(path):
 
 @pytest.mark.parametrize(("task", "model"), SETTINGS)
 def test_every_setting_of_glue(task, model):
-    config = training.load_config(
-        f"{ROOT}/configs/glue_kasa.py:task={task},model={model}"
-    )
+    config = runs.load_config(f"{ROOT}/configs/glue_kasa.py:task={task},model={model}")
     assert hasattr(data.tasks, config.data.name)
-    assert training.call_named(train.adapters, config.adapter, "adapter").rank == 8
-    assert training.count_steps(config.train_for, 100, field="train_for") >= 1000
+    assert runs.call_named(train.adapters, config.adapter, "adapter").rank == 8
+    assert runs.count_steps(config.train_for, 100, field="train_for") >= 1000
     assert max(config.lengths) == config.max_length
 
 
@@ -56,7 +54,7 @@ def test_an_unknown_task_of_glue():
     with pytest.raises(
         ValueError, match="tasks are .*'rte'.*Write configs/glue_kasa.py:"
     ):
-        training.load_config(f"{ROOT}/configs/glue_kasa.py:task=ret")
+        runs.load_config(f"{ROOT}/configs/glue_kasa.py:task=ret")
 
 
 @pytest.mark.slow
@@ -66,7 +64,7 @@ def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path, monkeypatch)
 
     Of the packaged texts it reads every tenth: whole, they are read in their own tests.
     """
-    config, small = training.load_config(path), tiny_config()
+    config, small = runs.load_config(path), tiny_config()
     if not config.allocation:  # that needs the inputs of many texts
         whole = _packaged._task
         fewer = lambda name, rows, *options: whole(name, rows[::10], *options)

@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxpeft import allocate
-from jaxpeft.training._config import near_names
-from jaxpeft.training._gather import GATHER, Draw
+from jaxpeft.runs._config import near_names
+from jaxpeft.runs._gather import GATHER, Draw
 from jaxpeft.tree import Adapter, Allocation, SiteRank, check_arguments
 
 ALLOCATION_FILE = "allocation.json"

@@ -1,0 +1,88 @@
+"""A run's config as JSON, and where two of them differ."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+
+def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns ``{"adapter.rank": 8, ...}``, one entry for each value of the config.
+
+    Example:
+        >>> flat_config(ml_collections.ConfigDict({"seed": 0, "adapter": {"rank": 8}}))
+        {'adapter.rank': 8, 'seed': 0}
+    """
+    flat = {}
+    for key in sorted(config):
+        value = config[key]
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{key}.{name}": v for name, v in flat_config(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def config_to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the config as JSON, sorted and indented; tuples become lists.
+
+    Raises:
+        TypeError: a value that JSON has no form for.
+    """
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def config_from_json(text: str) -> ml_collections.ConfigDict:
+    """Returns the locked config that :func:`config_to_json` wrote, lists as tuples.
+
+    Example:
+        >>> config = ml_collections.ConfigDict({"targets": ("query", "key")}).lock()
+        >>> config_from_json(config_to_json(config)) == config
+        True
+    """
+    return ml_collections.ConfigDict(_with_tuples(json.loads(text))).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(v) for key, v in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def config_differences(
+    old: ml_collections.ConfigDict,
+    new: ml_collections.ConfigDict,
+    *,
+    free: Sequence[str] = (),
+) -> list[str]:
+    """Returns one line for each field that differs, ``"adapter.rank: 8, now 16"``.
+
+    Values are compared in their JSON form, so a list equals a tuple.
+
+    Args:
+        old: what there was.
+        new: what is now.
+        free: fields and sections that may differ, ``"mesh"`` or ``"log.every"``.
+
+    Returns:
+        the lines, sorted by field.
+
+    Example:
+        >>> old, new = ({"rank": r, "seed": 0} for r in (8, 16))
+        >>> config_differences(*map(ml_collections.ConfigDict, (old, new)))
+        ['rank: 8, now 16']
+    """
+    before, after = (
+        flat_config(config_from_json(config_to_json(c))) for c in (old, new)
+    )
+    absent = object()
+    show = lambda value: "absent" if value is absent else repr(value)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if any(f"{key}.".startswith(f"{name}.") for name in free):
+            continue
+        was, now = before.get(key, absent), after.get(key, absent)
+        if was is absent or now is absent or was != now:
+            lines.append(f"{key}: {show(was)}, now {show(now)}")
+    return lines
