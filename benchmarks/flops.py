@@ -81,11 +81,15 @@ def methods() -> dict[str, Parts]:
     found = {}
     for name in sorted(n for n in dir(jp.adapters) if not n.startswith("_")):
         constructor = getattr(jp.adapters, name)
-        if callable(constructor) and not constructor().experts:
+        if callable(constructor) and not _has_experts(constructor()):
             parts = parts_of(constructor(), rank=2)
             if parts is not None:
                 found[name] = parts
     return found
+
+
+def _has_experts(adapter: jp.tree.Adapter) -> bool:
+    return bool(jp.tree.structure(adapter, adapter.where.rank).experts)
 
 
 def limit(parts: Parts, remat: str) -> float:
@@ -103,7 +107,7 @@ def _attached(program: Program, adapter: jp.tree.Adapter) -> Any:
     def attach(params, key):
         names = [w.name for w in program.linears]
         adapted = jp.attach(params, adapter, names, key=key, axes=program.axes)
-        if program.head and adapter.leaves == "kernel":
+        if program.head and adapter.where.leaf == "kernel":
             adapted = jp.attach(adapted, jp.full(), list(program.head), key=key)
         return adapted
 
@@ -244,7 +248,7 @@ def mixture_methods(rank: int, experts: int) -> Iterator[jp.tree.Adapter]:
     sizes = {"experts": experts, "domains": names, "rank_universal": rank}
     for name in sorted(n for n in dir(jp.adapters) if not n.startswith("_")):
         constructor = getattr(jp.adapters, name)
-        if callable(constructor) and constructor().experts:
+        if callable(constructor) and _has_experts(constructor()):
             options = dict(constructor().options)
             fitting = {n: v for n, v in sizes.items() if n in options}
             yield constructor(**(options | fitting | {"rank": rank, "dropout": 0.0}))
@@ -253,7 +257,7 @@ def mixture_methods(rank: int, experts: int) -> Iterator[jp.tree.Adapter]:
 def _made(name: str, rank: int) -> jp.tree.Adapter:
     """A method at its defaults but for the rank, if it has one."""
     constructor = getattr(jp.adapters, name)
-    return constructor() if constructor().rank is None else constructor(rank=rank)
+    return constructor() if constructor().where.rank is None else constructor(rank=rank)
 
 
 def _embedding_path(params: Any) -> str:

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 import jaxpeft as jp
 from jaxpeft import models
+from jaxpeft.tree import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ def parts_of(adapter: jp.tree.Adapter, rank: int) -> Parts | None:
         The parts, or ``None`` for a method that does not sit on kernels or that
         depends on the input.
     """
-    if adapter.leaves == "bias":
+    if adapter.where.leaf == "bias":
         return None
     d_in, d_out = 2 * rank + 3, 2 * rank + 2
     keys = jax.random.split(jax.random.key(0), 3)
@@ -161,7 +162,7 @@ def parts_of(adapter: jp.tree.Adapter, rank: int) -> Parts | None:
     if adapter.shared is not None:
         frozen |= adapter.shared(keys[2], d_in, d_out, rank, jnp.float32)
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
-    factors = lambda t: adapter.factors(kernel, frozen, t)
+    factors = lambda t: adapter.factors(kernel, frozen, t, Call())
     f = factors(trainable)
     if f.reads_input:
         return None

@@ -18,6 +18,7 @@ from jaxpeft.tree import merge as merge
 from jaxpeft.tree import mergeable as mergeable
 from jaxpeft.tree import partition as partition
 from jaxpeft.tree import penalty as penalty
+from jaxpeft.tree import with_call as with_call
 from jaxpeft.tree import with_dropout as with_dropout
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
-from jaxpeft.tree import Adapter, Factors, Gate, Term, method
+from jaxpeft.tree import Adapter, Factors, Gate, Term, Where, method
 
 
 def numbers(*shape, seed=0, scale=1.0):
@@ -56,11 +56,11 @@ def pair(rank: int = 3, alpha: float = 3.0, dropout: float = 0.0) -> Adapter:
         b = jnp.zeros((rank, kernel.shape[1]))
         return {"scale": jnp.float32(alpha / rank)}, {"a": a, "b": b}
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
         b = frozen["scale"] * trainable["b"]
         return Factors((Term(trainable["a"], b, drop=dropout),))
 
-    return Adapter(init, factors, rank=rank, alpha=alpha, dropout=dropout)
+    return Adapter(init, factors, where=Where(rank=rank, alpha=alpha))
 
 
 @method
@@ -75,12 +75,12 @@ def everything(rank: int = 3, alpha: float = 3.0, dropout: float = 0.0) -> Adapt
         trainable = {"a": a, "b": b, "c": c, "o": o}
         return frozen, trainable
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
         b = frozen["scale"] * trainable["b"]
         terms = Term(trainable["a"], b, drop=dropout), Term(frozen["p"], frozen["q"])
         return Factors(terms, c=trainable["c"], o=trainable["o"])
 
-    return Adapter(init, factors, rank=rank, alpha=alpha, dropout=dropout)
+    return Adapter(init, factors, where=Where(rank=rank, alpha=alpha))
 
 
 @method
@@ -88,7 +88,7 @@ def output_scale() -> Adapter:
     """``o`` alone."""
     return Adapter(
         init=lambda key, kernel, rank, alpha: ({}, {"o": jnp.ones(kernel.shape[1])}),
-        factors=lambda kernel, frozen, trainable: Factors(o=trainable["o"]),
+        factors=lambda kernel, frozen, trainable, call: Factors(o=trainable["o"]),
     )
 
 
@@ -97,7 +97,7 @@ def input_scale() -> Adapter:
     """``c`` alone."""
     return Adapter(
         init=lambda key, kernel, rank, alpha: ({}, {"c": jnp.ones(kernel.shape[0])}),
-        factors=lambda kernel, frozen, trainable: Factors(c=trainable["c"]),
+        factors=lambda kernel, frozen, trainable, call: Factors(c=trainable["c"]),
     )
 
 
@@ -111,11 +111,11 @@ def gated(rank: int = 3) -> Adapter:
         trainable = {"a": a, "b": b, "router": router}
         return {}, trainable
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
         between = Gate(trainable["router"], Partial(gate))
         return Factors((Term(trainable["a"], trainable["b"], gate=between),))
 
-    return Adapter(init, factors, rank=rank)
+    return Adapter(init, factors, where=Where(rank=rank))
 
 
 def gate(seen, h):

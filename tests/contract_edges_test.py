@@ -67,7 +67,7 @@ def test_save_and_load_give_the_same_bits(name, params, x, tmp_path):
 
 def test_padding_of_unequal_ranks_never_learns(name, params, x):
     pattern = {"layers/up": [1, RANK]}
-    if make(name).rank is None:
+    if make(name).where.rank is None:
         with pytest.raises(ValueError, match="has no rank"):
             attach(params, name, jax.random.key(2), rank_pattern=pattern)
         return

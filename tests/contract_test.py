@@ -239,7 +239,7 @@ def test_training_moves_what_is_trained_and_nothing_else(name, params, x):
         now = jp.tree.flat(trainable)[path]
         assert now.dtype == leaf.dtype and np.any(np.asarray(now != leaf)), path
     original = jp.detach(end)
-    if node_in(start, "dense").adapter.unfold is None:
+    if node_in(start, "dense").adapter.folded is None:
         same_bits(original, params)
         same_bits(jax.jit(jp.detach)(end), params)
     else:

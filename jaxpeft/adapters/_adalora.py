@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.numerics import gram_distance
-from jaxpeft.parts import PeftForm, check_options
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.parts import PeftForm, check_options, peft_form
+from jaxpeft.tree import Adapter, Factors, Penalty, Term, Where, method
 
 STD = 0.02  # of a and b at the start
 OFFSET = 1e-5  # added to the rank in the scale's divisor, as everybody does
@@ -89,8 +89,8 @@ def adalora(
         }
         return {"scale": jnp.asarray(alpha / (rank + OFFSET), dtype)}, trainable
 
-    def factors(kernel, frozen, trainable):
-        del kernel
+    def factors(kernel, frozen, trainable, call):
+        del kernel, call
         weights = (frozen["scale"] * trainable["e"])[:, None]
         b = weights * trainable["b"]
         return Factors((Term(trainable["a"], b, drop=dropout),))
@@ -105,12 +105,17 @@ def adalora(
         )
         return gamma / 2 * (gram_distance(a) + gram_distance(b.T))
 
-    def pair(frozen, trainable, shape):
-        del shape
-        (made,) = factors(None, frozen, trainable).terms
-        return made.a, made.b
+    return Adapter(
+        init=init,
+        factors=factors,
+        penalty=Penalty(penalty, joined="mean"),
+        where=Where(rank=rank, alpha=float(rank if alpha is None else alpha)),
+    )
 
-    peft = PeftForm(
+
+@peft_form(adalora)
+def _form(*, rank, gamma, dropout, **_):
+    return PeftForm(
         peft_type="ADALORA",
         kinds=("linear", "conv1d"),
         to_leaves=_to_leaves,
@@ -131,17 +136,6 @@ def adalora(
         patterns=False,
         alpha=lambda frozen, rank: frozen["scale"] * (rank + OFFSET),
         read=_read,
-        pair=pair,
-    )
-    return Adapter(
-        init=init,
-        factors=factors,
-        penalty=penalty,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        dropout=dropout,
-        reduction="mean",
-        peft=peft,
     )
 
 

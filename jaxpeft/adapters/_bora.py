@@ -14,7 +14,7 @@ from jaxpeft.numerics import (
     zero_factors,
 )
 from jaxpeft.parts import SCALINGS, check_options, scale_leaf
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 ORDERS = (("out", "in"), ("in", "out"))
 
@@ -124,7 +124,8 @@ def bora(
 
     held = jax.lax.stop_gradient if stop_gradient_norms else lambda x: x
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
+        del call
         a, b = trainable["a"], frozen["scale"] * trainable["b"]
 
         def ratio(axis, base, weight=None):
@@ -147,8 +148,6 @@ def bora(
     return Adapter(
         init=init,
         factors=factors,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        dropout=dropout,
+        where=Where(rank=rank, alpha=float(rank if alpha is None else alpha)),
         report=report,
     )

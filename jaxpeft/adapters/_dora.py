@@ -23,11 +23,11 @@ from jaxpeft.parts import (
     check_options,
     check_site_rank,
     lora_form,
-    low_rank_pair,
+    peft_form,
     read_lora,
     scale_leaf,
 )
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 # Where `a` and `b` begin; the last three also carry that beginning along.
 STARTS = {
@@ -141,7 +141,8 @@ def dora(
             frozen |= {"a0": a, "b0": b}
         return frozen, {"a": a, "b": b, "m_out": m_out}
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
+        del call
         pairs = [(trainable["a"], frozen["scale"] * trainable["b"])]
         if init in STARTS:
             pairs.append((-frozen["a0"], frozen["scale"] * frozen["b0"]))
@@ -154,22 +155,6 @@ def dora(
         terms = (Term(*pairs[0], drop=dropout), *(Term(*pair) for pair in pairs[1:]))
         return Factors(terms, o=o)
 
-    start = init if init in STARTS else True
-    kinds = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
-    peft = lora_form(
-        kinds=kinds.get(init, LORA_KINDS),
-        scaling=scaling,
-        dropout=dropout,
-        extra=MAGNITUDE,
-        fields={"use_dora": True, "init_lora_weights": start},
-        read=_read,
-        pair=low_rank_pair,  # what the magnitude then scales
-        beside=MAGNITUDE,
-        beside_fields={"use_dora": True},
-        redone=init in STARTS,
-        refusal="PEFT does not start from 'milora'" if init == "milora" else "",
-    )
-
     def report(frozen, trainable):
         del trainable
         return {"dead_out": jnp.sum(~frozen["live_out"])}
@@ -177,11 +162,26 @@ def dora(
     return Adapter(
         init=init_leaves,
         factors=factors,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        dropout=dropout,
+        where=Where(rank=rank, alpha=float(rank if alpha is None else alpha)),
         report=report,
-        peft=peft,
+    )
+
+
+@peft_form(dora)
+def _form(*, init, scaling, dropout, **_):
+    start = init if init in STARTS else True
+    kinds = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
+    return lora_form(
+        kinds=kinds.get(init, LORA_KINDS),
+        scaling=scaling,
+        dropout=dropout,
+        extra=MAGNITUDE,
+        fields={"use_dora": True, "init_lora_weights": start},
+        read=_read,
+        beside=MAGNITUDE,
+        beside_fields={"use_dora": True},
+        redone=init in STARTS,
+        refusal="PEFT does not start from 'milora'" if init == "milora" else "",
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts import mixture
+from jaxpeft.parts import Router, mixture
 from jaxpeft.tree import Adapter, method
 
 
@@ -76,20 +76,17 @@ def hydralora(
         The authors' code draws a dropout mask for each expert and computes ``x a``
         again for each; here one mask and one product serve all of them.
     """
+    router = Router(
+        top_k, renormalise, temperature, router_std, balance_coef, z_coef, aux_reduce
+    )
     return mixture(
         "hydralora",
         rank=rank,
         alpha=alpha,
         experts=experts,
         shared_a=True,
-        top_k=top_k,
         start="kaiming",
-        router_std=router_std,
         dropout=dropout,
-        renormalise=renormalise,
-        temperature=temperature,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
+        router=router,
         gates=gates,
     )

@@ -4,8 +4,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxpeft.parts import PeftForm, check_options
-from jaxpeft.tree import Adapter, Factors, method
+from jaxpeft.parts import PeftForm, check_options, peft_form
+from jaxpeft.tree import Adapter, Factors, Where, method
 
 
 @method
@@ -54,12 +54,18 @@ def ia3(scale: Literal["out", "in"] = "out") -> Adapter:
         size = kernel.shape[1 if scale == "out" else 0]
         return {}, {"l": jnp.ones((size,), kernel.dtype)}
 
-    def factors(kernel, frozen, trainable):
-        del kernel, frozen
+    def factors(kernel, frozen, trainable, call):
+        del kernel, frozen, call
         return Factors(**{"o" if scale == "out" else "c": trainable["l"]})
 
+    bias = "scaled" if scale == "out" else "left"
+    return Adapter(init=init, factors=factors, where=Where(bias=bias))
+
+
+@peft_form(ia3)
+def _form(*, scale):
     to_file = (lambda l: l[:, None]) if scale == "out" else (lambda l: l[None, :])
-    peft = PeftForm(
+    return PeftForm(
         peft_type="IA3",
         kinds=("linear", "conv1d"),
         to_leaves=lambda frozen, trainable, kind: {"ia3_l": to_file(trainable["l"])},
@@ -68,7 +74,6 @@ def ia3(scale: Literal["out", "in"] = "out") -> Adapter:
         lists={"feedforward_modules": scale == "in"},
         read=_read,
     )
-    return Adapter(init=init, factors=factors, scales_bias=scale == "out", peft=peft)
 
 
 def _read(config, kind):

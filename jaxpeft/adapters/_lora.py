@@ -7,11 +7,11 @@ from jaxpeft.parts import (
     SCALINGS,
     check_options,
     lora_form,
-    low_rank_pair,
+    peft_form,
     read_lora,
     scale_leaf,
 )
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 
 @method
@@ -147,26 +147,27 @@ def _low_rank(name, rank, alpha, dropout, init, scaling) -> Adapter:
         scale = scale_leaf(alpha, rank, scaling, kernel.dtype)
         return {"scale": scale}, {"a": a, "b": b}
 
-    def factors(kernel, frozen, trainable):
-        del kernel
+    def factors(kernel, frozen, trainable, call):
+        del kernel, call
         b = frozen["scale"] * trainable["b"]
         return Factors((Term(trainable["a"], b, drop=dropout),))
 
-    peft = lora_form(
-        scaling=scaling,
-        dropout=dropout,
-        # A file's config is one method's: there, this scale is an option of LoRA's.
-        read=_read if name == "lora" else None,
-        pair=low_rank_pair,
-    )
     return Adapter(
         init=init_leaves,
         factors=factors,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        dropout=dropout,
-        peft=peft,
+        where=Where(rank=rank, alpha=float(rank if alpha is None else alpha)),
     )
+
+
+@peft_form(lora)
+def _lora_form(*, scaling, dropout, **_):
+    return lora_form(scaling=scaling, dropout=dropout, read=_read)
+
+
+@peft_form(rslora)
+def _rslora_form(*, dropout, **_):
+    # A file's config is one method's: there, this scale is an option of LoRA's.
+    return lora_form(scaling="alpha/sqrt_r", dropout=dropout)
 
 
 def _read(config, kind):

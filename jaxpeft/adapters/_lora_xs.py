@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.numerics import top_factors
-from jaxpeft.parts import SCALINGS, PeftForm, check_options, check_site_rank, scale_leaf
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.parts import SCALINGS, check_options, check_site_rank, scale_leaf
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 
 @method
@@ -99,22 +99,14 @@ def lora_xs(
         core = std * jax.random.normal(key_core, (rank, rank), kernel.dtype)
         return {"scale": scale, "a0": a0, "b0": b0}, {"core": core}
 
-    def factors(kernel, frozen, trainable):
-        del kernel
+    def factors(kernel, frozen, trainable, call):
+        del kernel, call
         core = frozen["scale"] * trainable["core"]
         b = jnp.matmul(core, frozen["b0"], precision="highest")
         return Factors((Term(frozen["a0"], b, drop=dropout),))
 
-    def pair(frozen, trainable, shape):
-        del shape
-        (made,) = factors(None, frozen, trainable).terms
-        return made.a, made.b
-
     return Adapter(
         init=init,
         factors=factors,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        dropout=dropout,
-        peft=PeftForm(pair=pair),
+        where=Where(rank=rank, alpha=float(rank if alpha is None else alpha)),
     )

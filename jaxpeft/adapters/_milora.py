@@ -3,7 +3,13 @@
 from typing import Literal
 
 from jaxpeft.numerics import bottom_factors
-from jaxpeft.parts import SCALINGS, check_options, residual_pair
+from jaxpeft.parts import (
+    SCALINGS,
+    check_options,
+    peft_form,
+    residual_form,
+    residual_pair,
+)
 from jaxpeft.tree import Adapter, method
 
 RESIDUALS = ("separate", "folded")
@@ -96,3 +102,8 @@ def milora(
         scaling=scaling,
         residual=residual,
     )
+
+
+@peft_form(milora)
+def _form(*, scaling, dropout, **_):
+    return residual_form(None, scaling, dropout, ("linear", "conv1d"))

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts import domain_mixture
+from jaxpeft.parts import Router, domain_mixture
 from jaxpeft.tree import Adapter, method
 
 
@@ -92,6 +92,9 @@ def modula_flan(
         The paper is silent about ``alpha``, initial values, the router's width and
         what stage trains with which optimiser: the defaults above are ours.
     """
+    router = Router(
+        top_k, True, temperature, router_std, balance_coef, z_coef, aux_reduce
+    )
     return domain_mixture(
         "modula_flan",
         residual=False,
@@ -101,12 +104,7 @@ def modula_flan(
         alpha=alpha,
         route_universal=route_universal,
         dropout=dropout,
-        top_k=top_k,
-        temperature=temperature,
-        router_std=router_std,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
+        router=router,
         stage=stage,
         gates=gates,
         inactive=inactive,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts import domain_mixture
+from jaxpeft.parts import Router, domain_mixture
 from jaxpeft.tree import Adapter, method
 
 
@@ -102,6 +102,9 @@ def modula_res(
         A domain sees an input only through the ``rank_universal`` numbers of
         :math:`x a_u`: what lies outside of them is out of its reach.
     """
+    router = Router(
+        top_k, True, temperature, router_std, balance_coef, z_coef, aux_reduce
+    )
     return domain_mixture(
         "modula_res",
         residual=True,
@@ -111,12 +114,7 @@ def modula_res(
         alpha=alpha,
         slope=slope,
         dropout=dropout,
-        top_k=top_k,
-        temperature=temperature,
-        router_std=router_std,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
+        router=router,
         stage=stage,
         gates=gates,
         inactive=inactive,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts import mixture
+from jaxpeft.parts import Router, mixture
 from jaxpeft.tree import Adapter, method
 
 
@@ -78,20 +78,17 @@ def mola(
         The authors' code pools the routers of a layer before it forms the balance loss
         and counts padding; here each site has its own, and padding is masked.
     """
+    router = Router(
+        top_k, renormalise, temperature, router_std, balance_coef, z_coef, aux_reduce
+    )
     return mixture(
         "mola",
         rank=rank,
         alpha=alpha,
         experts=experts,
         shared_a=False,
-        top_k=top_k,
         start="kaiming",
-        router_std=router_std,
         dropout=dropout,
-        renormalise=renormalise,
-        temperature=temperature,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
+        router=router,
         gates=gates,
     )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts import mixture
+from jaxpeft.parts import Router, mixture
 from jaxpeft.tree import Adapter, method
 
 
@@ -80,21 +80,18 @@ def molora(
         The reference code holds an array ``[batch, length, N, d_out]``; here gates are
         applied to the ``N r`` hidden numbers of a token.
     """
+    router = Router(
+        top_k, renormalise, temperature, router_std, balance_coef, z_coef, aux_reduce
+    )
     return mixture(
         "molora",
         rank=rank,
         alpha=alpha,
         experts=experts,
         shared_a=False,
-        top_k=top_k,
         start="gaussian",
         a_std=a_std,
-        router_std=router_std,
         dropout=dropout,
-        renormalise=renormalise,
-        temperature=temperature,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
+        router=router,
         gates=gates,
     )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts import check_options, mixture
+from jaxpeft.parts import Router, check_options, mixture
 from jaxpeft.tree import Adapter, method
 
 
@@ -89,22 +89,19 @@ def mosld(
         5.2 finds 2, 4, 6, 8 better.
     """
     check_options("mosld", choices={"dropout_on": (dropout_on, ("a", "b", "input"))})
+    router = Router(
+        top_k, renormalise, temperature, router_std, balance_coef, z_coef, aux_reduce
+    )
     return mixture(
         "mosld",
         rank=rank,
         alpha=alpha,
         experts=experts,
         shared_a=True,
-        top_k=top_k,
         start="gaussian",
         a_std=a_std,
-        router_std=router_std,
         dropout=dropout,
         dropout_on=dropout_on,
-        renormalise=renormalise,
-        temperature=temperature,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
+        router=router,
         gates=gates,
     )

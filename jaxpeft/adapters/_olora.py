@@ -3,7 +3,13 @@
 from typing import Literal
 
 from jaxpeft.numerics import qr_factors
-from jaxpeft.parts import SCALINGS, check_options, residual_pair
+from jaxpeft.parts import (
+    SCALINGS,
+    check_options,
+    peft_form,
+    residual_form,
+    residual_pair,
+)
 from jaxpeft.tree import Adapter, method
 
 RESIDUALS = ("separate", "folded")
@@ -89,6 +95,10 @@ def olora(
         dropout=dropout,
         scaling=scaling,
         residual=residual,
-        peft_start="olora",
-        peft_kinds=("linear",),  # PEFT takes a Conv1D's weight for its transpose
     )
+
+
+@peft_form(olora)
+def _form(*, scaling, dropout, **_):
+    # PEFT takes a Conv1D's weight for its transpose.
+    return residual_form("olora", scaling, dropout, ("linear",))

@@ -5,8 +5,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxpeft.numerics import top_factors
-from jaxpeft.parts import PeftForm, check_options, check_site_rank
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.parts import check_options, check_site_rank
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 RESIDUALS = ("separate", "folded")
 
@@ -95,21 +95,18 @@ def pc(
             jnp.concatenate([b, b - b0.astype(b.dtype)], axis=0),
         )
 
-    def factors(kernel, frozen, trainable):
-        del kernel
+    def factors(kernel, frozen, trainable, call):
+        del kernel, call
         if residual == "folded":
             return Factors((Term(trainable["a"], trainable["b"]),))
         return Factors((Term(*change(frozen, trainable)),))
 
-    def part(frozen):
-        return jnp.matmul(frozen["a0"], frozen["b0"], precision="highest")
+    def taken(frozen):
+        return (Term(frozen["a0"], -frozen["b0"]),)
 
-    folded = residual == "folded"
     return Adapter(
         init=init,
         factors=factors,
-        rank=rank,
-        fold=(lambda kernel, frozen: kernel - part(frozen)) if folded else None,
-        unfold=(lambda kernel, frozen: kernel + part(frozen)) if folded else None,
-        peft=PeftForm(pair=lambda frozen, trainable, shape: change(frozen, trainable)),
+        where=Where(rank=rank),
+        folded=taken if residual == "folded" else None,
     )

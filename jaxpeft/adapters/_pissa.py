@@ -3,7 +3,13 @@
 from typing import Literal
 
 from jaxpeft.numerics import top_factors
-from jaxpeft.parts import SCALINGS, check_options, residual_pair
+from jaxpeft.parts import (
+    SCALINGS,
+    check_options,
+    peft_form,
+    residual_form,
+    residual_pair,
+)
 from jaxpeft.tree import Adapter, method
 
 RESIDUALS = ("separate", "folded")
@@ -104,5 +110,10 @@ def pissa(
         dropout=dropout,
         scaling=scaling,
         residual=residual,
-        peft_start="pissa" if iterations is None else None,
     )
+
+
+@peft_form(pissa)
+def _form(*, iterations, scaling, dropout, **_):
+    start = "pissa" if iterations is None else None
+    return residual_form(start, scaling, dropout, ("linear", "conv1d"))

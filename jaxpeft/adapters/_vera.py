@@ -4,10 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxpeft.parts import PeftForm, check_options
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.parts import PeftForm, check_options, peft_form
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 LEAVES = {"lam_d": "vera_lambda_d", "lam_b": "vera_lambda_b"}  # in PEFT's files
 
@@ -82,19 +81,25 @@ def vera(
             "lam_b": jnp.zeros((kernel.shape[1],), kernel.dtype),
         }
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
+        del call
         d_in, d_out = kernel.shape
         lam_d, lam_b = trainable["lam_d"] * frozen["used"], trainable["lam_b"]
         rank = lam_d.shape[0]
         b = lam_d[:, None] * frozen["vera_b"][:rank, :d_out] * lam_b[None, :]
         return Factors((Term(frozen["vera_a"][:d_in, :rank], b, drop=dropout),))
 
-    def pair(frozen, trainable, shape):
-        kernel = np.broadcast_to(np.float32(0), shape)
-        (made,) = factors(kernel, frozen, trainable).terms
-        return made.a, made.b
+    return Adapter(
+        init=init,
+        factors=factors,
+        shared=shared,
+        where=Where(rank=rank),
+    )
 
-    peft = PeftForm(
+
+@peft_form(vera)
+def _form(*, dropout, d_initial, **_):
+    return PeftForm(
         peft_type="VERA",
         kinds=("linear", "conv1d"),
         to_leaves=lambda frozen, trainable, kind: {
@@ -113,15 +118,6 @@ def vera(
         patterns=False,
         shared={"vera_a": "base_model.vera_A", "vera_b": "base_model.vera_B"},
         read=_read,
-        pair=pair,
-    )
-    return Adapter(
-        init=init,
-        factors=factors,
-        shared=shared,
-        rank=rank,
-        dropout=dropout,
-        peft=peft,
     )
 
 

@@ -16,6 +16,7 @@ from jaxpeft.tree import (
     lifted_factors,
     map_nodes,
     nodes,
+    structure_of,
 )
 
 
@@ -98,9 +99,8 @@ def finalise(adapted: PyTree, adapter: Adapter, *, key: Key[Array, ""]) -> PyTre
             kept[path] = mask
     plain = map_nodes(lambda n: n.base if n.site.path in sites else n, adapted)
     for path, node in before.items():
-        f = lifted_factors(node)
-        more = (f.c, f.o, f.kernel, node.adapter.unfold)
-        if any(x is not None for x in more) or f.reads_input or len(f.terms) > 1:
+        found = structure_of(node)
+        if not found.only_adds or len(found.terms) > 1:
             raise ValueError(
                 f"site {path!r}: {node.adapter.name!r} does more than a low-rank "
                 "product, which a plain low-rank adapter has no place for"

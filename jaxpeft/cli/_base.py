@@ -105,7 +105,7 @@ def _drawn(model, adapted) -> list[str]:
     waiting = {}
     for path, leaf in leaves_with_path(adapted):
         node = isinstance(leaf, AdaptedKernel)
-        if node and leaf.adapter.peft is not None and leaf.adapter.peft.whole:
+        if node and leaf.adapter.where.leaf != "kernel":
             continue
         value = leaf.base if node else leaf
         if path in head and value.ndim > 1:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.parts import PeftForm
+from jaxpeft.parts import PeftForm, form_of, has_native_form
 from jaxpeft.tree import Adapter, methods
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
@@ -33,15 +33,26 @@ def digest(file: Path) -> str:
 
 
 def forms() -> dict[str, tuple[Callable[..., Adapter], PeftForm]]:
-    """Constructor and form in PEFT's files, of each method that has one."""
-    found = {}
-    for name, constructor in methods().items():
-        parameters = inspect.signature(constructor).parameters.values()
-        if any(p.default is p.empty for p in parameters):
-            continue  # nothing says how a file's options would fill these
-        if (form := constructor().peft) is not None:
-            found[name] = constructor, form
-    return found
+    """Constructor and form in PEFT's files, of each method that has one of its own."""
+    found = {name: make for name, make in _plain().items() if has_native_form(name)}
+    return {name: (make, form_of(make())) for name, make in found.items()}
+
+
+def whole_leaf() -> Adapter:
+    """The method that trains any leaf in full."""
+    for constructor in _plain().values():
+        own = constructor.__module__.startswith(f"{__name__.partition('.')[0]}.")
+        if own and (adapter := constructor()).where.leaf == "any":
+            return adapter
+    raise ValueError("no method trains whole leaves: jaxpeft.adapters is not imported")
+
+
+def _plain() -> dict[str, Callable[..., Adapter]]:
+    """The constructors that may be called without arguments, by name."""
+    needs = lambda make: any(
+        p.default is p.empty for p in inspect.signature(make).parameters.values()
+    )
+    return {name: make for name, make in methods().items() if not needs(make)}
 
 
 def adapter_folder(folder: str | Path) -> Path:

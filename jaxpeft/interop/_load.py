@@ -25,17 +25,14 @@ from jaxpeft.tree import (
     ModuleName,
     Site,
     find_method,
-    from_matrices,
+    fold_base,
     grouped,
     initialise,
-    layer_leaves,
     leaf_entries,
     leaves_with_path,
     lifted_factors,
     nearest,
     shared_names,
-    to_matrices,
-    working_dtype,
 )
 
 
@@ -200,13 +197,13 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
         {name: file.read(f"{path}/{name}") for name in entry["leaves"][part]}
         for part in ("frozen", "trainable")
     )
-    node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
+    node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
     problems += _wide_leaves(node)
-    if adapter.fold is not None:
-        node = node.replace(base=_folded(node))
+    if adapter.folded is not None and not isinstance(kernel, jax.ShapeDtypeStruct):
+        node = node.replace(base=fold_base(node, warn=False))
     # Of a leaf that is trained in full, nothing of the base is left: a head that was
     # drawn for the run need not be drawn again.
-    replaced = adapter.peft is not None and adapter.peft.whole
+    replaced = adapter.where.leaf != "kernel"
     if check_base and not replaced and not _same_base(node.base, base):
         problems.append(
             f"{path!r} is not the kernel that the adapter was trained with (its "
@@ -278,15 +275,6 @@ def _wide_leaves(node: AdaptedKernel) -> list[str]:
         for name, x in leaves.items()
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
     ]
-
-
-def _folded(node: AdaptedKernel) -> Array | jax.ShapeDtypeStruct:
-    base, roles = node.base, node.site.roles
-    if isinstance(base, jax.ShapeDtypeStruct):
-        return base
-    wide = to_matrices(base, roles).astype(working_dtype(base.dtype))
-    changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
-    return from_matrices(changed.astype(base.dtype), base.shape, roles)
 
 
 def _same_base(kernel: Array | np.ndarray, saved: Mapping[str, Any]) -> bool:

@@ -139,7 +139,7 @@ class Table:
     def roles_of(self, path: str) -> tuple[str, ...] | None:
         """Roles of a kernel's axes, where they are known."""
         leaf = self.leaves[path]
-        if isinstance(leaf, AdaptedKernel) and leaf.adapter.leaves == "kernel":
+        if isinstance(leaf, AdaptedKernel) and leaf.adapter.where.leaf == "kernel":
             return leaf.roles
         if path not in self.words or path.rpartition("/")[2] in _BIASES:
             return None

@@ -172,7 +172,7 @@ def _site_entry(node: AdaptedKernel, methods: list[Adapter], shared) -> dict[str
     site = node.site
     common = shared.get(site.path, {})
     base = {"shape": list(node.base.shape), "dtype": node.base.dtype.name}
-    if node.adapter.fold is None:
+    if node.adapter.folded is None:
         base["checksum"] = checksum(node.base)
     else:
         base["projection"], base["norm"] = projection(node.base)

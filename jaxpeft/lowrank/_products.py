@@ -12,12 +12,13 @@ from jaxpeft.tree import (
     OUT,
     AdaptedKernel,
     Adapter,
+    change,
     gathered,
     layer_leaves,
     leaf_axes,
-    lifted_factors,
     padded,
     shared_names,
+    structure_of,
     to_matrices,
     unpadded_layers,
     working_dtype,
@@ -27,7 +28,7 @@ from jaxpeft.tree import (
 @functools.cache
 def is_plain(adapter: Adapter) -> bool:
     """Whether a method is ``W + scale a b`` with trained factors and nothing else."""
-    if adapter.leaves != "kernel" or adapter.fold or adapter.shared:
+    if adapter.where.leaf != "kernel" or adapter.folded or adapter.shared:
         return False
     frozen, trainable = leaf_axes(adapter, adapter.rank)
     return frozen == {"scale": ()} and trainable == {"a": (IN, None), "b": (None, OUT)}
@@ -35,17 +36,14 @@ def is_plain(adapter: Adapter) -> bool:
 
 def not_low_rank(node: AdaptedKernel) -> str:
     """Why the change of a site's kernel is not a product of thin factors, or ""."""
-    bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever it lies
-    f = jax.eval_shape(lifted_factors, jax.tree.map(bare, node.replace(key=None)))
-    where, form = f"{node.site.path!r}: {node.adapter.name!r}", node.adapter.peft
-    if f.reads_input:
+    found = structure_of(node)
+    where = f"{node.site.path!r}: {node.adapter.name!r}"
+    if found.reads_input or "gates" in (node.call or {}):
         return f"{where} depends on the input, so its change is no matrix"
-    if f.kernel is not None or node.adapter.leaves != "kernel":
+    if found.factors.kernel is not None or node.adapter.where.leaf != "kernel":
         return f"{where} trains the leaf itself, not a low-rank change of it; {_LEAVE}"
-    if f.c is not None or f.o is not None:
+    if found.scales:
         return f"{where} scales the kernel, so its change has full rank; {_LEAVE}"
-    if node.adapter.unfold is not None and (form is None or form.pair is None):
-        return f"{where} has folded a part of its change into the kernel; {_LEAVE}"
     return ""
 
 
@@ -60,13 +58,10 @@ def _product(adapter: Adapter, shared, kernel, frozen, trainable):
     if is_plain(adapter):
         parts = trainable["a"], trainable["b"], frozen["scale"]
     else:
-        if adapter.unfold is not None:
-            pairs = [adapter.peft.pair(frozen, trainable, kernel.shape)]
-        else:
-            f = adapter.factors(kernel, frozen | shared, trainable)
-            pairs = [(term.a, term.b) for term in f.terms]
-        a = jnp.concatenate([a for a, _ in pairs], 1)
-        parts = a, jnp.concatenate([b for _, b in pairs], 0), jnp.ones(())
+        terms = change(adapter, kernel, frozen | shared, trainable).terms
+        a = jnp.concatenate([term.a for term in terms], 1)
+        b = jnp.concatenate([term.b for term in terms], 0)
+        parts = a, b, jnp.ones(())
     return tuple(x.astype(working_dtype(kernel.dtype)) for x in parts)
 
 
@@ -97,7 +92,6 @@ def _nameless(node: AdaptedKernel) -> AdaptedKernel:
         base=gathered(node.base) if joins else node.base,
         frozen={name: gathered(x) for name, x in node.frozen.items()},
         trainable={name: gathered(x) for name, x in node.trainable.items()},
-        key=None,
         call=None,
         site=dataclasses.replace(node.site, path="", pattern=""),
     )

@@ -179,7 +179,7 @@ def _ranks(path, node: AdaptedKernel, layers, how: str, rank: int | None):
 def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
     """The tree with fresh leaves of the result's shapes, of scale 1 where it can be."""
     patterns: dict[str, Any] = {"rank_pattern": ranks}
-    if adapter.alpha is not None:
+    if adapter.where.alpha is not None:
         patterns["alpha_pattern"] = ranks
     return attach(
         tree,

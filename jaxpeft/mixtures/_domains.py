@@ -11,7 +11,14 @@ from jaxpeft.mixtures._nodes import (
     with_adapter,
 )
 from jaxpeft.parts import check_domain, domain_of
-from jaxpeft.tree import AdaptedKernel, check_key, initialise, place_like, site_key
+from jaxpeft.tree import (
+    AdaptedKernel,
+    check_key,
+    initialise,
+    place_like,
+    rebuild,
+    site_key,
+)
 
 
 def add_domain(adapted: PyTree, name: str, *, key: Key[Array, ""]) -> PyTree:
@@ -70,7 +77,8 @@ def with_new_domain(adapted: PyTree, name: str, leaves_of) -> PyTree:
     def change(node):
         options = options_of(node)
         gates = options["gates"]
-        adapter = node.adapter.rebuild(
+        adapter = rebuild(
+            node.adapter,
             domains=(*options["domains"], name),
             inactive=(*options["inactive"], name),
             gates=None if gates is None else (*gates, 0),
@@ -84,8 +92,14 @@ def with_new_domain(adapted: PyTree, name: str, leaves_of) -> PyTree:
 def _alone(node: AdaptedKernel, name: str):
     """The node's method with this domain alone."""
     changes = {"stale": (), "folded": False} if is_residual(node) else {}
-    return node.adapter.rebuild(
-        domains=(name,), inactive=(), gates=None, stage="router", top_k=None, **changes
+    return rebuild(
+        node.adapter,
+        domains=(name,),
+        inactive=(),
+        gates=None,
+        stage="router",
+        top_k=None,
+        **changes,
     )
 
 
@@ -116,7 +130,8 @@ def remove_domain(adapted: PyTree, name: str) -> PyTree:
             gates = (*gates[: at + 1], *gates[at + 2 :])
         changes = {"stale": without(options["stale"])} if is_residual(node) else {}
         own = domain_of(options["stage"]) == name
-        adapter = node.adapter.rebuild(
+        adapter = rebuild(
+            node.adapter,
             domains=without(options["domains"]),
             inactive=without(options["inactive"]),
             gates=gates,
@@ -159,7 +174,7 @@ def rename_domain(adapted: PyTree, name: str, new: str) -> PyTree:
         for leaf, x in {**node.frozen, **node.trainable}.items():
             kind, _, expert = leaf.partition(".")
             leaves[f"{kind}.{new}" if expert == name else leaf] = x
-        return with_adapter(node, node.adapter.rebuild(**changes), leaves)
+        return with_adapter(node, rebuild(node.adapter, **changes), leaves)
 
     return rebuilt(adapted, change)
 

@@ -7,16 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxpeft.mixtures._nodes import is_residual, options_of
+from jaxpeft.mixtures._nodes import is_residual
 from jaxpeft.numerics import balance_and_z
 from jaxpeft.parts import UNIVERSAL
-from jaxpeft.tree import AdaptedKernel, map_nodes, nodes, with_inputs
+from jaxpeft.tree import (
+    AdaptedKernel,
+    map_nodes,
+    nodes,
+    rebuild,
+    seen_penalty,
+    structure_of,
+    with_call,
+)
 
 BASE = "__base__"  # a row whose gates are all 0
 
 
 def _mixtures(adapted: PyTree) -> list[AdaptedKernel]:
-    found = [node for node in nodes(adapted) if node.adapter.experts]
+    found = [node for node in nodes(adapted) if structure_of(node).experts]
     if not found:
         raise ValueError("`adapted` has no site with experts; attach a mixture first.")
     return found
@@ -52,16 +60,16 @@ def fix_gates(adapted: PyTree, gates: Mapping[str, float] | None) -> PyTree:
     _mixtures(adapted)
 
     def change(node):
-        experts = node.adapter.experts
+        experts = structure_of(node).experts
         if not experts:
             return node
         if gates is None:
-            return node.replace(adapter=node.adapter.rebuild(gates=None))
+            return node.replace(adapter=rebuild(node.adapter, gates=None))
         _check_names(node, list(gates), experts)
         weights = {UNIVERSAL: 1.0} if is_residual(node) else {}
         weights |= {name: float(g) for name, g in gates.items()}
         fixed = tuple(weights.get(e, 0.0) for e in experts)
-        return node.replace(adapter=node.adapter.rebuild(gates=fixed))
+        return node.replace(adapter=rebuild(node.adapter, gates=fixed))
 
     return map_nodes(change, adapted)
 
@@ -71,7 +79,7 @@ def with_gates(adapted: PyTree, gates: Array | np.ndarray | Sequence[str] | None
 
     Args:
         adapted: a tree with mixtures, all of the same experts.
-        gates: ``[batch, N]`` in the order of ``adapter.experts``, with the universal
+        gates: ``[batch, N]`` in the order of the experts, with the universal
             expert first where there is one; or the name of one expert for each row,
             ``"__base__"`` for none. ``None`` takes them off again.
 
@@ -83,14 +91,14 @@ def with_gates(adapted: PyTree, gates: Array | np.ndarray | Sequence[str] | None
         ValueError: a name or a shape does not fit.
     """
     if gates is None:
-        return with_inputs(adapted, gates=None)
+        return with_call(adapted, gates=None)
     found = _mixtures(adapted)
-    experts = found[0].adapter.experts
+    experts = structure_of(found[0]).experts
     for node in found:
-        if node.adapter.experts != experts:
+        if (others := structure_of(node).experts) != experts:
             raise ValueError(
                 f"`gates` need the same experts everywhere; {found[0].site.path!r} has "
-                f"{list(experts)}, {node.site.path!r} {list(node.adapter.experts)}."
+                f"{list(experts)}, {node.site.path!r} {list(others)}."
             )
     if not hasattr(gates, "shape"):
         _check_names(found[0], list(gates), (*experts, BASE))
@@ -106,7 +114,7 @@ def with_gates(adapted: PyTree, gates: Array | np.ndarray | Sequence[str] | None
             f"`gates` must be [batch, {len(experts)}], for {list(experts)}, got shape "
             f"{list(gates.shape)}."
         )
-    return with_inputs(adapted, gates=jnp.asarray(gates))
+    return with_call(adapted, gates=jnp.asarray(gates))
 
 
 def with_mask(adapted: PyTree, mask: Array | np.ndarray | None) -> PyTree:
@@ -124,9 +132,9 @@ def with_mask(adapted: PyTree, mask: Array | np.ndarray | None) -> PyTree:
         ValueError: the tree has no mixture.
     """
     if mask is None:
-        return with_inputs(adapted, mask=None)
+        return with_call(adapted, mask=None)
     _mixtures(adapted)
-    return with_inputs(adapted, mask=jnp.asarray(mask))
+    return with_call(adapted, mask=jnp.asarray(mask))
 
 
 def auxiliary(adapted: PyTree, statistics: Mapping[str, Any]) -> dict[str, Array]:
@@ -160,24 +168,11 @@ def auxiliary(adapted: PyTree, statistics: Mapping[str, Any]) -> dict[str, Array
         Fedus et al., arXiv 2101.03961, eq. 4 to 6; Zoph et al., arXiv 2202.08906,
         eq. 5.
     """
-    by_path = {node.site.path: node for node in nodes(adapted)}
-    groups: dict[Any, list] = {}
-    for path, sums in statistics.items():
-        balance, z = (jnp.ravel(x) for x in balance_and_z(sums))
-        options = options_of(by_path[path])
-        kind = tuple(options[n] for n in ("balance_coef", "z_coef", "aux_reduce"))
-        groups.setdefault((by_path[path].adapter.name, *kind), []).append((balance, z))
     zero = jnp.zeros((), jnp.float32)
-    if not groups:
+    each = [balance_and_z(sums) for sums in statistics.values()]
+    if not each:
         return {"penalty": zero, "balance": zero, "z": zero}
-    penalty, every = zero, []
-    for (_, balance_coef, z_coef, reduce), each in groups.items():
-        joined = [
-            jnp.concatenate(x).astype(jnp.float32) for x in zip(*each, strict=True)
-        ]
-        every.append(joined)
-        take = jnp.mean if reduce == "mean" else jnp.sum
-        for coef, x in zip((balance_coef, z_coef), joined, strict=True):
-            penalty = penalty + jnp.float32(coef) * take(x)
-    balance, z = (jnp.mean(jnp.concatenate(x)) for x in zip(*every, strict=True))
+    mean = lambda xs: jnp.mean(jnp.concatenate([jnp.ravel(x) for x in xs]))
+    balance, z = (mean(x).astype(jnp.float32) for x in zip(*each, strict=True))
+    penalty = seen_penalty(adapted, statistics)
     return {"penalty": penalty, "balance": balance, "z": z}

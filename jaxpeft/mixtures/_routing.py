@@ -11,7 +11,7 @@ from jaxtyping import Float64, PyTree
 from numpy import ndarray
 
 from jaxpeft.numerics import optional
-from jaxpeft.tree import nodes
+from jaxpeft.tree import nodes, structure_of
 
 DEAD = 0.01  # a share of the load that is this part of an even one is none
 
@@ -106,7 +106,7 @@ def routing_report(
     Raises:
         ValueError: there is no router, or a task saw no token.
     """
-    names = {node.site.path: node.adapter.experts for node in nodes(adapted)}
+    names = {node.site.path: structure_of(node).experts for node in nodes(adapted)}
     tasks = tuple(sums)
     sites = [path for path in next(iter(sums.values())) if path in names]
     parts = [

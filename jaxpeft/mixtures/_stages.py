@@ -21,6 +21,7 @@ from jaxpeft.tree import (
     fold_base,
     initialise,
     matrix_shape,
+    rebuild,
     site_key,
     trainable_size,
 )
@@ -110,7 +111,7 @@ def stage(
             changes["inactive"] = ()
         if is_residual(node):
             changes["stale"] = stale
-        new = with_adapter(node, node.adapter.rebuild(**changes))
+        new = with_adapter(node, rebuild(node.adapter, **changes))
         return _drawn_router(new, key) if reset else new
 
     return rebuilt(adapted, change)
@@ -215,7 +216,7 @@ def stage_sizes(adapted: PyTree) -> dict[str, int]:
         changes = {"stage": name, "gates": None}
         plain = lambda n: {"folded": False} if is_residual(n) else {}
         sizes[name] = sum(
-            trainable_size(with_adapter(n, n.adapter.rebuild(**changes, **plain(n))))
+            trainable_size(with_adapter(n, rebuild(n.adapter, **changes, **plain(n))))
             for n in found
         )
     return sizes
@@ -254,7 +255,7 @@ def fold_universal(adapted: PyTree) -> PyTree:
             )
 
     def change(node):
-        node = with_adapter(node, node.adapter.rebuild(folded=True))
+        node = with_adapter(node, rebuild(node.adapter, folded=True))
         return node.replace(base=fold_base(node))
 
     return rebuilt(adapted, change)

@@ -12,11 +12,14 @@ from jaxpeft.parts._options import check_site_rank as check_site_rank
 from jaxpeft.parts._options import scale_leaf as scale_leaf
 from jaxpeft.parts._peft import LORA_KINDS as LORA_KINDS
 from jaxpeft.parts._peft import PeftForm as PeftForm
-from jaxpeft.parts._peft import joined as joined
+from jaxpeft.parts._peft import form_of as form_of
+from jaxpeft.parts._peft import has_native_form as has_native_form
 from jaxpeft.parts._peft import lora_form as lora_form
-from jaxpeft.parts._peft import low_rank_pair as low_rank_pair
+from jaxpeft.parts._peft import peft_form as peft_form
 from jaxpeft.parts._peft import read_lora as read_lora
 from jaxpeft.parts._peft_rules import in_layers as in_layers
 from jaxpeft.parts._peft_rules import listed as listed
+from jaxpeft.parts._residual import residual_form as residual_form
 from jaxpeft.parts._residual import residual_pair as residual_pair
+from jaxpeft.parts._router import Router as Router
 from jaxpeft.parts._whole import whole_leaf as whole_leaf

@@ -18,14 +18,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxpeft.numerics import gated
-from jaxpeft.parts._mixture import (
-    Routing,
-    check_routing,
-    row_gates,
-    warn_of_idle_router,
-)
 from jaxpeft.parts._options import check_options
-from jaxpeft.tree import Adapter, Factors, Gate, Term
+from jaxpeft.parts._router import Router, empty_pair, row_gates
+from jaxpeft.tree import Adapter, Factors, Gate, Term, Where
 
 UNIVERSAL = "universal"
 STAGES = ("all", "universal", "router")
@@ -87,26 +82,26 @@ def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
 
 
 @functools.cache
-def _parallel(routing: Routing | None, ranks: tuple[int, ...]):
+def _parallel(router: Router | None, ranks: tuple[int, ...]):
     """What acts on experts that all read the input."""
 
     def apply(rows, routed, h):
-        gates = row_gates(rows, h) if routing is None else routing.gates(routed)[2]
+        gates = row_gates(rows, h) if router is None else router.gates(routed)[2]
         return gated(h, gates, ranks)
 
     return apply
 
 
 @functools.cache
-def _residual(routing, ranks: tuple[int, ...], slope: float, universal: bool):
+def _residual(router, ranks: tuple[int, ...], slope: float, universal: bool):
     """What acts on experts that read the universal one's output, through its rank."""
 
     def apply(mixing, rows, routed, z):
         h = jnp.matmul(z.astype(mixing.dtype), mixing)
         h = jnp.where(h >= 0, h, jnp.asarray(slope, h.dtype) * h)
         weight = None
-        if routing is not None:
-            h = gated(h, routing.gates(routed)[2], ranks)
+        if router is not None:
+            h = gated(h, router.gates(routed)[2], ranks)
         elif rows is not None:
             gates = row_gates(rows, z)
             weight, h = gates[..., :1].astype(z.dtype), gated(h, gates[..., 1:], ranks)
@@ -129,12 +124,7 @@ def domain_mixture(
     slope: int | float = 0.0,
     route_universal: bool = False,
     dropout: int | float = 0.0,
-    top_k: int | None = None,
-    temperature: int | float = 1.0,
-    router_std: int | float = 0.02,
-    balance_coef: int | float = 0.0,
-    z_coef: int | float = 0.0,
-    aux_reduce: str = "sum",
+    router: Router,
     stage: str = "all",
     gates: tuple[int | float, ...] | None = None,
     inactive: tuple[str, ...] = (),
@@ -166,12 +156,7 @@ def domain_mixture(
         slope: of the leaky ReLU.
         route_universal: whether the universal expert has a gate beside the domains.
         dropout: probability of dropping an entry of the input.
-        top_k: experts kept for each token.
-        temperature: of the router.
-        router_std: standard deviation of the router's columns.
-        balance_coef: weight of the balance loss.
-        z_coef: weight of the z-loss.
-        aux_reduce: how sites are joined.
+        router: how gates follow from the input.
         stage: what trains, and which gates are used unless ``gates`` says.
         gates: fixed gates of the universal expert and of each domain.
         inactive: domains that are not routed yet.
@@ -179,15 +164,6 @@ def domain_mixture(
         folded: whether the universal expert's change is stored in the kernel.
     """
     check_options(name, rank=rank, alpha=alpha, dropout=dropout)
-    check_routing(
-        name,
-        top_k=top_k,
-        temperature=temperature,
-        balance_coef=balance_coef,
-        z_coef=z_coef,
-        aux_reduce=aux_reduce,
-        router_std=router_std,
-    )
     _check(name, domains, stage, gates, inactive, stale, rank_universal, slope)
     if folded and stage in ("all", "universal"):
         raise ValueError(
@@ -196,14 +172,12 @@ def domain_mixture(
         )
     columns = (*((UNIVERSAL,) if route_universal else ()), *domains)
     routed = tuple(c for c in columns if c not in inactive)
-    if top_k is not None and top_k > max(1, len(columns)):
+    router.check(name, len(columns))
+    if router.top_k is not None and router.top_k > max(1, len(columns)):
         raise ValueError(
-            f"`top_k` is {top_k}, but only {len(columns)} experts are routed; add "
-            "domains or lower it."
+            f"`top_k` is {router.top_k}, but only {len(columns)} experts are routed; "
+            "add domains or lower it."
         )
-    routing = Routing(top_k, True, temperature)
-    trained_by = balance_coef + z_coef
-    warn_of_idle_router(name, routing, len(columns), trained_by, stacklevel=5)
     names = _trained(stage, columns, domains)
 
     def init(key, kernel, rank, alpha):
@@ -221,7 +195,7 @@ def domain_mixture(
             leaves[f"a.{expert}"] = bound * u[: d * r].reshape(d, r)
             leaves[f"b.{expert}"] = jnp.zeros((r, d_out), kernel.dtype)
             if expert in columns:
-                std = jnp.asarray(math.sqrt(2) * router_std, kernel.dtype)
+                std = jnp.asarray(math.sqrt(2) * router.std, kernel.dtype)
                 leaves[f"router.{expert}"] = std * jax.lax.erf_inv(u[most:])[:, None]
         trainable = {n: leaves.pop(n) for n in names}
         if alpha is not None:
@@ -255,25 +229,20 @@ def domain_mixture(
             return routed
         return tuple(e for e in (UNIVERSAL, *domains) if known.get(e))
 
-    def factors(kernel, frozen, trainable):
-        del kernel
-        leaves, rows = {**frozen, **trainable}, frozen.get("gates")
+    def factors(kernel, frozen, trainable, call):
+        leaves, rows, mask = {**frozen, **trainable}, call.gates, call.mask
         known = static_gates() if rows is None else None
         chosen = experts_of(known, rows)
-        kind = routing if rows is None and known is None else None
-        gate = Gate(names=(UNIVERSAL, *domains) if kind is None else routed)
+        kind = router.forward if rows is None and known is None else None
+        gate = Gate(names=(UNIVERSAL, *domains))
         if kind is not None:
-            report = routing.report(None, frozen.get("mask"))
-            gate = dataclasses.replace(
-                gate, reads=_router(leaves, routed), report=report
-            )
+            report, reads = router.report(None, mask), _router(leaves, routed)
+            gate = dataclasses.replace(gate, reads=reads, report=report)
         make = _behind if residual else _beside
         pair, apply = make(leaves, chosen, known or {}, kind, rows)
-        if apply is not None:
-            gate = dataclasses.replace(gate, apply=apply)
-        elif kind is None:
-            gate = None
-        return Factors(pair and (Term(*pair, drop=dropout, gate=gate),))
+        gate = dataclasses.replace(gate, apply=apply)
+        pair = pair or empty_pair(*kernel.shape, kernel.dtype)
+        return Factors((Term(*pair, drop=dropout, gate=gate),))
 
     def _beside(leaves, chosen, known, kind, rows):
         """The pair of experts that read the input, and what acts on it."""
@@ -292,10 +261,7 @@ def domain_mixture(
         behind = [e for e in chosen if e != UNIVERSAL]
         weight = known.get(UNIVERSAL, 0.0) if known else 1.0
         if folded and (rows is not None or weight != 1.0):
-            raise ValueError(
-                "the universal expert is folded into the kernel, so it has no gate; "
-                "give gates to the tree before it is folded"
-            )
+            return (leaves["a.universal"], leaves["b.universal"]), Partial(_no_gate)
         own = weight != 0 and not folded
         ups = [up(leaves, UNIVERSAL, weight)] if own else []
         if not behind:
@@ -308,21 +274,22 @@ def domain_mixture(
         apply = Partial(_residual(kind, ranks, slope, own), mixing, rows)
         return (leaves["a.universal"], _joined(ups, 0)), apply
 
-    def fold(kernel, frozen, sign: float = 1.0):
-        change = jnp.matmul(
-            frozen["a.universal"], up(frozen, UNIVERSAL), precision="highest"
-        )
-        return kernel + jnp.asarray(sign, kernel.dtype) * change.astype(kernel.dtype)
+    def universal(frozen):
+        return (Term(frozen["a.universal"], up(frozen, UNIVERSAL)),)
 
     return Adapter(
         init=init,
         factors=factors,
-        rank=rank,
-        alpha=None if alpha is None else float(alpha),
-        dropout=dropout,
-        experts=(UNIVERSAL, *domains),
-        fold=fold if folded else None,
-        unfold=functools.partial(fold, sign=-1.0) if folded else None,
+        penalty=router.penalty(),
+        where=Where(rank=rank, alpha=None if alpha is None else float(alpha)),
+        folded=universal if folded else None,
+    )
+
+
+def _no_gate(routed, h):
+    raise ValueError(
+        "the universal expert is folded into the kernel, so it has no gate; give gates "
+        "to the tree before it is folded"
     )
 
 

@@ -3,23 +3,21 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from jaxtyping import Array
-
 from jaxpeft.parts._options import SCALINGS
+from jaxpeft.tree import Adapter, structure
 
 Leaves = Mapping[str, Any]  # arrays, of JAX or of NumPy
 
 
 class PeftForm(NamedTuple):
-    """A method's form in HF PEFT's files; the ``peft`` field of its ``Adapter``.
+    """A method's form in HF PEFT's files, see ``peft_form``.
 
     All functions see one layer's two-dimensional leaves, as ``Adapter.init`` makes
     them, without padding. ``kind`` is that of a ``ModuleName``.
 
     Attributes:
         peft_type: the config's ``peft_type``, ``"LORA"``; ``None``: PEFT has no form
-            of its own for the method, but ``pair`` may have.
+            of its own for the method, whose change may be written as plain LoRA.
         kinds: the kinds of modules that PEFT adapts in this way.
         to_leaves: ``(frozen, trainable, kind) -> {end of the key in the file: array}``.
         from_leaves: the inverse, ``(leaves, kind) -> trainable``; ``init`` makes the
@@ -36,14 +34,11 @@ class PeftForm(NamedTuple):
         read: ``(config, kind) -> options`` of the constructor, or ``None`` where the
             config is another method's; a field of ``lists`` is there whether the
             module is listed. A config belongs to one method at most.
-        pair: ``(frozen, trainable, (d_in, d_out)) -> (a, b)`` with ``original + a b``
-            the merged kernel, or ``None`` where the change is not of low rank.
-        beside: ``{our leaf: end of its key}`` of what PEFT then does with
-            ``original + a b``; empty: nothing.
+        beside: ``{our leaf: end of its key}`` of the scales that PEFT puts upon the
+            kernel and its low-rank change; empty: none.
         beside_fields: the config's fields for that.
         redone: whether a reader of the file must decompose its own base again.
         refusal: why these options have no native form; empty: they have.
-        whole: the leaf's new value is written in place of the leaf.
     """
 
     peft_type: str | None = None
@@ -58,12 +53,56 @@ class PeftForm(NamedTuple):
     shared: Mapping[str, str] = {}
     alpha: Callable[[Leaves, int], Any] | None = None
     read: Callable[[Mapping[str, Any], str], dict[str, Any] | None] | None = None
-    pair: Callable[[Leaves, Leaves, tuple[int, int]], tuple[Any, Any]] | None = None
     beside: Mapping[str, str] = {}
     beside_fields: Mapping[str, Any] = {}
     redone: bool = False
     refusal: str = ""
-    whole: bool = False
+
+
+_FORMS: dict[str, Callable[..., PeftForm]] = {}
+
+
+def peft_form(method: Callable[..., Adapter]):
+    """Registers how a method looks in HF PEFT's files.
+
+    A method without a form of its own is written as plain LoRA where its change of the
+    kernel is a sum of thin products.
+
+    Args:
+        method: the constructor.
+
+    Returns:
+        A decorator of ``(**options) -> PeftForm``.
+
+    Example:
+        >>> from jaxpeft.tree import Adapter, method
+        >>> @method
+        ... def some_method(rank: int = 8, dropout: float = 0.0) -> Adapter: ...
+        >>> @peft_form(some_method)
+        ... def _form(*, dropout, **_):
+        ...     return lora_form(scaling="alpha/r", dropout=dropout)
+    """
+
+    def register(make: Callable[..., PeftForm]):
+        _FORMS[method.__name__] = make
+        return make
+
+    return register
+
+
+def form_of(adapter: Adapter) -> PeftForm | None:
+    """The form of a method with its options; ``None``: PEFT has none for it."""
+    if adapter.name in _FORMS:
+        return _FORMS[adapter.name](**dict(adapter.options))
+    if adapter.where.leaf != "kernel":
+        return PeftForm()
+    found = structure(adapter, adapter.where.rank)
+    return PeftForm() if found.only_adds else None
+
+
+def has_native_form(name: str) -> bool:
+    """Whether a form is registered for the method of a name."""
+    return name in _FORMS
 
 
 # What LoRA's own leaves are called, by the kind of module.
@@ -147,25 +186,3 @@ def read_lora(
         "dropout": config["lora_dropout"],
         "scaling": "alpha/sqrt_r" if config["use_rslora"] else "alpha/r",
     }
-
-
-def scaled(frozen: Leaves, b: Any) -> Any:
-    """``scale * b`` with the scale that ``init`` left among the frozen leaves."""
-    return frozen["scale"].astype(b.dtype) * b
-
-
-def joined(*pairs: tuple[Any, Any]) -> tuple[Array, Array]:
-    """The sum of products of pairs as one product of the sum of their ranks."""
-    return (
-        jnp.concatenate([a for a, _ in pairs], axis=1),
-        jnp.concatenate([b for _, b in pairs], axis=0),
-    )
-
-
-def low_rank_pair(frozen: Leaves, trainable: Leaves, shape: Any) -> tuple[Any, Any]:
-    """The change that ``a`` and ``b`` make, less ``a0`` and ``b0`` where there are."""
-    del shape
-    own = trainable["a"], scaled(frozen, trainable["b"])
-    if "a0" not in frozen:
-        return own
-    return joined(own, (-frozen["a0"], scaled(frozen, frozen["b0"])))

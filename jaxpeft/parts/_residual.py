@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxpeft.parts._options import SCALINGS, check_site_rank, scale_leaf
-from jaxpeft.parts._peft import lora_form, low_rank_pair, read_lora
-from jaxpeft.tree import Adapter, Factors, Term
+from jaxpeft.parts._peft import PeftForm, lora_form, read_lora
+from jaxpeft.tree import Adapter, Factors, Term, Where
 
 
 def residual_pair(
@@ -18,8 +16,6 @@ def residual_pair(
     dropout: float,
     scaling: str,
     residual: str,
-    peft_start: str | None = None,
-    peft_kinds: tuple[str, ...] = ("linear", "conv1d"),
 ) -> Adapter:
     r"""Returns the adapter of a low-rank pair that starts at given factors.
 
@@ -38,14 +34,12 @@ def residual_pair(
         scaling: a name in ``SCALINGS``.
         residual: "separate" leaves the kernel alone and carries the subtraction
             along; "folded" stores ``W - s a_0 b_0`` in its place.
-        peft_start: ``init_lora_weights`` of the same factors in HF PEFT; ``None``: it
-            has none.
-        peft_kinds: the kinds of modules where they are the same there.
 
     Returns:
         An ``Adapter`` with trainable ``a [d_in, r]`` and ``b [r, d_out]``, and frozen
         ``scale``, ``a0`` and ``b0``.
     """
+    folded = residual == "folded"
 
     def init(key, kernel, rank, alpha):
         check_site_rank(rank, kernel.shape)
@@ -53,39 +47,44 @@ def residual_pair(
         scale = scale_leaf(alpha, rank, scaling, kernel.dtype)
         return {"scale": scale, "a0": a0, "b0": b0}, {"a": a0, "b": b0}
 
-    def factors(kernel, frozen, trainable):
-        del kernel
-        scale = frozen["scale"]
-        terms = (Term(trainable["a"], scale * trainable["b"], drop=dropout),)
-        if residual == "separate":
-            terms += (Term(frozen["a0"], -scale * frozen["b0"]),)
-        return Factors(terms)
+    def taken(frozen):
+        return (Term(frozen["a0"], -frozen["scale"] * frozen["b0"]),)
 
-    def part(frozen):
-        product = jnp.matmul(frozen["a0"], frozen["b0"], precision="highest")
-        return frozen["scale"] * product
+    def factors(kernel, frozen, trainable, call):
+        del kernel, call
+        b = frozen["scale"] * trainable["b"]
+        terms = (Term(trainable["a"], b, drop=dropout),)
+        return Factors(terms if folded else terms + taken(frozen))
 
-    def read(config, kind):
-        return read_lora(config, kind, (peft_start,)) if kind in peft_kinds else None
-
-    peft = lora_form(
-        scaling=scaling,
-        dropout=dropout,
-        kinds=peft_kinds,
-        fields={"init_lora_weights": peft_start},
-        read=read if peft_start else None,
-        pair=low_rank_pair,
-        redone=True,
-        refusal="" if peft_start else "PEFT does not start from these factors",
-    )
-    folded = residual == "folded"
     return Adapter(
         init=init,
         factors=factors,
-        rank=rank,
-        alpha=alpha,
+        where=Where(rank=rank, alpha=alpha),
+        folded=taken if folded else None,
+    )
+
+
+def residual_form(
+    start: str | None, scaling: str, dropout: float, kinds: tuple[str, ...]
+) -> PeftForm:
+    """The form of such a method in HF PEFT's files, see ``PeftForm``.
+
+    Args:
+        start: ``init_lora_weights`` of the same factors there; ``None``: it has none.
+        scaling: a name in ``SCALINGS``.
+        dropout: the method's.
+        kinds: the kinds of modules where the factors are the same.
+    """
+
+    def read(config, kind):
+        return read_lora(config, kind, (start,)) if kind in kinds else None
+
+    return lora_form(
+        scaling=scaling,
         dropout=dropout,
-        fold=(lambda kernel, frozen: kernel - part(frozen)) if folded else None,
-        unfold=(lambda kernel, frozen: kernel + part(frozen)) if folded else None,
-        peft=peft,
+        kinds=kinds,
+        fields={"init_lora_weights": start},
+        read=read if start else None,
+        redone=True,
+        refusal="" if start else "PEFT does not start from these factors",
     )

@@ -2,8 +2,7 @@
 
 from typing import Literal
 
-from jaxpeft.parts._peft import PeftForm
-from jaxpeft.tree import Adapter, Factors
+from jaxpeft.tree import Adapter, Factors, Where
 
 
 def whole_leaf(leaves: Literal["any", "bias"]) -> Adapter:
@@ -20,8 +19,8 @@ def whole_leaf(leaves: Literal["any", "bias"]) -> Adapter:
         del key, rank, alpha
         return {}, {"value": kernel}
 
-    def factors(kernel, frozen, trainable):
-        del kernel, frozen
+    def factors(kernel, frozen, trainable, call):
+        del kernel, frozen, call
         return Factors(kernel=trainable["value"])
 
-    return Adapter(init=init, factors=factors, leaves=leaves, peft=PeftForm(whole=True))
+    return Adapter(init=init, factors=factors, where=Where(leaf=leaves))

@@ -290,12 +290,13 @@ def starting_allocation(
             if jax.process_index() == 0:
                 shutil.copyfile(beside, start_file)
     else:
-        known = adapter.rank is not None and adapter.alpha is not None
+        sizes = adapter.where
+        known = sizes.rank is not None and sizes.alpha is not None
         fields = {"name": setting} if isinstance(setting, str) else dict(setting)
         found = estimate_allocation(
             *(model, params, fields, draw),
-            rank=adapter.rank,
-            scale=adapter.alpha / adapter.rank if known else 1.0,
+            rank=sizes.rank,
+            scale=sizes.alpha / sizes.rank if known else 1.0,
             start_file=start_file,
             **sites,
         )

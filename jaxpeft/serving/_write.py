@@ -18,6 +18,8 @@ from jaxpeft.tree import (
     dims_of,
     expand_leaf,
     module_path,
+    rebuild,
+    structure_of,
 )
 
 PAIR = ("a", "b", "scale")
@@ -67,12 +69,12 @@ def misfits(
 
 def _way_out(node: AdaptedKernel) -> str:
     """What to do with a site whose change is no product of thin factors."""
-    experts = node.adapter.experts
+    experts = structure_of(node).experts
     if not experts:
         return "Or serve this adapter alone: jaxpeft.merge(adapted)"
     last = (*(0.0,) * (len(experts) - 1), 1.0)
     try:
-        alone = node.replace(adapter=node.adapter.rebuild(gates=last), call=None)
+        alone = node.replace(adapter=rebuild(node.adapter, gates=last), call=None)
         folds = not not_low_rank(alone)
     except ValueError:  # numbers of experts that differ, or a folded universal expert
         folds = False
@@ -98,7 +100,7 @@ def change_rank(node: AdaptedKernel) -> int:
 def _abstract(node: AdaptedKernel) -> AdaptedKernel:
     """The node's shapes, wherever its leaves lie."""
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.tree.map(bare, node.replace(key=None))
+    return jax.tree.map(bare, node.replace(call=None))
 
 
 def pairs(node: AdaptedKernel, slot: AdaptedKernel) -> dict[str, np.ndarray]:

@@ -293,7 +293,7 @@ def _map_leaves(f: Callable[[AdaptedKernel, str], Any], trainable: Any) -> Any:
 
 def _whole(node: AdaptedKernel) -> bool:
     """Whether the node trains the leaf itself rather than factors beside it."""
-    return node.adapter.leaves != "kernel"
+    return node.adapter.where.leaf != "kernel"
 
 
 def _leaf_kinds(trainable: Any, given: Mapping[str, str]) -> dict[tuple[str, str], str]:
@@ -342,7 +342,7 @@ def _kind_by_axes(node: AdaptedKernel, name: str) -> str:
 
 
 def _group(node: AdaptedKernel, kind: str | None, head: bool, embedding: bool) -> str:
-    if node.adapter.leaves == "any":
+    if node.adapter.where.leaf == "any":
         if head:
             return HEAD
     elif embedding and node.site.path.rpartition("/")[2] == "embedding":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.transform import adapt
-from jaxpeft.tree import nodes, with_inputs
+from jaxpeft.tree import nodes, structure_of, with_call
 
 
 class Routed(NamedTuple):
@@ -35,10 +35,10 @@ def call_adapted(fn: Any, adapted: Any, batch: Any, *args: Any) -> Any:
     Returns:
         what ``fn`` returns, or ``Routed``.
     """
-    if not any(node.adapter.experts for node in nodes(adapted)):
+    if not any(structure_of(node).experts for node in nodes(adapted)):
         return adapt(fn)(adapted, *args)
     mask = batch["attention_mask"] * (batch["weight"] > 0)[:, None].astype(jnp.int32)
-    seen = with_inputs(adapted, mask=mask)
+    seen = with_call(adapted, mask=mask)
     outputs, sums = adapt(fn, taps="own")(seen, *args)
     return Routed(outputs, {site: found for site, found in sums.items() if found})
 

@@ -251,7 +251,7 @@ def run(
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
     values = [bind(x, taps_of(x)) if is_node(x) else x for x in arrays]
-    if any(is_node(x) and x.adapter.scales_bias for x in arrays):
+    if any(is_node(x) and x.adapter.where.bias == "scaled" for x in arrays):
         values = _with_scaled_biases(static, arrays, values)
     uses = Uses(taps, target, {})
     outs = evaluate(jaxpr, consts, values, uses)

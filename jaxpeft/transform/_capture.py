@@ -136,7 +136,7 @@ def _watched(
     kernels = {path: x.base if is_node(x) else x for path, x in named}
     chosen = choose(list(kernels.items()), _OBSERVER, targets, exclude)
     # What is trained in full has roles of its own; its kernel is as good as plain.
-    followed = lambda x: is_node(x) and x.adapter.leaves == "kernel"
+    followed = lambda x: is_node(x) and x.adapter.where.leaf == "kernel"
     plain = [path for path, x in named if path in chosen and not followed(x)]
     roles = dict.fromkeys(plain)
     if inferred:

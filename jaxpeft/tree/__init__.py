@@ -1,11 +1,15 @@
 """Adapted trees: the contract of a method, the node, and what is done to trees."""
 
 from jaxpeft.tree._adapter import Adapter as Adapter
+from jaxpeft.tree._adapter import Call as Call
+from jaxpeft.tree._adapter import Penalty as Penalty
+from jaxpeft.tree._adapter import Where as Where
 from jaxpeft.tree._adapter import cached as cached
 from jaxpeft.tree._adapter import find_method as find_method
 from jaxpeft.tree._adapter import is_named as is_named
 from jaxpeft.tree._adapter import method as method
 from jaxpeft.tree._adapter import methods as methods
+from jaxpeft.tree._adapter import rebuild as rebuild
 from jaxpeft.tree._allocation import Allocation as Allocation
 from jaxpeft.tree._allocation import KernelShape as KernelShape
 from jaxpeft.tree._allocation import SiteRank as SiteRank
@@ -25,6 +29,13 @@ from jaxpeft.tree._biases import scaled_biases as scaled_biases
 from jaxpeft.tree._bound import Bound as Bound
 from jaxpeft.tree._bound import bind as bind
 from jaxpeft.tree._bound import materialise as materialise
+from jaxpeft.tree._call import with_call as with_call
+from jaxpeft.tree._call import with_dropout as with_dropout
+from jaxpeft.tree._call import without_keys as without_keys
+from jaxpeft.tree._change import Change as Change
+from jaxpeft.tree._change import change as change
+from jaxpeft.tree._change import structure as structure
+from jaxpeft.tree._change import structure_of as structure_of
 from jaxpeft.tree._choices import NodeSite as NodeSite
 from jaxpeft.tree._choices import by_node as by_node
 from jaxpeft.tree._choices import choose_leaves as choose_leaves
@@ -97,7 +108,6 @@ from jaxpeft.tree._tree import merge as merge
 from jaxpeft.tree._tree import mergeable as mergeable
 from jaxpeft.tree._tree import partition as partition
 from jaxpeft.tree._tree import penalty as penalty
+from jaxpeft.tree._tree import seen_penalty as seen_penalty
 from jaxpeft.tree._tree import trainable_size as trainable_size
 from jaxpeft.tree._tree import unflat as unflat
-from jaxpeft.tree._tree import with_dropout as with_dropout
-from jaxpeft.tree._tree import with_inputs as with_inputs

@@ -5,15 +5,65 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpeft.tree._terms import Factors
+from jaxpeft.tree._terms import Factors, Term
 
 
-def _no_penalty(frozen: Mapping[str, Array], trainable: Mapping[str, Array]):
-    del frozen, trainable
-    return jnp.zeros((), jnp.float32)
+class Penalty(NamedTuple):
+    """What a method adds to the loss, for one layer of one site.
+
+    Attributes:
+        of_leaves: ``(frozen, trainable) -> scalar``, once a step.
+        of_seen: ``(frozen, seen) -> array`` of what the site's gate reported, in every
+            micro-batch, see ``Gate.report``: one entry for each layer and use, which
+            are leading axes of ``seen``. ``frozen`` is the first layer's.
+        joined: how the sites of this method are joined.
+    """
+
+    of_leaves: Callable[..., Array] | None = None
+    of_seen: Callable[..., Array] | None = None
+    joined: Literal["sum", "mean"] = "sum"
+
+
+class Where(NamedTuple):
+    """Where a method sits, and with which sizes if no pattern says others.
+
+    Attributes:
+        leaf: ``"kernel"`` for methods on the matrix of a contraction, ``"any"`` for
+            methods on leaves of any shape, biases included, ``"bias"`` for methods on
+            biases alone.
+        bias: what happens to the bias beside a kernel: it is ``"left"``, or
+            ``"scaled"`` by ``o`` as well.
+        rank: the rank; ``None`` for methods without one.
+        alpha: the numerator of the scale, or ``None``.
+        layers: ``(number of layers) -> the options that differ, for each layer``, for
+            methods whose layers may differ in more than their rank. Leaves are padded
+            with zeros in a stack.
+    """
+
+    leaf: Literal["kernel", "any", "bias"] = "kernel"
+    bias: Literal["left", "scaled"] = "left"
+    rank: int | None = None
+    alpha: float | None = None
+    layers: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
+
+
+class Call(NamedTuple):
+    """What a call of the adapted function added for one layer of a site.
+
+    Attributes:
+        key: of dropout on inputs, another in every micro-batch; ``factors`` has no use
+            for it.
+        step_key: of dropout on leaves, the same in all micro-batches of a step.
+        mask: 1 for tokens, 0 for padding, mostly ``[batch, length]``.
+        gates: ``[batch, N]``, the weight of each expert for each row of the batch.
+    """
+
+    key: Any = None
+    step_key: Any = None
+    mask: Any = None
+    gates: Any = None
 
 
 class Adapter(NamedTuple):
@@ -31,60 +81,32 @@ class Adapter(NamedTuple):
             the method forbids raises ``ValueError``; ``attach`` adds the site's
             name. It must accept any large kernel: an abstract one shows which axes of
             a leaf are ``d_in`` and which ``d_out``.
-        factors: ``(kernel, frozen, trainable) -> Factors``; once a step, outside
-            the model.
-        penalty: ``(frozen, trainable) -> scalar``, for one site.
-        rank: the rank where no pattern says another; ``None`` for methods
-            without one.
-        alpha: the numerator of the scale where no pattern says another.
-        dropout: probability of dropping an entry of the input of those terms whose
-            ``drop`` says the same.
-        dropout_on: ``"input"``, or ``"leaves"`` for methods that drop entries of their
-            own leaves: ``factors`` then finds the layer's key under ``"key"`` among
-            ``frozen``, once a step, and nothing else is dropped.
-        reduction: how the penalties of all sites of this method are joined.
-        leaves: ``"kernel"`` for methods on the matrix of a contraction, ``"any"``
-            for methods on leaves of any shape, biases included, ``"bias"`` for
-            methods on biases alone.
-        scales_bias: whether ``o`` also scales the bias that lies beside the kernel.
+        factors: ``(kernel, frozen, trainable, call) -> Factors``; once a call, outside
+            the model. ``call`` is a ``Call``; of its entries a site is given those
+            that this function reads.
+        penalty: what the method adds to the loss.
+        report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
+            ``describe`` shows.
+        where: where it sits.
+        folded: ``(frozen) -> terms`` that already stand in the kernel: ``attach`` adds
+            them to it, and ``detach`` takes them off.
         shared: ``(key, d_in, d_out, rank, dtype) -> frozen leaves`` that all sites of
             one ``attach`` have in common, from its largest sizes: drawn once, kept
             once, and given to ``factors`` among ``frozen``. ``init``, ``penalty`` and
             ``report`` do not see them.
-        fold: ``(kernel, frozen) -> kernel`` for options that store a changed base.
-        unfold: its inverse, for ``detach``.
-        report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
-            ``describe`` shows.
-        per_layer: ``(number of layers) -> the options that differ, for each layer``,
-            for methods whose layers may differ in more than their rank. Leaves are
-            padded with zeros in a stack.
-        experts: names of the parts that gates weigh, in the order of the gates.
-        peft: the method's form in HF PEFT's files; ``None``: it has none.
         name: the constructor's name, filled in by ``method``.
         options: the constructor's arguments, filled in by ``method``.
-        rebuild: the same method with some options changed, filled in by ``method``.
     """
 
     init: Callable[..., tuple[dict[str, Array], dict[str, Array]]]
     factors: Callable[..., Factors]
-    penalty: Callable[..., Array] = _no_penalty
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float = 0.0
-    dropout_on: Literal["input", "leaves"] = "input"
-    reduction: Literal["sum", "mean"] = "sum"
-    leaves: Literal["kernel", "any", "bias"] = "kernel"
-    scales_bias: bool = False
-    shared: Callable[..., dict[str, Array]] | None = None
-    fold: Callable[..., Array] | None = None
-    unfold: Callable[..., Array] | None = None
+    penalty: Penalty = Penalty()
     report: Callable[..., dict[str, Array]] | None = None
-    per_layer: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
-    experts: tuple[str, ...] = ()
-    peft: Any = None
+    where: Where = Where()
+    folded: Callable[..., tuple[Term, ...]] | None = None
+    shared: Callable[..., dict[str, Array]] | None = None
     name: str = ""
     options: tuple[tuple[str, Any], ...] = ()
-    rebuild: Callable[..., "Adapter"] | None = None
 
     # By identity: `method` gives one object to equal calls.
     __hash__ = object.__hash__
@@ -143,6 +165,16 @@ def find_method(name: str) -> Callable[..., Adapter]:
     return _METHODS[name]
 
 
+def rebuild(adapter: Adapter, **changes: Any) -> Adapter:
+    """Returns the same method with some options changed.
+
+    Args:
+        adapter: a method with a name.
+        **changes: options of its constructor.
+    """
+    return find_method(adapter.name)(**(dict(adapter.options) | changes))
+
+
 def is_named(adapter: Adapter) -> bool:
     """Whether an adapter's name and options give it again, as files rely on."""
     constructor = _METHODS.get(adapter.name)
@@ -183,7 +215,7 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
         ...         a = jax.random.normal(key, (d_in, 1))
         ...         return {}, {"a": a, "b": jnp.zeros((1, d_out))}
         ...
-        ...     def factors(kernel, frozen, trainable):
+        ...     def factors(kernel, frozen, trainable, call):
         ...         return Factors((Term(trainable["a"], trainable["b"]),))
         ...
         ...     return Adapter(init, factors)
@@ -212,10 +244,7 @@ def cached(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
     def build(arguments: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]):
         del kinds  # 1, 1.0 and True are equal keys, but not equal options
         adapter = constructor(**dict(arguments))
-        rebuild = lambda **changes: wrapper(**(dict(arguments) | changes))
-        return adapter._replace(
-            name=constructor.__name__, options=arguments, rebuild=rebuild
-        )
+        return adapter._replace(name=constructor.__name__, options=arguments)
 
     @functools.wraps(constructor)
     def wrapper(*args, **kwargs) -> Adapter:

@@ -278,7 +278,9 @@ def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: A
                 alpha and alpha * unit_scale(adapter, rank) / unit_scale(adapter, top)
                 for (rank, alpha), top in zip(site.layers(), ranks[at], strict=True)
             )
-        if adapter.rank is not None and adapter.alpha is None:  # the scale is 1
+        if (
+            adapter.where.rank is not None and adapter.where.alpha is None
+        ):  # the scale is 1
             if any(rank != alpha for rank, alpha in site.layers()):
                 raise ValueError(
                     f"`targets` gives {path!r} alpha {site.alpha} at rank {site.rank}, "
@@ -290,7 +292,7 @@ def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: A
     def allocated(path: str, leaf: Any) -> bool:
         return path in ranks
 
-    fixed = adapter.rank is not None and adapter.alpha is None
+    fixed = adapter.where.rank is not None and adapter.where.alpha is None
     return allocated, ranks, None if fixed else alphas, kept
 
 

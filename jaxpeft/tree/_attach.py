@@ -13,21 +13,19 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._allocation import Allocation, attach_arguments
+from jaxpeft.tree._change import refolded
 from jaxpeft.tree._finite import check_finite
 from jaxpeft.tree._grouped import some
 from jaxpeft.tree._kept import only_adds, take_components
 from jaxpeft.tree._layers import site_methods
 from jaxpeft.tree._lift import (
-    from_matrices,
     init_shapes,
     initialise,
     initialise_layer,
     joined_layers,
-    layer_leaves,
     layer_settings,
     leaf_entries,
     matrix_shape,
-    to_matrices,
 )
 from jaxpeft.tree._node import (
     AdaptedKernel,
@@ -121,7 +119,7 @@ def attach(
         targets, rank_pattern, alpha_pattern, kept = attach_arguments(
             targets, [path for path, _ in leaves], adapter
         )
-    if kept and adapter.fold is not None:
+    if kept and adapter.folded is not None:
         raise ValueError(
             f"`targets` chooses components, and {adapter.name!r} folds all of them "
             "into the kernel; write residual='separate' (base='separate' of KaSA)"
@@ -130,11 +128,11 @@ def attach(
     by_path = dict(leaves)
     paths = list(chosen)
     roles = {p: ("out",) * by_path[p].ndim for p in paths}
-    if adapter.leaves == "kernel":
+    if adapter.where.leaf == "kernel":
         roles = _roles(by_path, paths, axes)
-    ranks = per_layer_values("rank", rank_pattern, adapter.rank, by_path, roles)
+    ranks = per_layer_values("rank", rank_pattern, adapter.where.rank, by_path, roles)
     alphas = per_layer_values(
-        "alpha", alpha_pattern, adapter.alpha, by_path, roles, ranks
+        "alpha", alpha_pattern, adapter.where.alpha, by_path, roles, ranks
     )
     _check(adapter, by_path, roles, ranks)
     check_finite({path: by_path[path] for path in paths}, roles)
@@ -283,10 +281,9 @@ def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKer
             show(matrix_shape(kernel.shape, site.roles)[0])
         else:
             frozen, trainable = _by_layer(gathered(kernel), adapter, site, key, show)
-    node = AdaptedKernel(kernel, frozen, trainable, None, adapter, site)
-    if adapter.fold is not None:
-        fold = functools.partial(jax.eval_shape, fold_base) if abstract else fold_base
-        node = node.replace(base=fold(node))
+    node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
+    if adapter.folded is not None:
+        node = node.replace(base=kernel if abstract else fold_base(node))
     node = place_like(node, kernel)
     return node.replace(frozen=node.frozen | shared)
 
@@ -326,22 +323,26 @@ def gathered(kernel):
     return jax.device_put(kernel, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
-def fold_base(node: AdaptedKernel):
-    """Stores the changed base; says how much of the change rounding undoes."""
-    kernel, roles = node.base, node.roles
-    wide = to_matrices(kernel, roles).astype(working_dtype(kernel.dtype))
-    changed = jax.vmap(node.adapter.fold)(wide, layer_leaves(node)[0])
+def fold_base(node: AdaptedKernel, warn: bool = True):
+    """The site's kernel with its folded terms in it.
+
+    Args:
+        node: the site, with the kernel as it was.
+        warn: whether to say how much of the change rounding undoes.
+    """
+    kernel, changed = node.base, refolded(node)
     folded = changed.astype(kernel.dtype)
-    if kernel.dtype != wide.dtype and not isinstance(folded, jax.core.Tracer):
-        moved = jnp.linalg.norm(changed - wide)
-        lost = jnp.linalg.norm(folded.astype(wide.dtype) - changed)
+    loses = kernel.dtype != changed.dtype and not isinstance(folded, jax.core.Tracer)
+    if warn and loses:
+        moved = jnp.linalg.norm(changed - kernel.astype(changed.dtype))
+        lost = jnp.linalg.norm(folded.astype(changed.dtype) - changed)
         warnings.warn(
             f"site {node.site.path!r}: folding into a {kernel.dtype} kernel rounds; "
             f"the rounding error is {float(lost / moved):.2f} of the norm of what was "
             "folded. Keep base='separate', or fold a float32 kernel.",
             stacklevel=5,
         )
-    return from_matrices(folded, kernel.shape, roles)
+    return folded
 
 
 def place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:

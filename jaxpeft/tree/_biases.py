@@ -23,12 +23,14 @@ def scaled_biases(tree: Any) -> dict[str, AdaptedKernel]:
         ValueError: such a bias has not the shape of the kernel's output.
     """
     leaves = leaves_with_path(tree)
-    if not any(is_node(x) and x.adapter.scales_bias for _, x in leaves):
+    if not any(is_node(x) and x.adapter.where.bias == "scaled" for _, x in leaves):
         return {}
     by_path, found = dict(leaves), {}
     for path, node in leaves:
         module = module_path(path)
-        if not is_node(node) or not node.adapter.scales_bias or module == path:
+        if not is_node(node) or node.adapter.where.bias != "scaled":
+            continue
+        if module == path:
             continue
         for bias in (f"{module}/{name}" for name in BIASES):
             if bias not in by_path or bias == path:

@@ -88,14 +88,13 @@ def bind(node: AdaptedKernel, taps: Any = None):
         taps: a function of the user's, ``"own"`` for the reports of gates, or ``None``.
             A site with nothing to add is followed all the same where the user taps it.
     """
-    f = lifted_factors(node)
-    _check_dropout(node, f)
+    f, call = lifted_factors(node), node.call or {}
     base = node.base if f.kernel is None else f.kernel
     batch = dims_of(base.shape, node.roles, BATCH)
-    key = node.key if node.adapter.dropout_on == "input" else None
+    key = call.get("key")
     terms = [_as_called(t, key is not None, taps == "own") for t in f.terms]
-    terms = _joined(terms, rank_axis=len(batch))
-    tapped = callable(taps) and node.adapter.leaves == "kernel"
+    terms = _joined([t for t in terms if t.a.shape[-1]], rank_axis=len(batch))
+    tapped = callable(taps) and node.adapter.where.leaf == "kernel"
     if not terms and f.c is None and f.o is None and not tapped:
         return base
     leaves = None
@@ -108,23 +107,10 @@ def bind(node: AdaptedKernel, taps: Any = None):
         factors=Factors(terms, f.c, f.o),
         key=key,
         leaves=leaves,
-        mask=(node.call or {}).get("mask"),
+        mask=call.get("mask"),
         names=node.roles,
         path=node.site.path,
     )
-
-
-def _check_dropout(node: AdaptedKernel, f: Factors) -> None:
-    """Raises where an adapter and its terms disagree: dropout would be off, unsaid."""
-    adapter = node.adapter
-    said = adapter.dropout if adapter.dropout_on == "input" else 0.0
-    rates = {term.drop for term in f.terms if term.drop}
-    if f.terms and rates != ({said} if said else set()):
-        raise ValueError(
-            f"site {node.site.path!r}: {adapter!r} has dropout={said} of its input, "
-            f"and its terms drop {sorted(rates) or 'nothing'}; give both one rate: "
-            "Adapter(..., dropout=rate) and Term(a, b, drop=rate)"
-        )
 
 
 def _as_called(term: Term, drops: bool, reports: bool) -> Term:

@@ -43,7 +43,7 @@ def node_sites(tree: Any) -> dict[str, NodeSite]:
     components, biases, stacks = {}, {}, {}
     for node in found:
         path, roles, ranks = node.site.path, node.site.roles, node.site.ranks
-        if node.adapter.leaves == "kernel":
+        if node.adapter.where.leaf == "kernel":
             stacks[module_path(path)] = roles.count(BATCH)
         if ranks is None:
             continue
@@ -57,7 +57,7 @@ def node_sites(tree: Any) -> dict[str, NodeSite]:
             alphas = node.site.alphas
             components[path] = NodeSite(leaves, batch, real, node.adapter, alphas)
     for node in found:
-        if node.adapter.leaves == "bias":
+        if node.adapter.where.leaf == "bias":
             # A bias does not say which of its axes are layers; its kernel does.
             batch = stacks.get(module_path(node.site.path), 0)
             (name,) = node.trainable

@@ -10,29 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.tree._adapter import Adapter
-from jaxpeft.tree._lift import init_shapes, leaf_axes, lifted_factors
+from jaxpeft.tree._change import structure
+from jaxpeft.tree._lift import leaf_axes, lifted_factors
 from jaxpeft.tree._node import AdaptedKernel
 from jaxpeft.tree._terms import BATCH
 
 
-@functools.cache
 def only_adds(adapter: Adapter) -> bool:
     """Whether a method is its kernel and a low-rank sum, and nothing where that is 0.
 
-    Not what scales the kernel, puts another in its place or reads the input.
+    Not what scales the kernel, puts another in its place or has experts.
     """
-    if adapter.per_layer is not None or adapter.experts or adapter.rank is None:
+    if adapter.where.layers is not None or adapter.where.rank is None:
         return False
-    kernel = jax.ShapeDtypeStruct((3, 5), jnp.dtype(jnp.float32))
-    shared = {}
-    if adapter.shared is not None:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        shared = jax.eval_shape(
-            lambda key: adapter.shared(key, 3, 5, 1, jnp.float32), key
-        )
-    frozen, trainable = init_shapes(adapter, 3, 5, 1, kernel.dtype)
-    f = jax.eval_shape(adapter.factors, kernel, frozen | shared, trainable)
-    return f.c is None and f.o is None and f.kernel is None and not f.reads_input
+    found = structure(adapter, adapter.where.rank)
+    return found.only_adds and not found.experts
 
 
 @functools.cache
@@ -62,7 +54,7 @@ def keep_components(node: AdaptedKernel, kept: Sequence[Sequence[int]]) -> Any:
     where = f"site {site.path!r}"
     shares = node.adapter.shared is not None
     apart = site.ranks is not None and only_adds(node.adapter) and not shares
-    if not apart or node.adapter.fold:
+    if not apart or node.adapter.folded is not None:
         raise ValueError(
             f"{where}: {name!r} has no components that can be cut off one by one; a "
             "method that folds nothing into the kernel, shares nothing between sites "

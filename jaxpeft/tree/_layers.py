@@ -24,7 +24,7 @@ def site_methods(adapter: Adapter, by_path, roles) -> dict[str, Adapter]:
             adapter says.
     """
     methods = dict.fromkeys(roles, adapter)
-    if adapter.per_layer is None:
+    if adapter.where.layers is None:
         return methods
     for path, site_roles in roles.items():
         try:

@@ -12,15 +12,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._adapter import Adapter, Call, rebuild
 from jaxpeft.tree._node import AdaptedKernel, working_dtype
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
 
-# Two sizes that no real kernel has: an abstract trace of `init` on a kernel of this
+# [d_in, d_out] that no real kernel has: an abstract trace of `init` on a kernel of this
 # shape shows which axes of a leaf are d_in and which are d_out. Small numbers and
 # powers of two divide them, for methods with groups or blocks.
 _EVEN = 2**10 * 3**2 * 5 * 7
-_D_IN, _D_OUT = 11 * _EVEN, 13 * _EVEN
+PROBE = 11 * _EVEN, 13 * _EVEN
 
 
 def axes_of(roles: tuple[str, ...], role: str) -> tuple[int, ...]:
@@ -65,8 +65,8 @@ def leaf_axes(adapter: Adapter, rank: int | None):
         ``(frozen, trainable)``: two dicts from a leaf's name to a tuple with
         ``"in"``, ``"out"`` or ``None`` for each axis.
     """
-    shapes = init_shapes(adapter, _D_IN, _D_OUT, rank, jnp.dtype(jnp.float32))
-    label = {_D_IN: IN, _D_OUT: OUT}
+    shapes = init_shapes(adapter, *PROBE, rank, jnp.dtype(jnp.float32))
+    label = dict(zip(PROBE, (IN, OUT), strict=True))
     return tuple(
         {name: tuple(label.get(d) for d in leaf.shape) for name, leaf in part.items()}
         for part in shapes
@@ -78,7 +78,7 @@ def shared_names(adapter: Adapter) -> tuple[str, ...]:
     """Names of the frozen leaves that all sites of an adapter have in common."""
     if adapter.shared is None:
         return ()
-    probe = lambda key: adapter.shared(key, 2, 2, adapter.rank, jnp.float32)
+    probe = lambda key: adapter.shared(key, 2, 2, adapter.where.rank, jnp.float32)
     return tuple(jax.eval_shape(lambda: probe(jax.random.key(0))))
 
 
@@ -105,7 +105,7 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
         )
     kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    init = functools.partial(adapter.init, rank=rank, alpha=adapter.alpha)
+    init = functools.partial(adapter.init, rank=rank, alpha=adapter.where.alpha)
     return jax.eval_shape(lambda k, w: init(k, w), key, kernel)
 
 
@@ -141,7 +141,7 @@ def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
     """
     roles = node.roles
     where = {r: axes_of(roles, r) for r in (BATCH, IN, OUT)}
-    entries = {"base": tuple(range(len(roles))), "key": where[BATCH]}
+    entries = {"base": tuple(range(len(roles)))}
     for names in leaf_axes(node.adapter, _top_rank(node)):
         for name, axes in names.items():
             entry = where[BATCH]
@@ -206,9 +206,9 @@ def layer_settings(adapter: Adapter, layers: int, ranks, alphas) -> list[tuple]:
 
 def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
     """The method of each layer of a stack: one, unless its layers differ."""
-    if adapter.per_layer is None:
+    if adapter.where.layers is None:
         return (adapter,) * layers
-    return tuple(adapter.rebuild(**its) for its in adapter.per_layer(layers))
+    return tuple(rebuild(adapter, **its) for its in adapter.where.layers(layers))
 
 
 @functools.partial(jax.jit, static_argnames=("adapter", "roles", "rank", "alpha"))
@@ -268,12 +268,9 @@ def _padded_to(x, shape: tuple[int, ...]):
 
 
 def layer_leaves(node: AdaptedKernel, layers: bool = True):
-    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis.
-
-    What a call added is among the frozen ones.
-    """
+    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis."""
     axes = leaf_axes(node.adapter, _top_rank(node))
-    frozen, trainable = tuple(
+    return tuple(
         {
             name: _flatten(x, names[name], node.roles, layers)
             for name, x in part.items()
@@ -281,13 +278,13 @@ def layer_leaves(node: AdaptedKernel, layers: bool = True):
         }
         for part, names in zip((node.frozen, node.trainable), axes, strict=True)
     )
-    added = dict(node.call or {})
-    if node.key is not None and node.adapter.dropout_on == "leaves":
-        added["key"] = node.key
-    for name, x in added.items():
-        own = (None,) * (x.ndim - len(axes_of(node.roles, BATCH)))
-        frozen[name] = _flatten(x, own, node.roles, layers)
-    return frozen, trainable
+
+
+def layer_call(node: AdaptedKernel, layers: bool = True) -> Call:
+    """What a call added to the node, one leading layer axis."""
+    batch = len(axes_of(node.roles, BATCH))
+    own = lambda x: _flatten(x, (None,) * (x.ndim - batch), node.roles, layers)
+    return Call(**{name: own(x) for name, x in (node.call or {}).items()})
 
 
 def padded(node: AdaptedKernel) -> bool:
@@ -339,18 +336,18 @@ def per_layer_factors(node: AdaptedKernel) -> Factors:
     """``adapter.factors`` of each layer, stacked; of one kernel as it is."""
     shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
 
-    def factors(kernel, frozen, trainable):
-        return node.adapter.factors(kernel, frozen | shared, trainable)
+    def factors(kernel, frozen, trainable, call):
+        return node.adapter.factors(kernel, frozen | shared, trainable, call)
 
     if BATCH in node.roles:
         matrices = to_matrices(node.base, node.roles)
-        return jax.vmap(factors)(matrices, *layer_leaves(node))
+        return jax.vmap(factors)(matrices, *layer_leaves(node), layer_call(node))
     # Nothing to map over: a plain kernel and its leaves go in without a reshape.
     _, d_in, d_out = matrix_shape(node.base.shape, node.roles)
     matrix = node.base
     if node.roles != (IN, OUT):
         matrix = to_matrices(matrix, node.roles).reshape(d_in, d_out)
-    return factors(matrix, *layer_leaves(node, layers=False))
+    return factors(matrix, *layer_leaves(node, False), layer_call(node, False))
 
 
 def lifted_factors(node: AdaptedKernel) -> Factors:

@@ -42,20 +42,19 @@ class AdaptedKernel:
 
     Attributes:
         base: the kernel, as it was (an option that folds changes it, see
-            ``Adapter.fold``).
+            ``Adapter.folded``).
         frozen: the adapter's fixed leaves, batch axes first, then the kernel's own
             in or out axes in place of ``d_in`` or ``d_out``.
         trainable: the adapter's trained leaves, in the same layout.
-        key: a dropout key for each layer, or ``None`` for evaluation.
         adapter: the method. Static.
         site: the place. Static.
-        call: what ``with_inputs`` added for a call, batch axes first, or ``None``.
+        call: what ``with_call`` added, ``{entry of a Call: array}``, batch axes first,
+            or ``None``.
     """
 
     base: Any
     frozen: dict[str, Any]
     trainable: dict[str, Any]
-    key: Any
     adapter: Adapter
     site: Site
     call: Any = None  # a dict; any leaf where JAX rebuilds the node with its own
@@ -64,8 +63,7 @@ class AdaptedKernel:
         key = jax.tree_util.DictKey  # which Orbax and others know
         names = (sorted(self.frozen), sorted(self.trainable))
         children = (
-            [(key("base"), self.base), (key("key"), self.key)]
-            + [(key("call"), self.call)]
+            [(key("base"), self.base), (key("call"), self.call)]
             + [(key(n), self.frozen[n]) for n in names[0]]
             + [(key(n), self.trainable[n]) for n in names[1]]
         )
@@ -74,12 +72,11 @@ class AdaptedKernel:
     @classmethod
     def tree_unflatten(cls, static, children):
         frozen, trainable, adapter, site = static
-        base, key, call, *rest = children
+        base, call, *rest = children
         return cls(
             base=base,
             frozen=dict(zip(frozen, rest[: len(frozen)], strict=True)),
             trainable=dict(zip(trainable, rest[len(frozen) :], strict=True)),
-            key=key,
             adapter=adapter,
             site=site,
             call=call,
@@ -124,7 +121,7 @@ class AdaptedKernel:
 
 def _to_state(node: AdaptedKernel) -> dict[str, Any]:
     """The node's leaves, as Flax's serialisation has those of a dataclass."""
-    names = ("base", "key", "call", "frozen", "trainable")
+    names = ("base", "call", "frozen", "trainable")
     return {n: serialization.to_state_dict(getattr(node, n)) for n in names}
 
 

@@ -4,7 +4,6 @@ There is no container for them: ``{"french": extract(one), "sql": extract(other)
 is one, and its keys are the names.
 """
 
-import warnings
 from collections.abc import Mapping
 
 import jax
@@ -58,9 +57,7 @@ def extract(adapted: PyTree) -> dict[str, AdaptedKernel]:
             "`adapted` has no adapters; give a tree that jaxpeft.attach made, before "
             "merge or detach."
         )
-    return {
-        node.site.path: node.replace(base=None, key=None, call=None) for node in found
-    }
+    return {node.site.path: node.replace(base=None, call=None) for node in found}
 
 
 def graft(params: PyTree, adapter: Mapping[str, AdaptedKernel]) -> PyTree:
@@ -121,8 +118,6 @@ def _misfits(path: str, node: AdaptedKernel, leaves) -> list[str]:
 
 def _grafted(node: AdaptedKernel, kernel) -> AdaptedKernel:
     node = node.replace(base=kernel)
-    if node.adapter.fold is not None:
-        with warnings.catch_warnings():  # what attach has warned of already
-            warnings.simplefilter("ignore")
-            node = node.replace(base=fold_base(node))
+    if node.adapter.folded is not None:
+        node = node.replace(base=fold_base(node, warn=False))
     return place_like(node, kernel)

@@ -26,9 +26,9 @@ _NOT_LINEAR = ("embedding", "embeddings", "bias", "scale", "b")
 def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -> bool:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
         return False
-    if adapter.leaves == "any":
+    if adapter.where.leaf == "any":
         return True
-    if adapter.leaves == "bias":
+    if adapter.where.leaf == "bias":
         return path.rpartition("/")[2] in BIASES
     # A stacked bias or norm scale has two axes and is no matrix all the same. Haiku's
     # bias is "b" beside "w"; alone, a kernel may have that name.
@@ -46,7 +46,7 @@ def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
     paths = {p for p, _ in leaves}
     if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):
-        what = "biases" if adapter.leaves == "bias" else "weights"
+        what = "biases" if adapter.where.leaf == "bias" else "weights"
         raise ValueError(
             f"`params` has no {what}: none of its {len(leaves)} leaves is an array "
             f"that {adapter.name or 'an adapter'} can sit on"
@@ -55,7 +55,7 @@ def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
         found = {
             p: targets
             for p, leaf in leaves
-            if not (is_node(leaf) and leaf.adapter.leaves != "kernel")
+            if not (is_node(leaf) and leaf.adapter.where.leaf != "kernel")
             and _is_weight(p, leaf, adapter, paths)
             and leaf.ndim >= 2
             and _floating(leaf)
@@ -122,7 +122,7 @@ def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
             f"`{argument}` must be a list of module names, a regular expression, "
             f'"all-linear" or a callable, got {patterns!r}'
         )
-    matches = in_module if inside or adapter.leaves != "kernel" else names_leaf
+    matches = in_module if inside or adapter.where.leaf != "kernel" else names_leaf
     for entry in patterns:
         if not isinstance(entry, str):
             raise ValueError(f"`{argument}` entry {entry!r} is not a string")

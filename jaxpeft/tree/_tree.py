@@ -1,36 +1,34 @@
 """Functions that split, join, fold and measure adapted trees."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxpeft.tree._attach import site_key
+from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._biases import scale_bias, scaled_biases
 from jaxpeft.tree._bound import Bound, bind, materialise
+from jaxpeft.tree._call import without_keys
+from jaxpeft.tree._change import refolded
 from jaxpeft.tree._lift import (
-    from_matrices,
     layer_leaves,
     leaf_entries,
     lifted_factors,
-    matrix_shape,
     padded,
     per_layer,
-    to_matrices,
     unpadded_layers,
 )
 from jaxpeft.tree._node import (
     AdaptedKernel,
-    check_key,
     is_node,
     leaves_with_path,
     map_nodes,
     nodes,
     wider,
-    working_dtype,
 )
 
 
@@ -57,7 +55,7 @@ def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
     def trained(x):
         if not is_node(x):
             return None
-        return x.replace(base=None, key=None, call=None, frozen=dict.fromkeys(x.frozen))
+        return x.replace(base=None, call=None, frozen=dict.fromkeys(x.frozen))
 
     def fixed(x):
         return x.replace(trainable=dict.fromkeys(x.trainable)) if is_node(x) else x
@@ -95,11 +93,8 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
 
 def mergeable(adapted: PyTree) -> bool:
     """Whether ``merge`` is possible: no site's method depends on the input."""
-
-    def free(node):
-        return not jax.eval_shape(lifted_factors, node).reads_input
-
-    return all(free(node) for node in nodes(adapted))
+    free = lambda node: not jax.eval_shape(lifted_factors, node).reads_input
+    return all(map(free, nodes(adapted)))
 
 
 def merge(adapted: PyTree) -> PyTree:
@@ -134,7 +129,7 @@ _scale_bias = jax.jit(scale_bias)
 
 @jax.jit
 def _merge_node(node: AdaptedKernel):
-    bound = bind(node.replace(key=None))
+    bound = bind(without_keys(node))
     if not isinstance(bound, Bound):
         return bound
     if bound.reads_input:
@@ -158,40 +153,71 @@ def detach(adapted: PyTree) -> PyTree:
     """
 
     def original(node):
-        if node.adapter.unfold is None:
+        if node.adapter.folded is None:
             return node.base
-        roles, wide = node.roles, working_dtype(node.base.dtype)
-        matrices = to_matrices(node.base, roles).astype(wide)
-        whole = jax.vmap(node.adapter.unfold)(matrices, layer_leaves(node)[0])
-        return from_matrices(whole.astype(node.base.dtype), node.base.shape, roles)
+        return refolded(node, sign=-1.0).astype(node.base.dtype)
 
     nodes(adapted)  # whole ones only
     return map_nodes(original, adapted)
 
 
-def penalty(adapted: PyTree) -> Array:
+def penalty(adapted: PyTree, seen: Mapping[str, Any] | None = None) -> Array:
     """The methods' own penalties, to be added to the task loss.
 
     Args:
         adapted: a tree made by ``attach``.
+        seen: what gates reported, the second result of ``adapt(fn, taps="own")``: with
+            it, the losses of routers are in the sum.
 
     Returns:
         A float32 scalar (float64 over float64): for each method the sum over its
-        sites, or their mean where its ``reduction`` says so. Each layer of a stack is
+        sites, or their mean where its ``Penalty`` says so. Each layer of a stack is
         a site, and the padding of layers of unequal rank is never seen.
     """
+    found = [n for n in nodes(adapted) if n.adapter.penalty.of_leaves is not None]
+    total = _over_sites(
+        [(n.adapter, per_layer(n, n.adapter.penalty.of_leaves)) for n in found]
+    )
+    return total if not seen else total + seen_penalty(adapted, seen)
+
+
+def seen_penalty(adapted: PyTree, seen: Mapping[str, Any]) -> Array:
+    """The part of ``penalty`` that is of what gates reported.
+
+    It belongs to a micro-batch, and the rest to a step.
+
+    Args:
+        adapted: the tree that was run.
+        seen: the second result of ``adapt(fn, taps="own")``.
+    """
+    found = {n.site.path: n for n in nodes(adapted) if n.adapter.penalty.of_seen}
+    return _over_sites(
+        [
+            (found[p].adapter, _of_seen(found[p], x))
+            for p, x in seen.items()
+            if p in found
+        ]
+    )
+
+
+def _over_sites(each: list[tuple[Adapter, Array]]) -> Array:
+    """The sites' penalties, joined method by method."""
     sums: dict[tuple[str, str], list] = {}
-    for node in nodes(adapted):
-        per_site = per_layer(node, node.adapter.penalty)
-        method = (node.adapter.name, node.adapter.reduction)
-        sums.setdefault(method, []).append(per_site)
+    for adapter, x in each:
+        sums.setdefault((adapter.name, adapter.penalty.joined), []).append(x)
     result = jnp.zeros((), jnp.float32)
-    for (_, reduction), each in sums.items():
+    for (_, joined), each in sums.items():
         dtype = wider(result.dtype, *(x.dtype for x in each))
         sites = jnp.concatenate([x.astype(dtype) for x in each])
-        joined = jnp.mean(sites) if reduction == "mean" else jnp.sum(sites)
-        result = result.astype(dtype) + joined
+        total = jnp.mean(sites) if joined == "mean" else jnp.sum(sites)
+        result = result.astype(dtype) + total
     return result
+
+
+def _of_seen(node: AdaptedKernel, seen: Any) -> Array:
+    """The penalty of what a site's gate reported, for each layer and each use."""
+    frozen = {name: x[0] for name, x in layer_leaves(node)[0].items()}
+    return jnp.ravel(node.adapter.penalty.of_seen(frozen, seen))
 
 
 def count(adapted: PyTree) -> tuple[int, int]:
@@ -223,87 +249,6 @@ def trainable_size(node: AdaptedKernel) -> int:
     )
 
 
-def with_dropout(
-    adapted: PyTree,
-    key: Key[Array, ""],
-    *,
-    leaves_key: Key[Array, ""] | None = None,
-) -> PyTree:
-    """Turns dropout on, for one step.
-
-    Args:
-        adapted: a tree made by ``attach``.
-        key: this step's key; each site and each layer gets a part of its own.
-        leaves_key: for methods that drop entries of their own leaves, whose mask is
-            one for all micro-batches of a step; ``None``: ``key``.
-
-    Returns:
-        The tree with a key leaf in each node whose method has dropout. Without one
-        a tree is in evaluation mode.
-
-    Note:
-        A model that differentiates itself (forces from energies) contracts with a
-        kernel in both passes, and each draws a mask of its own.
-    """
-    leaves_key = key if leaves_key is None else leaves_key
-    for given in (key, leaves_key):
-        check_key(given)
-    nodes(adapted)  # whole ones only
-    keys = {"input": key, "leaves": leaves_key}
-
-    def add(node):
-        if not node.adapter.dropout:
-            return node
-        layers = matrix_shape(node.base.shape, node.roles)[0]
-        own = site_key(keys[node.adapter.dropout_on], node.site.path)
-        entries = leaf_entries(node)["key"]
-        batch = tuple(node.base.shape[i] for i in entries)
-        if not batch:
-            return node.replace(key=own)
-        return node.replace(key=jax.random.split(own, layers).reshape(batch))
-
-    return map_nodes(add, adapted)
-
-
-_READ = ("mask", "gates")  # what methods with experts look for
-
-
-def with_inputs(adapted: PyTree, **inputs: Array | None) -> PyTree:
-    """Adds arrays that methods with experts read beside the input, for one call.
-
-    Args:
-        adapted: a tree made by ``attach``.
-        **inputs: arrays by name, each for all sites; ``None`` takes one off again.
-            ``"mask"`` and ``"gates"`` are read (see ``jaxpeft.mixtures``). Where the
-            mask is 0 an adapter sees 0, and adds nothing, whatever the input holds.
-
-    Returns:
-        The tree with them in each node whose method has experts, repeated for each
-        layer of a stack. They are no part of the adapter: partitions keep them with
-        the frozen half, files and checkpoints leave them out.
-
-    Raises:
-        ValueError: an input of another name, which no method would read.
-    """
-    if unknown := sorted(set(inputs) - set(_READ)):
-        raise ValueError(f"inputs are {' and '.join(_READ)}, got {', '.join(unknown)}")
-    nodes(adapted)  # whole ones only
-
-    def add(node):
-        if not node.adapter.experts:
-            return node
-        batch = tuple(node.base.shape[i] for i in leaf_entries(node)["key"])
-        call = {n: x for n, x in (node.call or {}).items() if n not in inputs}
-        call |= {
-            name: jnp.broadcast_to(x, batch + x.shape)
-            for name, x in inputs.items()
-            if x is not None
-        }
-        return node.replace(call=call or None)
-
-    return map_nodes(add, adapted)
-
-
 def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
     """Gives every leaf of an adapted tree the sharding of its kernel.
 
@@ -327,7 +272,6 @@ def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
         )
         return node.replace(
             base=spec,
-            key=None if node.key is None else along("key"),
             call=jax.tree.map(lambda _: PartitionSpec(), node.call),
             frozen={n: None if x is None else along(n) for n, x in node.frozen.items()},
             trainable={

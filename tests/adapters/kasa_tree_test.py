@@ -11,6 +11,7 @@ from adapt_toolbox import change
 from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
+from jaxpeft.tree import Call
 
 OPTIONS = [
     {},
@@ -280,7 +281,7 @@ def test_a_scanned_stack_is_the_same_unrolled(keys):
         f, t = (
             {n: z[i] for n, z in part.items()} for part in (node.frozen, node.trainable)
         )
-        one = node.adapter.factors(node.base[i], f, t)
+        one = node.adapter.factors(node.base[i], f, t, Call())
         x = jnp.tanh(x @ (node.base[i] + change(one)))
     np.testing.assert_allclose(y, x, atol=1e-5)
 

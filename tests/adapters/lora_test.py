@@ -8,11 +8,15 @@ from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
 from adapters_toolbox import quick_compiles as quick_compiles
 
+import jaxpeft as jp
 from jaxpeft.adapters import lora, rslora
+from jaxpeft.tree import Call
 
 
 def begin(adapter, key, kernel, rank=None, alpha=None):
-    return adapter.init(key, kernel, rank or adapter.rank, alpha or adapter.alpha)
+    return adapter.init(
+        key, kernel, rank or adapter.where.rank, alpha or adapter.where.alpha
+    )
 
 
 def test_uniform_start(keys):
@@ -70,7 +74,7 @@ def test_gradients_are_the_closed_forms(init, keys):
 
         def gradients(t):
             def task(t):
-                f = adapter.factors(kernel, frozen, t)
+                f = adapter.factors(kernel, frozen, t, Call())
                 return jnp.sum(g * (kernel + change(f)))
 
             return jax.grad(task)(t)
@@ -102,7 +106,7 @@ def test_rslora_is_lora_with_the_root_of_the_rank(keys):
     assert other[0]["scale"] == option[0]["scale"] == 2 * one[0]["scale"] == 3
     t = {"a": one[1]["a"], "b": jax.random.normal(next(keys), (4, 6))}
     plain, rooted = (
-        adapter.factors(kernel, frozen, t)
+        adapter.factors(kernel, frozen, t, Call())
         for adapter, frozen in ((lora(), one[0]), (rslora(), other[0]))
     )
     np.testing.assert_allclose(change(rooted), 2 * change(plain), rtol=1e-5)
@@ -113,7 +117,8 @@ def test_rslora_is_lora_with_the_root_of_the_rank(keys):
 
 def test_no_penalty(keys):
     adapter = lora()
-    assert adapter.penalty(*begin(adapter, next(keys), jnp.zeros((9, 9)))) == 0
+    adapted = jp.attach({"w": jnp.zeros((9, 9))}, adapter, ["w"], key=next(keys))
+    assert jp.penalty(adapted) == 0
 
 
 def test_equal_arguments_are_one_adapter():

@@ -10,6 +10,7 @@ from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 from jaxpeft.adapters import lora_xs
+from jaxpeft.tree import Call
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (9, 9), (12, 6)])
@@ -23,7 +24,7 @@ def test_factors_are_the_best_approximation(shape, keys):
     np.testing.assert_allclose(frozen["b0"] @ frozen["b0"].T, np.eye(3), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(frozen["a0"], axis=0), s[:3], rtol=1e-4)
     assert set(trainable) == {"core"} and trainable["core"].shape == (3, 3)
-    f = lora_xs().factors(kernel, frozen, {"core": jnp.eye(3)})
+    f = lora_xs().factors(kernel, frozen, {"core": jnp.eye(3)}, Call())
     np.testing.assert_allclose(change(f), 7 / 3 * best, atol=3e-5)
 
 
@@ -66,7 +67,7 @@ def test_the_cores_gradient_is_the_closed_form(keys):
         core = jax.random.normal(next(keys), (3, 3), jnp.float64)
 
         def task(core):
-            f = adapter.factors(kernel, frozen, {"core": core})
+            f = adapter.factors(kernel, frozen, {"core": core}, Call())
             return jnp.sum(g * (kernel + change(f)))
 
         expected = 7 / 3 * frozen["a0"].T @ g @ frozen["b0"].T

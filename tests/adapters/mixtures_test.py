@@ -19,7 +19,7 @@ from mixtures_toolbox import (
 )
 
 import jaxpeft as jp
-from jaxpeft.tree import with_inputs
+from jaxpeft.tree import rebuild, with_call
 
 ALIKE = {
     "soft": jp.molora(rank=2, experts=3),
@@ -183,7 +183,7 @@ def test_fixed_gates_fold_and_a_router_does_not():
         adapted = stirred(adapter)
         with pytest.raises(ValueError, match="'w'.*depends on the input"):
             jp.merge(adapted)
-        fixed = adapter.rebuild(gates=(0.25, 0.0, 2.0))
+        fixed = rebuild(adapter, gates=(0.25, 0.0, 2.0))
         node = adapted["w"].replace(adapter=fixed)
         assert jp.mergeable({"w": node})
         leaves = leaves_of(node)
@@ -202,15 +202,15 @@ def test_gates_by_row():
     for name in ("beside", "behind"):
         adapted = stirred(NAMED[name])
         node, rows = adapted["w"], jnp.array([[1.0, 0, 1], [0, 0, 0], [1, 0.5, 0.25]])
-        got = adapted_use(with_inputs(adapted, gates=rows), x)
+        got = adapted_use(with_call(adapted, gates=rows), x)
         assert np.array_equal(got[1], jax.jit(use)({"w": node.base}, x)[1])
         for i in (0, 2):
-            fixed = node.adapter.rebuild(gates=tuple(map(float, rows[i])))
+            fixed = rebuild(node.adapter, gates=tuple(map(float, rows[i])))
             one_row = adapted_use({"w": node.replace(adapter=fixed)}, x[i])
             assert distance(got[i], one_row) < 1e-5
     with pytest.raises(ValueError, match="inputs are mask and gates, got gate"):
-        with_inputs(adapted, gate=rows)
-    wrong = with_inputs(adapted, gates=rows[:2])
+        with_call(adapted, gate=rows)
+    wrong = with_call(adapted, gates=rows[:2])
     with pytest.raises(ValueError, match="`gates` are for a batch of 2 rows.*3, 4"):
         adapted_use(wrong, x)
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from adapt_toolbox import change
 
+from jaxpeft.tree import Call
+
 # The golden site: W, a, b, scale 2 and an upstream gradient G.
 W = np.array([[1.0, 2, 2], [3, 0, 4]])
 A, B, SCALE = np.array([[1.0], [-1]]), np.array([[0.5, 0, -0.5]]), 2.0
@@ -15,8 +17,8 @@ M_OUT, M_IN = np.array([3.0, 2, 5]), np.array([3.0, 6])
 def made(adapter, w, **trainable):
     """``(frozen, trainable)`` of one kernel, some trained leaves given."""
     w = jnp.asarray(w)
-    rank = trainable["a"].shape[1] if "a" in trainable else adapter.rank
-    frozen, leaves = adapter.init(jax.random.key(3), w, rank, adapter.alpha)
+    rank = trainable["a"].shape[1] if "a" in trainable else adapter.where.rank
+    frozen, leaves = adapter.init(jax.random.key(3), w, rank, adapter.where.alpha)
     given = {name: jnp.asarray(x, w.dtype) for name, x in trainable.items()}
     assert set(given) <= set(leaves)
     return frozen, leaves | given
@@ -24,7 +26,7 @@ def made(adapter, w, **trainable):
 
 def merged(adapter, w, frozen, trainable):
     """``D_c (W + a b) D_o`` from the adapter's factors; dense, for tests alone."""
-    f = adapter.factors(jnp.asarray(w), frozen, trainable)
+    f = adapter.factors(jnp.asarray(w), frozen, trainable, Call())
     v = w + change(f)
     if f.c is not None:
         v = f.c[:, None] * v

@@ -11,6 +11,7 @@ from adapters_toolbox import quick_compiles as quick_compiles
 import jaxpeft as jp
 from jaxpeft import interop
 from jaxpeft.adapters import lora, milora, olora, pissa
+from jaxpeft.tree import Call
 
 METHODS = [pissa, milora, olora]
 SHAPES = [(8, 12), (9, 9), (12, 6)]
@@ -190,7 +191,7 @@ def test_gradients_are_the_closed_forms_from_the_first_step(method, keys):
         g = jax.random.normal(next(keys), (8, 6), jnp.float64)
 
         def task(t):
-            f = adapter.factors(kernel, frozen, t)
+            f = adapter.factors(kernel, frozen, t, Call())
             return jnp.sum(g * (kernel + change(f)))
 
         got = jax.grad(task)(t)

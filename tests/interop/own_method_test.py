@@ -20,7 +20,7 @@ from jaxpeft.tree import _adapter
 SOURCE = '''
 import jax
 import jax.numpy as jnp
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 
 @method
@@ -30,13 +30,13 @@ def miss(rank: int = 4, dropout: float = 0.0) -> Adapter:
     def init(key, kernel, rank, alpha):
         return {}, {"d": jnp.zeros((rank, kernel.shape[1]), kernel.dtype)}
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
         d = trainable["d"]
         groups = jnp.arange(kernel.shape[0]) % d.shape[0]
         a = jax.nn.one_hot(groups, d.shape[0], dtype=d.dtype)
         return Factors((Term(a, d, drop=dropout),))
 
-    return Adapter(init, factors, rank=rank, dropout=dropout)
+    return Adapter(init, factors, where=Where(rank=rank))
 '''
 PARAMS = {
     "q": {"kernel": numbers(6, 5, seed=1)},

@@ -18,6 +18,7 @@ from families_toolbox import (
 
 import jaxpeft as jp
 from jaxpeft.interop import load_peft, save_peft
+from jaxpeft.parts import form_of
 
 pytestmark = [
     pytest.mark.interop,
@@ -46,7 +47,7 @@ def attached(family, adapter):
     """The adapter on two sorts of sites, different ranks and alphas; the head."""
     some, others = map(in_our_words, family.facts.targets)
     patterns = {}
-    if adapter.peft.patterns and adapter.rank is not None:
+    if form_of(adapter).patterns and adapter.where.rank is not None:
         patterns = {
             "rank_pattern": {f".*_1/.*{some[0]}": 2},
             "alpha_pattern": {f".*_0/.*{others[0]}": 5},

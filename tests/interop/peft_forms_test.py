@@ -16,6 +16,8 @@ from contract_toolbox import METHODS, constructor, make
 
 import jaxpeft as jp
 from jaxpeft.interop.peft._config import DEFAULTS
+from jaxpeft.parts import form_of
+from jaxpeft.tree import change, structure
 
 
 def variants(name):
@@ -29,8 +31,9 @@ def variants(name):
 
 
 ALL = [adapter for name in METHODS for adapter in variants(name)]
-WITH_FORM = [a for a in ALL if a.peft is not None]
-PAIRS = [a for a in WITH_FORM if a.peft.pair and not a.peft.beside]
+WITH_FORM = [a for a in ALL if form_of(a) is not None]
+ON_KERNELS = [a for a in ALL if a.where.leaf == "kernel"]
+PAIRS = [a for a in ON_KERNELS if structure(a, a.where.rank).only_adds]
 
 
 def one_site(adapter):
@@ -42,32 +45,34 @@ def one_site(adapter):
 
 
 def test_there_are_forms():
-    forms = [a.peft for a in WITH_FORM]
-    assert any(f.pair for f in forms) and any(f.whole for f in forms)
+    assert PAIRS and any(a.where.leaf == "any" for a in WITH_FORM)
+    assert all(form_of(a) is not None for a in PAIRS)
 
 
 @pytest.mark.parametrize("adapter", PAIRS, ids=repr)
 def test_a_pair_is_the_change_of_the_kernel(adapter):
     adapted = one_site(adapter)
     node = adapted["up"]["kernel"]
-    a, b = adapter.peft.pair(node.frozen, node.trainable, node.base.shape)
+    terms = change(adapter, node.base, node.frozen, node.trainable).terms
+    a = jnp.concatenate([term.a for term in terms], 1)
+    b = jnp.concatenate([term.b for term in terms], 0)
     original = jp.detach(adapted)["up"]["kernel"]
     with jax.disable_jit():
         merged = jp.merge(adapted)["up"]["kernel"]
-    change = jnp.matmul(a, b, precision="highest")
-    np.testing.assert_allclose(original + change, merged, rtol=0, atol=2e-5)
+    product = jnp.matmul(a, b, precision="highest")
+    np.testing.assert_allclose(original + product, merged, rtol=0, atol=2e-5)
     assert np.max(np.abs(merged - original)) > 0.05  # control: something happened
     assert a.shape[1] == b.shape[0]
 
 
 @pytest.mark.parametrize(
     "adapter",
-    [a for a in WITH_FORM if a.peft.to_leaves and not a.peft.refusal],
+    [a for a in WITH_FORM if form_of(a).to_leaves and not form_of(a).refusal],
     ids=repr,
 )
 def test_leaves_come_back(adapter):
     node = one_site(adapter)["up"]["kernel"]
-    form = adapter.peft
+    form = form_of(adapter)
     for kind in form.kinds:
         leaves = form.to_leaves(node.frozen, node.trainable, kind)
         again = form.from_leaves(leaves, kind)
@@ -107,19 +112,20 @@ def test_a_config_is_one_methods(changes):
     for kind in ("linear", "conv1d", "embedding"):
         claims = {}
         for name in METHODS:
-            form = constructor(name)().peft
+            form = form_of(constructor(name)())
             options = form and form.read and form.read(config, kind)
             if options is not None and options:
                 claims[name] = options
         assert len(claims) <= 1, claims
         for name, options in claims.items():
             adapter = constructor(name)(**options)
-            assert (adapter.rank, adapter.alpha, adapter.dropout) == (3, 5.0, 0.1)
-            written = dict(adapter.peft.fields)
+            dropout = dict(adapter.options)["dropout"]
+            assert (adapter.where.rank, adapter.where.alpha, dropout) == (3, 5.0, 0.1)
+            written = dict(form_of(adapter).fields)
             if kind == "embedding":  # PEFT decomposes no table: save_peft drops it
                 written.pop("init_lora_weights", None)
             assert written.items() <= config.items()
-            assert not adapter.peft.refusal
+            assert not form_of(adapter).refusal
     assert claims or changes != {}
 
 

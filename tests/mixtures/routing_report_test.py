@@ -114,7 +114,7 @@ def test_it_is_what_the_routers_did(adapted, keys):
 
     x = jax.random.normal(next(keys), (3, 5, 6))
     mask = np.array([[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
-    seen = jp.tree.with_inputs(adapted, mask=jax.numpy.asarray(mask))
+    seen = jp.tree.with_call(adapted, mask=jax.numpy.asarray(mask))
     _, sums = jp.adapt(fn, taps="own")(seen, x)
     found = mixtures.routing_report(adapted, {"all": sums})
     router = np.asarray(

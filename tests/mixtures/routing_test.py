@@ -8,6 +8,7 @@ from adapt_toolbox import distance, numbers, perturb
 
 import jaxpeft as jp
 from jaxpeft import mixtures, numerics
+from jaxpeft.tree import rebuild
 
 D, L = 6, 2
 AXES = {"w": "layer in out"}
@@ -72,7 +73,7 @@ def test_the_penalty_of_routers_through_a_rematerialised_scan():
     assert np.any(g["b"][0] != 0) and np.all(np.any(g["router"] != 0, (1, 2)))
     shown = np.asarray(MASK, bool)  # what is there is the same without the mask
     assert distance(out[shown], jp.adapt(scanned)(adapted, X)[shown]) == 0
-    mean = adapter.rebuild(aux_reduce="mean")
+    mean = rebuild(adapter, aux_reduce="mean")
     halved = mixtures.auxiliary({"w": node.replace(adapter=mean)}, statistics)
     np.testing.assert_allclose(halved["penalty"], value / L, rtol=1e-6)
     with pytest.raises(ValueError, match="no site with experts"):

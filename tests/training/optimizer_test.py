@@ -13,7 +13,7 @@ from contract_toolbox import METHODS, make
 
 import jaxpeft as jp
 from jaxpeft import training
-from jaxpeft.tree import Adapter, Factors, Term, flat, method
+from jaxpeft.tree import Adapter, Factors, Term, Where, flat, method
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_what_a_leaf_is_follows_from_its_axes(adapter, keys):
     run = lambda p, k: jp.attach(p, adapter, ["up"], key=k)
     trainable, _ = jp.partition(jax.eval_shape(run, params, next(keys)))
     for (_, name), kind in training._optimizer._leaf_kinds(trainable, {}).items():
-        whole = adapter.leaves != "kernel"
+        whole = adapter.where.leaf != "kernel"
         assert whole or name.partition(".")[0] in NAMED[kind], (name, kind)
 
 
@@ -262,11 +262,11 @@ def blocks(rank: int = 2, groups: int = 48) -> Adapter:
         left = jax.random.normal(key, (groups, d_in // groups, rank))
         return {}, {"left": left, "right": jnp.zeros((rank, d_out))}
 
-    def factors(kernel, frozen, t):
+    def factors(kernel, frozen, t, call):
         a = t["left"].reshape(kernel.shape[0], -1)
         return Factors((Term(a, t["right"]),))
 
-    return Adapter(init, factors, rank=rank)
+    return Adapter(init, factors, where=Where(rank=rank))
 
 
 def test_a_method_from_elsewhere_has_decay_and_groups_of_rates(keys):

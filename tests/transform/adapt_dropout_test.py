@@ -205,8 +205,8 @@ def test_a_key_in_each_layer(keys):
     axes = {"w": "layer in out"}
     tree = prepare({"w": numbers(L, D, F)}, pair(dropout=RATE), ["w"], keys, axes=axes)
     tree = jp.with_dropout(tree, next(keys))
-    assert tree["w"].key.shape == (L,)
-    data = jax.random.key_data(tree["w"].key)
+    assert tree["w"].call["key"].shape == (L,)
+    data = jax.random.key_data(tree["w"].call["key"])
     assert len({tuple(np.asarray(row)) for row in data}) == L
 
 

@@ -8,13 +8,15 @@ from adapt_toolbox import numbers, perturb
 
 import jaxpeft as jp
 from jaxpeft import numerics
+from jaxpeft.tree import rebuild, structure
 
 MIXTURES = [
     name
     for name in sorted(dir(jp.adapters))
     if not name.startswith("_")
     and callable(getattr(jp.adapters, name))
-    and getattr(jp.adapters, name)().experts
+    and (method := getattr(jp.adapters, name)()).where.leaf == "kernel"
+    and structure(method, method.where.rank).experts
 ]
 MASK = jnp.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
 FILLS = {"zeros": 0.0, "anything": 7.5, "nan": np.nan, "infinite": np.inf}
@@ -39,8 +41,8 @@ def scanned(params, x):
 
 def attached(name, fn):
     adapter = getattr(jp.adapters, name)(rank=2)
-    if adapter.per_layer is not None:
-        adapter = adapter.rebuild(experts=2)  # in every layer
+    if adapter.where.layers is not None:
+        adapter = rebuild(adapter, experts=2)  # in every layer
     params = {n: numbers(5, 5) for n in ("query", "key", "out")}
     axes = None
     if fn is scanned:
@@ -54,7 +56,7 @@ def attached(name, fn):
     "fn, taps", [(two_of_an_input, "own"), (scanned, "own"), (two_of_an_input, None)]
 )
 def test_a_mixture_learns_nothing_from_padding(name, fn, taps):
-    adapted = jp.tree.with_inputs(attached(name, fn), mask=MASK)
+    adapted = jp.tree.with_call(attached(name, fn), mask=MASK)
     trainable, frozen = jp.partition(adapted)
 
     def loss(trainable, x):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
+from jaxpeft.tree import rebuild
 
 METHODS = sorted(
     name
@@ -17,7 +18,7 @@ METHODS = sorted(
 def made(name):
     """A method at its defaults, of a rank that fits these kernels."""
     adapter = getattr(jp.adapters, name)()
-    return adapter if adapter.rank is None else adapter.rebuild(rank=2)
+    return adapter if adapter.where.rank is None else rebuild(adapter, rank=2)
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -25,7 +26,7 @@ def made(name):
 def test_every_method_refuses_a_kernel_that_is_not_finite(name, value):
     """The site by name, before an SVD or anything else is computed."""
     adapter = made(name)
-    leaf = "bias" if adapter.leaves == "bias" else "kernel"
+    leaf = "bias" if adapter.where.leaf == "bias" else "kernel"
     params = {
         f"{name}_{i}": {"kernel": np.ones((6, 5), np.float32), "bias": np.ones(5)}
         for i in range(4)  # as many layers as some methods count with

@@ -69,7 +69,7 @@ def test_unequal_ranks_and_dropout_keys():
     params = small()
     adapted = attach(params, jp.lora(2, dropout=0.5), rank_pattern=PADDED)
     off = jp.extract(jp.with_dropout(adapted, jax.random.key(1)))
-    assert all(node.key is None for node in off.values())
+    assert all(node.call is None for node in off.values())
     again = jp.graft(params, off)
     same_bits(again, adapted)
     assert again["up"]["kernel"].site.ranks == (1, 3, 2)

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxpeft.interop._format import forms
+from jaxpeft.interop._format import whole_leaf
 from jaxpeft.interop._load import place_leaves, put_leaf
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import TensorFile
 from jaxpeft.interop.peft._sites import reordered
+from jaxpeft.parts import form_of
 from jaxpeft.tree import (
     AdaptedKernel,
     Adapter,
@@ -39,16 +40,16 @@ def attach_sites(
         return path in sites
 
     per_site = {}
-    if adapter.rank is not None:
+    if adapter.where.rank is not None:
         rank = {p: tuple(s.rank for s in each) for p, each in sites.items()}
         per_site["rank_pattern"] = rank
-    if adapter.alpha is not None:
+    if adapter.where.alpha is not None:
         alpha = {p: tuple(s.alpha for s in each) for p, each in sites.items()}
         per_site["alpha_pattern"] = alpha
     key = jax.random.key(0)  # every leaf that is drawn is replaced below
     tree = attach(tree, adapter, from_peft, key=key, axes=axes, **per_site)
 
-    form, shared = adapter.peft, {}
+    form, shared = form_of(adapter), {}
 
     def filled(node):
         if not is_node(node) or node.site.path not in sites:
@@ -105,13 +106,11 @@ def attach_whole(tree, table: Table, whole, file):
     """Attaches full training to leaves that the file has whole."""
     if not whole:
         return tree
-    whole_leaf = (c() for c, form in forms().values() if form.whole)
-    (adapter,) = (a for a in whole_leaf if a.leaves == "any")
 
     def from_peft(path, leaf):
         return path in whole
 
-    tree = attach(tree, adapter, from_peft, key=jax.random.key(0))
+    tree = attach(tree, whole_leaf(), from_peft, key=jax.random.key(0))
 
     def filled(node):
         if not is_node(node) or node.site.path not in whole:

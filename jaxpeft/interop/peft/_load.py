@@ -33,7 +33,7 @@ from jaxpeft.interop.peft._whole import (
     partial,
     whole_leaves,
 )
-from jaxpeft.parts import listed
+from jaxpeft.parts import form_of, listed
 from jaxpeft.tree import (
     Adapter,
     ModuleName,
@@ -119,7 +119,7 @@ def load_peft(
     whole += other
     used = {key for site in found for key in site.keys.values()} | copies
     used |= {each.key for each in whole}
-    used |= {key for site in found for key in site.adapter.peft.shared.values()}
+    used |= {key for site in found for key in form_of(site.adapter).shared.values()}
     for ends in keys.values():
         for key in ends.values():
             if key not in used:
@@ -242,9 +242,9 @@ def _site(config, module: Module, table, keys: Keys, file, problems) -> Found | 
     if adapter is None:
         return None
     rank = alpha = None
-    if adapter.rank is not None:
-        rank, alpha = adapter.rank, adapter.alpha
-        if adapter.peft.patterns:
+    if adapter.where.rank is not None:
+        rank, alpha = adapter.where.rank, adapter.where.alpha
+        if form_of(adapter).patterns:
             rank = by_pattern(config["rank_pattern"], name, rank)
             alpha = by_pattern(config["alpha_pattern"], name, alpha)
     try:
@@ -260,10 +260,10 @@ def _site(config, module: Module, table, keys: Keys, file, problems) -> Found | 
     if len(problems) > count:
         return None
     found = {end: tuple(file.shapes[key]) for end, key in known.items()}
-    if adapter.peft.arrange is not None:  # a file may leave parts of leaves out
+    if form_of(adapter).arrange is not None:  # a file may leave parts of leaves out
         dummies = {e: np.broadcast_to(np.float32(0), s) for e, s in found.items()}
         try:
-            made = adapter.peft.arrange(config, name, dummies)
+            made = form_of(adapter).arrange(config, name, dummies)
         except ValueError as e:
             problems.append(f"{name!r}: {e}")
             return None
@@ -290,7 +290,7 @@ def _at_module(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _check_shared(found: list[Found], table: Table, file, problems) -> None:
     """The matrices that sites have in common are there, in the sites' largest sizes."""
-    first = next((site for site in found if site.adapter.peft.shared), None)
+    first = next((site for site in found if form_of(site.adapter).shared), None)
     if first is None or problems:
         return
     sizes = [_sizes(site.module, table) for site in found]
@@ -300,7 +300,7 @@ def _check_shared(found: list[Found], table: Table, file, problems) -> None:
             jax.random.key(0), d_in, d_out, first.rank, jnp.float32
         )
     )
-    for ours, key in first.adapter.peft.shared.items():
+    for ours, key in form_of(first.adapter).shared.items():
         shape = made[ours].shape[::-1]
         if file.shapes.get(key) != shape:
             problems.append(
@@ -353,7 +353,7 @@ def _expected(adapter: Adapter, module: Module, table: Table, rank):
     d_in, d_out = _sizes(module, table)
     parts = init_shapes.__wrapped__(adapter, d_in, d_out, rank, jnp.dtype("float32"))
     leaves = jax.eval_shape(
-        lambda f, t: adapter.peft.to_leaves(f, t, module.kind), *parts
+        lambda f, t: form_of(adapter).to_leaves(f, t, module.kind), *parts
     )
     return {end: tuple(x.shape) for end, x in leaves.items()}
 

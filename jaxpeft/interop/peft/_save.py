@@ -23,7 +23,7 @@ from jaxpeft.interop.peft._config import (
     TENSORS,
     in_saved_module,
 )
-from jaxpeft.interop.peft._sites import AdaptedModule, choose_form, collect
+from jaxpeft.interop.peft._sites import AdaptedModule, choose_form, collect, is_whole
 from jaxpeft.interop.peft._tensors import native, plain
 from jaxpeft.tree import AdaptedKernel, ModuleName, grouped, leaves_with_path, nodes
 
@@ -253,7 +253,7 @@ def _saved_modules(table, whole, modules, tensors, problems) -> list[str]:
     for module in whole:
         for part, path in module.leaves.items():
             leaf = table.leaves[path]
-            if isinstance(leaf, AdaptedKernel) and not leaf.adapter.peft.whole:
+            if isinstance(leaf, AdaptedKernel) and not is_whole(leaf):
                 problems.append(
                     f"{module.name!r} is saved whole and its {part} has an adapter, "
                     "which PEFT cannot do; merge instead"

@@ -1,25 +1,30 @@
 """The adapted modules of a tree, and the form in which PEFT can have them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import is_finite, on_host
 from jaxpeft.lowrank import is_plain
-from jaxpeft.parts import PeftForm
+from jaxpeft.parts import PeftForm, form_of
 from jaxpeft.tree import (
     OUT,
     AdaptedKernel,
     Adapter,
     ModuleName,
+    change,
     layer_leaves,
     leaf_axes,
     matrix_shape,
     padded,
     shared_names,
+    structure_of,
     unpadded_layers,
 )
 
@@ -64,10 +69,25 @@ class AdaptedModule(NamedTuple):
             for part, names in zip((self.frozen, self.trainable), axes, strict=True)
         )
 
+    def pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(a, b)`` with ``a b`` what is added to the original kernel."""
+        return _pair(self.node.adapter, self.shape, self.frozen, self.trainable)
+
     @property
     def form(self) -> PeftForm:
         """The method's."""
-        return self.node.adapter.peft
+        return form_of(self.node.adapter)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pair(adapter: Adapter, shape: tuple[int, int], frozen, trainable):
+    # What terms are made of is not the kernel's values, and what is not asked for is
+    # not computed.
+    terms = change(adapter, jnp.zeros(shape), frozen, trainable).terms
+    return (
+        jnp.concatenate([term.a for term in terms], 1),
+        jnp.concatenate([term.b for term in terms], 0),
+    )
 
 
 class Collected(NamedTuple):
@@ -102,7 +122,7 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
     for path, node in table.leaves.items():
         if not isinstance(node, AdaptedKernel):
             continue
-        form, modules = node.adapter.peft, table.by_leaf.get(path)
+        form, modules = form_of(node.adapter), table.by_leaf.get(path)
         if modules is None:
             problems.append(
                 f"{path!r} is in no row of `names`; add a row for its module"
@@ -116,17 +136,17 @@ def collect(table: Table, untie: bool, problems: list[str]) -> Collected:
         (module, *_) = modules
         if path == module.leaves.get("weight") and module.row.tied and not untie:
             # A table that is written whole is so as it lies, for both.
-            kind = "embedding" if form.whole else "linear"
+            kind = "embedding" if is_whole(node) else "linear"
             row = ModuleName(module.row.tied, module.row.ours, kind)
             heads[module.name] = module._replace(name=row.theirs, row=row)
-            if not form.whole and not is_plain(node.adapter):
+            if not is_whole(node) and not is_plain(node.adapter):
                 problems.append(
                     f"{module.name!r} shares its weight with {module.row.tied!r}, and "
                     f"{node.adapter.name!r} changes both as one matrix, which PEFT "
                     "does not: merge instead; untie=True writes another function, the "
                     "adapter of the look-up alone"
                 )
-        if form.whole:
+        if is_whole(node):
             for module in modules:
                 part = "weight" if path == module.leaves.get("weight") else "bias"
                 trained.setdefault(module.name, set()).add(part)
@@ -203,13 +223,26 @@ class _Host:
 def decomposed_tie(name: str, method: Adapter, rows: Sequence[ModuleName]) -> str:
     """Why a method that decomposes the base has no place on a tied head in PEFT."""
     tied = {row.tied: row.theirs for row in rows if row.tied}
-    if name not in tied or not method.peft.redone:
+    if name not in tied or not form_of(method).redone:
         return ""
     return (
         f"{name!r}: what {method.name!r} takes out of the weight, PEFT takes out of "
         f"that of {tied[name]!r}, which is the same one, so that its look-up changes "
         "too"
     )
+
+
+def is_whole(node: AdaptedKernel) -> bool:
+    """Whether the leaf's new value is written in place of the leaf."""
+    return node.adapter.where.leaf != "kernel"
+
+
+def _has_pair(site: AdaptedModule, form: str) -> bool:
+    """Whether a module can be plain LoRA, and what PEFT puts beside it."""
+    found = structure_of(site.node)
+    if found.scales and site.form.beside and form != "portable":
+        return True
+    return found.only_adds
 
 
 def choose_form(
@@ -244,7 +277,7 @@ def choose_form(
                     f"{name!r}: PEFT has no {method!r} on a module of kind "
                     f"{site.module.kind!r}; form='auto' writes plain LoRA"
                 )
-        elif site.form.pair is None or (form == "portable" and site.form.beside):
+        elif not _has_pair(site, form):
             problems.append(
                 f"{name!r}: the change that {method!r} makes is not of low rank and "
                 f"cannot be plain LoRA; form='native', or {OTHER_WAYS}"

@@ -122,8 +122,7 @@ def plain(
     fields = {f: usual[f] for site in sites for f in site.form.beside_fields}
     for site in sites:
         name = site.module.name
-        pair = site.form.pair(site.frozen, site.trainable, site.shape)
-        left, right = map(on_host, pair)
+        left, right = map(on_host, site.pair())
         a, b, error = balance(left, right[:, site.order], rank)
         pairs[name] = (a, b, site.module.kind)
         if error > 1e-6:  # more than rounding

@@ -16,6 +16,7 @@ from jaxpeft.interop.peft._attach import Found, read_leaf
 from jaxpeft.interop.peft._sites import decomposed_tie
 from jaxpeft.interop.peft._whole import Keys, Whole
 from jaxpeft.lowrank import is_plain
+from jaxpeft.parts import form_of
 from jaxpeft.tree import ModuleName, is_node, leaves_with_path, resolve_pattern
 
 
@@ -142,7 +143,7 @@ def _one_site(config, tie: Tie, own: Sequence[Found], file, problems) -> Found |
     if len(own) != 2 or not config.get("ensure_weight_tying"):
         return None
     words, head = sorted(own, key=lambda site: tie.modules.index(site.module.name))
-    read = lambda site: site.adapter.peft.from_leaves(
+    read = lambda site: form_of(site.adapter).from_leaves(
         {end: read_leaf(file, key) for end, key in site.keys.items()},
         site.module.kind,
     )

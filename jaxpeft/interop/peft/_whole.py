@@ -9,6 +9,7 @@ import numpy as np
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import TensorFile, on_host
 from jaxpeft.interop.peft._config import PREFIX, in_saved_module
+from jaxpeft.parts import form_of
 from jaxpeft.tree import OUTPUT_HEADS, is_node
 
 Keys = dict[str, dict[str, str]]  # module: {end of the key: key}
@@ -86,7 +87,7 @@ def check_copies(table: Table, keys: Keys, file, sites, whole, problems):
             elif end.startswith(OWN) and end != _BIAS and part in module.leaves:
                 done.add(key)
                 # What a method decomposes is written without what it took out.
-                changed = method is not None and method.peft.redone
+                changed = method is not None and form_of(method).redone
                 if not _fits(file, key, table, module, part, problems) or changed:
                     continue
                 if not _repeats(file, key, table, module, part):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpeft.tree import Adapter, Factors, Rows, Term, cached, wider
+from jaxpeft.tree import Adapter, Factors, Rows, Term, Where, cached, wider
 
 WAYS = ("gather", "ragged")
 
@@ -41,12 +41,12 @@ def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapte
             "index": jnp.zeros((0,), jnp.int32),
         }, {}
 
-    def factors(kernel, frozen, trainable):
-        del kernel, trainable
+    def factors(kernel, frozen, trainable, call):
+        del kernel, trainable, call
         rows = Rows(frozen["index"], frozen["scale"], how)
         return Factors((Term(frozen["a"], frozen["b"], rows=rows),))
 
-    return Adapter(init=init, factors=factors, rank=rank)
+    return Adapter(init=init, factors=factors, where=Where(rank=rank))
 
 
 def check_rows(index: jax.Array, shape: tuple[int, ...], path: str) -> None:

@@ -1,0 +1,129 @@
+"""The router of a mixture: which experts a token has, and what that costs."""
+
+import functools
+import math
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from jaxpeft.numerics import (
+    balance_and_z,
+    kept_experts,
+    router_logits,
+    routing_sums,
+    softmax_gates,
+)
+from jaxpeft.parts._options import check_options
+from jaxpeft.tree import Penalty
+
+
+class Router(NamedTuple):
+    r"""How gates follow from an input.
+
+    .. math:: g = \mathrm{softmax}(x w / \tau \text{ of the kept experts})
+
+    Attributes:
+        top_k: experts kept for each token; ``None``: all.
+        renormalise: whether the gates of the kept ones add up to 1.
+        temperature: :math:`\tau`.
+        std: standard deviation of a new :math:`w`; ``None``: uniform up to
+            1/sqrt(d_in).
+        balance_coef: weight of the balance loss.
+        z_coef: weight of the z-loss.
+        reduction: how these two losses are joined over sites.
+    """
+
+    top_k: int | None = None
+    renormalise: bool = True
+    temperature: int | float = 1.0
+    std: int | float | None = 0.02
+    balance_coef: int | float = 0.0
+    z_coef: int | float = 0.0
+    reduction: Literal["sum", "mean"] = "sum"
+
+    def check(self, name: str, experts: int) -> None:
+        """Raises unless the settings are of use; warns of a router that never learns.
+
+        Args:
+            name: the method's.
+            experts: the most that a site has.
+        """
+        check_options(
+            name,
+            weights={"balance_coef": self.balance_coef, "z_coef": self.z_coef},
+            positive={"temperature": self.temperature},
+            choices={"aux_reduce": (self.reduction, ("sum", "mean"))},
+        )
+        if self.top_k is not None and (
+            not isinstance(self.top_k, int) or self.top_k < 1
+        ):
+            raise ValueError(
+                f"`top_k` must be a whole number from 1 up, or None for all experts, "
+                f"got {self.top_k!r}; write {name}(top_k=2)."
+            )
+        if self.std is not None and not (math.isfinite(self.std) and self.std >= 0):
+            raise ValueError(
+                f"`router_std` of {name} must be at least 0, got {self.std}"
+            )
+        alone = self.top_k == 1 and self.renormalise and experts > 1
+        if alone and not self.balance_coef + self.z_coef:
+            warnings.warn(
+                f"{name}(top_k=1) without `balance_coef`: the gates of the kept "
+                "experts add up to 1, so every gate is 1 and the router never learns; "
+                "write a balance_coef, keep more experts, or, where there is that "
+                "option, renormalise=False",
+                stacklevel=6,
+            )
+
+    @property
+    def forward(self) -> "Router":
+        """What of it the forward pass depends on: equal ones share a function."""
+        return Router(self.top_k, self.renormalise, self.temperature)
+
+    def gates(self, routed, active=None):
+        """``(logits, kept, gates)`` of an input's product with the router."""
+        logits = router_logits(routed, active, self.temperature)
+        kept = kept_experts(logits, self.top_k)
+        return logits, kept, softmax_gates(logits, kept, self.renormalise)
+
+    def report(self, active, mask):
+        """What a gate reports: sums over its input; see ``numerics.routing_sums``."""
+        return Partial(_report(self.forward), active, mask)
+
+    def penalty(self) -> Penalty:
+        """The balance and z-losses of what a site's gate reported."""
+        if not self.balance_coef and not self.z_coef:
+            return Penalty(joined=self.reduction)
+
+        def of_seen(frozen, seen):
+            del frozen
+            balance, z = balance_and_z(seen)
+            return self.balance_coef * balance + self.z_coef * z
+
+        return Penalty(of_seen=of_seen, joined=self.reduction)
+
+
+# Partial compares its function by identity: one for equal settings.
+@functools.cache
+def _report(router: Router):
+    def report(active, mask, routed):
+        return routing_sums(*router.gates(routed, active), mask, router.top_k)
+
+    return report
+
+
+def row_gates(rows: Any, h: Any):
+    """Gates ``[batch, N]`` given with the call, for a hidden ``[batch, ..., r]``."""
+    if h.ndim < 2 or rows.shape[0] != h.shape[0]:
+        raise ValueError(
+            f"`gates` are for a batch of {rows.shape[0]} rows, but a site's input has "
+            f"leading axes {tuple(h.shape[:-1])}; the first must be the batch"
+        )
+    return rows.reshape(rows.shape[0], *(1,) * (h.ndim - 2), rows.shape[-1])
+
+
+def empty_pair(d_in: int, d_out: int, dtype: Any):
+    """A pair of rank 0: a term that adds nothing, and still names its experts."""
+    return jnp.zeros((d_in, 0), dtype), jnp.zeros((0, d_out), dtype)

@@ -1,0 +1,143 @@
+"""What an adapter does to its kernel: one answer, for all that ask."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.tree._adapter import Adapter, Call
+from jaxpeft.tree._lift import (
+    PROBE,
+    from_matrices,
+    init_shapes,
+    layer_leaves,
+    to_matrices,
+)
+from jaxpeft.tree._node import AdaptedKernel, working_dtype
+from jaxpeft.tree._terms import Factors, Term
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What becomes of an original kernel ``W``.
+
+    Attributes:
+        factors: what is computed beside the kernel that is stored.
+        folded: the terms that stand in the stored kernel already.
+        reads: the entries of ``Call`` that ``factors`` asks for.
+    """
+
+    factors: Factors
+    folded: tuple[Term, ...] = ()
+    reads: frozenset[str] = frozenset()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All that is added to ``W``: without scales and gates, the whole change."""
+        return (*self.factors.terms, *self.folded)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the change depends on the input, so that no kernel has its effect."""
+        return self.factors.reads_input
+
+    @property
+    def scales(self) -> bool:
+        """Whether inputs or outputs are scaled, so that the change has full rank."""
+        return self.factors.c is not None or self.factors.o is not None
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether the change is a sum of thin products and nothing else."""
+        return not (self.reads_input or self.scales or self.factors.kernel is not None)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a term drops entries of its input."""
+        return any(term.drop for term in self.factors.terms)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of what gates weigh, in their order."""
+        gates = (term.gate for term in self.factors.terms if term.gate is not None)
+        return sum((gate.names for gate in gates), ())
+
+
+def _parts(found: Change):
+    return found.factors, found.folded
+
+
+NO_CALL = Call()
+
+
+class _Asked:
+    """A call with nothing in it that writes down which entries were looked at."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> None:
+        if name not in Call._fields:
+            raise AttributeError(f"a call has {', '.join(Call._fields)}, and no {name}")
+        self.names.add(name)
+
+
+def change(
+    adapter: Adapter, kernel: Any, frozen: Any, trainable: Any, call: Any = NO_CALL
+) -> Change:
+    """What a method does to one layer's kernel.
+
+    Args:
+        adapter: the method.
+        kernel: ``[d_in, d_out]``.
+        frozen: one layer's leaves, those that sites share among them.
+        trainable: the same.
+        call: what the call added.
+    """
+    folded = () if adapter.folded is None else adapter.folded(frozen)
+    return Change(adapter.factors(kernel, frozen, trainable, call), folded)
+
+
+@functools.cache
+def structure(adapter: Adapter, rank: int | None) -> Change:
+    """What a method does to any kernel, as shapes of a large one.
+
+    Args:
+        adapter: the method.
+        rank: its rank; ``None`` for methods without one.
+    """
+    (d_in, d_out), dtype = PROBE, jnp.dtype(jnp.float32)
+    frozen, trainable = init_shapes(adapter, d_in, d_out, rank, dtype)
+    shared, asked = {}, _Asked()
+    if adapter.shared is not None:
+        make = functools.partial(
+            adapter.shared, d_in=d_in, d_out=d_out, rank=rank, dtype=dtype
+        )
+        shared = jax.eval_shape(lambda: make(jax.random.key(0)))
+    found = jax.eval_shape(
+        lambda *arrays: _parts(change(adapter, *arrays, asked)),
+        jax.ShapeDtypeStruct((d_in, d_out), dtype),
+        frozen | shared,
+        trainable,
+    )
+    return Change(*found, frozenset(asked.names))
+
+
+def structure_of(node: AdaptedKernel) -> Change:
+    """What a site's method does, whatever its leaves hold."""
+    ranks = node.site.ranks
+    return structure(node.adapter, None if ranks is None else max(ranks))
+
+
+def refolded(node: AdaptedKernel, sign: float = 1.0):
+    """The site's kernel with its folded terms added, or with -1 taken off.
+
+    Computed in float32 (float64 over float64), and not cast back.
+    """
+    kernel = to_matrices(node.base, node.roles).astype(working_dtype(node.base.dtype))
+    for term in jax.vmap(node.adapter.folded)(layer_leaves(node)[0]):
+        product = jnp.matmul(term.a, term.b, precision="highest").astype(kernel.dtype)
+        kernel = kernel + jnp.asarray(sign, kernel.dtype) * product
+    return from_matrices(kernel, node.base.shape, node.roles)
