@@ -20,5 +20,6 @@ from jaxpeft.tree import partition as partition
 from jaxpeft.tree import penalty as penalty
 from jaxpeft.tree import with_call as with_call
 from jaxpeft.tree import with_dropout as with_dropout
+from jaxpeft.tree import with_numbers as with_numbers
 
 __version__ = "0.1.0"

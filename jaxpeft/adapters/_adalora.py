@@ -12,7 +12,7 @@ STD = 0.02  # of a and b at the start
 OFFSET = 1e-5  # added to the rank in the scale's divisor, as everybody does
 
 
-@method
+@method(numbers=("gamma",))
 def adalora(
     rank: int = 12,
     alpha: int | float | None = None,
@@ -96,14 +96,13 @@ def adalora(
         return Factors((Term(trainable["a"], b, drop=dropout),))
 
     def penalty(frozen, trainable):
-        del frozen
-        if not gamma:
+        if "gamma" not in frozen:
             return jnp.zeros((), jnp.float32)
         a, b = (
             trainable[n].astype(np.promote_types(trainable[n].dtype, np.float32))
             for n in ("a", "b")
         )
-        return gamma / 2 * (gram_distance(a) + gram_distance(b.T))
+        return frozen["gamma"] / 2 * (gram_distance(a) + gram_distance(b.T))
 
     return Adapter(
         init=init,
@@ -134,7 +133,6 @@ def _form(*, rank, gamma, dropout, **_):
         },
         rank="init_r",
         patterns=False,
-        alpha=lambda frozen, rank: frozen["scale"] * (rank + OFFSET),
         read=_read,
     )
 

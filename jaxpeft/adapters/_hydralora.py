@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from jaxpeft.parts import Router, mixture
+from jaxpeft.parts import NUMBERS, Router, mixture
 from jaxpeft.tree import Adapter, method
 
 
-@method
+@method(numbers=NUMBERS, drawn=("router_std",))
 def hydralora(
     rank: int = 4,
     alpha: int | float | None = 32,

@@ -44,7 +44,7 @@ CHOICES = {
 }
 
 
-@method
+@method(numbers=("beta", "gamma"))
 def kasa(
     rank: int = 8,
     alpha: int | float | None = None,
@@ -234,16 +234,16 @@ def kasa(
         return Factors(terms if base == "folded" else terms + dropped(frozen))
 
     def penalty(frozen, trainable):
-        del frozen
         leaves = jax.tree.map(
             lambda x: x.astype(np.promote_types(x.dtype, np.float32)), trainable
         )
         total = jnp.zeros((), leaves["a"].dtype)
-        if beta and sigma == "trained":
-            total += beta * jnp.sum(leaves["core" if core == "full" else "sigma"] ** 2)
-        if gamma:
+        if "beta" in frozen and sigma == "trained":
+            weights = leaves["core" if core == "full" else "sigma"]
+            total += frozen["beta"] * jnp.sum(weights**2)
+        if "gamma" in frozen:
             distance = ORTHOGONALITY[orthogonality]
-            total += gamma * (distance(leaves["a"]) + distance(leaves["b"].T))
+            total += frozen["gamma"] * (distance(leaves["a"]) + distance(leaves["b"].T))
         return total
 
     def report(frozen, trainable):

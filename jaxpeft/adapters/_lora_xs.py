@@ -10,7 +10,7 @@ from jaxpeft.parts import SCALINGS, check_options, check_site_rank, scale_leaf
 from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 
-@method
+@method(drawn=("std",))
 def lora_xs(
     rank: int = 8,
     alpha: int | float | None = None,

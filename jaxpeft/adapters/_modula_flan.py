@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from jaxpeft.parts import Router, domain_mixture
+from jaxpeft.parts import NUMBERS, Router, domain_mixture
 from jaxpeft.tree import Adapter, method
 
 
-@method
+@method(numbers=NUMBERS)
 def modula_flan(
     domains: tuple[str, ...] = (),
     rank: int = 8,

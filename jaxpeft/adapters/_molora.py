@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from jaxpeft.parts import Router, mixture
+from jaxpeft.parts import NUMBERS, Router, mixture
 from jaxpeft.tree import Adapter, method
 
 
-@method
+@method(numbers=NUMBERS, drawn=("a_std", "router_std"))
 def molora(
     rank: int = 4,
     alpha: int | float | None = 16,

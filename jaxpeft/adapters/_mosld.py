@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from jaxpeft.parts import Router, check_options, mixture
+from jaxpeft.parts import NUMBERS, Router, check_options, mixture
 from jaxpeft.tree import Adapter, method
 
 
-@method
+@method(numbers=NUMBERS, drawn=("a_std", "router_std"))
 def mosld(
     rank: int = 8,
     alpha: int | float | None = 16,

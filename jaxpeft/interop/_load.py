@@ -20,10 +20,12 @@ from jaxpeft.interop._tensors import TensorFile
 from jaxpeft.interop._untie import untied_for
 from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
 from jaxpeft.tree import (
+    BATCH,
     AdaptedKernel,
     Adapter,
     ModuleName,
     Site,
+    axes_of,
     find_method,
     fold_base,
     grouped,
@@ -32,7 +34,9 @@ from jaxpeft.tree import (
     leaves_with_path,
     lifted_factors,
     nearest,
+    number_leaves,
     shared_names,
+    working_dtype,
 )
 
 
@@ -175,7 +179,6 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
         path=path,
         roles=tuple(entry["roles"]),
         ranks=_hashable(entry["ranks"]),
-        alphas=_hashable(entry["alphas"]),
         pattern=entry["pattern"],
     )
     expected = _expected_shapes(kernel, adapter, site)
@@ -189,7 +192,8 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
                     f"{full!r} has shape {list(file.shapes[full])}, should have "
                     f"{_listed(expected[part].get(name))}"
                 )
-        for name in sorted(set(expected[part]) - set(names)):
+        numbers = set(adapter.options.numbers)  # which may be among the options alone
+        for name in sorted(set(expected[part]) - set(names) - numbers):
             problems.append(f"missing: {path + '/' + name!r}, a {part} leaf")
     if len(problems) > count:
         return None
@@ -197,6 +201,9 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
         {name: file.read(f"{path}/{name}") for name in entry["leaves"][part]}
         for part in ("frozen", "trainable")
     )
+    for name, x in number_leaves(adapter, working_dtype(kernel.dtype)).items():
+        batch = tuple(kernel.shape[i] for i in axes_of(site.roles, BATCH))
+        frozen.setdefault(name, np.broadcast_to(np.asarray(x), (*batch, *x.shape)))
     node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
     problems += _wide_leaves(node)
     if adapter.folded is not None and not isinstance(kernel, jax.ShapeDtypeStruct):
@@ -247,6 +254,8 @@ def _listed(shape) -> str:
 
 def _expected_shapes(kernel, adapter: Adapter, site: Site) -> dict[str, dict]:
     """Shapes of the leaves that attaching here would make; computes nothing."""
+    has_alpha = adapter.where.alpha is not None and site.ranks is not None
+    alphas = (1.0,) * len(site.ranks) if has_alpha else None  # shapes alone are read
     with warnings.catch_warnings():  # what attach has warned of already
         warnings.simplefilter("ignore")
         parts = jax.eval_shape(
@@ -256,7 +265,7 @@ def _expected_shapes(kernel, adapter: Adapter, site: Site) -> dict[str, dict]:
                 adapter=adapter,
                 roles=site.roles,
                 ranks=site.ranks,
-                alphas=site.alphas,
+                alphas=alphas,
             ),
             jax.eval_shape(lambda: jax.random.key(0)),
             jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),

@@ -25,10 +25,11 @@ from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 from jaxpeft.numerics import checksum, projection
 from jaxpeft.tree import (
     AdaptedKernel,
-    Adapter,
+    alphas_of,
     is_named,
     leaves_with_path,
     methods,
+    options_of,
     shared_names,
 )
 
@@ -90,7 +91,8 @@ def save_adapter(
             "`adapted` has no adapters; save a tree that jaxpeft.attach made, before "
             "merge or detach."
         )
-    methods = list(dict.fromkeys(node.adapter for node in sites))
+    entries = [_method_entry(node) for node in sites]
+    methods = [e for i, e in enumerate(entries) if e not in entries[:i]]
     tensors, shared = _tensors(sites)
     if bad := [name for name, leaf in tensors.items() if not is_finite(leaf)]:
         raise ValueError(
@@ -102,8 +104,11 @@ def save_adapter(
         "version": VERSION,
         "id": uuid.uuid4().hex,  # the same in both files
         "jaxpeft": version(),
-        "methods": [_method_entry(method) for method in methods],
-        "sites": [_site_entry(node, methods, shared) for node in sites],
+        "methods": methods,
+        "sites": [
+            _site_entry(node, methods.index(entry), shared)
+            for node, entry in zip(sites, entries, strict=True)
+        ],
         "metadata": dict(metadata or {}),
     }
     try:
@@ -135,8 +140,10 @@ def _tensors(sites: list[AdaptedKernel]):
     shared: dict[str, dict[str, str]] = {}
     seen: dict[tuple[str, int], str] = {}
     for node in sites:
-        common = shared_names(node.adapter)
+        common, numbers = shared_names(node.adapter), node.adapter.options.numbers
         for name, leaf in {**node.frozen, **node.trainable}.items():
+            if name in numbers:
+                continue
             if name not in common:
                 tensors[f"{node.site.path}/{name}"] = on_host(leaf)
                 continue
@@ -157,20 +164,21 @@ def _common(tensors: dict[str, np.ndarray], name: str, leaf: np.ndarray) -> str:
     return f"shared.{i}/{name}"
 
 
-def _method_entry(adapter: Adapter) -> dict[str, Any]:
-    options = dict(adapter.options)
+def _method_entry(node: AdaptedKernel) -> dict[str, Any]:
+    adapter = node.adapter
     if not is_named(adapter):
         raise ValueError(
             f"the method {adapter!r} could not be loaded again: it is not what a known "
             f"method of its name returns; there are {', '.join(methods())}. Decorate "
             "its constructor with @jaxpeft.tree.method"
         )
-    return {"name": adapter.name, "options": options}
+    return {"name": adapter.name, "options": options_of(node)}
 
 
-def _site_entry(node: AdaptedKernel, methods: list[Adapter], shared) -> dict[str, Any]:
+def _site_entry(node: AdaptedKernel, method: int, shared) -> dict[str, Any]:
     site = node.site
     common = shared.get(site.path, {})
+    numbers = set(node.adapter.options.numbers)  # which are among the options
     base = {"shape": list(node.base.shape), "dtype": node.base.dtype.name}
     if node.adapter.folded is None:
         base["checksum"] = checksum(node.base)
@@ -178,13 +186,13 @@ def _site_entry(node: AdaptedKernel, methods: list[Adapter], shared) -> dict[str
         base["projection"], base["norm"] = projection(node.base)
     return {
         "path": site.path,
-        "method": methods.index(node.adapter),
+        "method": method,
         "roles": site.roles,
         "ranks": site.ranks,
-        "alphas": site.alphas,
+        "alphas": alphas_of(node),
         "pattern": site.pattern,
         "leaves": {
-            "frozen": sorted(set(node.frozen) - set(common)),
+            "frozen": sorted(set(node.frozen) - set(common) - numbers),
             "trainable": sorted(node.trainable),
         },
         "shared": common,

@@ -6,18 +6,18 @@ from jaxpeft.mixtures._nodes import (
     domain_nodes,
     is_residual,
     known_domain,
-    options_of,
     rebuilt,
-    with_adapter,
 )
 from jaxpeft.parts import check_domain, domain_of
 from jaxpeft.tree import (
     AdaptedKernel,
     check_key,
     initialise,
+    options_of,
     place_like,
     rebuild,
     site_key,
+    with_options,
 )
 
 
@@ -52,7 +52,7 @@ def add_domain(adapted: PyTree, name: str, *, key: Key[Array, ""]) -> PyTree:
             adapter=alone,
             roles=node.roles,
             ranks=node.site.ranks,
-            alphas=node.site.alphas,
+            alphas=None,  # of leaves that are not taken
         )
         leaves = {**parts[0], **parts[1]}
         return {n: x for n, x in leaves.items() if n.partition(".")[2] == name}
@@ -77,14 +77,14 @@ def with_new_domain(adapted: PyTree, name: str, leaves_of) -> PyTree:
     def change(node):
         options = options_of(node)
         gates = options["gates"]
-        adapter = rebuild(
-            node.adapter,
+        new = with_options(
+            node,
+            {**node.frozen, **node.trainable, **leaves_of(node)},
             domains=(*options["domains"], name),
             inactive=(*options["inactive"], name),
             gates=None if gates is None else (*gates, 0),
         )
-        leaves = {**node.frozen, **node.trainable, **leaves_of(node)}
-        return place_like(with_adapter(node, adapter, leaves), node.base)
+        return place_like(new, node.base)
 
     return rebuilt(adapted, change)
 
@@ -130,15 +130,14 @@ def remove_domain(adapted: PyTree, name: str) -> PyTree:
             gates = (*gates[: at + 1], *gates[at + 2 :])
         changes = {"stale": without(options["stale"])} if is_residual(node) else {}
         own = domain_of(options["stage"]) == name
-        adapter = rebuild(
-            node.adapter,
+        return with_options(
+            node,
             domains=without(options["domains"]),
             inactive=without(options["inactive"]),
             gates=gates,
             stage="router" if own else options["stage"],
             **changes,
         )
-        return with_adapter(node, adapter)
 
     return rebuilt(adapted, change)
 
@@ -174,7 +173,7 @@ def rename_domain(adapted: PyTree, name: str, new: str) -> PyTree:
         for leaf, x in {**node.frozen, **node.trainable}.items():
             kind, _, expert = leaf.partition(".")
             leaves[f"{kind}.{new}" if expert == name else leaf] = x
-        return with_adapter(node, rebuild(node.adapter, **changes), leaves)
+        return with_options(node, leaves, **changes)
 
     return rebuilt(adapted, change)
 

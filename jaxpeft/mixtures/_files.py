@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.mixtures._domains import new_domain, with_new_domain
-from jaxpeft.mixtures._nodes import domain_nodes, is_residual, known_domain, options_of
+from jaxpeft.mixtures._nodes import domain_nodes, is_residual, known_domain
 from jaxpeft.numerics import checksum
 from jaxpeft.parts import UNIVERSAL
-from jaxpeft.tree import AdaptedKernel, grouped
+from jaxpeft.tree import AdaptedKernel, alphas_of, grouped, options_of
 
 FORMAT, VERSION = "jaxpeft.domain", 1
 
@@ -70,7 +70,7 @@ def _facts(node: AdaptedKernel) -> dict[str, Any]:
         "method": node.adapter.name,
         "shape": list(node.base.shape),
         "ranks": list(node.site.ranks),
-        "alphas": None if node.site.alphas is None else list(node.site.alphas),
+        "alphas": None if (alphas := alphas_of(node)) is None else list(alphas),
         "settings": {n: options[n] for n in ("alpha", "slope") if n in options},
         "base": [node.base.dtype.name, checksum(node.base)],
         # A domain beside the universal expert does not depend on it.

@@ -14,10 +14,10 @@ from jaxpeft.tree import (
     AdaptedKernel,
     map_nodes,
     nodes,
-    rebuild,
     seen_penalty,
     structure_of,
     with_call,
+    with_options,
 )
 
 BASE = "__base__"  # a row whose gates are all 0
@@ -64,12 +64,12 @@ def fix_gates(adapted: PyTree, gates: Mapping[str, float] | None) -> PyTree:
         if not experts:
             return node
         if gates is None:
-            return node.replace(adapter=rebuild(node.adapter, gates=None))
+            return with_options(node, gates=None)
         _check_names(node, list(gates), experts)
         weights = {UNIVERSAL: 1.0} if is_residual(node) else {}
         weights |= {name: float(g) for name, g in gates.items()}
         fixed = tuple(weights.get(e, 0.0) for e in experts)
-        return node.replace(adapter=rebuild(node.adapter, gates=fixed))
+        return with_options(node, gates=fixed)
 
     return map_nodes(change, adapted)
 

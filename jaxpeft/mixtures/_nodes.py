@@ -1,15 +1,8 @@
 """The sites of a tree that carry named experts, and their adapters' options."""
 
-from typing import Any
+from jaxtyping import PyTree
 
-from jaxtyping import Array, PyTree
-
-from jaxpeft.tree import AdaptedKernel, Adapter, leaf_axes, map_nodes, nodes
-
-
-def options_of(node: AdaptedKernel) -> dict[str, Any]:
-    """The options of a node's method."""
-    return dict(node.adapter.options)
+from jaxpeft.tree import AdaptedKernel, map_nodes, nodes, options_of
 
 
 def has_domains(node: AdaptedKernel) -> bool:
@@ -56,24 +49,6 @@ def known_domain(adapted: PyTree, name: str) -> tuple[str, ...]:
             "jaxpeft.mixtures.add_domain makes a new one."
         )
     return domains
-
-
-def with_adapter(
-    node: AdaptedKernel, adapter: Adapter, leaves: dict[str, Array] | None = None
-) -> AdaptedKernel:
-    """The node under another adapter, its leaves where that one keeps them.
-
-    Args:
-        node: a whole node.
-        adapter: the same method with other options.
-        leaves: all of the leaves, where they are not the node's.
-    """
-    leaves = {**node.frozen, **node.trainable} if leaves is None else leaves
-    rank = None if node.site.ranks is None else max(node.site.ranks)
-    frozen, trainable = (
-        {name: leaves[name] for name in part} for part in leaf_axes(adapter, rank)
-    )
-    return node.replace(adapter=adapter, frozen=frozen, trainable=trainable)
 
 
 def rebuilt(adapted: PyTree, change) -> PyTree:

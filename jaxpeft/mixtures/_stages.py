@@ -10,9 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from jaxpeft.mixtures._nodes import (
     domain_nodes,
     is_residual,
-    options_of,
     rebuilt,
-    with_adapter,
 )
 from jaxpeft.parts import UNIVERSAL, domain_of, stage_names
 from jaxpeft.tree import (
@@ -21,9 +19,10 @@ from jaxpeft.tree import (
     fold_base,
     initialise,
     matrix_shape,
-    rebuild,
+    options_of,
     site_key,
     trainable_size,
+    with_options,
 )
 
 
@@ -111,7 +110,7 @@ def stage(
             changes["inactive"] = ()
         if is_residual(node):
             changes["stale"] = stale
-        new = with_adapter(node, rebuild(node.adapter, **changes))
+        new = with_options(node, **changes)
         return _drawn_router(new, key) if reset else new
 
     return rebuilt(adapted, change)
@@ -187,7 +186,7 @@ def _drawn_router(node: AdaptedKernel, key) -> AdaptedKernel:
         adapter=node.adapter,
         roles=node.roles,
         ranks=site.ranks,
-        alphas=site.alphas,
+        alphas=None,
     )
     return node.replace(trainable=drawn)
 
@@ -216,8 +215,7 @@ def stage_sizes(adapted: PyTree) -> dict[str, int]:
         changes = {"stage": name, "gates": None}
         plain = lambda n: {"folded": False} if is_residual(n) else {}
         sizes[name] = sum(
-            trainable_size(with_adapter(n, rebuild(n.adapter, **changes, **plain(n))))
-            for n in found
+            trainable_size(with_options(n, **changes, **plain(n))) for n in found
         )
     return sizes
 
@@ -255,7 +253,7 @@ def fold_universal(adapted: PyTree) -> PyTree:
             )
 
     def change(node):
-        node = with_adapter(node, rebuild(node.adapter, folded=True))
+        node = with_options(node, folded=True)
         return node.replace(base=fold_base(node))
 
     return rebuilt(adapted, change)

@@ -23,7 +23,7 @@ def _check(matrix: Array, rank: int, scale: int | float) -> None:
             f"`rank` must be from 1 to {k}, the smaller side of "
             f"{list(matrix.shape)}, got {rank}."
         )
-    if not scale > 0:
+    if not isinstance(scale, jax.core.Tracer) and not scale > 0:
         raise ValueError(f"`scale` must be positive, got {scale}.")
 
 

@@ -21,5 +21,6 @@ from jaxpeft.parts._peft_rules import in_layers as in_layers
 from jaxpeft.parts._peft_rules import listed as listed
 from jaxpeft.parts._residual import residual_form as residual_form
 from jaxpeft.parts._residual import residual_pair as residual_pair
+from jaxpeft.parts._router import NUMBERS as NUMBERS
 from jaxpeft.parts._router import Router as Router
 from jaxpeft.parts._whole import whole_leaf as whole_leaf

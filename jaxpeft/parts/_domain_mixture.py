@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 
 from jaxpeft.numerics import gated
 from jaxpeft.parts._options import check_options
-from jaxpeft.parts._router import Router, empty_pair, row_gates
+from jaxpeft.parts._router import Router, Rule, empty_pair, row_gates
 from jaxpeft.tree import Adapter, Factors, Gate, Term, Where
 
 UNIVERSAL = "universal"
@@ -82,29 +82,32 @@ def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
 
 
 @functools.cache
-def _parallel(router: Router | None, ranks: tuple[int, ...]):
+def _parallel(rule: Rule | None, ranks: tuple[int, ...]):
     """What acts on experts that all read the input."""
 
-    def apply(rows, routed, h):
-        gates = row_gates(rows, h) if router is None else router.gates(routed)[2]
+    def apply(temperature, rows, routed, h):
+        gates = (
+            row_gates(rows, h) if rule is None else rule.gates(routed, temperature)[2]
+        )
         return gated(h, gates, ranks)
 
     return apply
 
 
 @functools.cache
-def _residual(router, ranks: tuple[int, ...], slope: float, universal: bool):
+def _residual(rule: Rule | None, ranks: tuple[int, ...], universal: bool, there: float):
     """What acts on experts that read the universal one's output, through its rank."""
 
-    def apply(mixing, rows, routed, z):
+    def apply(temperature, slope, mixing, rows, routed, z):
         h = jnp.matmul(z.astype(mixing.dtype), mixing)
-        h = jnp.where(h >= 0, h, jnp.asarray(slope, h.dtype) * h)
+        h = jnp.where(h >= 0, h, 0 if slope is None else slope.astype(h.dtype) * h)
         weight = None
-        if router is not None:
-            h = gated(h, router.gates(routed)[2], ranks)
+        if rule is not None:
+            h = gated(h, rule.gates(routed, temperature)[2], ranks)
         elif rows is not None:
             gates = row_gates(rows, z)
-            weight, h = gates[..., :1].astype(z.dtype), gated(h, gates[..., 1:], ranks)
+            weight = gates[..., :1].astype(z.dtype) - there
+            h = gated(h, gates[..., 1:], ranks)
         if not universal:
             return h
         z = z if weight is None else z * weight
@@ -203,16 +206,19 @@ def domain_mixture(
             leaves |= {"scale": one(rank), "scale_universal": one(rank_universal)}
         return leaves, trainable
 
-    def up(leaves, expert, gate: float = 1.0):
+    def up(leaves, expert, gate=1.0):
         b = leaves[f"b.{expert}"]
         scale = leaves.get("scale_universal" if expert == UNIVERSAL else "scale")
         b = b if scale is None else scale * b
-        return b if gate == 1 else b * jnp.asarray(gate, b.dtype)
+        if isinstance(gate, float):
+            return b if gate == 1 else gate * b
+        return b * gate.astype(b.dtype)
 
-    def static_gates() -> dict[str, float] | None:
-        """Gates known beforehand, by expert; ``None``: the router's."""
+    def static_gates(leaves) -> dict[str, Any] | None:
+        """Gates of 1, or numbers, by expert, without those of 0; ``None``: routed."""
         if gates is not None:
-            return dict(zip((UNIVERSAL, *domains), gates, strict=True))
+            given = enumerate(zip((UNIVERSAL, *domains), gates, strict=True))
+            return {e: leaves["gates"][i] for i, (e, gate) in given if gate}
         if stage == "universal":
             return {UNIVERSAL: 1.0}
         if domain_of(stage) is not None:
@@ -227,19 +233,20 @@ def domain_mixture(
             return (UNIVERSAL, *domains)
         if known is None:
             return routed
-        return tuple(e for e in (UNIVERSAL, *domains) if known.get(e))
+        return tuple(e for e in (UNIVERSAL, *domains) if e in known)
 
     def factors(kernel, frozen, trainable, call):
         leaves, rows, mask = {**frozen, **trainable}, call.gates, call.mask
-        known = static_gates() if rows is None else None
+        known = static_gates(leaves) if rows is None else None
         chosen = experts_of(known, rows)
-        kind = router.forward if rows is None and known is None else None
+        kind = router.rule if rows is None and known is None else None
         gate = Gate(names=(UNIVERSAL, *domains))
         if kind is not None:
-            report, reads = router.report(None, mask), _router(leaves, routed)
+            report = kind.report(leaves["temperature"], None, mask)
+            reads = _router(leaves, routed)
             gate = dataclasses.replace(gate, reads=reads, report=report)
         make = _behind if residual else _beside
-        pair, apply = make(leaves, chosen, known or {}, kind, rows)
+        pair, apply = make(leaves, chosen, known, kind, rows)
         gate = dataclasses.replace(gate, apply=apply)
         pair = pair or empty_pair(*kernel.shape, kernel.dtype)
         return Factors((Term(*pair, drop=dropout, gate=gate),))
@@ -249,29 +256,33 @@ def domain_mixture(
         if not chosen:
             return (), None
         downs = [leaves[f"a.{e}"] for e in chosen]
-        ups = [up(leaves, e, known.get(e, 1.0)) for e in chosen]
+        ups = [up(leaves, e, 1.0 if known is None else known[e]) for e in chosen]
         apply = None
         if kind is not None or rows is not None:
             ranks = tuple(a.shape[1] for a in downs)
-            apply = Partial(_parallel(kind, ranks), rows)
+            apply = Partial(_parallel(kind, ranks), leaves["temperature"], rows)
         return (_joined(downs, 1), _joined(ups, 0)), apply
 
     def _behind(leaves, chosen, known, kind, rows):
         """The same where the domains read the universal expert's output."""
         behind = [e for e in chosen if e != UNIVERSAL]
-        weight = known.get(UNIVERSAL, 0.0) if known else 1.0
-        if folded and (rows is not None or weight != 1.0):
-            return (leaves["a.universal"], leaves["b.universal"]), Partial(_no_gate)
-        own = weight != 0 and not folded
-        ups = [up(leaves, UNIVERSAL, weight)] if own else []
+        weight = 1.0 if known is None else known.get(UNIVERSAL, 0.0)
+        if folded:  # which gives it a weight of 1 already
+            weight = weight - 1.0
+        own = rows is not None or not isinstance(weight, float) or weight != 0
+        ups = (
+            [up(leaves, UNIVERSAL, 1.0 if rows is not None else weight)] if own else []
+        )
         if not behind:
             return ((leaves["a.universal"], ups[0]) if own else ()), None
         downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
         # b_u a_i for all i: r_u numbers a rank, once a step, not once a token.
         mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
-        ups += [up(leaves, e, known.get(e, 1.0)) for e in behind]
+        ups += [up(leaves, e, 1.0 if known is None else known[e]) for e in behind]
         ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
-        apply = Partial(_residual(kind, ranks, slope, own), mixing, rows)
+        numbers = leaves["temperature"], leaves.get("slope")
+        there = float(folded)  # of the universal expert, in the kernel
+        apply = Partial(_residual(kind, ranks, own, there), *numbers, mixing, rows)
         return (leaves["a.universal"], _joined(ups, 0)), apply
 
     def universal(frozen):
@@ -283,13 +294,6 @@ def domain_mixture(
         penalty=router.penalty(),
         where=Where(rank=rank, alpha=None if alpha is None else float(alpha)),
         folded=universal if folded else None,
-    )
-
-
-def _no_gate(routed, h):
-    raise ValueError(
-        "the universal expert is folded into the kernel, so it has no gate; give gates "
-        "to the tree before it is folded"
     )
 
 

@@ -17,17 +17,17 @@ from jax.tree_util import Partial
 
 from jaxpeft.numerics import gated, gated_copies
 from jaxpeft.parts._options import check_options, scale_leaf
-from jaxpeft.parts._router import Router, empty_pair, row_gates
+from jaxpeft.parts._router import Router, Rule, empty_pair, row_gates
 from jaxpeft.tree import Adapter, Factors, Gate, Term, Where
 
 
 @functools.cache
-def _apply(router: Router | None, shared: bool, ranks: tuple[int, ...]):
-    def apply(active, rows, routed, h):
-        if router is None:
+def _apply(rule: Rule | None, shared: bool, ranks: tuple[int, ...]):
+    def apply(temperature, active, rows, routed, h):
+        if rule is None:
             gates = row_gates(rows, h)
         else:
-            gates = router.gates(routed, active)[2]
+            gates = rule.gates(routed, temperature, active)[2]
         return gated_copies(h, gates) if shared else gated(h, gates, ranks)
 
     return apply
@@ -162,14 +162,15 @@ def mixture(
         (n, rank, d_out), rows, mask = b.shape, call.gates, call.mask
         gate = Gate(names=tuple(map(str, range(n))))
         if gates is None and rows is None:
-            report = router.report(active, mask)
+            report = router.rule.report(leaves["temperature"], active, mask)
             gate = dataclasses.replace(gate, reads=leaves["router"], report=report)
-        fixed = gates if gates is not None else (1.0,) * (n == 1)
+        fixed = tuple(map(bool, gates)) if gates is not None else (True,) * (n == 1)
         if rows is None and fixed:
-            pair = _fixed(a, b, fixed, shared_a)
+            pair = _fixed(a, b, fixed, frozen.get("gates"), shared_a)
             return Factors((Term(*pair, drop=drop, gate=gate),))
-        kind = router.forward if rows is None else None
-        apply = Partial(_apply(kind, shared_a, (rank,) * n), active, rows)
+        rule = router.rule if rows is None else None
+        apply = _apply(rule, shared_a, (rank,) * n)
+        apply = Partial(apply, leaves["temperature"], active, rows)
         pair = _side_by_side(a), b.reshape(n * rank, d_out)
         gate = dataclasses.replace(gate, apply=apply)
         return Factors((Term(*pair, drop=drop, gate=gate),))
@@ -216,13 +217,13 @@ def _side_by_side(a):
     return a if a.ndim == 2 else jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)
 
 
-def _fixed(a, b, gates: Sequence[float], shared: bool) -> tuple:
-    """Experts under gates known beforehand: one low-rank pair, of rank 0 if all are."""
-    chosen = [(k, g) for k, g in enumerate(gates) if g]
+def _fixed(a, b, there: Sequence[bool], gates, shared: bool) -> tuple:
+    """Experts under gates of which is known beforehand which are 0: one pair."""
+    chosen = [k for k, here in enumerate(there) if here]
     if not chosen:
         return empty_pair(a.shape[-2], b.shape[-1], b.dtype)
-    ups = [b[k] if g == 1 else b[k] * jnp.asarray(g, b.dtype) for k, g in chosen]
+    ups = [b[k] if gates is None else b[k] * gates[k].astype(b.dtype) for k in chosen]
     if shared:
         return a, functools.reduce(jnp.add, ups)
-    a = a[jnp.array([k for k, _ in chosen])]
+    a = a[jnp.array(chosen)]
     return _side_by_side(a), jnp.concatenate(ups, 0)

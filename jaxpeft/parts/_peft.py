@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxpeft.parts._options import SCALINGS
 from jaxpeft.tree import Adapter, structure
 
 Leaves = Mapping[str, Any]  # arrays, of JAX or of NumPy
@@ -30,7 +29,6 @@ class PeftForm(NamedTuple):
         lists: ``{field of the config that is a list of modules: whether this site's
             is in it}``.
         shared: ``{our shared leaf: its whole key in the file}``, transposed.
-        alpha: ``(frozen, rank) -> alpha`` that gives this layer's scale in PEFT.
         read: ``(config, kind) -> options`` of the constructor, or ``None`` where the
             config is another method's; a field of ``lists`` is there whether the
             module is listed. A config belongs to one method at most.
@@ -51,7 +49,6 @@ class PeftForm(NamedTuple):
     patterns: bool = True
     lists: Mapping[str, bool] = {}
     shared: Mapping[str, str] = {}
-    alpha: Callable[[Leaves, int], Any] | None = None
     read: Callable[[Mapping[str, Any], str], dict[str, Any] | None] | None = None
     beside: Mapping[str, str] = {}
     beside_fields: Mapping[str, Any] = {}
@@ -90,10 +87,19 @@ def peft_form(method: Callable[..., Adapter]):
     return register
 
 
-def form_of(adapter: Adapter) -> PeftForm | None:
-    """The form of a method with its options; ``None``: PEFT has none for it."""
+def form_of(
+    adapter: Adapter, options: Mapping[str, Any] | None = None
+) -> PeftForm | None:
+    """The form of a method; ``None``: PEFT has none for it.
+
+    Args:
+        adapter: the method.
+        options: its options, where a tree's numbers are not those it was made with.
+    """
     if adapter.name in _FORMS:
-        return _FORMS[adapter.name](**dict(adapter.options))
+        return _FORMS[adapter.name](
+            **dict(adapter.options if options is None else options)
+        )
     if adapter.where.leaf != "kernel":
         return PeftForm()
     found = structure(adapter, adapter.where.rank)
@@ -151,7 +157,6 @@ def lora_form(
         to_leaves=to_leaves,
         from_leaves=from_leaves,
         fields=own | dict(fields or {}),
-        alpha=lambda frozen, rank: frozen["scale"] * SCALINGS[scaling](rank),
         **more,
     )
 

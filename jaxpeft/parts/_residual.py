@@ -27,7 +27,7 @@ def residual_pair(
 
     Args:
         start: ``(key, kernel [d_in, d_out], rank, scale) -> (a_0, b_0)``; ``scale``
-            is a Python number.
+            may be traced.
         rank: the rank where no pattern says another.
         alpha: the numerator of the scale where no pattern says another.
         dropout: probability of dropping an entry of ``z``; ``a_0, b_0`` see ``x``.

@@ -18,6 +18,9 @@ from jaxpeft.numerics import (
 from jaxpeft.parts._options import check_options
 from jaxpeft.tree import Penalty
 
+# Arguments of every method with a router that are leaves, see ``method``.
+NUMBERS = ("temperature", "balance_coef", "z_coef", "gates")
+
 
 class Router(NamedTuple):
     r"""How gates follow from an input.
@@ -78,19 +81,9 @@ class Router(NamedTuple):
             )
 
     @property
-    def forward(self) -> "Router":
-        """What of it the forward pass depends on: equal ones share a function."""
-        return Router(self.top_k, self.renormalise, self.temperature)
-
-    def gates(self, routed, active=None):
-        """``(logits, kept, gates)`` of an input's product with the router."""
-        logits = router_logits(routed, active, self.temperature)
-        kept = kept_experts(logits, self.top_k)
-        return logits, kept, softmax_gates(logits, kept, self.renormalise)
-
-    def report(self, active, mask):
-        """What a gate reports: sums over its input; see ``numerics.routing_sums``."""
-        return Partial(_report(self.forward), active, mask)
+    def rule(self) -> "Rule":
+        """What of it a forward pass is compiled for; the numbers are leaves."""
+        return Rule(self.top_k, self.renormalise)
 
     def penalty(self) -> Penalty:
         """The balance and z-losses of what a site's gate reported."""
@@ -98,18 +91,34 @@ class Router(NamedTuple):
             return Penalty(joined=self.reduction)
 
         def of_seen(frozen, seen):
-            del frozen
-            balance, z = balance_and_z(seen)
-            return self.balance_coef * balance + self.z_coef * z
+            found = zip(("balance_coef", "z_coef"), balance_and_z(seen), strict=True)
+            return sum(frozen[name] * x for name, x in found if name in frozen)
 
         return Penalty(of_seen=of_seen, joined=self.reduction)
 
 
+class Rule(NamedTuple):
+    """How gates follow from logits, see ``Router``."""
+
+    top_k: int | None
+    renormalise: bool
+
+    def gates(self, routed, temperature, active=None):
+        """``(logits, kept, gates)`` of an input's product with the router."""
+        logits = router_logits(routed, active, temperature)
+        kept = kept_experts(logits, self.top_k)
+        return logits, kept, softmax_gates(logits, kept, self.renormalise)
+
+    def report(self, temperature, active, mask):
+        """What a gate reports: sums over its input; see ``numerics.routing_sums``."""
+        return Partial(_report(self), temperature, active, mask)
+
+
 # Partial compares its function by identity: one for equal settings.
 @functools.cache
-def _report(router: Router):
-    def report(active, mask, routed):
-        return routing_sums(*router.gates(routed, active), mask, router.top_k)
+def _report(rule: Rule):
+    def report(temperature, active, mask, routed):
+        return routing_sums(*rule.gates(routed, temperature, active), mask, rule.top_k)
 
     return report
 

@@ -54,6 +54,7 @@ from jaxpeft.tree._ending import Parser as Parser
 from jaxpeft.tree._ending import ended as ended
 from jaxpeft.tree._grouped import grouped as grouped
 from jaxpeft.tree._kept import keep_components as keep_components
+from jaxpeft.tree._lift import axes_of as axes_of
 from jaxpeft.tree._lift import dims_of as dims_of
 from jaxpeft.tree._lift import expand_leaf as expand_leaf
 from jaxpeft.tree._lift import from_matrices as from_matrices
@@ -64,6 +65,7 @@ from jaxpeft.tree._lift import leaf_axes as leaf_axes
 from jaxpeft.tree._lift import leaf_entries as leaf_entries
 from jaxpeft.tree._lift import lifted_factors as lifted_factors
 from jaxpeft.tree._lift import matrix_shape as matrix_shape
+from jaxpeft.tree._lift import number_leaves as number_leaves
 from jaxpeft.tree._lift import padded as padded
 from jaxpeft.tree._lift import shared_names as shared_names
 from jaxpeft.tree._lift import to_matrices as to_matrices
@@ -79,6 +81,10 @@ from jaxpeft.tree._node import map_nodes as map_nodes
 from jaxpeft.tree._node import nodes as nodes
 from jaxpeft.tree._node import wider as wider
 from jaxpeft.tree._node import working_dtype as working_dtype
+from jaxpeft.tree._numbers import alphas_of as alphas_of
+from jaxpeft.tree._numbers import options_of as options_of
+from jaxpeft.tree._numbers import with_numbers as with_numbers
+from jaxpeft.tree._numbers import with_options as with_options
 from jaxpeft.tree._paths import OUTPUT_HEADS as OUTPUT_HEADS
 from jaxpeft.tree._paths import Targets as Targets
 from jaxpeft.tree._paths import matrix_words as matrix_words

@@ -1,8 +1,9 @@
 """What a method is: a tuple of pure functions on one two-dimensional kernel."""
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array
@@ -66,6 +67,58 @@ class Call(NamedTuple):
     gates: Any = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options(Mapping[str, Any]):
+    """The arguments of a method's constructor.
+
+    A method is equal to another where what shapes its functions is: numbers are leaves
+    of a tree, and widths of an initial draw are of no more use once it is drawn. So of
+    a tree that came through ``jit``, these two may be another tree's; nothing reads
+    them there.
+
+    Attributes:
+        values: ``((name, value), ...)``.
+        numbers: names of those that are leaves; of alpha, the scale is.
+        drawn: names of those that only ``init`` reads.
+        constructor: the function that they are arguments of.
+    """
+
+    values: tuple[tuple[str, Any], ...] = ()
+    numbers: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    constructor: Callable[..., Any] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.values)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self.values))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @functools.cached_property
+    def structure(self) -> Any:
+        """What functions and shapes follow from."""
+        loose = ("alpha", *self.numbers)
+        return self.constructor, tuple(
+            (n, _is_there(v) if n in loose else v)
+            for n, v in self.values
+            if n not in self.drawn
+        )
+
+    @functools.cached_property
+    def start(self) -> Any:
+        """What, beside the numbers, initial leaves follow from."""
+        drawn = tuple((n, v) for n, v in self.values if n in self.drawn)
+        return self.structure, drawn
+
+
+def _is_there(value: Any) -> Any:
+    """Which of a number or several are there: neither ``None`` nor exactly 0."""
+    return tuple(map(bool, value)) if isinstance(value, tuple) else bool(value)
+
+
 class Adapter(NamedTuple):
     """A method: how one kernel's leaves begin, and which factors they make.
 
@@ -106,13 +159,19 @@ class Adapter(NamedTuple):
     folded: Callable[..., tuple[Term, ...]] | None = None
     shared: Callable[..., dict[str, Array]] | None = None
     name: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options = Options()
 
-    # By identity: `method` gives one object to equal calls.
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return hash(self.options.structure) if self.name else object.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
-        return self is other
+        if self is other:
+            return True
+        alike = isinstance(other, Adapter) and self.name and self.name == other.name
+        return bool(alike) and self.options.structure == other.options.structure
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def __copy__(self) -> "Adapter":
         return self
@@ -127,10 +186,10 @@ class Adapter(NamedTuple):
                 f"{self!r} cannot be pickled: it is not what a known method of its "
                 "name returns. Decorate its constructor with @jaxpeft.tree.method"
             )
-        return _named, (self.name, self.options)
+        return _named, (self.name, self.options.values)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{k}={v!r}" for k, v in self.options)
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         return f"{self.name or 'Adapter'}({inside})"
 
 
@@ -181,7 +240,12 @@ def is_named(adapter: Adapter) -> bool:
     return constructor is not None and constructor(**dict(adapter.options)) is adapter
 
 
-def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
+def method(
+    constructor: Callable[..., Adapter] | None = None,
+    *,
+    numbers: tuple[str, ...] = (),
+    drawn: tuple[str, ...] = (),
+) -> Callable[..., Any]:
     """Makes a constructor a method: it has a name, and equal calls give one object.
 
     Files of adapters name the method of each site, and reading one looks the name up
@@ -190,11 +254,16 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
 
     Adapters are static parts of adapted trees, and functions compare by identity:
     if equal calls gave two objects, two trees made by them would not be the same
-    pytree.
+    pytree. Calls that differ in alpha, in ``numbers`` or in ``drawn`` give equal ones.
 
     Args:
         constructor: a function with plain, hashable arguments that returns an
             ``Adapter``.
+        numbers: names of arguments, beside alpha, that are leaves: the library puts
+            each one that is neither ``None`` nor 0 among the frozen leaves, by its own
+            name, and no function of the adapter may read the argument itself.
+        drawn: names of arguments that only ``init`` reads, such as the width of an
+            initial draw.
 
     Returns:
         The constructor; its results carry ``name`` and ``options``.
@@ -224,7 +293,9 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
         >>> jp.count(adapted)
         (10, 34)
     """
-    name, made = constructor.__name__, cached(constructor)
+    if constructor is None:
+        return functools.partial(method, numbers=numbers, drawn=drawn)
+    name, made = constructor.__name__, cached(constructor, numbers, drawn)
     place = lambda f: (f.__module__, f.__qualname__)
     known = _METHODS.get(name)
     if known is not None and place(known) != place(constructor):
@@ -236,7 +307,11 @@ def method(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
     return made
 
 
-def cached(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
+def cached(
+    constructor: Callable[..., Adapter],
+    numbers: tuple[str, ...] = (),
+    drawn: tuple[str, ...] = (),
+) -> Callable[..., Adapter]:
     """``method`` without a name in files: what the library attaches by itself."""
     signature = inspect.signature(constructor)
 
@@ -244,7 +319,8 @@ def cached(constructor: Callable[..., Adapter]) -> Callable[..., Adapter]:
     def build(arguments: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]):
         del kinds  # 1, 1.0 and True are equal keys, but not equal options
         adapter = constructor(**dict(arguments))
-        return adapter._replace(name=constructor.__name__, options=arguments)
+        options = Options(arguments, numbers, drawn, constructor)
+        return adapter._replace(name=constructor.__name__, options=options)
 
     @functools.wraps(constructor)
     def wrapper(*args, **kwargs) -> Adapter:

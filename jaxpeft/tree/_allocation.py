@@ -11,11 +11,11 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpeft.tree._adapter import Adapter
-from jaxpeft.tree._kept import unit_scale
 from jaxpeft.tree._lift import matrix_shape
 from jaxpeft.tree._node import nodes
 from jaxpeft.tree._paths import Targets, module_path
 from jaxpeft.tree._terms import BATCH, Factors
+from jaxpeft.tree._unit import unit_scale
 
 
 class SiteRank(NamedTuple):

@@ -26,6 +26,7 @@ from jaxpeft.tree._lift import (
     layer_settings,
     leaf_entries,
     matrix_shape,
+    with_number_leaves,
 )
 from jaxpeft.tree._node import (
     AdaptedKernel,
@@ -141,9 +142,9 @@ def attach(
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
     made, show = {}, Progress(adapter.name or "adapter", sum(layers))
     for path in paths:
-        site = Site(path, roles[path], ranks[path], alphas[path], chosen[path])
-        own = site_key(key, path)
-        made[path] = _make(by_path[path], methods[path], site, own, shared, show)
+        site = Site(path, roles[path], ranks[path], chosen[path])
+        own = alphas[path], site_key(key, path)
+        made[path] = _make(by_path[path], methods[path], site, *own, shared, show)
     show.close()
     for path, each in kept.items():
         made[path] = take_components(made[path], each)
@@ -264,7 +265,9 @@ def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
     return jax.device_put(shared, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
-def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKernel:
+def _make(
+    kernel, adapter: Adapter, site: Site, alphas, key, shared, show
+) -> AdaptedKernel:
     abstract = isinstance(kernel, jax.ShapeDtypeStruct)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
@@ -274,13 +277,15 @@ def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKer
                 adapter=adapter,
                 roles=site.roles,
                 ranks=site.ranks,
-                alphas=site.alphas,
+                alphas=alphas,
             )
             init = functools.partial(jax.eval_shape, init) if abstract else init
             frozen, trainable = init(key, gathered(kernel))
             show(matrix_shape(kernel.shape, site.roles)[0])
         else:
-            frozen, trainable = _by_layer(gathered(kernel), adapter, site, key, show)
+            frozen, trainable = _by_layer(
+                gathered(kernel), adapter, site, alphas, key, show
+            )
     node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
     if adapter.folded is not None:
         node = node.replace(base=kernel if abstract else fold_base(node))
@@ -288,12 +293,12 @@ def _make(kernel, adapter: Adapter, site: Site, key, shared, show) -> AdaptedKer
     return node.replace(frozen=node.frozen | shared)
 
 
-def _by_layer(kernel, adapter: Adapter, site: Site, key, show):
+def _by_layer(kernel, adapter: Adapter, site: Site, alphas, key, show):
     """A stack's leaves, one layer at a time: the workspace of one, and progress."""
     layers = matrix_shape(kernel.shape, site.roles)[0]
     keys, each = jax.random.split(key, layers), []
-    settings = layer_settings(adapter, layers, site.ranks, site.alphas)
-    for i, (method, rank, alpha) in enumerate(settings):
+    settings = layer_settings(adapter, layers, site.ranks)
+    for i, (method, rank) in enumerate(settings):
         made = initialise_layer(
             keys[i],
             kernel,
@@ -301,13 +306,14 @@ def _by_layer(kernel, adapter: Adapter, site: Site, key, show):
             adapter=method,
             roles=site.roles,
             rank=rank,
-            alpha=alpha,
+            alpha=None if alphas is None else alphas[i],
         )
         each.append(jax.block_until_ready(made))
         show(1)
-    return joined_layers(
+    parts = joined_layers(
         each, kernel, adapter=adapter, roles=site.roles, ranks=site.ranks
     )
+    return with_number_leaves(parts, kernel, adapter, site.roles)
 
 
 def gathered(kernel):

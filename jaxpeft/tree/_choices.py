@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.tree._kept import unit_scale
 from jaxpeft.tree._lift import leaf_axes
 from jaxpeft.tree._node import is_node, map_nodes, wider
 from jaxpeft.tree._paths import module_path
 from jaxpeft.tree._terms import BATCH
+from jaxpeft.tree._unit import alpha_of
 
 
 class NodeSite(NamedTuple):
@@ -27,14 +27,14 @@ class NodeSite(NamedTuple):
     batch: int  # leading axes that count layers
     real: np.ndarray  # [layers, r]; False where unequal ranks are padded
     adapter: Any = None
-    alphas: tuple[float, ...] | None = None  # of each layer; None: the scale is 1
+    scales: Any = None  # of each layer; None: the scale is 1
 
     def alpha(self, layer: int, rank: int) -> float:
         """Alpha of that rank with the scale that the layer has now."""
-        if self.alphas is None or not rank:
+        if self.scales is None or not rank:
             return float(rank)
-        now = unit_scale(self.adapter, int(np.count_nonzero(self.real[layer])))
-        return self.alphas[layer] * now / unit_scale(self.adapter, rank)
+        scale = np.asarray(jax.device_get(self.scales)).reshape(-1)[layer]
+        return alpha_of(self.adapter, rank, scale)
 
 
 def node_sites(tree: Any) -> dict[str, NodeSite]:
@@ -54,8 +54,8 @@ def node_sites(tree: Any) -> dict[str, NodeSite]:
                 leaves[name] = batch + sum(roles.count(role) for role in before)
         if leaves:
             real = np.arange(max(ranks))[None, :] < np.array(ranks)[:, None]
-            alphas = node.site.alphas
-            components[path] = NodeSite(leaves, batch, real, node.adapter, alphas)
+            scales = node.frozen.get("scale")
+            components[path] = NodeSite(leaves, batch, real, node.adapter, scales)
     for node in found:
         if node.adapter.where.leaf == "bias":
             # A bias does not say which of its axes are layers; its kernel does.

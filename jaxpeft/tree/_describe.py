@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from jaxpeft.tree._lift import per_layer
 from jaxpeft.tree._node import AdaptedKernel, nodes
+from jaxpeft.tree._numbers import alphas_of
 from jaxpeft.tree._tree import count, trainable_size
 
 
@@ -82,7 +83,7 @@ def describe(adapted: PyTree) -> Description:
                 "shape": tuple(node.base.shape),
                 "roles": site.roles,
                 "ranks": site.ranks,
-                "alphas": site.alphas,
+                "alphas": alphas_of(node),
                 "trainable": trainable_size(node),
                 "pattern": site.pattern,
             }

@@ -27,14 +27,6 @@ def only_adds(adapter: Adapter) -> bool:
     return found.only_adds and not found.experts
 
 
-@functools.cache
-def unit_scale(adapter: Adapter, rank: int) -> float:
-    """The scale that a method makes of alpha 1; 1 where it has none."""
-    with jax.ensure_compile_time_eval():
-        frozen, _ = adapter.init(jax.random.key(0), jnp.eye(rank + 1), rank, 1.0)
-        return float(frozen["scale"]) if "scale" in frozen else 1.0
-
-
 def keep_components(node: AdaptedKernel, kept: Sequence[Sequence[int]]) -> Any:
     """Cuts a site's leaves down to some of its components.
 
@@ -138,18 +130,10 @@ def take_components(
                 leaves[name] = jax.device_put(cut(x), getattr(x, "sharding", None))
         parts.append(leaves)
     ranks = tuple(map(len, kept))
-    alphas = site.alphas
-    if alphas is not None:
-        alphas = tuple(
-            alpha * unit_scale(node.adapter, old) / unit_scale(node.adapter, new)
-            if new
-            else 0.0
-            for alpha, old, new in zip(alphas, site.ranks, ranks, strict=True)
-        )
     return node.replace(
         frozen=parts[0],
         trainable=parts[1],
-        site=dataclasses.replace(site, ranks=ranks, alphas=alphas),
+        site=dataclasses.replace(site, ranks=ranks),
     )
 
 

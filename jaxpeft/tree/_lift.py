@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft.tree._adapter import Adapter, Call, rebuild
 from jaxpeft.tree._node import AdaptedKernel, working_dtype
@@ -106,7 +107,30 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
     kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     init = functools.partial(adapter.init, rank=rank, alpha=adapter.where.alpha)
-    return jax.eval_shape(lambda k, w: init(k, w), key, kernel)
+    frozen, trainable = jax.eval_shape(lambda k, w: init(k, w), key, kernel)
+    numbers = jax.eval_shape(lambda: number_leaves(adapter, dtype))
+    return frozen | numbers, trainable
+
+
+def number_leaves(adapter: Adapter, dtype) -> dict:
+    """The numbers of a method that are leaves, for one layer."""
+    given = {name: adapter.options[name] for name in adapter.options.numbers}
+    there = {n: v for n, v in given.items() if v is not None and np.any(v)}
+    return {name: jnp.asarray(value, dtype) for name, value in there.items()}
+
+
+class _Start:
+    """An adapter that is equal to another where the initial leaves are."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.key = adapter.options.start if adapter.name else id(adapter)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Start) and self.key == other.key
 
 
 def expand_leaf(leaf, axes, batch, in_dims, out_dims):
@@ -158,9 +182,6 @@ def _top_rank(node: AdaptedKernel) -> int | None:
     return None if node.site.ranks is None else max(node.site.ranks)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("adapter", "roles", "ranks", "alphas"), inline=True
-)
 def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     """Calls ``adapter.init`` for each layer of a kernel.
 
@@ -175,33 +196,57 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     Returns:
         ``(frozen, trainable)`` with leaves in the layout of ``AdaptedKernel``.
     """
+    if alphas is not None:  # which are traced: all of them share a program
+        alphas = jnp.asarray(alphas, working_dtype(kernel.dtype))
+    start = _Start(adapter)
+    parts = _initialise(key, kernel, alphas, start=start, roles=roles, ranks=ranks)
+    return with_number_leaves(parts, kernel, adapter, roles)
+
+
+def with_number_leaves(parts, kernel, adapter: Adapter, roles):
+    """A site's ``(frozen, trainable)`` with the method's numbers among the frozen."""
+    numbers = number_leaves(adapter, working_dtype(kernel.dtype))
+    batch = dims_of(kernel.shape, roles, BATCH)
+    spread = {n: jnp.broadcast_to(x, batch + x.shape) for n, x in numbers.items()}
+    return parts[0] | spread, parts[1]
+
+
+@functools.partial(jax.jit, static_argnames=("start", "roles", "ranks"), inline=True)
+def _initialise(key, kernel, alphas, *, start: _Start, roles, ranks):
     matrices = to_matrices(kernel, roles)
     layers = matrices.shape[0]
-    settings = layer_settings(adapter, layers, ranks, alphas)
+    settings = layer_settings(start.adapter, layers, ranks)
+    alphas = [None] * layers if alphas is None else alphas
 
-    def init(key, matrix, setting):
-        own, *rest = setting
-        if rest[0] == 0:
+    def init(key, matrix, alpha, setting):
+        method, rank = setting
+        if rank == 0:
             return {}, {}  # padding alone
-        return own.init(key, matrix.astype(working_dtype(kernel.dtype)), *rest)
+        matrix = matrix.astype(working_dtype(kernel.dtype))
+        return method.init(key, matrix, rank, alpha)
 
     if BATCH not in roles:
-        parts = jax.tree.map(lambda x: x[None], init(key, matrices[0], settings[0]))
+        parts = init(key, matrices[0], alphas[0], settings[0])
+        parts = jax.tree.map(lambda x: x[None], parts)
     else:
         keys = jax.random.split(key, layers)
         if len(set(settings)) == 1:  # one layer at a time: one SVD's workspace
-            parts = jax.lax.map(lambda kw: init(*kw, settings[0]), (keys, matrices))
+            own = None if isinstance(alphas, list) else alphas
+            each = lambda args: init(*args, settings[0])
+            parts = jax.lax.map(each, (keys, matrices, own))
         else:
-            each = [init(keys[i], matrices[i], settings[i]) for i in range(layers)]
+            each = [
+                init(keys[i], matrices[i], alphas[i], settings[i])
+                for i in range(layers)
+            ]
             parts = _stacked_parts(each)
-    return _in_place(parts, kernel, adapter, roles, ranks)
+    return _in_place(parts, kernel, start.adapter, roles, ranks)
 
 
-def layer_settings(adapter: Adapter, layers: int, ranks, alphas) -> list[tuple]:
-    """``(method, rank, alpha)`` of each layer."""
-    none = (None,) * layers
+def layer_settings(adapter: Adapter, layers: int, ranks) -> list[tuple]:
+    """``(method, rank)`` of each layer."""
     methods = layer_methods(adapter, layers)
-    return list(zip(methods, ranks or none, alphas or none, strict=True))
+    return list(zip(methods, ranks or (None,) * layers, strict=True))
 
 
 def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
@@ -211,14 +256,22 @@ def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
     return tuple(rebuild(adapter, **its) for its in adapter.where.layers(layers))
 
 
-@functools.partial(jax.jit, static_argnames=("adapter", "roles", "rank", "alpha"))
 def initialise_layer(key, kernel, i, *, adapter: Adapter, roles, rank, alpha):
     """Calls ``adapter.init`` for layer ``i`` of a stack: ``(frozen, trainable)``."""
     if rank == 0:
         return {}, {}
+    if alpha is not None:
+        alpha = jnp.asarray(alpha, working_dtype(kernel.dtype))
+    start = _Start(adapter)
+    return _one_layer(key, kernel, i, alpha, start=start, roles=roles, rank=rank)
+
+
+@functools.partial(jax.jit, static_argnames=("start", "roles", "rank"))
+def _one_layer(key, kernel, i, alpha, *, start: _Start, roles, rank):
     matrices = to_matrices(kernel, roles)
     matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
-    return adapter.init(key, matrix.astype(working_dtype(kernel.dtype)), rank, alpha)
+    matrix = matrix.astype(working_dtype(kernel.dtype))
+    return start.adapter.init(key, matrix, rank, alpha)
 
 
 @functools.partial(jax.jit, static_argnames=("adapter", "roles", "ranks"))

@@ -24,15 +24,14 @@ class Site:
         roles: ``"batch"``, ``"in"`` or ``"out"`` for each axis of the kernel.
         ranks: the rank of each layer (one entry for a kernel without batch axes),
             or ``None`` for methods without a rank.
-        alphas: the alpha of each layer, or ``None``.
-        pattern: the entry of ``targets`` that found this site.
+        pattern: the entry of ``targets`` that found this site. It is only told: sites
+            that differ in it are equal, and ``jit`` may give back another tree's.
     """
 
     path: str
     roles: tuple[str, ...]
     ranks: tuple[int, ...] | None
-    alphas: tuple[float, ...] | None
-    pattern: str
+    pattern: str = dataclasses.field(default="", compare=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class

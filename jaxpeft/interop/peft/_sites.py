@@ -18,10 +18,12 @@ from jaxpeft.tree import (
     AdaptedKernel,
     Adapter,
     ModuleName,
+    alphas_of,
     change,
     layer_leaves,
     leaf_axes,
     matrix_shape,
+    options_of,
     padded,
     shared_names,
     structure_of,
@@ -76,7 +78,7 @@ class AdaptedModule(NamedTuple):
     @property
     def form(self) -> PeftForm:
         """The method's."""
-        return form_of(self.node.adapter)
+        return form_of(self.node.adapter, options_of(self.node))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -217,7 +219,7 @@ class _Host:
         plain = lambda leaves: {n: np.asarray(x) for n, x in leaves.items()}
         frozen = [plain(f) | common for f, _ in each]
         trainable = [plain(t) for _, t in each]
-        return frozen, trainable, site.ranks or none, site.alphas or none
+        return frozen, trainable, site.ranks or none, alphas_of(node) or none
 
 
 def decomposed_tie(name: str, method: Adapter, rows: Sequence[ModuleName]) -> str:

@@ -96,13 +96,8 @@ def _add_shared(tensors, key: str, value: np.ndarray, name: str, problems) -> No
 
 
 def _alpha(site: AdaptedModule) -> int | float:
-    """The alpha that gives the site's scale: as it was attached, or as it is now."""
-    alpha = site.alpha
-    if site.form.alpha is not None:
-        now = float(site.form.alpha(site.frozen, site.rank))
-        if abs(now - alpha) > 1e-6 * abs(alpha):
-            alpha = now
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
+    """The alpha that gives the site's scale, as JSON writes a number."""
+    return int(site.alpha) if site.alpha.is_integer() else site.alpha
 
 
 def plain(

@@ -1,0 +1,158 @@
+"""Numbers of a method that are leaves: trees that differ in them are one structure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxpeft.tree._adapter import rebuild
+from jaxpeft.tree._lift import axes_of, leaf_axes, matrix_shape, number_leaves
+from jaxpeft.tree._node import AdaptedKernel, map_nodes, nodes, working_dtype
+from jaxpeft.tree._paths import nearest
+from jaxpeft.tree._terms import BATCH
+from jaxpeft.tree._unit import alpha_of, unit_scale
+
+
+def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
+    """Changes numbers of a tree's methods: alpha, weights of penalties, and others.
+
+    They are leaves, so that nothing is compiled again, and they may be traced: a tree
+    can be mapped over them with ``jax.vmap``.
+
+    Args:
+        adapted: a tree made by ``attach``.
+        **numbers: options of the constructors that are leaves, each for all sites that
+            have it: a number, or for ``gates`` one for each expert.
+
+    Returns:
+        The tree with other leaves.
+
+    Raises:
+        ValueError: no site has such a number. One that was exactly 0 or ``None`` when
+            the adapter was made is not there.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft as jp
+        >>> params, key = {"query": {"kernel": jnp.ones((4, 6))}}, jax.random.key(0)
+        >>> adapted = jp.attach(params, jp.lora(2, alpha=4), ["query"], key=key)
+        >>> float(with_numbers(adapted, alpha=1)["query"]["kernel"].frozen["scale"])
+        0.5
+    """
+    there = {name for node in nodes(adapted) for name in _names(node)}
+    for name in numbers:
+        if name not in there:
+            raise ValueError(
+                f"no site has a number {name!r}; there are {sorted(there)}, nearest: "
+                f"{nearest(name, sorted(there), 1)}. A number that is 0 or None when "
+                "an adapter is made is left out: make it with another value"
+            )
+
+    def change(node):
+        frozen = dict(node.frozen)
+        for name, value in numbers.items():
+            if name == "alpha" and name in _names(node):
+                frozen |= _scales(node, value)
+            elif name in frozen:
+                like = frozen[name]
+                frozen[name] = jnp.broadcast_to(value, like.shape).astype(like.dtype)
+        return node.replace(frozen=frozen)
+
+    return map_nodes(change, adapted)
+
+
+def _names(node: AdaptedKernel) -> list[str]:
+    """The numbers of a site."""
+    options = node.adapter.options
+    scaled = ["alpha"] if node.adapter.where.alpha is not None else []
+    return scaled + [n for n in options.numbers if n in node.frozen]
+
+
+def _scales(node: AdaptedKernel, alpha: Any) -> dict[str, Array]:
+    """The leaves that are proportional to alpha, for a new one."""
+    made = {}
+    for name, like in node.frozen.items():
+        if name.startswith("scale"):
+            units = np.array([unit_scale(node.adapter, r, name) for r in _ranks(node)])
+            units = jnp.asarray(units.reshape(like.shape), like.dtype)
+            made[name] = jnp.asarray(alpha, like.dtype) * units
+    return made
+
+
+def _ranks(node: AdaptedKernel) -> tuple[int, ...]:
+    return node.site.ranks[: matrix_shape(node.base.shape, node.roles)[0]]
+
+
+def alphas_of(node: AdaptedKernel) -> tuple[float, ...] | None:
+    """The alpha of each layer, read off its scale: the shortest decimal that gives it.
+
+    ``None`` for methods without one, and where the leaves have no values.
+    """
+    scales = node.frozen.get("scale")
+    if node.adapter.where.alpha is None or not is_concrete(scales):
+        return None
+    scales = np.asarray(jax.device_get(scales)).reshape(-1)
+    return tuple(
+        alpha_of(node.adapter, rank, scale) if rank else 0.0
+        for rank, scale in zip(node.site.ranks, scales, strict=True)
+    )
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether a leaf has a value that can be looked at."""
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
+
+
+def options_of(node: AdaptedKernel) -> dict[str, Any]:
+    """The options of a site's method, with the numbers that its leaves have now.
+
+    Where alpha differs from layer to layer, the method's is that of one of them.
+
+    Raises:
+        ValueError: layers of a stack differ in a number that is no alpha.
+    """
+    options = dict(node.adapter.options)
+    for name in node.adapter.options.numbers:
+        leaf = node.frozen.get(name)
+        if not is_concrete(leaf):
+            continue
+        own = leaf.shape[node.roles.count(BATCH) :]  # one number, or several
+        each = np.asarray(jax.device_get(leaf)).reshape(-1, *own)
+        if (each != each[0]).any():
+            raise ValueError(
+                f"site {node.site.path!r}: the layers differ in {name!r}; a file has "
+                "one for all"
+            )
+        short = [float(str(x)) for x in each[0].reshape(-1)]
+        options[name] = tuple(short) if own else short[0]
+    alphas = [x for x in alphas_of(node) or () if x]
+    if alphas and node.adapter.where.alpha not in alphas:
+        options["alpha"] = alphas[0]
+    return options
+
+
+def with_options(
+    node: AdaptedKernel, leaves: Mapping[str, Any] | None = None, **changes: Any
+) -> AdaptedKernel:
+    """The node under the same method with other options.
+
+    Args:
+        node: a whole node.
+        leaves: all of the leaves, where they are not the node's.
+        **changes: the options that change. Numbers among them become leaves.
+    """
+    adapter = rebuild(node.adapter, **changes)
+    have = dict({**node.frozen, **node.trainable} if leaves is None else leaves)
+    batch = tuple(node.base.shape[i] for i in axes_of(node.roles, BATCH))
+    for name, x in number_leaves(adapter, working_dtype(node.base.dtype)).items():
+        if name in changes or name not in have:
+            have[name] = jnp.broadcast_to(x, (*batch, *x.shape))
+            if isinstance(node.base, jax.ShapeDtypeStruct):
+                have[name] = jax.ShapeDtypeStruct(have[name].shape, x.dtype)
+    rank = None if node.site.ranks is None else max(node.site.ranks)
+    frozen, trainable = (
+        {name: have[name] for name in part} for part in leaf_axes(adapter, rank)
+    )
+    return node.replace(adapter=adapter, frozen=frozen, trainable=trainable)

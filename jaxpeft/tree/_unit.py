@@ -1,0 +1,51 @@
+"""What a method makes of alpha."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.tree._adapter import Adapter
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scales(adapter: Adapter, rank: int, alphas):
+    """The leaves that are proportional to alpha, for several of them."""
+
+    def one(alpha):
+        kernel = jnp.eye(rank + 1, dtype=alphas.dtype)
+        frozen, _ = adapter.init(jax.random.key(0), kernel, rank, alpha)
+        return {name: x for name, x in frozen.items() if name.startswith("scale")}
+
+    return jax.lax.map(one, alphas)
+
+
+def scale_of(
+    adapter: Adapter, rank: int, alphas: tuple[float, ...], dtype: str = "float32"
+) -> np.ndarray:
+    """The scale that a method makes of each alpha at a rank."""
+    with jax.ensure_compile_time_eval():
+        given = np.asarray(alphas, dtype)
+        return np.asarray(_scales(adapter, rank, given)["scale"])
+
+
+@functools.cache
+def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
+    """The scale that a method makes of alpha 1; 1 where it has none, 0 at rank 0."""
+    if not rank:
+        return 0.0
+    with jax.ensure_compile_time_eval():
+        found = _scales(adapter, rank, np.ones(1, np.float32))
+        return float(found[leaf][0]) if leaf in found else 1.0
+
+
+def alpha_of(adapter: Adapter, rank: int, scale: np.ndarray) -> float:
+    """The shortest decimal of which a method makes this scale."""
+    if not np.isfinite(scale):
+        return float(scale)
+    about = float(scale) / unit_scale(adapter, rank)
+    tries = [float(f"{about:.{digits}g}") for digits in range(1, 18)]
+    given = scale_of(adapter, rank, tuple(tries), scale.dtype.name)
+    fits = [x for x, made in zip(tries, given, strict=True) if made == scale]
+    return fits[0] if fits else about
