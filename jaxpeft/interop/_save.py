@@ -91,7 +91,7 @@ def save_adapter(
             "`adapted` has no adapters; save a tree that jaxpeft.attach made, before "
             "merge or detach."
         )
-    entries = [_method_entry(node) for node in sites]
+    entries = _method_entries(sites)
     methods = [e for i, e in enumerate(entries) if e not in entries[:i]]
     tensors, shared = _tensors(sites)
     if bad := [name for name, leaf in tensors.items() if not is_finite(leaf)]:
@@ -162,6 +162,19 @@ def _common(tensors: dict[str, np.ndarray], name: str, leaf: np.ndarray) -> str:
         i += 1
     tensors[f"shared.{i}/{name}"] = leaf
     return f"shared.{i}/{name}"
+
+
+def _method_entries(sites: list[AdaptedKernel]) -> list[dict[str, Any]]:
+    """Each site's method, whose alpha is that of one of its sites."""
+    entries = [_method_entry(node) for node in sites]
+    alphas = [alphas_of(node) or () for node in sites]
+    kinds = [entry["options"] | {"alpha": None, "": entry["name"]} for entry in entries]
+    for node, entry, kind in zip(sites, entries, kinds, strict=True):
+        found = zip(alphas, kinds, strict=True)
+        there = [x for each, other in found if other == kind for x in each]
+        if there and node.adapter.where.alpha not in there:
+            entry["options"]["alpha"] = max(there)
+    return entries
 
 
 def _method_entry(node: AdaptedKernel) -> dict[str, Any]:

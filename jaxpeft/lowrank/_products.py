@@ -30,7 +30,7 @@ def is_plain(adapter: Adapter) -> bool:
     """Whether a method is ``W + scale a b`` with trained factors and nothing else."""
     if adapter.where.leaf != "kernel" or adapter.folded or adapter.shared:
         return False
-    frozen, trainable = leaf_axes(adapter, adapter.rank)
+    frozen, trainable = leaf_axes(adapter, adapter.where.rank)
     return frozen == {"scale": ()} and trainable == {"a": (IN, None), "b": (None, OUT)}
 
 

@@ -13,7 +13,7 @@ from jaxpeft.numerics._shown import where_shown
 def router_logits(
     routed: Float[Array, "*rows n"],
     active: Bool[Array, " n"] | None = None,
-    temperature: float = 1.0,
+    temperature: int | float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "*rows n"]:
     r"""Returns a router's logits.
 
@@ -25,7 +25,7 @@ def router_logits(
         temperature: tau, positive.
     """
     logits = routed
-    if temperature != 1.0:
+    if not isinstance(temperature, int | float) or temperature != 1:
         logits = logits / jnp.asarray(temperature, logits.dtype)
     if active is not None:
         logits = jnp.where(jnp.broadcast_to(active, logits.shape), logits, -jnp.inf)

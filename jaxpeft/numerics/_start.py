@@ -12,10 +12,11 @@ from jaxpeft.numerics._svd import check_matrix, svd
 
 EXTRA = 10  # vectors beyond `rank` in the random block
 
+Scale = int | float | Float[Array, ""]
 Factored = tuple[Float[Array, "d_in r"], Float[Array, "r d_out"]]
 
 
-def _check(matrix: Array, rank: int, scale: int | float) -> None:
+def _check(matrix: Array, rank: int, scale: Scale) -> None:
     check_matrix(matrix)
     k = min(matrix.shape)
     if not 1 <= rank <= k:
@@ -37,7 +38,7 @@ def top_factors(
     matrix: Float[Array, "d_in d_out"],
     rank: int,
     *,
-    scale: int | float = 1.0,
+    scale: Scale = 1.0,
     split: Literal["even", "in"] = "even",
     iterations: int | None = None,
     key: Key[Array, ""] | None = None,
@@ -116,7 +117,10 @@ def _randomised(matrix, key, rank: int, iterations: int):
 
 
 def bottom_factors(
-    matrix: Float[Array, "d_in d_out"], rank: int, *, scale: int | float = 1.0
+    matrix: Float[Array, "d_in d_out"],
+    rank: int,
+    *,
+    scale: Scale = 1.0,
 ) -> Factored:
     r"""Returns the factors of a matrix's smallest singular components.
 

@@ -94,6 +94,6 @@ def check_site_rank(rank: int, shape: tuple[int, int], most: int | None = None) 
         )
 
 
-def scale_leaf(alpha: int | float, rank: int, scaling: str, dtype: Any) -> jax.Array:
+def scale_leaf(alpha: Any, rank: int, scaling: str, dtype: Any) -> jax.Array:
     """The scale of a low-rank part, ``alpha / r`` or ``alpha / sqrt(r)``, a scalar."""
     return jnp.asarray(alpha / SCALINGS[scaling](rank), dtype)

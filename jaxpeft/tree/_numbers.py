@@ -108,7 +108,7 @@ def is_concrete(x: Any) -> bool:
 def options_of(node: AdaptedKernel) -> dict[str, Any]:
     """The options of a site's method, with the numbers that its leaves have now.
 
-    Where alpha differs from layer to layer, the method's is that of one of them.
+    Alpha is the layers' own, see ``alphas_of``.
 
     Raises:
         ValueError: layers of a stack differ in a number that is no alpha.
@@ -127,9 +127,6 @@ def options_of(node: AdaptedKernel) -> dict[str, Any]:
             )
         short = [float(str(x)) for x in each[0].reshape(-1)]
         options[name] = tuple(short) if own else short[0]
-    alphas = [x for x in alphas_of(node) or () if x]
-    if alphas and node.adapter.where.alpha not in alphas:
-        options["alpha"] = alphas[0]
     return options
 
 

@@ -40,7 +40,7 @@ def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
         return float(found[leaf][0]) if leaf in found else 1.0
 
 
-def alpha_of(adapter: Adapter, rank: int, scale: np.ndarray) -> float:
+def alpha_of(adapter: Adapter, rank: int, scale: np.floating) -> float:
     """The shortest decimal of which a method makes this scale."""
     if not np.isfinite(scale):
         return float(scale)

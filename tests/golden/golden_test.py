@@ -68,20 +68,42 @@ def test_every_number_stays_and_a_step_does_no_more(case):
     check_counts(case, counts_of(program[0], adapted))
 
 
+NEW_FILES = [
+    ("modula_flan", "universal"),
+    ("modula_flan", "domain:one"),
+    ("modula_res", "universal"),
+]
+
+
+def products(tensors):
+    """The changes that the pairs of a file make."""
+    down, up = "lora_A.weight", "lora_B.weight"
+    return {
+        name: tensors[name.replace(down, up)] @ x
+        for name, x in tensors.items()
+        if name.endswith(down)
+    }
+
+
 @pytest.mark.parametrize("case", PAIRS, ids="-".join)
 def test_pefts_files_stay(case, tmp_path):
     adapted, files = kept(case), folder(case) / "peft"
-    assert write_peft(adapted, tmp_path / "peft") == files.exists()
-    if not files.exists():
-        return
-    for file in sorted(files.iterdir()):
+    had = files.exists()
+    # What had files has them; a stage whose change is a product may have them now.
+    assert write_peft(adapted, tmp_path / "peft") == (had or case in NEW_FILES)
+    for file in sorted(files.iterdir()) if had else ():
         written = tmp_path / "peft" / file.name
         if file.suffix == ".json":
             assert json.loads(written.read_text()) == json.loads(file.read_text())
             continue
         got, golden = read(written), read(file)
         assert sorted(got) == sorted(golden)
+        if case == ("pc", "folded"):  # of nearly equal components, which is first
+            got, golden = products(got), products(golden)
         assert distance(got, golden) < CLOSE
+    if not had and case not in NEW_FILES:
+        return
+    files = files if had else tmp_path / "peft"
     again = interop.load_peft(files, make_params(), names=NAMES, axes=AXES)
     leaves = jax.tree.map(jnp.asarray, jp.merge(again))
     assert distance(leaves, jp.merge(adapted)) < CLOSE

@@ -80,7 +80,7 @@ def folding_options(name) -> dict:
 def forms_of(name) -> list[str]:
     forms = ["default"]
     forms += ["folded"] * bool(folding_options(name))
-    forms += ["ranks"] * (make(name).rank is not None)
+    forms += ["ranks"] * (make(name).where.rank is not None)
     forms += STAGES * accepts(name, "domains")
     return forms
 

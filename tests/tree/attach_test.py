@@ -272,7 +272,7 @@ def test_one_rank_for_each_layer_of_a_stack(stack, keys):
         axes={"up": "layer in out"},
     )
     node = adapted["up"]["kernel"]
-    assert node.site.ranks == (1, 4, 2) and node.site.alphas == (1.0, 2.0, 3.0)
+    assert node.site.ranks == (1, 4, 2) and jp.tree.alphas_of(node) == (1.0, 2.0, 3.0)
     assert node.trainable["a"].shape == (L, D, 4)
     np.testing.assert_allclose(node.frozen["scale"], [1.0, 0.5, 1.5])
     used = jnp.any(node.trainable["a"] != 0, 1)

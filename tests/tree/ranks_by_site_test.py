@@ -143,7 +143,7 @@ def test_chosen_components():
         *(tree, adapter, some), key=jax.random.key(0), axes=AXES
     )["layers"]["q"]["kernel"]
     node = put(jp.pc())
-    assert node.site.ranks == (2, 0, 1) and node.site.alphas is None
+    assert node.site.ranks == (2, 0, 1) and jp.tree.alphas_of(node) is None
     for layer, each in ((0, [0, 2]), (2, [3])):
         u, s, v = np.linalg.svd(kernel[layer])
         expected = (u[:, : len(s)] * s)[:, each] @ v[each]
@@ -161,7 +161,7 @@ def test_chosen_components():
         plain = jp.attach(params, scaling(), one, key=jax.random.key(0), axes=AXES)
         plain = plain["layers"]["q"]["kernel"]
         assert np.allclose(node.frozen["scale"], plain.frozen["scale"])
-        np.testing.assert_allclose(node.site.alphas, plain.site.alphas)
+        np.testing.assert_allclose(jp.tree.alphas_of(node), jp.tree.alphas_of(plain))
     shapes = jax.eval_shape(lambda p: put(jp.pc(), p), params)
     assert shapes.trainable["a"].shape == (3, 6, 2)
     with pytest.raises(ValueError, match="mixes components"):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import is_finite, on_host
@@ -71,7 +72,7 @@ class AdaptedModule(NamedTuple):
             for part, names in zip((self.frozen, self.trainable), axes, strict=True)
         )
 
-    def pair(self) -> tuple[np.ndarray, np.ndarray]:
+    def pair(self) -> tuple[Array, Array]:
         """``(a, b)`` with ``a b`` what is added to the original kernel."""
         return _pair(self.node.adapter, self.shape, self.frozen, self.trainable)
 
