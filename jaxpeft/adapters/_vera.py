@@ -11,7 +11,7 @@ from jaxpeft.tree import Adapter, Factors, Term, Where, method
 LEAVES = {"lam_d": "vera_lambda_d", "lam_b": "vera_lambda_b"}  # in PEFT's files
 
 
-@method(drawn=("d_initial",))
+@method(numbers=("d_initial",), drawn=("d_initial",))
 def vera(
     rank: int = 256, d_initial: int | float = 0.1, dropout: int | float = 0.0
 ) -> Adapter:

@@ -185,7 +185,9 @@ def _method_entry(node: AdaptedKernel) -> dict[str, Any]:
             f"method of its name returns; there are {', '.join(methods())}. Decorate "
             "its constructor with @jaxpeft.tree.method"
         )
-    return {"name": adapter.name, "options": options_of(node)}
+    told = set(adapter.options.drawn) - set(adapter.options.numbers)
+    options = {n: v for n, v in options_of(node).items() if n not in told}
+    return {"name": adapter.name, "options": options}
 
 
 def _site_entry(node: AdaptedKernel, method: int, shared) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def _site_entry(node: AdaptedKernel, method: int, shared) -> dict[str, Any]:
         "roles": site.roles,
         "ranks": site.ranks,
         "alphas": alphas_of(node),
-        "pattern": site.pattern,
+        "pattern": site.path,  # which finds it; the one that did is only told
         "leaves": {
             "frozen": sorted(set(node.frozen) - set(common) - numbers),
             "trainable": sorted(node.trainable),

@@ -81,12 +81,14 @@ class Options(Mapping[str, Any]):
         numbers: names of those that are leaves; of alpha, the scale is.
         drawn: names of those that only ``init`` reads.
         constructor: the function that they are arguments of.
+        scaled: whether the method has an alpha.
     """
 
     values: tuple[tuple[str, Any], ...] = ()
     numbers: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
     constructor: Callable[..., Any] | None = None
+    scaled: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return dict(self.values)[name]
@@ -100,11 +102,10 @@ class Options(Mapping[str, Any]):
     @functools.cached_property
     def structure(self) -> Any:
         """What functions and shapes follow from."""
-        loose = ("alpha", *self.numbers)
-        return self.constructor, tuple(
-            (n, _is_there(v) if n in loose else v)
+        return (self.constructor, self.scaled) + tuple(
+            (n, _is_there(v) if n in self.numbers else v)
             for n, v in self.values
-            if n not in self.drawn
+            if n not in self.drawn and not (n == "alpha" and self.scaled)
         )
 
     @functools.cached_property
@@ -261,9 +262,9 @@ def method(
             ``Adapter``.
         numbers: names of arguments, beside alpha, that are leaves: the library puts
             each one that is neither ``None`` nor 0 among the frozen leaves, by its own
-            name, and no function of the adapter may read the argument itself.
+            name, and no function but ``init`` may read the argument itself.
         drawn: names of arguments that only ``init`` reads, such as the width of an
-            initial draw.
+            initial draw. They are told, and not saved, unless they are numbers too.
 
     Returns:
         The constructor; its results carry ``name`` and ``options``.
@@ -319,7 +320,8 @@ def cached(
     def build(arguments: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]):
         del kinds  # 1, 1.0 and True are equal keys, but not equal options
         adapter = constructor(**dict(arguments))
-        options = Options(arguments, numbers, drawn, constructor)
+        scaled = adapter.where.alpha is not None
+        options = Options(arguments, numbers, drawn, constructor, scaled)
         return adapter._replace(name=constructor.__name__, options=options)
 
     @functools.wraps(constructor)
