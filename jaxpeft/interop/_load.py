@@ -16,11 +16,13 @@ from jaxpeft.interop._format import (
     adapter_info,
     digest,
 )
+from jaxpeft.interop._save import leaf_name
 from jaxpeft.interop._tensors import TensorFile
 from jaxpeft.interop._untie import untied_for
 from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
 from jaxpeft.tree import (
     BATCH,
+    DEFAULT,
     AdaptedKernel,
     Adapter,
     ModuleName,
@@ -35,7 +37,9 @@ from jaxpeft.tree import (
     lifted_factors,
     nearest,
     number_leaves,
+    parts_of,
     shared_names,
+    together,
     working_dtype,
 )
 
@@ -46,6 +50,7 @@ def load_adapter(
     *,
     check_base: bool = True,
     names: Sequence[ModuleName] = (),
+    name: str | None = None,
 ) -> PyTree:
     """Puts saved adapters back beside the kernels they were trained with.
 
@@ -65,6 +70,8 @@ def load_adapter(
             same weights in another dtype.
         names: ``model.names``. With them a tied tree is untied (``untie``) where the
             adapter acts on the embedding or on the head alone, as PEFT's do.
+        name: a name for the adapter, where kernels are to have several; ``None``: the
+            one that it was saved with.
 
     Returns:
         The adapted tree, equal in structure and leaves to the saved one.
@@ -93,15 +100,25 @@ def load_adapter(
     params = untied_for(params, names, [entry["path"] for entry in config["sites"]])
     kernels = dict(leaves_with_path(params))
     wanted: set[str] = set()
-    made: dict[str, AdaptedKernel] = {}
+    made: dict[str, dict[str, AdaptedKernel]] = {}
+    saved = {entry.get("name", DEFAULT) for entry in config["sites"]}
+    if name is not None and len(saved) > 1:
+        raise ValueError(
+            f"`name` is for a folder of one adapter, and {str(folder)!r} has "
+            f"{sorted(saved)}; leave it out"
+        )
     common: dict[str, Array] = {}  # leaves that sites share, read and placed once
     for entry in config["sites"]:
-        names = [n for part in entry["leaves"].values() for n in part]
-        wanted.update(f"{entry['path']}/{name}" for name in names)
+        path, own = entry["path"], entry.get("name", DEFAULT)
+        leaves = [n for part in entry["leaves"].values() for n in part]
+        wanted.update(f"{path}/{leaf_name(own, leaf)}" for leaf in leaves)
         wanted.update(entry.get("shared", {}).values())
-        node = _load_site(entry, methods, kernels, file, check_base, problems, common)
+        called = own if name is None else name
+        args = methods, kernels, file, check_base, problems, common
+        node = _load_site(entry, called, *args)
         if node is not None:
-            made[entry["path"]] = node
+            made.setdefault(path, {})[called] = node
+    nodes = {p: _joined(kernels[p], each, problems) for p, each in made.items()}
     problems += file.not_finite(wanted & set(file.shapes))
     problems += [
         f"left over: {name!r} belongs to no site"
@@ -115,7 +132,17 @@ def load_adapter(
         )
     is_site = lambda x: isinstance(x, AdaptedKernel)
     treedef = jax.tree.structure(params, is_leaf=is_site)
-    return treedef.unflatten([made.get(path, x) for path, x in kernels.items()])
+    return treedef.unflatten([nodes.get(path, x) for path, x in kernels.items()])
+
+
+def _joined(kernel, made: dict[str, AdaptedKernel], problems: list[str]):
+    """A site's adapters, those that it had and those of the file."""
+    had = parts_of(kernel) if isinstance(kernel, AdaptedKernel) else {}
+    try:
+        return together(had | made)
+    except ValueError as e:
+        problems.append(str(e))
+        return kernel
 
 
 def _damages(file: Path, config: Mapping[str, Any]) -> list[str]:
@@ -148,9 +175,9 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def _load_site(entry, methods, kernels, file, check_base, problems, common):
+def _load_site(entry, called, methods, kernels, file, check_base, problems, common):
     """One site's node, or ``None`` with its problems added to the list."""
-    path, base = entry["path"], entry["base"]
+    path, base, own = entry["path"], entry["base"], entry.get("name", DEFAULT)
     kernel = kernels.get(path)
     count = len(problems)
     if kernel is None:
@@ -163,8 +190,10 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
         )
         return None
     if isinstance(kernel, AdaptedKernel):
-        problems.append(f"{path!r} already carries {kernel.adapter.name!r}")
-        return None
+        if called in (had := parts_of(kernel)):
+            problems.append(f"{path!r} already carries {had[called].adapter.name!r}")
+            return None
+        kernel = kernel.base
     if list(kernel.shape) != base["shape"]:
         problems.append(f"{path!r} has shape {list(kernel.shape)}, was {base['shape']}")
     elif check_base and kernel.dtype.name != base["dtype"]:
@@ -184,7 +213,7 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
     expected = _expected_shapes(kernel, adapter, site)
     for part, names in entry["leaves"].items():
         for name in names:
-            full = f"{path}/{name}"
+            full = f"{path}/{leaf_name(own, name)}"
             if full not in file.shapes:
                 problems.append(f"missing: {full!r}")
             elif expected[part].get(name) != file.shapes[full]:
@@ -198,7 +227,10 @@ def _load_site(entry, methods, kernels, file, check_base, problems, common):
     if len(problems) > count:
         return None
     frozen, trainable = (
-        {name: file.read(f"{path}/{name}") for name in entry["leaves"][part]}
+        {
+            name: file.read(f"{path}/{leaf_name(own, name)}")
+            for name in entry["leaves"][part]
+        }
         for part in ("frozen", "trainable")
     )
     for name, x in number_leaves(adapter, working_dtype(kernel.dtype)).items():

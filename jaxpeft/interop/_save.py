@@ -24,12 +24,14 @@ from jaxpeft.interop._format import (
 from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
 from jaxpeft.numerics import checksum, projection
 from jaxpeft.tree import (
+    DEFAULT,
     AdaptedKernel,
     alphas_of,
     is_named,
     leaves_with_path,
     methods,
     options_of,
+    parts_of,
     shared_names,
 )
 
@@ -40,6 +42,7 @@ def save_adapter(
     *,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    name: str | None = None,
 ) -> Path:
     """Writes the adapters of a tree, without its base, to a folder.
 
@@ -56,6 +59,7 @@ def save_adapter(
             ``adapter_info``.
         overwrite: allow a folder with files in it. Only these two files are
             replaced; others are left as they are.
+        name: of the adapter to save, where kernels have several; ``None``: all of them.
 
     Returns:
         The folder. With several processes all must call this; the first one writes.
@@ -85,15 +89,16 @@ def save_adapter(
             "write save_adapter(adapted, folder, overwrite=True) to replace the "
             "adapter in it."
         )
-    sites = list(_sites(adapted))
+    parts = [p for p in _parts(adapted) if name in (None, p[0])]
+    called, sites = [n for n, _ in parts], [node for _, node in parts]
     if not sites:
         raise ValueError(
-            "`adapted` has no adapters; save a tree that jaxpeft.attach made, before "
-            "merge or detach."
+            f"`adapted` has no adapter{'s' if name is None else f' {name!r}'}; save a "
+            "tree that jaxpeft.attach made, before merge or detach."
         )
     entries = _method_entries(sites)
     methods = [e for i, e in enumerate(entries) if e not in entries[:i]]
-    tensors, shared = _tensors(sites)
+    tensors, shared = _tensors(parts)
     if bad := [name for name, leaf in tensors.items() if not is_finite(leaf)]:
         raise ValueError(
             f"`adapted` has leaves that are not finite, {bad}; nothing was written. "
@@ -106,8 +111,8 @@ def save_adapter(
         "jaxpeft": version(),
         "methods": methods,
         "sites": [
-            _site_entry(node, methods.index(entry), shared)
-            for node, entry in zip(sites, entries, strict=True)
+            _site_entry(n, node, methods.index(entry), shared)
+            for n, node, entry in zip(called, sites, entries, strict=True)
         ],
         "metadata": dict(metadata or {}),
     }
@@ -124,32 +129,39 @@ def save_adapter(
     return folder
 
 
-def _sites(tree: PyTree) -> Iterator[AdaptedKernel]:
+def _parts(tree: PyTree) -> Iterator[tuple[str, AdaptedKernel]]:
     for _, leaf in leaves_with_path(tree):
         if isinstance(leaf, AdaptedKernel):
-            yield leaf
+            yield from parts_of(leaf).items()
 
 
-def _tensors(sites: list[AdaptedKernel]):
+def leaf_name(name: str, leaf: str) -> str:
+    """What a leaf of the adapter of a name is called in the file."""
+    return leaf if name == DEFAULT else f"{name}:{leaf}"
+
+
+def _tensors(parts: list[tuple[str, AdaptedKernel]]):
     """What goes into the file; a leaf that sites have in common goes there once.
 
     Returns:
-        ``({name in the file: array}, {path: {shared leaf: its name in the file}})``.
+        ``({name in the file: array}, {(name, path): {shared leaf: its array's}})``.
     """
     tensors: dict[str, np.ndarray] = {}
-    shared: dict[str, dict[str, str]] = {}
+    shared: dict[tuple[str, str], dict[str, str]] = {}
     seen: dict[tuple[str, int], str] = {}
-    for node in sites:
+    for called, node in parts:
         common, numbers = shared_names(node.adapter), node.adapter.options.numbers
         for name, leaf in {**node.frozen, **node.trainable}.items():
             if name in numbers:
                 continue
             if name not in common:
-                tensors[f"{node.site.path}/{name}"] = on_host(leaf)
+                own = leaf_name(called, name)
+                tensors[f"{node.site.path}/{own}"] = on_host(leaf)
                 continue
             if (name, id(leaf)) not in seen:
                 seen[name, id(leaf)] = _common(tensors, name, on_host(leaf))
-            shared.setdefault(node.site.path, {})[name] = seen[name, id(leaf)]
+            own = shared.setdefault((called, node.site.path), {})
+            own[name] = seen[name, id(leaf)]
     return tensors, shared
 
 
@@ -190,16 +202,17 @@ def _method_entry(node: AdaptedKernel) -> dict[str, Any]:
     return {"name": adapter.name, "options": options}
 
 
-def _site_entry(node: AdaptedKernel, method: int, shared) -> dict[str, Any]:
+def _site_entry(name: str, node: AdaptedKernel, method: int, shared) -> dict[str, Any]:
     site = node.site
-    common = shared.get(site.path, {})
+    common = shared.get((name, site.path), {})
     numbers = set(node.adapter.options.numbers)  # which are among the options
     base = {"shape": list(node.base.shape), "dtype": node.base.dtype.name}
     if node.adapter.folded is None:
         base["checksum"] = checksum(node.base)
     else:
         base["projection"], base["norm"] = projection(node.base)
-    return {
+    named = {} if name == DEFAULT else {"name": name}
+    return named | {
         "path": site.path,
         "method": method,
         "roles": site.roles,

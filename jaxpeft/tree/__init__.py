@@ -105,6 +105,10 @@ from jaxpeft.tree._terms import Gate as Gate
 from jaxpeft.tree._terms import Rows as Rows
 from jaxpeft.tree._terms import Term as Term
 from jaxpeft.tree._terms import map_axes as map_axes
+from jaxpeft.tree._together import DEFAULT as DEFAULT
+from jaxpeft.tree._together import is_several as is_several
+from jaxpeft.tree._together import parts_of as parts_of
+from jaxpeft.tree._together import together as together
 from jaxpeft.tree._tree import combine as combine
 from jaxpeft.tree._tree import count as count
 from jaxpeft.tree._tree import detach as detach

@@ -77,41 +77,41 @@ class Options(Mapping[str, Any]):
     them there.
 
     Attributes:
-        values: ``((name, value), ...)``.
+        given: ``((name, value), ...)``.
         numbers: names of those that are leaves; of alpha, the scale is.
         drawn: names of those that only ``init`` reads.
         constructor: the function that they are arguments of.
         scaled: whether the method has an alpha.
     """
 
-    values: tuple[tuple[str, Any], ...] = ()
+    given: tuple[tuple[str, Any], ...] = ()
     numbers: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
     constructor: Callable[..., Any] | None = None
     scaled: bool = False
 
     def __getitem__(self, name: str) -> Any:
-        return dict(self.values)[name]
+        return dict(self.given)[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict(self.values))
+        return iter(dict(self.given))
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.given)
 
     @functools.cached_property
     def structure(self) -> Any:
         """What functions and shapes follow from."""
         return (self.constructor, self.scaled) + tuple(
             (n, _is_there(v) if n in self.numbers else v)
-            for n, v in self.values
+            for n, v in self.given
             if n not in self.drawn and not (n == "alpha" and self.scaled)
         )
 
     @functools.cached_property
     def start(self) -> Any:
         """What, beside the numbers, initial leaves follow from."""
-        drawn = tuple((n, v) for n, v in self.values if n in self.drawn)
+        drawn = tuple((n, v) for n, v in self.given if n in self.drawn)
         return self.structure, drawn
 
 
@@ -183,11 +183,14 @@ class Adapter(NamedTuple):
     def __reduce__(self):
         # By name, as in files: what it is made of are functions inside of functions.
         if not is_named(self):
+            make = self.options.constructor
+            if make is not None and make(*self.options.values()) is self:
+                return make, tuple(self.options.values())
             raise TypeError(
                 f"{self!r} cannot be pickled: it is not what a known method of its "
                 "name returns. Decorate its constructor with @jaxpeft.tree.method"
             )
-        return _named, (self.name, self.options.values)
+        return _named, (self.name, self.options.given)
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -42,6 +42,7 @@ from jaxpeft.tree._per_layer import per_layer_values
 from jaxpeft.tree._progress import Progress
 from jaxpeft.tree._targets import choose
 from jaxpeft.tree._terms import BATCH, IN, OUT
+from jaxpeft.tree._together import DEFAULT, check_name, parts_of, together
 
 PerSite = Mapping[str, Any] | Sequence[int | float]
 
@@ -56,12 +57,14 @@ def attach(
     alpha_pattern: PerSite | None = None,
     exclude: Targets | None = None,
     axes: Mapping[str, str] | None = None,
+    name: str = DEFAULT,
 ) -> PyTree:
     """Puts an adapter beside the kernels that ``targets`` names.
 
     Pure and traceable: under ``jax.eval_shape`` the sites of a model of any size
-    cost no memory. Attaching again to the result adds adapters at other sites. Kernels
-    are looked through for NaN and infinities first, unless they are traced or shapes.
+    cost no memory. Attaching again to the result adds adapters at other sites, or under
+    another name at the same ones. Kernels are looked through for NaN and infinities
+    first, unless they are traced or shapes.
 
     Args:
         params: any pytree of arrays, or of their ``jax.ShapeDtypeStruct``: a Linen
@@ -88,6 +91,9 @@ def attach(
             an expert). Two axes are ``"in out"`` (the table of an output head,
             ``lm_head/embedding``: ``"out in"``) unless said otherwise; kernels
             with more need an entry.
+        name: of the adapter. At a kernel that has one of another name the changes of
+            the two are added up, if both only add thin products: not DoRA or BoRA,
+            nothing that folds, and one mixture at most.
 
     Returns:
         The tree with ``AdaptedKernel`` nodes in place of the chosen kernels.
@@ -110,6 +116,7 @@ def attach(
             f"{type(adapter).__name__}; a constructor must be called"
         )
     check_key(key)
+    check_name(name)
     leaves, kept = leaves_with_path(params), {}
     if isinstance(targets, Allocation):
         if rank_pattern is not None or alpha_pattern is not None:
@@ -125,12 +132,15 @@ def attach(
             f"`targets` chooses components, and {adapter.name!r} folds all of them "
             "into the kernel; write residual='separate' (base='separate' of KaSA)"
         )
-    chosen = choose(leaves, adapter, targets, exclude)
-    by_path = dict(leaves)
+    chosen = choose(leaves, adapter, targets, exclude, name)
+    there = {path: x for path, x in leaves if path in chosen and is_node(x)}
+    by_path = {path: x.base if is_node(x) else x for path, x in leaves}
     paths = list(chosen)
     roles = {p: ("out",) * by_path[p].ndim for p in paths}
     if adapter.where.leaf == "kernel":
-        roles = _roles(by_path, paths, axes)
+        had = {path: node.site.roles for path, node in there.items()}
+        roles = had | _roles(by_path, [p for p in paths if p not in had], axes)
+        roles = {path: roles[path] for path in paths}
     ranks = per_layer_values("rank", rank_pattern, adapter.where.rank, by_path, roles)
     alphas = per_layer_values(
         "alpha", alpha_pattern, adapter.where.alpha, by_path, roles, ranks
@@ -143,17 +153,21 @@ def attach(
     made, show = {}, Progress(adapter.name or "adapter", sum(layers))
     for path in paths:
         site = Site(path, roles[path], ranks[path], chosen[path])
-        own = alphas[path], site_key(key, path)
+        own = alphas[path], site_key(key, path, name)
         made[path] = _make(by_path[path], methods[path], site, *own, shared, show)
     show.close()
     for path, each in kept.items():
         made[path] = take_components(made[path], each)
+    for path, node in made.items():
+        others = parts_of(there[path]) if path in there else {}
+        made[path] = together(others | {name: node})
     _, treedef = jax.tree.flatten(params, is_leaf=is_node)
     return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
 
 
-def site_key(key, path: str):
-    """A key of this path's own, whatever else is attached."""
+def site_key(key, path: str, name: str = DEFAULT):
+    """A key of this path's and this adapter's own, whatever else is attached."""
+    path = path if name == DEFAULT else f"{path}:{name}"
     digest = hashlib.sha256(path.encode()).digest()
     for part in (digest[:4], digest[4:8]):
         key = jax.random.fold_in(key, np.uint32(int.from_bytes(part, "little")))

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from jaxpeft.tree._lift import per_layer
 from jaxpeft.tree._node import AdaptedKernel, nodes
 from jaxpeft.tree._numbers import alphas_of
+from jaxpeft.tree._together import DEFAULT, parts_of
 from jaxpeft.tree._tree import count, trainable_size
 
 
@@ -18,8 +19,8 @@ class Description:
     """What ``describe`` found; prints as tables.
 
     Attributes:
-        rows: one dict per site: ``path``, ``method``, ``shape``, ``roles``, ``ranks``,
-            ``alphas``, ``trainable`` (a count), ``pattern``.
+        rows: one dict per adapter and site: ``path``, ``name``, ``method``, ``shape``,
+            ``roles``, ``ranks``, ``alphas``, ``trainable`` (a count), ``pattern``.
         patterns: ``{entry of targets: [paths that it found]}``.
         trainable: number of trained values.
         total: number of values of base and adapters.
@@ -34,10 +35,13 @@ class Description:
     report: tuple[dict[str, Any], ...]
 
     def __str__(self) -> str:
-        head = ("site", "method", "shape", "rank", "alpha", "trainable", "found by")
+        named = any(row["name"] != DEFAULT for row in self.rows)
+        head = ("site", *(["name"] if named else []), "method", "shape", "rank")
+        head += ("alpha", "trainable", "found by")
         body = [
             (
                 row["path"],
+                *([row["name"]] if named else []),
                 row["method"],
                 " x ".join(f"{s}" for s in row["shape"]),
                 _short(row["ranks"]),
@@ -73,12 +77,14 @@ def describe(adapted: PyTree) -> Description:
         A ``Description``; print it.
     """
     rows, patterns, report = [], {}, []
-    for node in nodes(adapted):
+    each = [pair for node in nodes(adapted) for pair in parts_of(node).items()]
+    for name, node in each:
         site = node.site
         patterns.setdefault(site.pattern, []).append(site.path)
         rows.append(
             {
                 "path": site.path,
+                "name": name,
                 "method": node.adapter.name,
                 "shape": tuple(node.base.shape),
                 "roles": site.roles,

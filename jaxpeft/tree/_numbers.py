@@ -13,6 +13,7 @@ from jaxpeft.tree._lift import axes_of, leaf_axes, matrix_shape, number_leaves
 from jaxpeft.tree._node import AdaptedKernel, map_nodes, nodes, working_dtype
 from jaxpeft.tree._paths import nearest
 from jaxpeft.tree._terms import BATCH
+from jaxpeft.tree._together import is_several, parts_of, together
 from jaxpeft.tree._unit import alpha_of, unit_scale
 
 
@@ -41,7 +42,8 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
         >>> float(with_numbers(adapted, alpha=1)["query"]["kernel"].frozen["scale"])
         0.5
     """
-    there = {name for node in nodes(adapted) for name in _names(node)}
+    parts = [part for node in nodes(adapted) for part in parts_of(node).values()]
+    there = {name for part in parts for name in _names(part)}
     for name in numbers:
         if name not in there:
             raise ValueError(
@@ -51,6 +53,8 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
             )
 
     def change(node):
+        if is_several(node):
+            return together({n: change(part) for n, part in parts_of(node).items()})
         frozen = dict(node.frozen)
         for name, value in numbers.items():
             if name == "alpha" and name in _names(node):
@@ -140,6 +144,12 @@ def with_options(
         leaves: all of the leaves, where they are not the node's.
         **changes: the options that change. Numbers among them become leaves.
     """
+    if is_several(node):
+        raise ValueError(
+            f"site {node.site.path!r} has adapters {list(parts_of(node))}; take one "
+            "off, change it, and put it back: jaxpeft.extract(adapted, name), "
+            "jaxpeft.graft(params, adapter, name=name)"
+        )
     adapter = rebuild(node.adapter, **changes)
     have = dict({**node.frozen, **node.trainable} if leaves is None else leaves)
     batch = tuple(node.base.shape[i] for i in axes_of(node.roles, BATCH))

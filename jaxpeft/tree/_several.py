@@ -14,9 +14,10 @@ from jaxpeft.tree._grouped import grouped
 from jaxpeft.tree._lift import leaf_entries
 from jaxpeft.tree._node import AdaptedKernel, is_node, leaves_with_path, nodes
 from jaxpeft.tree._paths import nearest
+from jaxpeft.tree._together import is_several, parts_of, together
 
 
-def extract(adapted: PyTree) -> dict[str, AdaptedKernel]:
+def extract(adapted: PyTree, name: str | None = None) -> dict[str, AdaptedKernel]:
     """Takes the adapters off a tree: a small tree without the base.
 
     N adapters of one base then cost N small trees. A plain dictionary of them, by
@@ -32,13 +33,17 @@ def extract(adapted: PyTree) -> dict[str, AdaptedKernel]:
 
     Args:
         adapted: a tree made by ``attach``.
+        name: of the adapter to take, where kernels have several; it goes back under
+            that name with ``graft(..., name=)``, and is an adapter like any other
+            meanwhile. ``None``: all of them as they are.
 
     Returns:
         ``{path of the kernel: its node without the kernel}``. Entries may be left out
         or brought together from several trees. Dropout keys stay behind.
 
     Raises:
-        ValueError: the tree has no adapters, or is one half of a partition.
+        ValueError: the tree has no adapters or none of that name, or is one half of a
+            partition.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -57,29 +62,42 @@ def extract(adapted: PyTree) -> dict[str, AdaptedKernel]:
             "`adapted` has no adapters; give a tree that jaxpeft.attach made, before "
             "merge or detach."
         )
+    if name is not None:
+        each = [parts_of(node) for node in found]
+        known = sorted({n for parts in each for n in parts})
+        if name not in known:
+            raise ValueError(f"`adapted` has no adapter {name!r}; it has {known}")
+        found = [parts[name] for parts in each if name in parts]
     return {node.site.path: node.replace(base=None, call=None) for node in found}
 
 
-def graft(params: PyTree, adapter: Mapping[str, AdaptedKernel]) -> PyTree:
+def graft(
+    params: PyTree, adapter: Mapping[str, AdaptedKernel], *, name: str | None = None
+) -> PyTree:
     """Puts adapters that ``extract`` took off onto a base.
 
     The base is not copied: trees of several adapters share its arrays. Nothing says
     which base an adapter was trained with; a file does (``interop.save_adapter``).
 
     Args:
-        params: the plain parameter tree; it may carry adapters at other sites.
+        params: the plain parameter tree; it may carry adapters at other sites, or of
+            other names.
         adapter: what ``extract`` returned. Leaves may come from a checkpoint; they go
             where their kernels lie.
+        name: a name for it, where kernels are to have several; ``None``: the names
+            that it has.
 
     Returns:
         The adapted tree. An option that folds a part of the kernel folds it again.
 
     Raises:
-        ValueError: a kernel is not there, has an adapter already, or has another
-            shape. All are listed, and nothing is attached.
+        ValueError: a kernel is not there, has an adapter of that name already or one
+            that cannot share it, or has another shape. All are listed, and nothing is
+            attached.
     """
     leaves = dict(leaves_with_path(params))
     problems: list[str] = []
+    adapter = {path: _named(node, name) for path, node in adapter.items()}
     for path, node in adapter.items():
         problems += _misfits(path, node, leaves)
     if problems:
@@ -95,11 +113,15 @@ def graft(params: PyTree, adapter: Mapping[str, AdaptedKernel]) -> PyTree:
 def _misfits(path: str, node: AdaptedKernel, leaves) -> list[str]:
     if not is_node(node) or node.base is not None:
         return [f"{path!r} is no adapter off a tree; write adapter=extract(adapted)"]
-    kernel = leaves.get(path)
+    kernel, names = leaves.get(path), list(parts_of(node))
     if kernel is None:
         return [f"no leaf {path!r}; nearest: {nearest(path, list(leaves))}"]
     if is_node(kernel):
-        return [f"{path!r} already carries {kernel.adapter.name!r}; detach it first"]
+        had = parts_of(kernel)
+        if taken := [had[n].adapter.name for n in names if n in had]:
+            how = "detach it first, or graft(..., name='french')"
+            return [f"{path!r} already carries {', '.join(map(repr, taken))}; {how}"]
+        kernel = kernel.base
     shape = tuple(kernel.shape)
     if len(shape) != len(node.site.roles):
         roles = " ".join(node.site.roles)
@@ -116,7 +138,23 @@ def _misfits(path: str, node: AdaptedKernel, leaves) -> list[str]:
     ]
 
 
+def _named(node: AdaptedKernel, name: str | None) -> AdaptedKernel:
+    """What was extracted, under a name."""
+    if name is None or not is_node(node):
+        return node
+    if is_several(node):
+        raise ValueError(
+            f"{node.site.path!r} has adapters {list(parts_of(node))}; graft each of "
+            "them alone to give it another name: extract(adapted, name)"
+        )
+    return together({name: node})
+
+
 def _grafted(node: AdaptedKernel, kernel) -> AdaptedKernel:
+    if is_node(kernel):
+        base = kernel.base
+        own = {n: x.replace(base=base) for n, x in parts_of(node).items()}
+        return place_like(together(parts_of(kernel) | own), base)
     node = node.replace(base=kernel)
     if node.adapter.folded is not None:
         node = node.replace(base=fold_base(node, warn=False))

@@ -17,6 +17,7 @@ from jaxpeft.tree._paths import (
     names_leaf,
     nearest,
 )
+from jaxpeft.tree._together import parts_of
 
 # A linear layer's weight among the standard names; heads that predict tokens are
 # left out of "all-linear", as in HF PEFT.
@@ -42,7 +43,7 @@ def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
+def choose(leaves, adapter, targets, exclude, name) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
     paths = {p for p, _ in leaves}
     if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):
@@ -77,12 +78,12 @@ def choose(leaves, adapter, targets, exclude) -> dict[str, str]:
     for path, leaf in leaves:
         if path not in found:
             continue
-        if is_node(leaf):
+        if is_node(leaf) and name in (parts := parts_of(leaf)):
             raise ValueError(
-                f"site {path!r} already carries {leaf.adapter.name!r} (attached as "
-                f"{leaf.site.pattern!r}) and is matched again by {found[path]!r}. Name "
-                "other `targets`, leave it out with `exclude`, or detach first; two "
-                "plain adapters on one kernel are one of the sum of their ranks."
+                f"site {path!r} already carries {parts[name].adapter.name!r} (attached "
+                f"as {leaf.site.pattern!r}) and is matched again by {found[path]!r}. "
+                "Name other `targets`, leave it out with `exclude`, detach first, or "
+                "give this one a name of its own, attach(..., name='french')."
             )
         if not _floating(leaf):
             raise ValueError(

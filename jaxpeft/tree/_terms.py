@@ -83,6 +83,8 @@ class Term:
             a key. Static.
         gate: what acts between the two, or ``None``.
         rows: which of S pairs each row takes, or ``None``.
+        salt: what tells its dropout from that of another adapter of the same kernel.
+            Static.
     """
 
     a: Any = _along(IN, RANK)
@@ -90,6 +92,7 @@ class Term:
     drop: float = 0.0
     gate: Gate | None = _along(default=None)
     rows: Rows | None = _along(default=None)
+    salt: int = 0
 
     @property
     def gated(self) -> bool:

@@ -30,6 +30,7 @@ from jaxpeft.tree._node import (
     nodes,
     wider,
 )
+from jaxpeft.tree._together import is_several, parts_of
 
 
 def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
@@ -174,9 +175,13 @@ def penalty(adapted: PyTree, seen: Mapping[str, Any] | None = None) -> Array:
         sites, or their mean where its ``Penalty`` says so. Each layer of a stack is
         a site, and the padding of layers of unequal rank is never seen.
     """
-    found = [n for n in nodes(adapted) if n.adapter.penalty.of_leaves is not None]
+    found = [
+        (name, part)
+        for name, part in _parts(adapted)
+        if part.adapter.penalty.of_leaves is not None
+    ]
     total = _over_sites(
-        [(n.adapter, per_layer(n, n.adapter.penalty.of_leaves)) for n in found]
+        [(n, x.adapter, per_layer(x, x.adapter.penalty.of_leaves)) for n, x in found]
     )
     return total if not seen else total + seen_penalty(adapted, seen)
 
@@ -190,23 +195,28 @@ def seen_penalty(adapted: PyTree, seen: Mapping[str, Any]) -> Array:
         adapted: the tree that was run.
         seen: the second result of ``adapt(fn, taps="own")``.
     """
-    found = {n.site.path: n for n in nodes(adapted) if n.adapter.penalty.of_seen}
-    return _over_sites(
-        [
-            (found[p].adapter, _of_seen(found[p], x))
-            for p, x in seen.items()
-            if p in found
-        ]
-    )
+    found = {
+        part.site.path: (name, part)
+        for name, part in _parts(adapted)
+        if part.adapter.penalty.of_seen is not None
+    }
+    seen = {path: sums for path, sums in seen.items() if path in found}
+    each = [(*found[path], sums) for path, sums in seen.items()]
+    return _over_sites([(n, part.adapter, _of_seen(part, x)) for n, part, x in each])
 
 
-def _over_sites(each: list[tuple[Adapter, Array]]) -> Array:
-    """The sites' penalties, joined method by method."""
-    sums: dict[tuple[str, str], list] = {}
-    for adapter, x in each:
-        sums.setdefault((adapter.name, adapter.penalty.joined), []).append(x)
+def _parts(adapted: PyTree) -> list[tuple[str, AdaptedKernel]]:
+    """Every adapter of every site, with its name."""
+    return [pair for node in nodes(adapted) for pair in parts_of(node).items()]
+
+
+def _over_sites(each: list[tuple[str, Adapter, Array]]) -> Array:
+    """The sites' penalties, joined method by method, of adapters of one name."""
+    sums: dict[tuple[str, str, str], list] = {}
+    for name, adapter, x in each:
+        sums.setdefault((name, adapter.name, adapter.penalty.joined), []).append(x)
     result = jnp.zeros((), jnp.float32)
-    for (_, joined), each in sums.items():
+    for (_, _, joined), each in sums.items():
         dtype = wider(result.dtype, *(x.dtype for x in each))
         sites = jnp.concatenate([x.astype(dtype) for x in each])
         total = jnp.mean(sites) if joined == "mean" else jnp.sum(sites)
@@ -241,6 +251,8 @@ def count(adapted: PyTree) -> tuple[int, int]:
 
 def trainable_size(node: AdaptedKernel) -> int:
     """Number of trained values at one site, without padding."""
+    if is_several(node):
+        return sum(map(trainable_size, parts_of(node).values()))
     if not padded(node):
         return sum(math.prod(x.shape) for x in node.trainable.values())
     layers = zip(node.site.ranks, jax.eval_shape(unpadded_layers, node), strict=True)

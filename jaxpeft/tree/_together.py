@@ -1,0 +1,230 @@
+"""Several adapters on one kernel: one method, made of the methods of its parts.
+
+The leaves of the part named ``"default"`` keep their names, and those of the part
+``"french"`` are ``french:a``, ``french:b``, ... So whatever is done to a tree with one
+adapter a site (splitting, saving a checkpoint, sharding, merging) is done to this one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpeft.tree._adapter import Adapter, Options, Where
+from jaxpeft.tree._change import structure
+from jaxpeft.tree._lift import number_leaves
+from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._terms import Factors
+
+DEFAULT = "default"
+SEVERAL = "several"
+
+
+class Part(NamedTuple):
+    """One adapter of a site with several.
+
+    Attributes:
+        name: its name.
+        adapter: its method.
+        ranks: of each layer, or ``None``.
+    """
+
+    name: str
+    adapter: Adapter
+    ranks: tuple[int, ...] | None
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank, which the leaves of a stack are padded to."""
+        return None if self.ranks is None else max(self.ranks)
+
+    def own(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """This part's leaves, by the names that its method knows."""
+        if self.name == DEFAULT:
+            return {n: x for n, x in leaves.items() if ":" not in n}
+        start = f"{self.name}:"
+        return {n[len(start) :]: x for n, x in leaves.items() if n.startswith(start)}
+
+    def named(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves by the names that they have beside those of other parts."""
+        if self.name == DEFAULT:
+            return dict(leaves)
+        return {f"{self.name}:{n}": x for n, x in leaves.items()}
+
+    @property
+    def salt(self) -> int:
+        """What tells this part's random draws from those of others at the site."""
+        return 0 if self.name == DEFAULT else _digest(self.name)
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+class _OwnCall:
+    """A call as one part sees it: with draws of its own."""
+
+    def __init__(self, call: Any, salt: int) -> None:
+        self._call, self._salt = call, salt
+
+    def __getattr__(self, name: str) -> Any:
+        x = getattr(self._call, name)
+        if name != "step_key" or x is None or not self._salt:
+            return x
+        return jax.random.fold_in(x, self._salt)
+
+
+@functools.cache
+def several(parts: tuple[Part, ...]) -> Adapter:
+    """The method that is the sum of its parts' changes of one kernel.
+
+    It is attached by name, ``attach(..., name="french")``; it has no place among the
+    methods that files know, where every part is a method of its own.
+    """
+
+    def init(key, kernel, rank, alpha):
+        # Of shapes alone: leaves come from the parts, as each of them is attached.
+        del rank, alpha
+        frozen, trainable = {}, {}
+        for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
+            made = part.adapter.init(own, kernel, part.rank, part.adapter.where.alpha)
+            numbers = number_leaves(part.adapter, kernel.dtype)
+            frozen |= part.named({**made[0], **numbers})
+            trainable |= part.named(made[1])
+        return frozen, trainable
+
+    def factors(kernel, frozen, trainable, call):
+        each = [
+            part.adapter.factors(
+                kernel,
+                part.own(frozen),
+                part.own(trainable),
+                _OwnCall(call, part.salt),
+            )
+            for part in parts
+        ]
+        terms = sum((_salted(f, p.salt) for f, p in zip(each, parts, strict=True)), ())
+        scales = {
+            name: next((x for f in each if (x := getattr(f, name)) is not None), None)
+            for name in ("c", "o", "kernel")
+        }
+        return Factors(terms, **scales)
+
+    def shared(key, d_in, d_out, rank, dtype):
+        del rank
+        made = {}
+        for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
+            if part.adapter.shared is not None:
+                sizes = {"d_in": d_in, "d_out": d_out, "rank": part.rank}
+                made |= part.named(part.adapter.shared(own, dtype=dtype, **sizes))
+        return made
+
+    def folded(frozen):
+        (part,) = parts
+        return part.adapter.folded(part.own(frozen))
+
+    first = parts[0].adapter
+    return Adapter(
+        init=init,
+        factors=factors,
+        where=Where(leaf=first.where.leaf, bias=first.where.bias),
+        folded=None if first.folded is None else folded,
+        shared=shared if any(p.adapter.shared for p in parts) else None,
+        name=SEVERAL,
+        options=Options((("parts", parts),), constructor=several),
+    )
+
+
+def _salted(factors: Factors, salt: int):
+    if not salt:
+        return factors.terms
+    return tuple(dataclasses.replace(term, salt=salt) for term in factors.terms)
+
+
+def is_several(node: AdaptedKernel) -> bool:
+    """Whether adapters with names sit at a site, even if it is one of them."""
+    return node.adapter.name == SEVERAL
+
+
+def parts_of(node: AdaptedKernel) -> dict[str, AdaptedKernel]:
+    """Each adapter of a site as if it sat there alone, by name."""
+    if not is_several(node):
+        return {DEFAULT: node}
+    parts = node.adapter.options["parts"]
+    return {
+        part.name: node.replace(
+            frozen=part.own(node.frozen),
+            trainable=part.own(node.trainable),
+            adapter=part.adapter,
+            site=dataclasses.replace(node.site, ranks=part.ranks),
+        )
+        for part in parts
+    }
+
+
+def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
+    """One site of several adapters of one kernel; the inverse of ``parts_of``.
+
+    Raises:
+        ValueError: a name that cannot be one, or adapters that cannot share a kernel.
+    """
+    first = next(iter(nodes.values()))
+    for name in nodes:
+        check_name(name)
+    if list(nodes) == [DEFAULT]:
+        return first
+    parts = tuple(Part(n, x.adapter, x.site.ranks) for n, x in nodes.items())
+    _check_sharing(first.site.path, parts)
+    merged = lambda field: {
+        name: x
+        for part, node in zip(parts, nodes.values(), strict=True)
+        for name, x in part.named(getattr(node, field)).items()
+    }
+    return first.replace(
+        frozen=merged("frozen"),
+        trainable=merged("trainable"),
+        adapter=several(parts),
+        site=dataclasses.replace(first.site, ranks=None),
+    )
+
+
+def check_name(name: Any) -> None:
+    """Raises unless an adapter may have this name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError(
+            f"an adapter's `name` must be made of letters, digits, '_', '.' and '-', "
+            f"got {name!r}; write name='french'"
+        )
+
+
+def _check_sharing(path: str, parts: Sequence[Part]) -> None:
+    """Raises unless the changes of several adapters may be added up."""
+    if len(parts) == 1:
+        return
+    gated = []
+    for part in parts:
+        who = f"site {path!r}: adapter {part.name!r}, {part.adapter.name!r}, "
+        found = structure(part.adapter, part.rank)
+        why = ""
+        if part.adapter.where.leaf != "kernel" or found.factors.kernel is not None:
+            why = "trains the leaf itself"
+        elif found.scales:
+            why = "scales the kernel's inputs or outputs"
+        elif found.folded:
+            why = "has folded a part of its change into the kernel"
+        if why:
+            raise ValueError(
+                f"{who}{why}, so it cannot share a kernel with another adapter, "
+                f"{[p.name for p in parts if p is not part]}; a method that only adds "
+                "thin products can, such as jaxpeft.lora()"
+            )
+        gated += [part.name] if found.experts else []
+    if len(gated) > 1:
+        raise ValueError(
+            f"site {path!r}: adapters {gated} all have experts, whose gates are "
+            "reported by site; let one of them sit elsewhere"
+        )
