@@ -1,0 +1,50 @@
+"""What happens to a kernel where no rule follows it: an error, or its merged form."""
+
+import dataclasses
+import warnings
+from typing import Literal
+
+from jaxpeft.transform._moved import Kernel
+from jaxpeft.tree import materialise
+
+_WAYS_OUT = (
+    "jaxpeft.adapt has no rule for that. Two ways out: leave the site out of `targets` "
+    "(or name it in `exclude`), or write "
+    'jaxpeft.adapt(fn, unsupported="materialise") to form the merged kernel there.'
+)
+
+
+class UnsupportedError(NotImplementedError):
+    """The model does something to an adapted kernel that ``adapt`` has no rule for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Refuses, or forms merged kernels and warns.
+
+    Attributes:
+        unsupported: ``"error"`` or ``"materialise"``.
+        ways_out: what the error advises.
+        warned: places that were warned about in this call.
+    """
+
+    unsupported: Literal["error", "materialise"]
+    ways_out: str = _WAYS_OUT
+    warned: set = dataclasses.field(default_factory=set)
+
+    def __call__(self, x: Kernel, primitive: str, place: str, reason: str):
+        """The merged kernel where that was asked for; else the error."""
+        what = f"site {x.path!r} reaches `{primitive}` at {place}: {reason}."
+        if self.unsupported == "error":
+            raise UnsupportedError(f"{what} {self.ways_out}")
+        if x.reads_input:
+            raise UnsupportedError(
+                f"{what} Its method depends on the input, so it cannot be materialised."
+            )
+        if what not in self.warned:
+            self.warned.add(what)
+            dropout = "" if x.key is None else ", without its dropout"
+            warnings.warn(
+                f"{what} Its merged kernel is formed there{dropout}.", stacklevel=2
+            )
+        return materialise(x)
