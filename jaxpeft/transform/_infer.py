@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxpeft.transform import _compat
 from jaxpeft.transform._evaluate import Evaluator
-from jaxpeft.transform._moved import Kernel
+from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses
 from jaxpeft.tree import BATCH, IN, OUT, Factors, is_node, leaves_with_path
 
@@ -72,11 +72,24 @@ class _Track(Kernel):
                 words[order[0]] = BATCH
         return self.assigned(words, eqn)
 
-    def is_stacked(self, axis: int) -> bool:
-        return self.base.ndim != 2
+    def scaled_along(self, factor, f):
+        if factor.shape == self.base.shape:
+            raise NoRule("it is multiplied along all of its axes")
+        return super().scaled_along(factor, f)
 
-    def as_table(self, axis: int, eqn: Equation) -> Kernel:
-        words = [IN if i == axis else OUT for i in range(self.base.ndim)]
+    def beside(self, others, starts, axis, base):
+        roles = zip(*(w.roles for w in (self, *others)), strict=True)
+        names = tuple(_Origins(sum((r.axes for r in each), ())) for each in roles)
+        return self.replace(base=base, names=names)
+
+    def is_table(self, axis, mapped) -> bool:
+        return self.base.ndim - len(mapped) == 2
+
+    def as_table(self, axis, mapped, eqn: Equation) -> Kernel:
+        words = [
+            IN if i == axis else BATCH if i in mapped else OUT
+            for i in range(self.base.ndim)
+        ]
         return self.assigned(words, eqn, first=True)
 
 

@@ -6,8 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxpeft.tree import BATCH, IN, OUT, RANK, SLOT, Bound, Factors, dims_of, map_axes
+from jaxpeft.tree import (
+    BATCH,
+    IN,
+    OUT,
+    RANK,
+    SLOT,
+    Bound,
+    Factors,
+    Term,
+    dims_of,
+    map_axes,
+    wider,
+)
 
 
 class NoRule(Exception):
@@ -157,6 +170,87 @@ class Kernel(Bound):
         factors = dataclasses.replace(self.factors, terms=terms)
         return self.replace(base=f(self.base), factors=factors)
 
+    def scaled_along(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
+        """Applies a linear ``f(array, factor)`` of a factor with as many axes.
+
+        The factor scales along out or batch axes, so that ``c``, ``o`` and what is
+        between the factors stay as they are, or along in axes, which a gate forbids.
+        """
+        roles = {r for r, n in zip(self.roles, factor.shape, strict=True) if n > 1}
+        if {IN, OUT} <= roles:
+            raise NoRule("it is multiplied along in and out axes at once")
+        gated = any(term.gate is not None for term in self.terms)
+        if IN in roles and gated:
+            raise NoRule("its method reads the input, and its in axes are scaled")
+        side, own = ("a", (IN, RANK)) if IN in roles else ("b", (RANK, OUT))
+
+        def scale(term):
+            slot = () if term.rows is None else (SLOT,)
+            where = self._positions((BATCH, *slot, *own))
+            seen = [1 if i is None else factor.shape[i] for i in where]
+            order = [i for i in where if i is not None]
+            others = [i for i in range(factor.ndim) if i not in order]
+            aligned = factor.transpose(*order, *others).reshape(seen)
+            x = getattr(term, side)
+            return dataclasses.replace(term, **{side: f(x, aligned.astype(x.dtype))})
+
+        factors = dataclasses.replace(self.factors, terms=tuple(map(scale, self.terms)))
+        return self.replace(base=f(self.base, factor), factors=factors)
+
+    def beside(self, others: Sequence, starts: Sequence, axis: int, base) -> "Kernel":
+        """This kernel and others as parts of one, concatenated along an axis.
+
+        Args:
+            others: the other kernels.
+            starts: where on the axis each of them begins, this one first.
+            axis: an in or out axis.
+            base: the whole base, which may have plain parts, too.
+
+        Returns:
+            One kernel: ``a`` and ``b`` of the parts side by side, 0 where a part is
+            not. Parts that drop entries of their input drop the same ones.
+        """
+        parts = (self, *others)
+        terms: list[Term] = []
+        for w, start in zip(parts, starts, strict=True):
+            if w.roles != self.roles or w.roles[axis] == BATCH:
+                roles = " and ".join(sorted({" ".join(w.roles) for w in parts}))
+                raise NoRule(
+                    f"kernels {roles!r} are concatenated along axis {axis}; their "
+                    "roles must agree, and the axis be an in or out axis"
+                )
+            special = not all(t.gate is None and t.rows is None for t in w.terms)
+            if w.c is not None or w.o is not None or special:
+                raise NoRule(
+                    f"kernels are concatenated, and the method of site {w.path!r} "
+                    "scales its input or output, or has a gate or rows"
+                )
+            end = base.shape[axis] - start - w.base.shape[axis]
+
+            def pad(x, layout, w=w, ends=(start, end, 0)):
+                where = w._positions(layout)
+                if axis not in where:
+                    return x
+                zero = jnp.zeros((), x.dtype)
+                return lax.pad(
+                    x, zero, [ends if i == axis else (0, 0, 0) for i in where]
+                )
+
+            terms += w._mapped(pad).terms
+        first = lambda name: next(
+            (getattr(w, name) for w in parts if getattr(w, name) is not None), None
+        )
+        if sum(w.leaves is not None for w in parts) > 1:
+            raise NoRule("tapped kernels are concatenated")
+        return self.replace(
+            base=base,
+            factors=Factors(_side_by_side(terms, len(self.dims(BATCH)))),
+            key=first("key"),
+            leaves=first("leaves"),
+            mask=first("mask"),
+            path=" + ".join(w.path for w in parts),
+        )
+
     # Uses: a contraction says what the axes are, and the roles must agree.
 
     def assigned(self, words: Sequence[str], eqn: Any, first: bool = False) -> "Kernel":
@@ -201,17 +295,26 @@ class Kernel(Bound):
         ]
         return w.assigned(names, eqn)
 
-    def is_stacked(self, axis: int) -> bool:
-        """Whether picking along an axis leaves kernels, rather than rows of a table."""
-        return self.roles[axis] == BATCH
+    def is_table(self, axis: int, mapped: Sequence[int]) -> bool:
+        """Whether picking along an axis gives rows of a table, rather than kernels.
 
-    def as_table(self, axis: int, eqn: Any) -> "Kernel":
+        Args:
+            axis: the axis that is picked along.
+            mapped: axes that ``vmap`` goes over together with the indices.
+        """
+        if self.roles[axis] == BATCH and any(self.roles[i] != BATCH for i in mapped):
+            raise NoRule("a kernel is picked for each of its in or out axes")
+        return self.roles[axis] != BATCH
+
+    def as_table(self, axis: int, mapped: Sequence[int], eqn: Any) -> "Kernel":
         """The kernel with the axis along which rows are looked up as its in axis."""
         w = self.swapped() if self.roles[axis] == OUT else self
-        if w.roles[axis] != IN or w.roles.count(IN) != 1 or w.dims(BATCH):
+        batch = [i for i, r in enumerate(w.roles) if r == BATCH]
+        if w.roles[axis] != IN or w.roles.count(IN) != 1 or batch != list(mapped):
             raise NoRule(
                 f"rows are looked up along axis {axis}, but its roles are "
-                f"{' '.join(w.roles)!r}: a table is 'in out'"
+                f"{' '.join(w.roles)!r}: a table is 'in out', or a stack of those "
+                "under vmap"
             )
         return w
 
@@ -278,6 +381,17 @@ class Kernel(Bound):
             return x.reshape(shape + x.shape[at:])
 
         return self._mapped(reshape, base=base, names=names)
+
+
+def _side_by_side(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
+    """Terms as one where all that differs is their pairs."""
+    alike = [t for t in terms if not t.drop]
+    if len(alike) < 2:
+        return tuple(terms)
+    wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
+    a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
+    b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
+    return (Term(a, b), *(t for t in terms if t.drop))
 
 
 def same(x: Any, y: Kernel) -> bool:

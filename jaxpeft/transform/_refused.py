@@ -1,16 +1,21 @@
 """What happens to a kernel where no rule follows it: an error, or its merged form."""
 
 import dataclasses
+import math
 import warnings
 from typing import Literal
 
 from jaxpeft.transform._moved import Kernel
-from jaxpeft.tree import materialise
+from jaxpeft.tree import IN, OUT, materialise
 
+_LEAVE_OUT = "leave the site out of `targets` (or name it in `exclude`)"
 _WAYS_OUT = (
-    "jaxpeft.adapt has no rule for that. Two ways out: leave the site out of `targets` "
-    "(or name it in `exclude`), or write "
+    f"jaxpeft.adapt has no rule for that. Two ways out: {_LEAVE_OUT}, or write "
     'jaxpeft.adapt(fn, unsupported="materialise") to form the merged kernel there.'
+)
+_ONE_WAY_OUT = (
+    "Its method depends on the input, so that no merged kernel could be materialised "
+    f"there: {_LEAVE_OUT}, or attach a method that can be merged."
 )
 
 
@@ -33,14 +38,19 @@ class Refusal:
     warned: set = dataclasses.field(default_factory=set)
 
     def __call__(self, x: Kernel, primitive: str, place: str, reason: str):
-        """The merged kernel where that was asked for; else the error."""
+        """The merged kernel where that was asked for; else the error.
+
+        A kernel of which one row or column is left (one row of a table that was looked
+        up, say) is as thin as its factors: in whatever follows it is an array.
+        """
+        one = min(math.prod(x.dims(IN)), math.prod(x.dims(OUT))) == 1
+        if one and not x.reads_input:
+            return materialise(x)
         what = f"site {x.path!r} reaches `{primitive}` at {place}: {reason}."
+        if x.reads_input:
+            raise UnsupportedError(f"{what} {_ONE_WAY_OUT}")
         if self.unsupported == "error":
             raise UnsupportedError(f"{what} {self.ways_out}")
-        if x.reads_input:
-            raise UnsupportedError(
-                f"{what} Its method depends on the input, so it cannot be materialised."
-            )
         if what not in self.warned:
             self.warned.add(what)
             dropout = "" if x.key is None else ", without its dropout"

@@ -7,7 +7,7 @@ wrote it, and adds two thin ones.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -252,8 +252,12 @@ def look_up(
     axis: int,
     take: Callable[[Any, int], Any],
     index_ndim: int,
+    paired: Sequence[int] = (),
 ) -> Any:
     """Takes rows of an embedding table: rows of the base and of ``a``.
+
+    What a rule returns where a primitive picks rows of a kernel by their numbers. A
+    look-up has no input, so it has no dropout and nothing is tapped at it.
 
     Args:
         eqn: the equation that the rule was called with.
@@ -262,24 +266,28 @@ def look_up(
         take: ``take(array, position)`` gathers along one axis of an array and puts
             the index axes first.
         index_ndim: the number of index axes.
+        paired: the index axes that the table's first axes go together with, one each:
+            ``vmap`` over tables and indices at once. ``take`` does that, too.
 
     Returns:
-        ``[*index, *rest]``.
+        ``[*index, *rest]``, ``rest`` the table's axes that are neither indexed nor
+        paired.
 
     Raises:
         NoRule: the table's roles do not fit, or its method reads its input.
     """
-    w = w.as_table(axis, eqn)
+    w = w.as_table(axis, range(len(paired)), eqn)
     if any(term.gate is not None for term in w.terms):
         raise NoRule("its method depends on the input, and a look-up has none")
-    if not index_ndim and any(term.rows is not None for term in w.terms):
-        raise NoRule("rows choose an adapter, and here one id is looked up alone")
+    slots = any(term.rows is not None for term in w.terms)
+    if slots and (paired or not index_ndim):
+        raise NoRule("rows choose an adapter, and here no axis of the ids is a row")
     rows = w.along(axis, take)
     y, delta = rows.base, None
-    out = y.ndim - index_ndim
+    batch, index = [("x", i) for i in paired], [("x", i) for i in range(index_ndim)]
+    rest, rank = [("w", i) for i in range(y.ndim - index_ndim)], [("r", 0)]
     if rows.c is not None:
-        c = rows.c.reshape(rows.c.shape + (1,) * out)
-        y = times(y, c)
+        y = times(y, spread_along(rows.c, index, index + rest))
     for term in rows.terms:
         a, b = term.a, term.b
         if term.rows is not None:  # slots: nothing else is beside the table
@@ -289,14 +297,14 @@ def look_up(
             return jnp.where(chosen, finish(y, delta, None, None), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        index = [("x", i) for i in range(index_ndim)]
-        rest = [("w", i) for i in range(1, b.ndim)]
         more = labelled_dot(
-            *(a, [*index, ("r", 0)], b, [("r", 0), *rest], index + rest),
+            *(a, index + rank, b, batch + rank + rest, index + rest),
             joined=joins_axes(eqn.uses.target),
         )
         delta = more if delta is None else delta + more
-    return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
+    return finish(
+        y, delta, rows.o, lambda o: spread_along(o, batch + rest, index + rest)
+    )
 
 
 @rule("dot_general")

@@ -120,20 +120,32 @@ def _split(eqn: Equation, w: Kernel) -> list[Kernel]:
 
 @rule("mul", "div", moves=True)
 def _times(eqn: Equation, left: Any, right: Any) -> Kernel:
-    """A kernel times or over one number."""
-    at, divide = only_kernel((left, right)), eqn.raw.primitive.name == "div"
+    """A kernel times or over a number, or an array along out, batch or in axes."""
+    at = only_kernel((left, right))
     w, factor = (left, right) if at == 0 else (right, left)
-    if at and divide:
-        raise NoRule("the kernel is used by something that is not a contraction")
-    if jnp.size(factor) != 1:
-        raise NoRule("it is multiplied by an array; only a number scales a kernel")
-    number = jnp.reshape(factor, ())
+    divides = eqn.raw.primitive.name == "div"
+    if at and divides:
+        raise NoRule("something is divided by it")
+    apply = lambda x, factor: x / factor if divides else x * factor
+    if jnp.size(factor) == 1:
+        number = jnp.reshape(factor, ())
+        return w.scaled(lambda x: apply(x, number.astype(x.dtype)))
+    if eqn.raw.outvars[0].aval.shape != w.base.shape:
+        raise NoRule("it is multiplied by an array with more entries")
+    return w.scaled_along(factor, apply)
 
-    def apply(x):
-        value = number.astype(x.dtype)
-        return x / value if divide else x * value
 
-    return w.scaled(apply)
+@rule("concatenate")
+def _concatenate(eqn: Equation, *parts) -> Kernel:
+    """Kernels side by side, as in recurrent cells and fused projections."""
+    axis, starts, kernels, at = eqn.params["dimension"], [], [], 0
+    bases = [x.base if isinstance(x, Kernel) else x for x in parts]
+    for x, base in zip(parts, bases, strict=True):
+        if isinstance(x, Kernel):
+            kernels.append(x)
+            starts.append(at)
+        at += base.shape[axis]
+    return kernels[0].beside(kernels[1:], starts, axis, eqn.run(*bases))
 
 
 @rule("neg", moves=True)
@@ -143,46 +155,72 @@ def _negate(eqn: Equation, w: Kernel) -> Kernel:
 
 @rule("gather")
 def _gather(eqn: Equation, w: Kernel, indices) -> Any:
-    """Whole slices along one axis: rows of a table, or kernels out of a stack."""
-    numbers = eqn.params["dimension_numbers"]
-    axes = tuple(numbers.start_index_map)
-    whole = all(
-        size == n
-        for i, (size, n) in enumerate(
-            zip(eqn.params["slice_sizes"], w.base.shape, strict=True)
-        )
-        if i not in axes
-    )
+    """Whole slices along one axis: rows of a table, or kernels out of a stack.
+
+    What ``vmap`` makes of an index, in any nesting, is one too: its slices keep the
+    axis with size one, there are indices for axes that are taken whole, and the
+    kernel's first axes may be mapped together with axes of the indices.
+    """
+    params, shape = eqn.params, w.base.shape
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    indexed, mapped = numbers.start_index_map, numbers.operand_batching_dims
+    cut = [i for i, n in enumerate(shape) if sizes[i] != n and i not in mapped]
+    axis = int((cut or indexed)[0])
+    fills = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     if (
-        len(axes) != 1
-        or tuple(numbers.collapsed_slice_dims) != axes
-        or tuple(numbers.operand_batching_dims)
-        or not whole
+        axis not in indexed
+        or sizes[axis] != 1
+        or len(cut) > 1
+        or (fills and len(indexed) > 1)  # else the index of a whole axis can only be 0
+        or tuple(mapped) != tuple(range(len(mapped)))
     ):
         raise NoRule("the gather takes more than whole slices along one axis")
-    (axis,), index_ndim = axes, indices.ndim - 1
+    column = list(indexed).index(axis)
+    ids, index_ndim = indices[..., column : column + 1], indices.ndim - 1
+    paired = _ints(numbers.start_indices_batching_dims)
+    fill = params["fill_value"] if params["fill_value"] is not None else np.nan
 
     def take(x, position):
         """Gathers along one axis of any array, with the index axes in front."""
-        rest = x.ndim - 1
+        ones = (*range(len(mapped)), position)
         return eqn.run(
             x,
-            indices,
+            ids,
             dimension_numbers=lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(index_ndim, index_ndim + rest)),
+                offset_dims=tuple(range(index_ndim, index_ndim + x.ndim - len(ones))),
                 collapsed_slice_dims=(position,),
                 start_index_map=(position,),
+                operand_batching_dims=ones[:-1],
+                start_indices_batching_dims=paired,
             ),
-            slice_sizes=tuple(1 if i == position else n for i, n in enumerate(x.shape)),
+            slice_sizes=tuple(1 if i in ones else n for i, n in enumerate(x.shape)),
+            mode=lax.GatherScatterMode.CLIP if fills else params["mode"],
+            unique_indices=params["unique_indices"] and len(indexed) == 1,
         )
 
-    # From index axes first to the gather's own layout.
-    ndim = index_ndim + w.base.ndim - 1
-    offset = tuple(numbers.offset_dims)
-    places = [*(i for i in range(ndim) if i not in offset), *offset]
-    order = [places.index(i) for i in range(ndim)]
-    if not w.is_stacked(axis):
-        return look_up(eqn, w, axis, take, index_ndim).transpose(order)
-    w = w.transpose((axis, *(i for i in range(w.base.ndim) if i != axis)))
-    names = (*(w.grown() for _ in range(index_ndim)), *w.roles[1:])
-    return w.along(0, take).replace(names=names).transpose(order)
+    def filled(x):
+        """Fills in for what is out of bounds, once the adapter is at work."""
+        inside = (ids >= 0) & (ids < shape[axis])
+        inside = inside.reshape(inside.shape[:-1] + (1,) * (x.ndim - index_ndim))
+        return jnp.where(inside, x, jnp.asarray(fill, x.dtype)) if fills else x
+
+    # From index axes first to the gather's own layout, where axes of size one may be.
+    kept = [i for i in range(w.base.ndim) if i != axis and i not in mapped]
+    have = [("x", i) for i in range(index_ndim)] + [("w", i) for i in kept]
+    index, gone = iter(have), {*numbers.collapsed_slice_dims, *mapped}
+    whole = iter([("w", i) for i in range(w.base.ndim) if i not in gone])
+    out_shape = eqn.raw.outvars[0].aval.shape
+    out = [
+        next(whole if i in numbers.offset_dims else index)
+        for i in range(len(out_shape))
+    ]
+    out = [l for l in out if l in have] + [l for l in have if l not in out]
+    order = [have.index(l) for l in out]
+    if w.is_table(axis, _ints(mapped)):
+        y = filled(look_up(eqn, w, axis, take, index_ndim, paired))
+        return y.transpose(order).reshape(out_shape)
+    if fills and not np.isnan(fill):
+        raise NoRule(f"{fill} is filled in for kernels that are not in the stack")
+    names = (*(w.grown() for _ in range(index_ndim)), *(w.roles[i] for i in kept))
+    w = w.along(axis, take).replace(names=names)
+    return w.replace(base=filled(w.base)).transpose(order).reshape(out_shape)
