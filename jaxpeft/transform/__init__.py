@@ -2,6 +2,7 @@
 
 from jaxpeft.transform._adapt import adapt as adapt
 from jaxpeft.transform._capture import capture as capture
+from jaxpeft.transform._infer import Axes as Axes
 from jaxpeft.transform._infer import infer_axes as infer_axes
 from jaxpeft.transform._moved import Kernel as Kernel
 from jaxpeft.transform._moved import NoRule as NoRule

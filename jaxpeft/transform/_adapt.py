@@ -125,7 +125,7 @@ def _compiled(fn, unsupported: str, taps: Tap | str | None):
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def call(static: "Static", target: str, arrays: list):
-        return run(fn, static, arrays, Evaluator(Refusal(unsupported)), taps, target)
+        return run(fn, static, arrays, Refusal(unsupported), taps, target)
 
     return call
 
@@ -193,7 +193,7 @@ class Static:
         )
 
 
-def _returned(x, values: list, arrays: list, evaluate: Evaluator):
+def _returned(x, values: list, arrays: list, refusal: Refusal):
     """An output; a kernel that comes back as it went in is its node again."""
     if not isinstance(x, Kernel):
         return x
@@ -201,7 +201,7 @@ def _returned(x, values: list, arrays: list, evaluate: Evaluator):
         if isinstance(value, Kernel) and same(x, value):
             return node
     reason = "the function returns the kernel, changed"
-    return evaluate.without_rule(x, "return", "its end", reason)
+    return refusal.array(x, "return", "its end", reason)
 
 
 def _with_scaled_biases(static: Static, arrays: list, values: list) -> list:
@@ -220,7 +220,7 @@ def run(
     fn,
     static: Static,
     arrays: list,
-    evaluate: Evaluator,
+    refusal: Refusal,
     taps: Tap | str | None,
     target: str,
     sites: Collection[str] | None = None,
@@ -231,7 +231,7 @@ def run(
         fn: the user's function.
         static: what ``split_call`` made of its arguments.
         arrays: the same.
-        evaluate: the interpreter.
+        refusal: what happens where no rule follows a kernel.
         taps: as in ``adapt``.
         target: the platform that the program is for.
         sites: paths of the sites that are tapped; ``None`` for all.
@@ -256,7 +256,7 @@ def run(
     if any(is_node(x) and x.adapter.scales_bias for x in arrays):
         values = _with_scaled_biases(static, arrays, values)
     uses = Uses(taps, target)
-    outs = evaluate(jaxpr, consts, values, uses)
-    outs = [_returned(x, values, arrays, evaluate) for x in outs]
+    outs = Evaluator(refusal)(jaxpr, consts, values, uses)
+    outs = [_returned(x, values, arrays, refusal) for x in outs]
     out = jax.tree.structure(shape).unflatten(outs)
     return out if taps is None else (out, joined(uses.tapped))

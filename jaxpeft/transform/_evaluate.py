@@ -15,7 +15,6 @@ from jaxpeft.transform import _compat
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses
 from jaxpeft.transform._shared import Shared
-from jaxpeft.transform.rules import RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +22,11 @@ class Evaluator:
     """Walks through jaxprs.
 
     Attributes:
-        without_rule: ``without_rule(kernel, primitive, place, reason)``: the array
-            that stands for a kernel where no rule follows it, or an error.
+        without_rule: ``without_rule(eqn, operands, reason)``: the results of an
+            equation that no rule follows a kernel through, or an error.
     """
 
-    without_rule: Callable[[Kernel, str, str, str], Any]
+    without_rule: Callable[[Equation, list, str], list]
 
     def __call__(
         self, jaxpr: Any, consts: Sequence, args: Sequence, uses: Uses
@@ -80,37 +79,18 @@ class Evaluator:
         eqn = Equation(raw, self, uses.at(raw), shared.read)
         with raw.ctx.manager, _scope(raw):
             try:
-                return _applied(eqn, vals)
+                return eqn.apply(vals)
             except NoRule as e:
                 reason = str(e)
-            name, place = raw.primitive.name, _compat.place(eqn.uses.trail)
-            vals = [
-                self.without_rule(x, name, place, reason)
-                if isinstance(x, Kernel)
-                else x
-                for x in vals
-            ]
-            return _listed(eqn, eqn.run(*vals))
+            return self.without_rule(eqn, vals, reason)
 
     def _moved(self, raw, vals: list, uses: Uses, shared: Shared) -> list | None:
         """An equation that moves a kernel, before its turn; ``None``: not yet."""
         try:
             with raw.ctx.manager, _scope(raw):
-                return _applied(Equation(raw, self, uses.at(raw), shared.read), vals)
+                return Equation(raw, self, uses.at(raw), shared.read).apply(vals)
         except NoRule:
             return None
-
-
-def _applied(eqn: Equation, vals: list) -> list:
-    """The results of an equation's rule."""
-    name = eqn.raw.primitive.name
-    if name not in RULES:
-        raise NoRule("the kernel is used by something that is not a contraction")
-    return _listed(eqn, RULES[name].apply(eqn, *vals))
-
-
-def _listed(eqn: Equation, outs: Any) -> list:
-    return list(outs) if eqn.raw.primitive.multiple_results else [outs]
 
 
 def _scope(eqn):

@@ -1,6 +1,6 @@
 """``infer_axes``: what a model does with each axis of its kernels, abstractly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,32 @@ from jaxpeft.transform._rule import Equation, Uses
 from jaxpeft.tree import BATCH, IN, OUT, Factors, is_node, leaves_with_path
 
 _LAYER = "layer"
+# What a leaf is used for; the first of these that is seen counts.
+_USES = _CONTRACTED, _LOOKED_UP, _ADDED, _OTHER = (
+    "contracted",
+    "looked up",
+    "added",
+    "other",
+)
+
+
+class Axes(dict[str, str]):
+    """Roles of kernels' axes by path, as ``attach(..., axes=)`` takes them.
+
+    Attributes:
+        uses: ``{path: use}`` of every leaf with two axes or more, whether its roles
+            are known or not: ``"contracted"`` where it meets an input (at least once),
+            else ``"looked up"`` where its rows are picked by numbers, ``"added"``
+            where it is added to something, ``"other"`` for all else.
+    """
+
+    def __init__(self, axes: Mapping[str, str], uses: Mapping[str, str]):
+        super().__init__(axes)
+        self.uses = dict(uses)
+
+    def __or__(self, other: Mapping[str, str]) -> "Axes":
+        """With some roles replaced or added, and the same uses."""
+        return Axes({**self, **other}, self.uses)
 
 
 class _Origins(str):
@@ -48,13 +74,14 @@ class _Track(Kernel):
         """A loop may go over any axis; one that is gone at the end is a layer's."""
 
     def assigned(self, words, eqn: Equation, first=False) -> Kernel:
-        use: dict[str, dict[int, str]] = {}
+        use = _LOOKED_UP if first else _CONTRACTED
+        by_path: dict[str, dict[int, str]] = {}
         for origins, word in zip(self.roles, words, strict=True):
             for path, axis in origins.axes:
-                use.setdefault(path, {}).setdefault(axis, word)
-        for path, roles in use.items():
+                by_path.setdefault(path, {}).setdefault(axis, word)
+        for path, roles in by_path.items():
             seen = eqn.uses.learnt.setdefault(path, [])
-            seen.insert(0, roles) if first else seen.append(roles)
+            seen.insert(0 if first else len(seen), (use, roles))
         names = tuple(word if word in (IN, OUT) else BATCH for word in words)
         return Kernel.of(self).replace(names=names)
 
@@ -93,9 +120,26 @@ class _Track(Kernel):
         return self.assigned(words, eqn, first=True)
 
 
-def infer_axes(
-    fn: Callable[..., Any], params: PyTree, *example_args: Any
-) -> dict[str, str]:
+def _one_at_a_time(eqn: Equation, operands: list, reason: str) -> list:
+    """An equation that no rule follows: what it says of each leaf by itself."""
+    tracks = [i for i, x in enumerate(operands) if isinstance(x, Kernel)]
+    arrays = [x.base if isinstance(x, Kernel) else x for x in operands]
+    found = None
+    for i in tracks:
+        try:
+            if len(tracks) == 1:
+                raise NoRule(reason)
+            outs = eqn.apply([*arrays[:i], operands[i], *arrays[i + 1 :]])
+            found = found or outs
+        except NoRule:
+            added = eqn.raw.primitive.name in ("add", "add_any", "sub")
+            use = _ADDED if added else _OTHER
+            for path in {p for r in operands[i].roles for p, _ in r.axes}:
+                eqn.uses.learnt.setdefault(path, []).append((use, {}))
+    return found or eqn.results(eqn.run(*arrays))
+
+
+def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Axes:
     """Reads the roles of kernels' axes off any model.
 
     The function is traced abstractly, so nothing is computed and shapes do. An axis
@@ -112,13 +156,24 @@ def infer_axes(
 
     Returns:
         ``{path: "layer in out"}`` for each kernel whose every axis was seen in use;
-        hand it to ``attach(..., axes=)``.
+        hand it to ``attach(..., axes=)``. Its ``uses`` say of every leaf with two axes
+        or more whether it is ``"contracted"`` with an input, only ``"looked up"``,
+        only ``"added"``, or something ``"other"``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
-        >>> heads = lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"])
-        >>> jp.infer_axes(heads, {"w": jnp.zeros((8, 2, 4))}, jnp.zeros((1, 8)))
-        {'w': 'in out out'}
+        >>> def fn(p, ids):
+        ...     x = p["table"][ids] + p["positions"]
+        ...     return jnp.einsum("td,dhk->thk", x, p["w"])
+        >>> shapes = dict(table=(9, 4), positions=(2, 4), w=(4, 2, 3))
+        >>> params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+        >>> axes = jp.infer_axes(fn, params, jnp.array([1, 2]))
+        >>> axes
+        {'table': 'in out', 'w': 'in out out'}
+        >>> axes.uses
+        {'positions': 'added', 'table': 'looked up', 'w': 'contracted'}
+        >>> [path for path, use in axes.uses.items() if use == "contracted"]
+        ['w']
     """
     named = leaves_with_path(params)
     args, treedef = jax.tree.flatten(example_args)
@@ -137,19 +192,23 @@ def infer_axes(
             _Track.of_leaf(path, x) if jnp.ndim(x) >= 2 else x
             for (path, _), x in zip(named, leaves, strict=True)
         ]
-        Evaluator(lambda x, *_: x.base)(jaxpr, consts, [*tracks, *arrays], uses)
+        Evaluator(_one_at_a_time)(jaxpr, consts, [*tracks, *arrays], uses)
 
     uses = Uses(None, "cpu")
     jax.eval_shape(walk, leaves, arrays)
-    result = {}
+    axes, used = {}, {}
     for (path, _), x in zip(named, leaves, strict=True):
-        for roles in uses.learnt.get(path, ()):
+        if np.ndim(x) < 2:
+            continue
+        seen = uses.learnt.get(path, [])
+        used[path] = min([use for use, _ in seen], key=_USES.index, default=_OTHER)
+        for _, roles in seen:
             # An axis that was gone before the use was gone over, or picked from.
             words = [roles.get(i, _LAYER) for i in range(np.ndim(x))]
             if {IN, OUT} <= set(words):
-                result[path] = " ".join(words)
+                axes[path] = " ".join(words)
                 break
-    return result
+    return Axes(axes, used)
 
 
 def _is_shaped(x: Any) -> bool:

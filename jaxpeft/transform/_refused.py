@@ -5,7 +5,9 @@ import math
 import warnings
 from typing import Literal
 
+from jaxpeft.transform import _compat
 from jaxpeft.transform._moved import Kernel
+from jaxpeft.transform._rule import Equation
 from jaxpeft.tree import IN, OUT, materialise
 
 _LEAVE_OUT = "leave the site out of `targets` (or name it in `exclude`)"
@@ -37,7 +39,16 @@ class Refusal:
     ways_out: str = _WAYS_OUT
     warned: set = dataclasses.field(default_factory=set)
 
-    def __call__(self, x: Kernel, primitive: str, place: str, reason: str):
+    def __call__(self, eqn: Equation, operands: list, reason: str) -> list:
+        """The results of an equation without a rule, on merged kernels."""
+        name, place = eqn.raw.primitive.name, _compat.place(eqn.uses.trail)
+        arrays = [
+            self.array(x, name, place, reason) if isinstance(x, Kernel) else x
+            for x in operands
+        ]
+        return eqn.results(eqn.run(*arrays))
+
+    def array(self, x: Kernel, primitive: str, place: str, reason: str):
         """The merged kernel where that was asked for; else the error.
 
         A kernel of which one row or column is left (one row of a table that was looked

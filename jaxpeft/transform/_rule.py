@@ -73,6 +73,17 @@ class Equation:
         """The equation's parameters, as a jaxpr prints them."""
         return self.raw.params
 
+    def apply(self, operands: list) -> list:
+        """What the rule makes of operands among which kernels are."""
+        name = self.raw.primitive.name
+        if name not in RULES:
+            raise NoRule("the kernel is used by something that is not a contraction")
+        return self.results(RULES[name].apply(self, *operands))
+
+    def results(self, outs: Any) -> list:
+        """One result, or several, as a list."""
+        return list(outs) if self.raw.primitive.multiple_results else [outs]
+
     def run(self, *operands: Any, **changes: Any) -> Any:
         """Issues the equation on arrays, with some of its parameters changed."""
         primitive = self.raw.primitive
