@@ -105,6 +105,8 @@ class _Track(Kernel):
         return super().scaled_along(factor, f)
 
     def beside(self, others, starts, axis, base):
+        if sum(w.base.shape[axis] for w in (self, *others)) != base.shape[axis]:
+            raise NoRule("leaves and what is computed are concatenated")  # activations
         roles = zip(*(w.roles for w in (self, *others)), strict=True)
         names = tuple(_Origins(sum((r.axes for r in each), ())) for each in roles)
         return self.replace(base=base, names=names)

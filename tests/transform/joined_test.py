@@ -86,7 +86,7 @@ def test_kernels_side_by_side(name, params, x, keys):
         n: "in out out" if n in ("heads", "more") else "in out" for n in sites.split()
     }
     # Joining kernels is what the model itself does.
-    allow = "concatenate", "pad", "slice", "fusion", "copy", "transpose"
+    allow = "concatenate", "pad", "slice"
     check(fn, params, x, sites=roles, keys=keys, adapter=pair(), allow=allow)
 
 
@@ -223,7 +223,7 @@ def test_a_kernel_times_an_array(name, adapter, x, keys):
         adapter = pair()
     # The model's own product, what a loop keeps of it for the way back, and what a
     # convolution does for its gradient.
-    own = "multiply divide fusion reverse broadcast copy transpose dynamic-update-slice"
+    own = "multiply divide reverse broadcast dynamic-update-slice"
     allow = own.split()
     check(fn, params, x, sites={"w": roles}, keys=keys, adapter=adapter, allow=allow)
 
