@@ -7,6 +7,7 @@ from jaxpeft.transform import UnsupportedError as UnsupportedError
 from jaxpeft.transform import adapt as adapt
 from jaxpeft.transform import capture as capture
 from jaxpeft.transform import infer_axes as infer_axes
+from jaxpeft.transform import rule as rule
 from jaxpeft.tree import attach as attach
 from jaxpeft.tree import combine as combine
 from jaxpeft.tree import count as count

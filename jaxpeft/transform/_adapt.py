@@ -11,8 +11,9 @@ import numpy as np
 from jaxpeft.numerics import TARGETS, target_of
 from jaxpeft.transform import _compat
 from jaxpeft.transform._evaluate import Evaluator
-from jaxpeft.transform._moved import same
-from jaxpeft.transform.rules._contraction import Uses
+from jaxpeft.transform._moved import Kernel, same
+from jaxpeft.transform._refused import Refusal
+from jaxpeft.transform._rule import Uses
 from jaxpeft.transform.rules._control import joined
 from jaxpeft.tree import (
     Bound,
@@ -124,7 +125,7 @@ def _compiled(fn, unsupported: str, taps: Tap | str | None):
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def call(static: "Static", target: str, arrays: list):
-        return run(fn, static, arrays, Evaluator(unsupported), taps, target)
+        return run(fn, static, arrays, Refusal(unsupported), taps, target)
 
     return call
 
@@ -192,15 +193,15 @@ class Static:
         )
 
 
-def _returned(x, values: list, arrays: list, evaluate: Evaluator):
+def _returned(x, values: list, arrays: list, refusal: Refusal):
     """An output; a kernel that comes back as it went in is its node again."""
-    if not isinstance(x, Bound):
+    if not isinstance(x, Kernel):
         return x
     for value, node in zip(values, arrays, strict=True):
-        if isinstance(value, Bound) and same(x, value):
+        if isinstance(value, Kernel) and same(x, value):
             return node
     reason = "the function returns the kernel, changed"
-    return evaluate.arrays(x, "return", "its end", reason)
+    return refusal.array(x, "return", "its end", reason)
 
 
 def _with_scaled_biases(static: Static, arrays: list, values: list) -> list:
@@ -219,7 +220,7 @@ def run(
     fn,
     static: Static,
     arrays: list,
-    evaluate: Evaluator,
+    refusal: Refusal,
     taps: Tap | str | None,
     target: str,
     sites: Collection[str] | None = None,
@@ -230,7 +231,7 @@ def run(
         fn: the user's function.
         static: what ``split_call`` made of its arguments.
         arrays: the same.
-        evaluate: the interpreter.
+        refusal: what happens where no rule follows a kernel.
         taps: as in ``adapt``.
         target: the platform that the program is for.
         sites: paths of the sites that are tapped; ``None`` for all.
@@ -251,10 +252,11 @@ def run(
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
     values = [bind(x, taps_of(x)) if is_node(x) else x for x in arrays]
+    values = [Kernel.of(x) if isinstance(x, Bound) else x for x in values]
     if any(is_node(x) and x.adapter.where.bias == "scaled" for x in arrays):
         values = _with_scaled_biases(static, arrays, values)
-    uses = Uses(taps, target, {})
-    outs = evaluate(jaxpr, consts, values, uses)
-    outs = [_returned(x, values, arrays, evaluate) for x in outs]
+    uses = Uses(taps, target)
+    outs = Evaluator(refusal)(jaxpr, consts, values, uses)
+    outs = [_returned(x, values, arrays, refusal) for x in outs]
     out = jax.tree.structure(shape).unflatten(outs)
     return out if taps is None else (out, joined(uses.tapped))

@@ -10,8 +10,8 @@ from jaxtyping import PyTree
 
 from jaxpeft.numerics import target_of
 from jaxpeft.transform._adapt import run, split_call
-from jaxpeft.transform._evaluate import Evaluator
 from jaxpeft.transform._infer import infer_axes
+from jaxpeft.transform._refused import Refusal
 from jaxpeft.tree import (
     AdaptedKernel,
     Adapter,
@@ -105,8 +105,8 @@ def capture(
             found = infer_axes(lambda p, *args: fn(p, *args, **kwargs), params, *rest)
         watched, sites = _watched(params, targets, exclude, found, axes is None)
         new_static, new_arrays = split_call((watched, *rest), kwargs)
-        evaluate = Evaluator("error", _WAY_OUT)
-        out, seen = run(fn, new_static, new_arrays, evaluate, tap, target, sites)
+        refusal = Refusal("error", _WAY_OUT)
+        out, seen = run(fn, new_static, new_arrays, refusal, tap, target, sites)
         blind = [path for path in sites if path not in seen]
         if blind:
             raise ValueError(

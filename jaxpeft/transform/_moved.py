@@ -1,13 +1,26 @@
-"""What is done to a kernel and its factors alike before it meets its input."""
+"""A kernel on its way: what is done to it and its factors alike until it is used."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxpeft.tree import BATCH, IN, OUT, RANK, SLOT, Bound, Factors, dims_of, map_axes
+from jaxpeft.tree import (
+    BATCH,
+    IN,
+    OUT,
+    RANK,
+    SLOT,
+    Bound,
+    Factors,
+    Term,
+    dims_of,
+    map_axes,
+    wider,
+)
 
 
 class NoRule(Exception):
@@ -17,188 +30,373 @@ class NoRule(Exception):
 _OWN = (RANK, SLOT)  # axes that no axis of the kernel lies behind
 
 
-def _map_factors(w: Bound, f: Callable[[Any, tuple], Any], **base) -> Bound:
-    """Applies ``f(array, axes)`` to every array but the base."""
-    rest = lambda tree: jax.tree.map(lambda x: f(x, (BATCH,)), tree)
-    return w.replace(
-        factors=map_axes(lambda x, axes: f(x, (BATCH, *axes)), w.factors),
-        key=rest(w.key),
-        leaves=rest(w.leaves),
-        mask=rest(w.mask),
-        **base,
-    )
+@jax.tree_util.register_pytree_node_class
+class Kernel(Bound):
+    """What a rule is handed in place of a kernel's array.
 
+    The model sees the array ``base``. Beside it travel its adapter's factors; each of
+    the base's axes has a role, ``"batch"``, ``"in"`` or ``"out"``, and says so which
+    axes of the factors go with it. Every method gives another kernel; none changes
+    this one. A method that a kernel's factors forbid raises ``NoRule``.
 
-def _positions(w: Bound, layout) -> list[int | None]:
-    """The base's axis behind each axis of a factor; ``None`` for the rank."""
-    where: list[int | None] = []
-    for role in layout:
-        if role in _OWN:
-            where.append(None)
-        else:
-            where += [i for i, r in enumerate(w.roles) if r == role]
-    return where
+    ``infer_axes`` walks with kernels whose roles are still to be learnt. For them
+    every move is allowed, and the uses at the end teach what the others check.
+    """
 
+    @classmethod
+    def of(cls, bound: Bound) -> "Kernel":
+        """The same, as a kernel that rules can move."""
+        return cls(**vars(bound))
 
-def transpose(w: Bound, permutation: tuple[int, ...]) -> Bound:
-    """Permutes the kernel's axes; factors keep batch first, then in or out."""
-    names = tuple(w.roles[p] for p in permutation)
-    ins = [p for p in permutation if w.roles[p] == IN and w.base.shape[p] > 1]
-    if w.leaves is not None and ins != sorted(ins):
-        raise NoRule(
-            "a tap reads the input in the order of the kernel's in axes, and here they "
-            "change places"
+    # How the roles of axes that an equation makes follow from those it had.
+
+    def grown(self, role: str | None = None) -> str:
+        """The role of an axis that grows out of one of size one, or of nothing."""
+        return BATCH
+
+    def regrouped(self, group: Sequence[int], shape: Sequence[int]) -> list[str]:
+        """The roles of new axes, of these sizes, which a group of axes becomes."""
+        roles = {self.roles[k] for k in group if self.base.shape[k] > 1}
+        if len(roles) > 1:
+            raise NoRule(f"a reshape joins {' and '.join(sorted(roles))} axes")
+        return [roles.pop() if roles else BATCH] * len(shape)
+
+    def check_stacked(self) -> None:
+        """Raises where a loop goes over the first axis, and it is no batch axis."""
+        if self.roles[0] != BATCH:
+            raise NoRule(
+                f"the scan goes over an {self.roles[0]!r} axis of shape "
+                f"{self.base.shape}; a scanned axis is a batch axis, such as "
+                "axes={...: 'layer in out'}"
+            )
+
+    # Moves.
+
+    def on_base(self, f: Callable[[Any], Any]) -> "Kernel":
+        """Applies ``f`` to the base alone; the adapter keeps its own dtype."""
+        base = f(self.base)
+        if not jnp.issubdtype(base.dtype, jnp.floating):
+            raise NoRule(f"the kernel becomes {base.dtype}")
+        return self.replace(base=base)
+
+    def transpose(self, permutation: Sequence[int]) -> "Kernel":
+        """Permutes the kernel's axes; factors keep batch first, then in or out."""
+        names = tuple(self.roles[p] for p in permutation)
+        shape = self.base.shape
+        ins = [p for p in permutation if self.roles[p] == IN and shape[p] > 1]
+        if self.leaves is not None and ins != sorted(ins):
+            raise NoRule(
+                "a tap reads the input in the order of the kernel's in axes, and here "
+                "they change places"
+            )
+        after = {old: new for new, old in enumerate(permutation)}
+
+        def permute(x, layout):
+            old = self._positions(layout)
+            spots, at = [], 0
+            for role in layout:  # each role's axes, in their new order
+                count = 1 if role in _OWN else self.roles.count(role)
+                places = range(at, at + count)
+                spots += sorted(places, key=lambda i: after.get(old[i], 0))
+                at += count
+            spots += range(at, x.ndim)  # a leaf's own axes, behind the batch axes
+            return x if spots == list(range(x.ndim)) else x.transpose(spots)
+
+        base = self.base.transpose(permutation)
+        return self._mapped(permute, base=base, names=names)
+
+    def reshape(self, shape: Sequence[int]) -> "Kernel":
+        """Splits or joins axes of one role; never mixes two."""
+        old, new = self.base.shape, tuple(shape)
+        names: list[str] = []
+        i = j = 0
+        while i < len(old) or j < len(new):
+            # The smallest group of old axes that makes a group of new ones.
+            i0, j0 = i, j
+            left = old[i] if i < len(old) else 1
+            right = new[j] if j < len(new) else 1
+            i, j = min(i + 1, len(old)), min(j + 1, len(new))
+            while left != right:
+                if left < right:
+                    left, i = left * old[i], i + 1
+                else:
+                    right, j = right * new[j], j + 1
+            names += self.regrouped(range(i0, i), new[j0:j])
+        return self._reroled(self.base.reshape(new), names)
+
+    def squeeze(self, axes: Sequence[int]) -> "Kernel":
+        """Drops axes of size one."""
+        kept = [i for i in range(self.base.ndim) if i not in axes]
+        base = self.base.reshape([self.base.shape[i] for i in kept])
+        return self._reroled(base, [self.roles[i] for i in kept])
+
+    def broadcast(self, shape: Sequence[int], where: Sequence[int]) -> "Kernel":
+        """``lax.broadcast_in_dim``: new axes, and axes that grow, are batch axes."""
+        kept, names = [], []
+        for i, n in enumerate(shape):
+            at = where.index(i) if i in where else None
+            kept.append(1 if at is None else self.base.shape[at])
+            role = None if at is None else self.roles[at]
+            same = at is not None and kept[i] == n
+            names.append(role if same else self.grown(role))
+        ones = [i for i, n in enumerate(self.base.shape) if n == 1]
+        grown = self.squeeze(ones)._reroled(self.base.reshape(kept), names)
+        sizes = dict(enumerate(shape))
+
+        def widen(x, layout):
+            now = grown._positions(layout)
+            full = [x.shape[k] if i is None else sizes[i] for k, i in enumerate(now)]
+            return jnp.broadcast_to(x, (*full, *x.shape[len(now) :]))
+
+        return grown._mapped(widen, base=jnp.broadcast_to(grown.base, shape))
+
+    def along(self, axis: int, f: Callable[[Any, int], Any]) -> "Kernel":
+        """Applies ``f(array, position)`` to the base and all that follow one axis."""
+        gated = any(term.gate is not None for term in self.terms)
+        if self.roles[axis] == IN and gated:
+            raise NoRule(
+                "its method reads the whole input, but the kernel's input is cut"
+            )
+
+        def cut(x, layout):
+            where = self._positions(layout)
+            return f(x, where.index(axis)) if axis in where else x
+
+        return self._mapped(cut, base=f(self.base, axis))
+
+    def scaled(self, f: Callable[[Any], Any]) -> "Kernel":
+        """Applies a linear ``f`` (times a number, negation) to the kernel."""
+        terms = tuple(dataclasses.replace(t, b=f(t.b)) for t in self.terms)
+        factors = dataclasses.replace(self.factors, terms=terms)
+        return self.replace(base=f(self.base), factors=factors)
+
+    def scaled_along(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
+        """Applies a linear ``f(array, factor)`` of a factor with as many axes.
+
+        The factor scales along out or batch axes, so that ``c``, ``o`` and what is
+        between the factors stay as they are, or along in axes, which a gate forbids.
+        """
+        roles = {r for r, n in zip(self.roles, factor.shape, strict=True) if n > 1}
+        if {IN, OUT} <= roles:
+            raise NoRule("it is multiplied along in and out axes at once")
+        gated = any(term.gate is not None for term in self.terms)
+        if IN in roles and gated:
+            raise NoRule("its method reads the input, and its in axes are scaled")
+        side, own = ("a", (IN, RANK)) if IN in roles else ("b", (RANK, OUT))
+
+        def scale(term):
+            slot = () if term.rows is None else (SLOT,)
+            where = self._positions((BATCH, *slot, *own))
+            seen = [1 if i is None else factor.shape[i] for i in where]
+            order = [i for i in where if i is not None]
+            others = [i for i in range(factor.ndim) if i not in order]
+            aligned = factor.transpose(*order, *others).reshape(seen)
+            x = getattr(term, side)
+            return dataclasses.replace(term, **{side: f(x, aligned.astype(x.dtype))})
+
+        factors = dataclasses.replace(self.factors, terms=tuple(map(scale, self.terms)))
+        return self.replace(base=f(self.base, factor), factors=factors)
+
+    def beside(self, others: Sequence, starts: Sequence, axis: int, base) -> "Kernel":
+        """This kernel and others as parts of one, concatenated along an axis.
+
+        Args:
+            others: the other kernels.
+            starts: where on the axis each of them begins, this one first.
+            axis: an in or out axis.
+            base: the whole base, which may have plain parts, too.
+
+        Returns:
+            One kernel: ``a`` and ``b`` of the parts side by side, 0 where a part is
+            not. Parts that drop entries of their input drop the same ones.
+        """
+        parts = (self, *others)
+        terms: list[Term] = []
+        for w, start in zip(parts, starts, strict=True):
+            if w.roles != self.roles or w.roles[axis] == BATCH:
+                roles = " and ".join(sorted({" ".join(w.roles) for w in parts}))
+                raise NoRule(
+                    f"kernels {roles!r} are concatenated along axis {axis}; their "
+                    "roles must agree, and the axis be an in or out axis"
+                )
+            special = not all(t.gate is None and t.rows is None for t in w.terms)
+            if w.c is not None or w.o is not None or special:
+                raise NoRule(
+                    f"kernels are concatenated, and the method of site {w.path!r} "
+                    "scales its input or output, or has a gate or rows"
+                )
+            end = base.shape[axis] - start - w.base.shape[axis]
+
+            def pad(x, layout, w=w, ends=(start, end, 0)):
+                where = w._positions(layout)
+                if axis not in where:
+                    return x
+                zero = jnp.zeros((), x.dtype)
+                return lax.pad(
+                    x, zero, [ends if i == axis else (0, 0, 0) for i in where]
+                )
+
+            terms += w._mapped(pad).terms
+        first = lambda name: next(
+            (getattr(w, name) for w in parts if getattr(w, name) is not None), None
         )
-    after = {old: new for new, old in enumerate(permutation)}
+        if sum(w.leaves is not None for w in parts) > 1:
+            raise NoRule("tapped kernels are concatenated")
+        return self.replace(
+            base=base,
+            factors=Factors(_side_by_side(terms, len(self.dims(BATCH)))),
+            key=first("key"),
+            leaves=first("leaves"),
+            mask=first("mask"),
+            path=" + ".join(w.path for w in parts),
+        )
 
-    def permute(x, layout):
-        old = _positions(w, layout)
-        spots, at = [], 0
-        for role in layout:  # each role's axes, in their new order
-            count = 1 if role in _OWN else w.roles.count(role)
-            spots += sorted(range(at, at + count), key=lambda i: after.get(old[i], 0))
-            at += count
-        spots += range(at, x.ndim)  # a leaf's own axes, behind the batch axes
-        return x if spots == list(range(x.ndim)) else x.transpose(spots)
+    # Uses: a contraction says what the axes are, and the roles must agree.
 
-    return _map_factors(w, permute, base=w.base.transpose(permutation), names=names)
+    def assigned(self, words: Sequence[str], eqn: Any, first: bool = False) -> "Kernel":
+        """The kernel with these roles, which differ from its own in axes of size one.
 
+        Args:
+            words: ``"in"``, ``"out"`` or a word for batch axes, for each axis.
+            eqn: the equation that uses the kernel so.
+            first: whether this use says more of the roles than those before it.
+        """
+        names = tuple(w if w in (IN, OUT) else BATCH for w in words)
+        for size, mine, theirs in zip(self.base.shape, self.roles, names, strict=True):
+            if size > 1 and mine != theirs:
+                raise NoRule(
+                    f"an axis of size {size} is {mine!r}, but is used as {theirs!r}"
+                )
+        return self if names == self.roles else self._reroled(self.base, names)
 
-def _reroled(w: Bound, base, names: tuple[str, ...]) -> Bound:
-    """Reshapes every factor to the sizes that a reshaped base gives its roles."""
-    dims = {role: dims_of(base.shape, names, role) for role in (BATCH, IN, OUT)}
+    def oriented(self, summed, batch, eqn: Any) -> "Kernel":
+        """The kernel with its in axes summed, turned round for a transposed use."""
+        w, shape = self, self.base.shape
+        big = lambda axes: {i for i in axes if shape[i] > 1}
+        have = {
+            role: big(i for i, r in enumerate(w.roles) if r == role)
+            for role in (IN, OUT, BATCH)
+        }
+        if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
+            w = w.swapped()
+        elif big(summed) != have[IN]:
+            raise NoRule(
+                f"axes {tuple(summed)} of shape {shape} are summed, but its roles "
+                f"are {' '.join(w.roles)!r}: all of its in axes must be, and no other"
+            )
+        if big(batch) - have[BATCH]:
+            raise NoRule(
+                f"axes {tuple(batch)} of shape {shape} are batch axes of the "
+                f"contraction, but its roles are {' '.join(w.roles)!r}"
+            )
+        names = [
+            IN if i in summed else BATCH if i in batch or r == BATCH else OUT
+            for i, r in enumerate(w.roles)
+        ]
+        return w.assigned(names, eqn)
 
-    def reshape(x, layout):
-        shape, at = (), 0
+    def is_table(self, axis: int, mapped: Sequence[int]) -> bool:
+        """Whether picking along an axis gives rows of a table, rather than kernels.
+
+        Args:
+            axis: the axis that is picked along.
+            mapped: axes that ``vmap`` goes over together with the indices.
+        """
+        if self.roles[axis] == BATCH and any(self.roles[i] != BATCH for i in mapped):
+            raise NoRule("a kernel is picked for each of its in or out axes")
+        return self.roles[axis] != BATCH
+
+    def as_table(self, axis: int, mapped: Sequence[int], eqn: Any) -> "Kernel":
+        """The kernel with the axis along which rows are looked up as its in axis."""
+        w = self.swapped() if self.roles[axis] == OUT else self
+        batch = [i for i, r in enumerate(w.roles) if r == BATCH]
+        if w.roles[axis] != IN or w.roles.count(IN) != 1 or batch != list(mapped):
+            raise NoRule(
+                f"rows are looked up along axis {axis}, but its roles are "
+                f"{' '.join(w.roles)!r}: a table is 'in out', or a stack of those "
+                "under vmap"
+            )
+        return w
+
+    def swapped(self) -> "Kernel":
+        """The same kernel for its transposed use: in and out change places."""
+        if self.reads_input or any(term.gate is not None for term in self.terms):
+            raise NoRule("its method depends on the input and is used transposed")
+        n = len(self.dims(BATCH))
+
+        def turn(term):
+            a, b = jnp.moveaxis(term.b, n, -1), jnp.moveaxis(term.a, -1, n)
+            return dataclasses.replace(term, a=a, b=b)
+
+        other = {IN: OUT, OUT: IN, BATCH: BATCH}
+        return self.replace(
+            factors=Factors(tuple(map(turn, self.terms)), c=self.o, o=self.c),
+            names=tuple(other[r] for r in self.roles),
+        )
+
+    # The factors beside the base.
+
+    def with_layouts(self, f: Callable[[list], Any], base: Any) -> "Kernel":
+        """A tree like this one: ``f(base axis behind each axis)`` for each factor."""
+
+        def each(x, layout):
+            where = self._positions(layout)
+            return f(where + [None] * (x.ndim - len(where)))
+
+        return self._mapped(each, base=base)
+
+    def _mapped(self, f: Callable[[Any, tuple], Any], **base) -> "Kernel":
+        """Applies ``f(array, axes)`` to every array but the base."""
+        rest = lambda tree: jax.tree.map(lambda x: f(x, (BATCH,)), tree)
+        return self.replace(
+            factors=map_axes(lambda x, axes: f(x, (BATCH, *axes)), self.factors),
+            key=rest(self.key),
+            leaves=rest(self.leaves),
+            mask=rest(self.mask),
+            **base,
+        )
+
+    def _positions(self, layout) -> list[int | None]:
+        """The base's axis behind each axis of a factor; ``None`` for the rank."""
+        where: list[int | None] = []
         for role in layout:
             if role in _OWN:
-                shape, at = (*shape, x.shape[at]), at + 1
+                where.append(None)
             else:
-                shape, at = shape + dims[role], at + w.roles.count(role)
-        return x.reshape(shape + x.shape[at:])
+                where += [i for i, r in enumerate(self.roles) if r == role]
+        return where
 
-    return _map_factors(w, reshape, base=base, names=names)
+    def _reroled(self, base, names: Sequence[str]) -> "Kernel":
+        """Reshapes every factor to the sizes that a reshaped base gives its roles."""
+        names = tuple(names)
+        dims = {role: dims_of(base.shape, names, role) for role in (BATCH, IN, OUT)}
 
+        def reshape(x, layout):
+            shape, at = (), 0
+            for role in layout:
+                if role in _OWN:
+                    shape, at = (*shape, x.shape[at]), at + 1
+                else:
+                    shape, at = shape + dims[role], at + self.roles.count(role)
+            return x.reshape(shape + x.shape[at:])
 
-def reshape(w: Bound, shape: tuple[int, ...]) -> Bound:
-    """Splits or joins axes of one role; never mixes two."""
-    old, new = w.base.shape, tuple(shape)
-    names: list[str] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        # The smallest group of old axes that makes a group of new ones.
-        i0, j0 = i, j
-        left = old[i] if i < len(old) else 1
-        right = new[j] if j < len(new) else 1
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while left != right:
-            if left < right:
-                left, i = left * old[i], i + 1
-            else:
-                right, j = right * new[j], j + 1
-        roles = {w.roles[k] for k in range(i0, i) if old[k] > 1}
-        if len(roles) > 1:
-            raise NoRule(f"the reshape {old} -> {new} joins {' and '.join(roles)} axes")
-        names += [roles.pop() if roles else BATCH] * (j - j0)
-    return _reroled(w, w.base.reshape(new), tuple(names))
+        return self._mapped(reshape, base=base, names=names)
 
 
-def assign(w: Bound, names: tuple[str, ...]) -> Bound:
-    """Gives axes of size one another role; refuses for any other axis."""
-    for size, mine, theirs in zip(w.base.shape, w.roles, names, strict=True):
-        if size > 1 and mine != theirs:
-            raise NoRule(
-                f"an axis of size {size} is {mine!r}, but is used as {theirs!r}"
-            )
-    return w if names == w.roles else _reroled(w, w.base, names)
+def _side_by_side(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
+    """Terms as one where all that differs is their pairs."""
+    alike = [t for t in terms if not t.drop]
+    if len(alike) < 2:
+        return tuple(terms)
+    wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
+    a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
+    b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
+    return (Term(a, b), *(t for t in terms if t.drop))
 
 
-def broadcast(w: Bound, shape: tuple[int, ...], where: tuple[int, ...]) -> Bound:
-    """``lax.broadcast_in_dim``: new axes, and axes that grow, become batch axes."""
-    kept = tuple(
-        w.base.shape[where.index(i)] if i in where else 1 for i in range(len(shape))
-    )
-    names = tuple(
-        w.roles[where.index(i)] if i in where and kept[i] == n else BATCH
-        for i, n in enumerate(shape)
-    )
-    grown = _reroled(_dropped_ones(w), w.base.reshape(kept), names)
-    sizes = dict(enumerate(shape))
-
-    def widen(x, layout):
-        now = _positions(grown, layout)
-        full = tuple(x.shape[k] if i is None else sizes[i] for k, i in enumerate(now))
-        return jnp.broadcast_to(x, full + x.shape[len(now) :])
-
-    return _map_factors(grown, widen, base=jnp.broadcast_to(grown.base, shape))
-
-
-def _dropped_ones(w: Bound) -> Bound:
-    """The kernel without its axes of size one."""
-    shape = tuple(n for n in w.base.shape if n > 1)
-    names = tuple(r for n, r in zip(w.base.shape, w.roles, strict=True) if n > 1)
-    return _reroled(w, w.base.reshape(shape), names)
-
-
-def along(w: Bound, axis: int, f: Callable[[Any, int], Any]) -> Bound:
-    """Applies ``f(array, position)`` to the base and all that follow one axis."""
-    role = w.roles[axis]
-    if role == IN and any(term.gate is not None for term in w.terms):
-        raise NoRule("its method reads the whole input, but the kernel's input is cut")
-
-    def cut(x, layout):
-        where = _positions(w, layout)
-        return f(x, where.index(axis)) if axis in where else x
-
-    return _map_factors(w, cut, base=f(w.base, axis))
-
-
-def scaled(w: Bound, f: Callable[[Any], Any]) -> Bound:
-    """Applies a linear ``f`` (times a number, negation) to the kernel."""
-    terms = tuple(dataclasses.replace(t, b=f(t.b)) for t in w.terms)
-    return w.replace(
-        base=f(w.base), factors=dataclasses.replace(w.factors, terms=terms)
-    )
-
-
-def swapped(w: Bound) -> Bound:
-    """The same kernel for its transposed use: in and out change places."""
-    if w.reads_input or any(term.gate is not None for term in w.terms):
-        raise NoRule("its method depends on the input and is used transposed")
-    n = len(w.dims(BATCH))
-
-    def turn(term):
-        a, b = jnp.moveaxis(term.b, n, -1), jnp.moveaxis(term.a, -1, n)
-        return dataclasses.replace(term, a=a, b=b)
-
-    other = {IN: OUT, OUT: IN, BATCH: BATCH}
-    return w.replace(
-        factors=Factors(tuple(map(turn, w.terms)), c=w.o, o=w.c),
-        names=tuple(other[r] for r in w.roles),
-    )
-
-
-def same(x: Any, y: Bound) -> bool:
+def same(x: Any, y: Kernel) -> bool:
     """Whether a loop gave back the kernel that it was given."""
-    if not isinstance(x, Bound) or x.base is not y.base:
+    if not isinstance(x, Kernel) or x.base is not y.base:
         return False
     leaves = zip(jax.tree.leaves(x.factors), jax.tree.leaves(y.factors), strict=True)
     return all(one is other for one, other in leaves)
-
-
-def with_base(w: Bound, f: Callable[[Any], Any]) -> Bound:
-    """Applies ``f`` to the base alone; the adapter keeps its own dtype."""
-    base = f(w.base)
-    if not jnp.issubdtype(base.dtype, jnp.floating):
-        raise NoRule(f"the kernel becomes {base.dtype}")
-    return w.replace(base=base)
-
-
-def map_layout(w: Bound, f: Callable[[list], Any], base: Any) -> Bound:
-    """A tree like ``w`` with ``f(base axis behind each axis)`` for each factor."""
-
-    def each(x, layout):
-        where = _positions(w, layout)
-        return f(where + [None] * (x.ndim - len(where)))
-
-    return _map_factors(w, each, base=base)

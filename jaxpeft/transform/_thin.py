@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.numerics import where_shown
-from jaxpeft.transform._moved import NoRule, assign, swapped
-from jaxpeft.tree import BATCH, IN, OUT, Bound, wider
+from jaxpeft.transform._moved import Kernel, NoRule
+from jaxpeft.transform._rule import Equation
+from jaxpeft.tree import BATCH, IN, wider
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -119,7 +120,7 @@ def joins_axes(target: str) -> bool:
     return target == "cpu"
 
 
-def shown(w: Bound, x, x_labels):
+def shown(w: Kernel, x, x_labels):
     """The input as its adapter sees it: 0 in padding, whatever it holds there.
 
     A mask of other positions than the input's is left to the tap, which refuses it.
@@ -134,32 +135,6 @@ def shown(w: Bound, x, x_labels):
     return where_shown(mask.reshape(shape), x)
 
 
-def oriented(w: Bound, summed, batch) -> Bound:
-    """The kernel with in axes summed; swaps in and out for a transposed use."""
-    big = lambda axes: {i for i in axes if w.base.shape[i] > 1}
-    have = {
-        role: big(i for i, r in enumerate(w.roles) if r == role)
-        for role in (IN, OUT, BATCH)
-    }
-    if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
-        w = swapped(w)
-    elif big(summed) != have[IN]:
-        raise NoRule(
-            f"axes {tuple(summed)} of shape {w.base.shape} are summed, but its roles "
-            f"are {' '.join(w.roles)!r}: all of its in axes must be, and no other"
-        )
-    if big(batch) - {i for i, r in enumerate(w.roles) if r == BATCH}:
-        raise NoRule(
-            f"axes {tuple(batch)} of shape {w.base.shape} are batch axes of the "
-            f"contraction, but its roles are {' '.join(w.roles)!r}"
-        )
-    names = tuple(
-        IN if i in summed else BATCH if i in batch else BATCH if r == BATCH else OUT
-        for i, r in enumerate(w.roles)
-    )
-    return assign(w, names)
-
-
 def precision_of(params):
     """The model's precision, unless it is an algorithm for other dtypes."""
     precision = params.get("precision")
@@ -168,7 +143,7 @@ def precision_of(params):
 
 
 def read(
-    kernels: Sequence[Bound],
+    kernels: Sequence[Kernel],
     product: Callable[[Any, Any], Any],
     precision: Any,
     target: str,
@@ -220,19 +195,19 @@ def read(
 
 
 def read_together(
-    kernels: list[Bound], x, params: dict, kernel_first: bool, target: str
-):
+    kernels: list[Kernel], x, eqn: Equation, kernel_first: bool
+) -> list[list[Read]] | None:
     """Reads one input for several kernels that a model contracts with it.
 
     Returns:
         What each term of each reads, or ``None`` where they cannot share a product.
     """
-    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     w_sum, x_sum = (left, right) if kernel_first else (right, left)
     if left_batch or right_batch:
         return None
     try:
-        kernels = [oriented(w, w_sum, ()) for w in kernels]
+        kernels = [w.oriented(w_sum, (), eqn) for w in kernels]
     except NoRule:
         return None
     first = kernels[0]
@@ -252,9 +227,9 @@ def read_together(
     if len({w.mask is None for w in kernels}) > 1:
         return None
     x = shown(first, x, x_labels)  # a call has one mask for all
-    joined = joins_axes(target)
+    joined = joins_axes(eqn.uses.target)
 
     def product(columns, how):
         return labelled_dot(x, x_labels, columns, labels, out, how, joined=joined)
 
-    return read(kernels, product, precision_of(params), target)
+    return read(kernels, product, precision_of(eqn.params), eqn.uses.target)

@@ -7,7 +7,7 @@ wrote it, and adds two thin ones.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,59 +16,21 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.transform import _compat
-from jaxpeft.transform._moved import NoRule, along, swapped
+from jaxpeft.transform._moved import Kernel, NoRule
+from jaxpeft.transform._rule import Equation, Uses, only_kernel, rule
 from jaxpeft.transform._thin import (
     Read,
     joins_axes,
     labelled_dot,
-    oriented,
     precision_of,
     read,
     shown,
 )
 from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
-from jaxpeft.tree import BATCH, IN, OUT, Bound, Term, wider
+from jaxpeft.tree import BATCH, IN, OUT, Term, wider
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
-
-
-@dataclasses.dataclass
-class Uses:
-    """What one call of an adapted function gathers at its sites.
-
-    Attributes:
-        tap: the user's function, ``"own"`` for each method's, or ``None``.
-        target: the platform that the program is for.
-        numbers: the uses of each site, by the equations that lead to them; shared by
-            all bodies of one trace, so that tracing a body twice changes nothing.
-        tapped: ``(path, statistics)`` in order.
-        trail: the equations that lead here, outermost first.
-    """
-
-    tap: Callable[..., Any] | str | None
-    target: str
-    numbers: dict[str, dict[tuple[int, ...], int]]
-    tapped: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
-    trail: tuple[Any, ...] = ()
-
-    def at(self, eqn) -> "Uses":
-        """The same gathering, one equation further in."""
-        return dataclasses.replace(self, trail=(*self.trail, eqn))
-
-    def child(self) -> "Uses":
-        """For the body of a loop or branch, whose statistics come out on their own."""
-        return dataclasses.replace(self, tapped=[])
-
-    def record(self, path: str, statistics: Any) -> None:
-        """Keeps what a tap or a report gave at a site, if it gave anything."""
-        if jax.tree.leaves(statistics):
-            self.tapped.append((path, statistics))
-
-    def number(self, path: str) -> int:
-        """Which use of the site this is, in the order of the program."""
-        seen = self.numbers.setdefault(path, {})
-        return seen.setdefault(tuple(map(id, self.trail)), len(seen))
 
 
 def spread_along(x, labels, out_labels):
@@ -87,11 +49,13 @@ def times(x, scale):
     return (jnp.broadcast_to(x, shape).astype(wide) * scale).astype(x.dtype)
 
 
-def dropped(x, w: Bound, rate: float, uses: Uses):
+def dropped(x, w: Kernel, term: Term, uses: Uses):
     """Inverted dropout on a term's input; the identity at rate 0."""
-    if not rate:
+    if not (rate := term.drop):
         return x
     key = jax.random.fold_in(w.key.reshape(-1)[0], uses.number(w.path))
+    if term.salt:  # another adapter of the kernel draws from the same key
+        key = jax.random.fold_in(key, term.salt)
     for name in sorted(_compat.varying_axes(x)):  # each shard draws its own
         key = jax.random.fold_in(key, lax.axis_index(name))
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -99,30 +63,43 @@ def dropped(x, w: Bound, rate: float, uses: Uses):
     return jnp.where(keep, scaled, jnp.zeros_like(x))
 
 
-def dot_general(
-    w: Bound,
-    x,
-    params: dict,
-    kernel_first: bool,
-    uses: Uses,
-    run,
-    known: list[Read] | None = None,
-):
-    """A ``dot_general`` of a kernel with an input.
+def contract(
+    eqn: Equation,
+    w: Kernel,
+    x: Any,
+    dimension_numbers: Any,
+    run: Callable[[Any, Any], Any],
+    *,
+    kernel_first: bool = False,
+) -> Any:
+    """Contracts a kernel with its input, and adds what its adapter adds.
+
+    What a rule returns where a primitive sums over axes of an input and a kernel.
 
     Args:
+        eqn: the equation that the rule was called with.
         w: the kernel.
-        x: the other operand.
-        params: the equation's parameters.
-        kernel_first: whether the kernel is the left operand.
-        uses: what the call gathers.
-        run: ``run(x, base)`` issues the model's own contraction.
-        known: what each term reads of the input, where that is known already.
+        x: the input, an array.
+        dimension_numbers: which axes of the two are summed and which are batch axes,
+            as in ``lax.dot_general(x, kernel, dimension_numbers)``. The result has the
+            batch axes, the other axes of ``x``, and those of the kernel.
+        run: ``run(x, base)`` computes this contraction on arrays, as the model does:
+            with the primitive itself. The adapter's own two are thin ``dot_general``s.
+        kernel_first: whether the kernel is the left operand, so that the numbers and
+            the result have the kernel first. (``run`` has the input first.)
+
+    Returns:
+        The result, of the dtype that ``run`` gives.
+
+    Raises:
+        NoRule: the kernel's roles do not fit the axes that are summed, or its method
+            has no form for this use.
     """
-    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    (left, right), (left_batch, right_batch) = dimension_numbers
     sides = (left, left_batch), (right, right_batch)
     (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
-    w = oriented(w, w_sum, w_batch)
+    known = eqn.known(eqn, x, kernel_first)
+    w, uses = w.oriented(w_sum, w_batch, eqn), eqn.uses
     n = w.base.ndim
     w_labels = [("w", i) for i in range(n)]
     x_labels: list[tuple[str, int]] = [("x", i) for i in range(x.ndim)]
@@ -137,7 +114,7 @@ def dot_general(
         [w_labels[i] for i, r in enumerate(w.roles) if r == role]
         for role in (IN, OUT, BATCH)
     )
-    precision, given = precision_of(params), (x, x_labels)
+    precision, given = precision_of(eqn.params), (x, x_labels)
     product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
@@ -148,7 +125,7 @@ def dot_general(
             y = run(x, w.base)
         else:
             y = labelled_dot(x, spelled, w.base, w_labels, out, precision)
-            y = y.astype(params["preferred_element_type"] or y.dtype)
+            y = y.astype(eqn.params.get("preferred_element_type") or y.dtype)
         x_labels = spelled
     else:
         y = run(x, w.base)
@@ -169,7 +146,7 @@ def dot_general(
         if term.rows is not None:
             continue
         if h is None:
-            h = thin(term.a, precision, dropped(x, w, term.drop, uses))
+            h = thin(term.a, precision, dropped(x, w, term, uses))
         if term.gated:
             h = gated(term.gate.apply, seen, h, len(batch))
         more = product(h, h_labels, term.b, batch + rank + outs, out, precision)
@@ -181,7 +158,7 @@ def dot_general(
     return y
 
 
-def _each_row(term: Term, w: Bound, x, x_labels, y, out, precision):
+def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
     """Adds to each row of the input, along its first axis, what that row chose."""
     ins, outs, batch = (
         [("w", i) for i, r in enumerate(w.roles) if r == role]
@@ -251,7 +228,7 @@ def gated(apply, seen, h, batch_axes: int):
     return each(apply, seen, h)
 
 
-def record(uses: Uses, w: Bound, x, x_labels, batch, ins, known: list[Read]):
+def record(uses: Uses, w: Kernel, x, x_labels, batch, ins, known: list[Read]):
     """Keeps what a tap of the user's or the gates say of an input, if they do."""
     if uses.tap == "own":
         for term, (_, seen) in zip(w.terms, known, strict=True):
@@ -272,42 +249,47 @@ def record(uses: Uses, w: Bound, x, x_labels, batch, ins, known: list[Read]):
 
 
 def look_up(
-    w: Bound,
+    eqn: Equation,
+    w: Kernel,
     axis: int,
     take: Callable[[Any, int], Any],
     index_ndim: int,
-    uses: Uses,
-):
-    """Rows of an embedding table: rows of the base and of ``a``.
+    paired: Sequence[int] = (),
+) -> Any:
+    """Takes rows of an embedding table: rows of the base and of ``a``.
+
+    What a rule returns where a primitive picks rows of a kernel by their numbers. A
+    look-up has no input, so it has no dropout and nothing is tapped at it.
 
     Args:
+        eqn: the equation that the rule was called with.
         w: the table.
         axis: the axis that is indexed.
         take: ``take(array, position)`` gathers along one axis of an array and puts
             the index axes first.
         index_ndim: the number of index axes.
-        uses: what the call gathers.
+        paired: the index axes that the table's first axes go together with, one each:
+            ``vmap`` over tables and indices at once. ``take`` does that, too.
 
     Returns:
-        ``[*index, *rest]``.
+        ``[*index, *rest]``, ``rest`` the table's axes that are neither indexed nor
+        paired.
+
+    Raises:
+        NoRule: the table's roles do not fit, or its method reads its input.
     """
-    if w.roles[axis] == OUT:
-        w = swapped(w)
-    if w.roles[axis] != IN or w.roles.count(IN) != 1 or w.dims(BATCH):
-        raise NoRule(
-            f"rows are looked up along axis {axis}, but its roles are "
-            f"{' '.join(w.roles)!r}: a table is 'in out'"
-        )
+    w = w.as_table(axis, range(len(paired)), eqn)
     if any(term.gate is not None for term in w.terms):
         raise NoRule("its method depends on the input, and a look-up has none")
-    if not index_ndim and any(term.rows is not None for term in w.terms):
-        raise NoRule("rows choose an adapter, and here one id is looked up alone")
-    rows = along(w, axis, lambda x, position: take(x, position))
+    slots = any(term.rows is not None for term in w.terms)
+    if slots and (paired or not index_ndim):
+        raise NoRule("rows choose an adapter, and here no axis of the ids is a row")
+    rows = w.along(axis, take)
     y, delta = rows.base, None
-    out = y.ndim - index_ndim
+    batch, index = [("x", i) for i in paired], [("x", i) for i in range(index_ndim)]
+    rest, rank = [("w", i) for i in range(y.ndim - index_ndim)], [("r", 0)]
     if rows.c is not None:
-        c = rows.c.reshape(rows.c.shape + (1,) * out)
-        y = times(y, c)
+        y = times(y, spread_along(rows.c, index, index + rest))
     for term in rows.terms:
         a, b = term.a, term.b
         if term.rows is not None:  # slots: nothing else is beside the table
@@ -317,30 +299,38 @@ def look_up(
             return jnp.where(chosen, finish(y, delta, None, None), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        index = [("x", i) for i in range(index_ndim)]
-        rest = [("w", i) for i in range(1, b.ndim)]
         more = labelled_dot(
-            *(a, [*index, ("r", 0)], b, [("r", 0), *rest], index + rest),
-            joined=joins_axes(uses.target),
+            *(a, index + rank, b, batch + rank + rest, index + rest),
+            joined=joins_axes(eqn.uses.target),
         )
         delta = more if delta is None else delta + more
-    return finish(y, delta, rows.o, lambda o: o.reshape((1,) * index_ndim + o.shape))
+    return finish(
+        y, delta, rows.o, lambda o: spread_along(o, batch + rest, index + rest)
+    )
 
 
-def ragged_dot(w: Bound, x, group_sizes, params, run):
+@rule("dot_general")
+def _dot_general(eqn: Equation, left, right):
+    kernel_first = only_kernel((left, right)) == 0
+    w, x = (left, right) if kernel_first else (right, left)
+    run = lambda x, base: eqn.run(*((base, x) if kernel_first else (x, base)))
+    numbers = eqn.params["dimension_numbers"]
+    return contract(eqn, w, x, numbers, run, kernel_first=kernel_first)
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(eqn: Equation, x, w, group_sizes):
     """``lax.ragged_dot`` over experts: ``x [m, k]``, kernel ``[g, k, n]``."""
-    numbers = params["ragged_dot_dimension_numbers"]
-    contract = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracted = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
     if (
-        contract != ((1,), (1,))
+        only_kernel((x, w)) == 0
+        or contracted != ((1,), (1,))
         or any(numbers.dot_dimension_numbers[1])
         or tuple(numbers.rhs_group_dimensions) != (0,)
-        or w.roles != (BATCH, IN, OUT)
     ):
-        raise NoRule(
-            f"ragged_dot needs a kernel 'expert in out' and its plain form; roles are "
-            f"{' '.join(w.roles)!r}"
-        )
+        raise NoRule("ragged_dot needs a kernel 'expert in out' and its plain form")
+    w = w.assigned(("expert", IN, OUT), eqn)
     plain = all(term.gate is None and term.rows is None for term in w.terms)
     if not plain or w.key is not None or w.leaves is not None:
         raise NoRule("gates, rows, dropout and taps have no form in a ragged_dot")
@@ -350,7 +340,8 @@ def ragged_dot(w: Bound, x, group_sizes, params, run):
     )
     if w.c is not None:
         x = times(x, w.c[expert])
-    y, delta, precision = run(x, w.base, group_sizes), None, precision_of(params)
+    y, delta = eqn.run(x, w.base, group_sizes), None
+    precision = precision_of(eqn.params)
     for term in w.terms:
         z = x.astype(wider(x.dtype, term.a.dtype))
         h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)

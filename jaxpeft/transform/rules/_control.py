@@ -4,7 +4,6 @@ A kernel is a pytree, so a scan slices its base and its factors alike, and a
 ``shard_map`` shards them alike.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,26 +11,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpeft.transform import _compat, _moved
-from jaxpeft.transform._moved import NoRule
-from jaxpeft.transform.rules._contraction import Uses
-from jaxpeft.tree import BATCH, IN, Bound
-
-Evaluate = Callable[[Any, list, list, Uses], list]
+from jaxpeft.transform import _compat
+from jaxpeft.transform._moved import Kernel, NoRule, same
+from jaxpeft.transform._rule import Equation, rule
+from jaxpeft.tree import IN
 
 
-def _is_bound(x: Any) -> bool:
-    return isinstance(x, Bound)
+def _is_kernel(x: Any) -> bool:
+    return isinstance(x, Kernel)
 
 
 def _arrays(outs: list, what: str) -> list:
     for x in outs:
-        if _is_bound(x):
+        if _is_kernel(x):
             raise NoRule(f"{what} returns the kernel itself")
     return outs
 
 
-def inline(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
+@rule("jit", "pjit", "closed_call", "core_call")
+def _inline(eqn: Equation, *vals) -> list:
     """``jit`` and ``closed_call``: their equations, where they stand.
 
     Shardings that a nested jit was given become constraints; its donation, which is
@@ -40,8 +38,8 @@ def inline(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     params = eqn.params
     jaxpr, consts = _compat.opened(params.get("jaxpr", params.get("call_jaxpr")))
     vals = _constrained(vals, params.get("in_shardings"))
-    with jax.named_scope(params.get("name") or eqn.primitive.name):
-        outs = evaluate(jaxpr, consts, vals, uses)
+    with jax.named_scope(params.get("name") or eqn.raw.primitive.name):
+        outs = eqn.evaluate(jaxpr, consts, list(vals), eqn.uses)
     return _constrained(outs, params.get("out_shardings"))
 
 
@@ -53,35 +51,33 @@ def _constrained(vals, shardings):
         if _compat.is_unspecified(sharding):
             return x
         put = lambda y: lax.with_sharding_constraint(y, sharding)
-        return _moved.with_base(x, put) if _is_bound(x) else put(x)
+        return x.on_base(put) if _is_kernel(x) else put(x)
 
     return [constrain(x, s) for x, s in zip(vals, shardings, strict=True)]
 
 
-def scan(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
+@rule("scan")
+def _scan(eqn: Equation, *vals) -> list:
     params = eqn.params
     jaxpr, jaxpr_consts = _compat.opened(params["jaxpr"])
     n, m = _compat.scan_counts(params)
     consts, init, xs = vals[:n], vals[n : n + m], vals[n + m :]
-    for x in xs:
-        if _is_bound(x) and x.roles[0] != BATCH:
-            raise NoRule(
-                f"the scan goes over an {x.roles[0]!r} axis of shape {x.base.shape}; "
-                "a scanned axis is a batch axis, such as axes={...: 'layer in out'}"
-            )
-    carried = {i: x for i, x in enumerate(init) if _is_bound(x)}
+    for x in filter(_is_kernel, xs):
+        x.check_stacked()
+    carried = {i: x for i, x in enumerate(init) if _is_kernel(x)}
     shared = [*consts, *carried.values()]
 
     def body(state, x):
         step, carry = state
-        inside = uses.child()
+        inside = eqn.uses.child()
         held = [_at_step(w, step) for w in shared]
         full = _inserted(carry, dict(zip(carried, held[n:], strict=True)))
-        outs = evaluate(jaxpr, jaxpr_consts, [*held[:n], *full, *x], inside)
+        outs = eqn.evaluate(jaxpr, jaxpr_consts, [*held[:n], *full, *x], inside)
         kept = _kept(outs[:m], full, carried)
         # A kernel that the body returns (NNX returns a module's state) is stacked.
         ys = [
-            y.replace(names=(BATCH, *y.roles)) if _is_bound(y) else y for y in outs[m:]
+            y.replace(names=(y.grown(), *y.roles)) if _is_kernel(y) else y
+            for y in outs[m:]
         ]
         kept = _arrays(kept, "the scan's carry")
         return (_next(step), kept), (ys, joined(inside.tapped))
@@ -95,7 +91,7 @@ def scan(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    uses.tapped.extend(tapped.items())
+    eqn.uses.tapped.extend(tapped.items())
     return [*_inserted(carry, carried), *ys]
 
 
@@ -110,14 +106,14 @@ def _inserted(carry, kernels: dict[int, Any]) -> list:
 def _kept(outs: list, full: list, carried) -> list:
     """What a loop's body carries on, after a look at its kernels."""
     for i in carried:
-        if not _moved.same(outs[i], full[i]):
+        if not same(outs[i], full[i]):
             raise NoRule("the loop changes a kernel in its carry")
     return [out for i, out in enumerate(outs) if i not in carried]
 
 
 def _first_step(shared: list):
     """A step counter, where a weight with dropout is used anew in each step."""
-    drops = any(_is_bound(w) and w.key is not None for w in shared)
+    drops = any(_is_kernel(w) and w.key is not None for w in shared)
     return jnp.zeros((), jnp.int32) if drops else None
 
 
@@ -127,7 +123,7 @@ def _next(step):
 
 def _at_step(w: Any, step) -> Any:
     """Gives a weight that all steps share another dropout mask in each."""
-    if step is None or not _is_bound(w) or w.key is None:
+    if step is None or not _is_kernel(w) or w.key is None:
         return w
     keys = w.key.reshape(-1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
@@ -147,17 +143,18 @@ def joined(tapped: list[tuple[str, Any]]) -> dict[str, Any]:
     }
 
 
-def while_(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
+@rule("while")
+def _while(eqn: Equation, *vals) -> list:
     params = eqn.params
     test_jaxpr, test_consts = _compat.opened(params["cond_jaxpr"])
     step_jaxpr, step_consts = _compat.opened(params["body_jaxpr"])
     n, m = params["cond_nconsts"], params["body_nconsts"]
     for_test, for_step, init = vals[:n], vals[n : n + m], vals[n + m :]
-    carried = {i: x for i, x in enumerate(init) if _is_bound(x)}
+    carried = {i: x for i, x in enumerate(init) if _is_kernel(x)}
 
     def run(jaxpr, consts, args):
-        inside = uses.child()
-        outs = evaluate(jaxpr, consts, args, inside)
+        inside = eqn.uses.child()
+        outs = eqn.evaluate(jaxpr, consts, args, inside)
         if inside.tapped:
             raise NoRule(
                 "a tap inside a while loop has no fixed number of results; use a scan"
@@ -189,22 +186,22 @@ def while_(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     return _inserted(carry, carried)
 
 
-def cond(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
-    index, *operands = vals
+@rule("cond")
+def _cond(eqn: Equation, index, *operands) -> list:
 
     def branch(closed):
         jaxpr, consts = _compat.opened(closed)
 
         def run(operands):
-            inside = uses.child()
-            outs = evaluate(jaxpr, consts, operands, inside)
+            inside = eqn.uses.child()
+            outs = eqn.evaluate(jaxpr, consts, operands, inside)
             return _arrays(outs, "a branch"), joined(inside.tapped)
 
         return run
 
     branches = [branch(b) for b in eqn.params["branches"]]
     everywhere: dict[str, Any] = {}
-    if uses.tap is not None:  # every branch emits what any branch emits
+    if eqn.uses.tap is not None:  # every branch emits what any branch emits
         for f in branches:
             everywhere |= jax.eval_shape(f, operands)[1]
 
@@ -217,11 +214,12 @@ def cond(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
         return run
 
     outs, tapped = lax.switch(index, [complete(f) for f in branches], operands)
-    uses.tapped.extend(tapped.items())
+    eqn.uses.tapped.extend(tapped.items())
     return outs
 
 
-def checkpoint(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
+@rule("remat2", "checkpoint")
+def _checkpoint(eqn: Equation, *vals) -> list:
     params = eqn.params
     jaxpr, consts = _compat.opened(params["jaxpr"])
 
@@ -230,12 +228,12 @@ def checkpoint(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     def f(vals):
         if params.get("differentiated") and params["prevent_cse"]:
             vals = lax.optimization_barrier(vals)
-        inside = uses.child()
-        outs = evaluate(jaxpr, consts, vals, inside)
+        inside = eqn.uses.child()
+        outs = eqn.evaluate(jaxpr, consts, vals, inside)
         # A kernel that only passes through stays the same one (a loop looks at that).
         for i, out in enumerate(outs):
             for j, val in enumerate(vals):
-                if _is_bound(val) and _moved.same(out, val):
+                if _is_kernel(val) and same(out, val):
                     passed[i], outs[i] = j, None
         return outs, joined(inside.tapped)
 
@@ -244,21 +242,22 @@ def checkpoint(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     )
     outs, tapped = again(vals)
     outs = [vals[passed[i]] if i in passed else out for i, out in enumerate(outs)]
-    uses.tapped.extend(tapped.items())
+    eqn.uses.tapped.extend(tapped.items())
     return outs
 
 
-def shard_map(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
+@rule("shard_map")
+def _shard_map(eqn: Equation, *vals) -> list:
     params = eqn.params
     jaxpr, consts = _compat.opened(params["jaxpr"])
     in_specs = [
-        _bound_specs(x, spec) if _is_bound(x) else spec
+        _specs(x, spec) if _is_kernel(x) else spec
         for x, spec in zip(vals, params["in_specs"], strict=True)
     ]
 
     def f(*vals):
-        inside = uses.child()
-        outs = evaluate(jaxpr, consts, list(vals), inside)
+        inside = eqn.uses.child()
+        outs = eqn.evaluate(jaxpr, consts, list(vals), inside)
         if inside.tapped:
             raise NoRule("taps inside a shard_map have no sharding of their own")
         return tuple(_arrays(outs, "the sharded function"))
@@ -274,17 +273,14 @@ def shard_map(eqn, vals: list, uses: Uses, evaluate: Evaluate) -> list:
     return list(outs)
 
 
-def _bound_specs(w: Bound, spec: PartitionSpec) -> Bound:
+def _specs(w: Kernel, spec: PartitionSpec) -> Kernel:
     """The kernel's spec, carried over to each factor."""
     entries = tuple(spec) + (None,) * (w.base.ndim - len(spec))
     if any(term.gate is not None for term in w.terms):
         for role, entry in zip(w.roles, entries, strict=True):
             if role == IN and entry is not None:
                 raise NoRule("its method reads the whole input, which is sharded here")
-    return _moved.map_layout(
-        w,
-        lambda where: PartitionSpec(
-            *(None if i is None else entries[i] for i in where)
-        ),
-        spec,
+    each = lambda where: PartitionSpec(
+        *(None if i is None else entries[i] for i in where)
     )
+    return w.with_layouts(each, base=spec)

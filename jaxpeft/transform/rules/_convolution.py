@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpeft.transform._moved import NoRule, assign
+from jaxpeft.transform._moved import Kernel, NoRule
+from jaxpeft.transform._rule import Equation, only_kernel, rule
 from jaxpeft.transform._thin import (
     HIGHEST,
     Read,
@@ -22,7 +23,6 @@ from jaxpeft.transform._thin import (
     shown,
 )
 from jaxpeft.transform.rules._contraction import (
-    Uses,
     dropped,
     finish,
     gated,
@@ -30,10 +30,11 @@ from jaxpeft.transform.rules._contraction import (
     spread_along,
     times,
 )
-from jaxpeft.tree import IN, OUT, Bound, wider
+from jaxpeft.tree import IN, OUT, wider
 
 
-def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
+@rule("conv_general_dilated")
+def _convolution(eqn: Equation, x, w: Kernel):
     """A convolution of any stride, padding, dilation and number of feature groups.
 
     The low-rank part is the model's own convolution with ``a`` in the kernel's place
@@ -45,25 +46,17 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     An input scale differs from place to place within the window, so ``c``, gates and
     taps read the input as windows: its size times the kernel's over the stride's,
     which is nothing more where windows do not overlap (patch embeddings).
-
-    Args:
-        w: the kernel.
-        x: the input.
-        params: the equation's parameters.
-        uses: what the call gathers.
-        run: ``run(x, base)`` issues the model's own convolution.
-        run_with: ``run_with(x, kernel)`` issues it with another kernel.
-
-    Returns:
-        The convolution's output, in its own layout.
     """
+    if only_kernel((x, w)) == 0:
+        raise NoRule("the kernel is the convolution's input")
+    params, uses = eqn.params, eqn.uses
     spec = params["dimension_numbers"]
     out_axis, groups = spec.rhs_spec[0], params["feature_group_count"]
+    w = w.assigned([OUT if i == out_axis else IN for i in range(w.base.ndim)], eqn)
     if params["batch_group_count"] != 1:
         raise NoRule("a convolution grouped over its batch has no low-rank form")
     if any(term.rows is not None for term in w.terms):
         raise NoRule("rows of a convolution's input cannot choose an adapter")
-    w = assign(w, tuple(OUT if i == out_axis else IN for i in range(w.base.ndim)))
     # Positions of the output, its groups where there are any, then what is contracted.
     group = [("g", 0)] if groups > 1 else []
     front = [("x", i) for i in range(x.ndim - 1)] + group
@@ -84,7 +77,8 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         each = jnp.broadcast_to(
             a[..., None, :], (*a.shape[:-1], groups, a.shape[-1])
         ).reshape(*a.shape[:-1], -1)
-        h = run_with(z.astype(wide), jnp.moveaxis(each.astype(wide), -1, out_axis))
+        down = jnp.moveaxis(each.astype(wide), -1, out_axis)
+        h = eqn.run(z.astype(wide), down, preferred_element_type=None)
         h = h.transpose((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
         return h.reshape(*h.shape[:-1], *widths[:-1], a.shape[-1])
 
@@ -106,7 +100,7 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
     else:
         record(uses, w, x, None, [], ins, known)
     if w.c is None:
-        y = run(x, w.base)
+        y = eqn.run(x, w.base)
     else:
         base = jnp.moveaxis(w.base, out_axis, -1)
         base = base.reshape(*base.shape[:-1], *widths)
@@ -117,7 +111,7 @@ def convolution(w: Bound, x, params: dict, uses: Uses, run, run_with):
         y = _in_layout(y, len(group), spec)
     delta = None
     for term, (_, seen) in zip(w.terms, known, strict=True):
-        h = down(dropped(x, w, term.drop, uses), term.a)
+        h = down(dropped(x, w, term, uses), term.a)
         if term.gated:
             h = gated(term.gate.apply, seen, h, 0)
         more = up(h, term.b)

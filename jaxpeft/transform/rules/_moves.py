@@ -1,17 +1,24 @@
 """Equations that move a kernel about without using it."""
 
+import functools
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpeft.transform import _moved
-from jaxpeft.transform._moved import NoRule
-from jaxpeft.tree import BATCH, Bound
+from jaxpeft.transform._moved import Kernel, NoRule
+from jaxpeft.transform._rule import Equation, only_kernel, rule
+from jaxpeft.transform.rules._contraction import look_up
 
-# Equations that change the base alone: rule(base, *others) is the equation itself.
-ON_BASE = (
+
+def _ints(numbers) -> tuple[int, ...]:
+    """Parameters without NumPy's scalars, which ``vmap`` leaves in some."""
+    return tuple(map(int, numbers))
+
+
+@rule(
     "convert_element_type",
     "copy",
     "copy_p",
@@ -23,179 +30,197 @@ ON_BASE = (
     "reshard",
     "sharding_constraint",
     "stop_gradient",
+    moves=True,
 )
+def _on_base(eqn: Equation, w: Kernel, *others) -> Kernel:
+    """What changes the base alone."""
+    return w.on_base(lambda base: eqn.run(base, *others))
 
 
-def transpose(w: Bound, params: dict) -> Bound:
-    return _moved.transpose(w, tuple(params["permutation"]))
+@rule("optimization_barrier")
+def _barrier(eqn: Equation, *vals) -> list:
+    bases = [x.base if isinstance(x, Kernel) else x for x in vals]
+    outs = lax.optimization_barrier(bases)
+    return [
+        x.replace(base=y) if isinstance(x, Kernel) else y
+        for x, y in zip(vals, outs, strict=True)
+    ]
 
 
-def reshape(w: Bound, params: dict) -> Bound:
-    if params.get("dimensions") is not None:
-        w = _moved.transpose(w, tuple(params["dimensions"]))
-    return _moved.reshape(w, tuple(params["new_sizes"]))
+@rule("transpose", moves=True)
+def _transpose(eqn: Equation, w: Kernel) -> Kernel:
+    return w.transpose(_ints(eqn.params["permutation"]))
 
 
-def squeeze(w: Bound, params: dict) -> Bound:
-    gone = params["dimensions"]
-    return _moved.reshape(
-        w, tuple(n for i, n in enumerate(w.base.shape) if i not in gone)
-    )
+@rule("reshape", moves=True)
+def _reshape(eqn: Equation, w: Kernel, *sizes) -> Kernel:
+    if eqn.params.get("dimensions") is not None:
+        w = w.transpose(_ints(eqn.params["dimensions"]))
+    return w.reshape(_ints(eqn.params["new_sizes"]))
 
 
-def expand_dims(w: Bound, params: dict) -> Bound:
+@rule("squeeze", moves=True)
+def _squeeze(eqn: Equation, w: Kernel) -> Kernel:
+    return w.squeeze(_ints(eqn.params["dimensions"]))
+
+
+@rule("expand_dims", moves=True)
+def _expand_dims(eqn: Equation, w: Kernel) -> Kernel:
     shape = list(w.base.shape)
-    for axis in sorted(params["dimensions"]):
+    for axis in sorted(eqn.params["dimensions"]):
         shape.insert(axis, 1)
-    return _moved.reshape(w, tuple(shape))
+    return w.reshape(shape)
 
 
-def broadcast_in_dim(w: Bound, params: dict) -> Bound:
-    where = tuple(params["broadcast_dimensions"])
-    return _moved.broadcast(w, tuple(params["shape"]), where)
+@rule("broadcast_in_dim", moves=True)
+def _broadcast_in_dim(eqn: Equation, w: Kernel, *sizes) -> Kernel:
+    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    return w.broadcast(_ints(shape), _ints(where))
 
 
-def slice_(w: Bound, params: dict) -> Bound:
+@rule("rev", moves=True)
+def _rev(eqn: Equation, w: Kernel) -> Kernel:
+    """A kernel read backwards, as some transposed convolutions do."""
+    for axis in eqn.params["dimensions"]:
+        w = w.along(axis, lambda x, i: lax.rev(x, (i,)))
+    return w
+
+
+@rule("slice", moves=True)
+def _slice(eqn: Equation, w: Kernel) -> Kernel:
+    params = eqn.params
     strides = params["strides"] or (1,) * w.base.ndim
     limits = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    for axis, (start, limit, stride) in enumerate(limits):
-        if (start, limit, stride) != (0, w.base.shape[axis], 1):
-            w = _moved.along(
-                w,
-                axis,
-                lambda x, i, at=(start, limit, stride): lax.slice_in_dim(
-                    x, at[0], at[1], at[2], axis=i
-                ),
-            )
+    for axis, limit in enumerate(limits):
+        if limit != (0, w.base.shape[axis], 1):
+            cut = lambda x, i, limit=limit: lax.slice_in_dim(x, *limit, axis=i)
+            w = w.along(axis, cut)
     return w
 
 
-def dynamic_slice(w: Bound, starts: tuple, params: dict) -> Bound:
-    for axis, (start, size) in enumerate(
-        zip(starts, params["slice_sizes"], strict=True)
-    ):
-        if size != w.base.shape[axis]:
-            w = _moved.along(
-                w,
-                axis,
-                lambda x, i, start=start, size=size: lax.dynamic_slice_in_dim(
-                    x, start, size, axis=i
-                ),
-            )
+@rule("dynamic_slice", moves=True)
+def _dynamic_slice(eqn: Equation, w: Kernel, *starts) -> Kernel:
+    sizes = eqn.params["slice_sizes"]
+    for axis, at in enumerate(zip(starts, sizes, strict=True)):
+        if at[1] != w.base.shape[axis]:
+            cut = lambda x, i, at=at: lax.dynamic_slice_in_dim(x, *at, axis=i)
+            w = w.along(axis, cut)
     return w
 
 
-def split(w: Bound, params: dict) -> list[Bound]:
-    parts, at = [], 0
-    for size in params["sizes"]:
-        parts.append(
-            _moved.along(
-                w,
-                params["axis"],
-                lambda x, i, at=at, size=size: lax.slice_in_dim(
-                    x, at, at + size, axis=i
-                ),
-            )
-        )
-        at += int(size)
-    return parts
+@rule("split", moves=True)
+def _split(eqn: Equation, w: Kernel) -> list[Kernel]:
+    ends = _ints(np.cumsum((0, *eqn.params["sizes"])))
+    cut = lambda x, i, at: lax.slice_in_dim(x, *at, axis=i)
+    return [
+        w.along(eqn.params["axis"], functools.partial(cut, at=at))
+        for at in itertools.pairwise(ends)
+    ]
 
 
-def is_scalar(x: Any) -> bool:
-    """Whether an operand scales a whole kernel by one number."""
-    return np.size(x) == 1 if isinstance(x, np.generic | float | int) else x.size == 1
+@rule("mul", "div", moves=True)
+def _times(eqn: Equation, left: Any, right: Any) -> Kernel:
+    """A kernel times or over a number, or an array along out, batch or in axes."""
+    at = only_kernel((left, right))
+    w, factor = (left, right) if at == 0 else (right, left)
+    divides = eqn.raw.primitive.name == "div"
+    if at and divides:
+        raise NoRule("something is divided by it")
+    apply = lambda x, factor: x / factor if divides else x * factor
+    if jnp.size(factor) == 1:
+        number = jnp.reshape(factor, ())
+        return w.scaled(lambda x: apply(x, number.astype(x.dtype)))
+    if eqn.raw.outvars[0].aval.shape != w.base.shape:
+        raise NoRule("it is multiplied by an array with more entries")
+    return w.scaled_along(factor, apply)
 
 
-def times(w: Bound, factor: Any, divide: bool) -> Bound:
-    """``w * factor`` or ``w / factor`` for one number."""
-    if not is_scalar(factor):
-        raise NoRule("it is multiplied by an array; only a number scales a kernel")
-    number = jnp.reshape(factor, ())
-
-    def apply(x):
-        value = number.astype(x.dtype)
-        return x / value if divide else x * value
-
-    return _moved.scaled(w, apply)
-
-
-def negate(w: Bound) -> Bound:
-    return _moved.scaled(w, lambda x: -x)
+@rule("concatenate")
+def _concatenate(eqn: Equation, *parts) -> Kernel:
+    """Kernels side by side, as in recurrent cells and fused projections."""
+    axis, starts, kernels, at = eqn.params["dimension"], [], [], 0
+    bases = [x.base if isinstance(x, Kernel) else x for x in parts]
+    for x, base in zip(parts, bases, strict=True):
+        if isinstance(x, Kernel):
+            kernels.append(x)
+            starts.append(at)
+        at += base.shape[axis]
+    return kernels[0].beside(kernels[1:], starts, axis, eqn.run(*bases))
 
 
-def gathered(w: Bound, indices, params: dict, eqn_gather):
-    """Splits a gather along one axis into what it means for a kernel.
+@rule("neg", moves=True)
+def _negate(eqn: Equation, w: Kernel) -> Kernel:
+    return w.scaled(lambda x: -x)
 
-    Returns:
-        ``(axis, take, index_ndim)``: the axis that is indexed, a function that
-        gathers along one axis of any array with the index axes in front, and their
-        number.
+
+@rule("gather")
+def _gather(eqn: Equation, w: Kernel, indices) -> Any:
+    """Whole slices along one axis: rows of a table, or kernels out of a stack.
+
+    What ``vmap`` makes of an index, in any nesting, is one too: its slices keep the
+    axis with size one, there are indices for axes that are taken whole, and the
+    kernel's first axes may be mapped together with axes of the indices.
     """
-    numbers = params["dimension_numbers"]
-    axes = tuple(numbers.start_index_map)
-    whole = all(
-        size == n
-        for i, (size, n) in enumerate(
-            zip(params["slice_sizes"], w.base.shape, strict=True)
-        )
-        if i not in axes
-    )
+    params, shape = eqn.params, w.base.shape
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    indexed, mapped = numbers.start_index_map, numbers.operand_batching_dims
+    cut = [i for i, n in enumerate(shape) if sizes[i] != n and i not in mapped]
+    axis = int((cut or indexed)[0])
+    fills = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     if (
-        len(axes) != 1
-        or tuple(numbers.collapsed_slice_dims) != axes
-        or tuple(numbers.operand_batching_dims)
-        or not whole
+        axis not in indexed
+        or sizes[axis] != 1
+        or len(cut) > 1
+        or (fills and len(indexed) > 1)  # else the index of a whole axis can only be 0
+        or tuple(mapped) != tuple(range(len(mapped)))
     ):
         raise NoRule("the gather takes more than whole slices along one axis")
-    index_ndim = indices.ndim - 1
+    column = list(indexed).index(axis)
+    ids, index_ndim = indices[..., column : column + 1], indices.ndim - 1
+    paired = _ints(numbers.start_indices_batching_dims)
+    fill = params["fill_value"] if params["fill_value"] is not None else np.nan
 
     def take(x, position):
-        rest = x.ndim - 1
-        sizes = tuple(1 if i == position else n for i, n in enumerate(x.shape))
-        return eqn_gather(
+        """Gathers along one axis of any array, with the index axes in front."""
+        ones = (*range(len(mapped)), position)
+        return eqn.run(
             x,
-            indices,
+            ids,
             dimension_numbers=lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(index_ndim, index_ndim + rest)),
+                offset_dims=tuple(range(index_ndim, index_ndim + x.ndim - len(ones))),
                 collapsed_slice_dims=(position,),
                 start_index_map=(position,),
+                operand_batching_dims=ones[:-1],
+                start_indices_batching_dims=paired,
             ),
-            slice_sizes=sizes,
+            slice_sizes=tuple(1 if i in ones else n for i, n in enumerate(x.shape)),
+            mode=lax.GatherScatterMode.CLIP if fills else params["mode"],
+            unique_indices=params["unique_indices"] and len(indexed) == 1,
         )
 
-    return axes[0], take, index_ndim
+    def filled(x):
+        """Fills in for what is out of bounds, once the adapter is at work."""
+        inside = (ids >= 0) & (ids < shape[axis])
+        inside = inside.reshape(inside.shape[:-1] + (1,) * (x.ndim - index_ndim))
+        return jnp.where(inside, x, jnp.asarray(fill, x.dtype)) if fills else x
 
-
-def gather_order(params: dict, ndim: int) -> tuple[int, ...]:
-    """The permutation from index-axes-first to the gather's own layout."""
-    offset = tuple(params["dimension_numbers"].offset_dims)
-    index = [i for i in range(ndim) if i not in offset]
-    places = [*index, *offset]
-    return tuple(places.index(i) for i in range(ndim))
-
-
-def gather_batch(w: Bound, axis: int, take, index_ndim: int) -> Bound:
-    """Whole slices along a batch axis (``w[layers]``): a kernel again."""
-    if axis != 0:
-        order = (axis, *(i for i in range(w.base.ndim) if i != axis))
-        w = _moved.transpose(w, order)
-    names = (BATCH,) * index_ndim + w.roles[1:]
-    return _moved.along(w, 0, take).replace(names=names)
-
-
-def rev(w: Bound, params: dict) -> Bound:
-    """A kernel read backwards, as some transposed convolutions do."""
-    for axis in params["dimensions"]:
-        w = _moved.along(w, axis, lambda x, i: lax.rev(x, (i,)))
-    return w
-
-
-RELABEL = {
-    "transpose": transpose,
-    "reshape": reshape,
-    "rev": rev,
-    "squeeze": squeeze,
-    "expand_dims": expand_dims,
-    "broadcast_in_dim": broadcast_in_dim,
-    "slice": slice_,
-}
+    # From index axes first to the gather's own layout, where axes of size one may be.
+    kept = [i for i in range(w.base.ndim) if i != axis and i not in mapped]
+    have = [("x", i) for i in range(index_ndim)] + [("w", i) for i in kept]
+    index, gone = iter(have), {*numbers.collapsed_slice_dims, *mapped}
+    whole = iter([("w", i) for i in range(w.base.ndim) if i not in gone])
+    out_shape = eqn.raw.outvars[0].aval.shape
+    out = [
+        next(whole if i in numbers.offset_dims else index)
+        for i in range(len(out_shape))
+    ]
+    out = [l for l in out if l in have] + [l for l in have if l not in out]
+    order = [have.index(l) for l in out]
+    if w.is_table(axis, _ints(mapped)):
+        y = filled(look_up(eqn, w, axis, take, index_ndim, paired))
+        return y.transpose(order).reshape(out_shape)
+    if fills and not np.isnan(fill):
+        raise NoRule(f"{fill} is filled in for kernels that are not in the stack")
+    names = (*(w.grown() for _ in range(index_ndim)), *(w.roles[i] for i in kept))
+    w = w.along(axis, take).replace(names=names)
+    return w.replace(base=filled(w.base)).transpose(order).reshape(out_shape)
