@@ -76,7 +76,7 @@ class Evaluator:
 
     def _touched(self, raw, vals: list, uses: Uses, shared: Shared) -> list:
         """One equation with kernels among its operands."""
-        eqn = Equation(raw, self, uses.at(raw), shared.read)
+        eqn = Equation(raw, self, uses.at(raw), shared)
         with raw.ctx.manager, _scope(raw):
             try:
                 return eqn.apply(vals)
@@ -88,7 +88,7 @@ class Evaluator:
         """An equation that moves a kernel, before its turn; ``None``: not yet."""
         try:
             with raw.ctx.manager, _scope(raw):
-                return Equation(raw, self, uses.at(raw), shared.read).apply(vals)
+                return Equation(raw, self, uses.at(raw), shared).apply(vals)
         except NoRule:
             return None
 

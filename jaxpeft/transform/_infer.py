@@ -16,12 +16,7 @@ from jaxpeft.tree import BATCH, IN, OUT, Factors, is_node, leaves_with_path
 
 _LAYER = "layer"
 # What a leaf is used for; the first of these that is seen counts.
-_USES = _CONTRACTED, _LOOKED_UP, _ADDED, _OTHER = (
-    "contracted",
-    "looked up",
-    "added",
-    "other",
-)
+_USES = ("contracted", "looked up", "added", "other")
 
 
 class Axes(dict[str, str]):
@@ -74,7 +69,7 @@ class _Track(Kernel):
         """A loop may go over any axis; one that is gone at the end is a layer's."""
 
     def assigned(self, words, eqn: Equation, first=False) -> Kernel:
-        use = _LOOKED_UP if first else _CONTRACTED
+        use = "looked up" if first else "contracted"
         by_path: dict[str, dict[int, str]] = {}
         for origins, word in zip(self.roles, words, strict=True):
             for path, axis in origins.axes:
@@ -135,7 +130,7 @@ def _one_at_a_time(eqn: Equation, operands: list, reason: str) -> list:
             found = found or outs
         except NoRule:
             added = eqn.raw.primitive.name in ("add", "add_any", "sub")
-            use = _ADDED if added else _OTHER
+            use = "added" if added else "other"
             for path in {p for r in operands[i].roles for p, _ in r.axes}:
                 eqn.uses.learnt.setdefault(path, []).append((use, {}))
     return found or eqn.results(eqn.run(*arrays))
@@ -203,7 +198,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
         if np.ndim(x) < 2:
             continue
         seen = uses.learnt.get(path, [])
-        used[path] = min([use for use, _ in seen], key=_USES.index, default=_OTHER)
+        used[path] = min([use for use, _ in seen], key=_USES.index, default="other")
         for _, roles in seen:
             # An axis that was gone before the use was gone over, or picked from.
             words = [roles.get(i, _LAYER) for i in range(np.ndim(x))]
