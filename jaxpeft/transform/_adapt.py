@@ -46,12 +46,18 @@ def adapt(
     is computed there. No merged kernel is formed, and none has a gradient. Loops,
     rematerialisation, shardings and nested transformations of the function stay.
 
+    A ``lax.stop_gradient`` of the function's on a kernel stops the kernel's gradient
+    and not its adapter's: a model that freezes its own weights can be tuned. Where a
+    batch is empty, so is the result, and gradients are 0. What is looked up, and one
+    row or column that is picked from a kernel, has no dropout.
+
     Args:
         fn: any JAX function, such as ``model.apply``. Its outputs must be arrays.
         unsupported: what happens where the function uses a kernel in a way that has
-            no rule (concatenates weights, takes their norm, ...): ``"error"``
-            raises and names the place, ``"materialise"`` forms the merged kernel
-            there and warns.
+            no rule (takes a norm of weights, puts them through a function with its
+            own derivative, ...): ``"error"`` raises and names the place,
+            ``"materialise"`` forms the merged kernel there and warns. ``rule`` adds
+            rules for primitives of your own.
         taps: ``(x [..., d_in], frozen, trainable) -> pytree``, a pure function of the
             input and of the adapter's two-dimensional leaves, evaluated at every
             contraction of an adapted kernel (not at look-ups); ``"own"`` for what each
