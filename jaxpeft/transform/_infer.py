@@ -44,7 +44,7 @@ class _Origins(str):
     axes: tuple[tuple[str, int], ...]
 
     def __new__(cls, axes):
-        self = super().__new__(cls, axes)
+        self = super().__new__(cls, tuple(axes))
         self.axes = tuple(axes)
         return self
 
@@ -118,13 +118,18 @@ class _Track(Kernel):
 
 
 def _one_at_a_time(eqn: Equation, operands: list, reason: str) -> list:
-    """An equation that no rule follows: what it says of each leaf by itself."""
+    """An equation that no rule follows: what it says of each leaf by itself.
+
+    Leaves meet where one scales the other, or where one is the other's input. A loop
+    has said all that it has to say of each when it was walked through.
+    """
     tracks = [i for i, x in enumerate(operands) if isinstance(x, Kernel)]
     arrays = [x.base if isinstance(x, Kernel) else x for x in operands]
+    walked = any("jaxpr" in name or name == "branches" for name in eqn.params)
     found = None
     for i in tracks:
         try:
-            if len(tracks) == 1:
+            if walked or len(tracks) == 1:
                 raise NoRule(reason)
             outs = eqn.apply([*arrays[:i], operands[i], *arrays[i + 1 :]])
             found = found or outs

@@ -329,7 +329,7 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
     if (
-        only_kernel((x, w)) == 0
+        only_kernel((x, w, group_sizes)) != 1
         or contracted != ((1,), (1,))
         or any(numbers.dot_dimension_numbers[1])
         or tuple(numbers.rhs_group_dimensions) != (0,)

@@ -145,6 +145,9 @@ def _while(eqn: Equation, *vals) -> list:
 
 @rule("cond")
 def _cond(eqn: Equation, index, *operands) -> list:
+    if _is_kernel(index):
+        raise NoRule("a branch is chosen by it")
+
     def branch(closed, operands):
         outs, tapped = eqn.enter(closed, operands)
         return _arrays(outs, "a branch"), tapped
