@@ -34,7 +34,7 @@ from jaxpeft.tree import IN, OUT, wider
 
 
 @rule("conv_general_dilated")
-def _convolution(eqn: Equation, x, w: Kernel):
+def _convolution(eqn: Equation, x, w):
     """A convolution of any stride, padding, dilation and number of feature groups.
 
     The low-rank part is the model's own convolution with ``a`` in the kernel's place

@@ -99,7 +99,7 @@ def _slice(eqn: Equation, w: Kernel) -> Kernel:
 
 
 @rule("dynamic_slice", moves=True)
-def _dynamic_slice(eqn: Equation, w: Kernel, *starts) -> Kernel:
+def _dynamic_slice(eqn: Equation, w: Any, *starts) -> Kernel:
     if only_kernel((w, *starts)) != 0:
         raise NoRule("it says where a slice begins")
     sizes = eqn.params["slice_sizes"]
@@ -156,7 +156,7 @@ def _negate(eqn: Equation, w: Kernel) -> Kernel:
 
 
 @rule("gather")
-def _gather(eqn: Equation, w: Kernel, indices) -> Any:
+def _gather(eqn: Equation, w: Any, indices) -> Any:
     """Whole slices along one axis: rows of a table, or kernels out of a stack.
 
     What ``vmap`` makes of an index, in any nesting, is one too: its slices keep the
