@@ -1,7 +1,6 @@
 """What a run asks for, tried on shapes before weights or data are read."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Key, PyTree
 
-from jaxpeft import adapters, allocate, interop, models
-from jaxpeft.runs._config import call, call_named, count_steps
+from jaxpeft import adapters, interop, models
+from jaxpeft.runs._config import call, call_named, count_steps, said_of
 from jaxpeft.runs._fields import check_fields
 from jaxpeft.runs._ranks import check_allocator, read_allocation
+from jaxpeft.runs._run_ranks import ranks_during
 from jaxpeft.runs._workdir import check_workdir
-from jaxpeft.training import adamw, check_rows, make_mesh
+from jaxpeft.training import adamw, check_rows, leaf_spec, make_mesh
 from jaxpeft.tree import matrix_shape, nodes, partition
 
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
 Attach = Callable[..., Any]
 
+_BUILD = ("dtype", "param_dtype", "scan_layers", "remat")  # of config.model
 LONG = 10**6  # steps of an epoch, while the rows have not been counted
 
 
@@ -62,7 +65,7 @@ def check_run(
             check_rows(rows, mesh, accumulate)
     total_steps = count_steps(config.train_for, LONG, field="train_for")
     call_named(adapters, config.adapter, "adapter")
-    find_allocation(config, total_steps)
+    ranks_during(config, total_steps)
     if config.allocation and config.start:
         raise ValueError(
             "`config.allocation` is for a new adapter, `config.start` has its ranks"
@@ -98,11 +101,55 @@ def outline(
     Raises:
         ValueError: as ``models.outline``.
     """
-    fields = ("dtype", "param_dtype", "scan_layers", "remat")
-    settings = {name: config.model[name] for name in fields}
+    settings = {name: config.model[name] for name in _BUILD}
     with said_of("model"):
         return models.outline(
             config.model.name, head=head, num_labels=num_labels, **settings
+        )
+
+
+def load_base(
+    config: ml_collections.ConfigDict, task: Any, mesh: Mesh, key: Key[Array, ""]
+) -> tuple[nn.Module, PyTree]:
+    """Loads the pretrained model of a config, each leaf straight to its place.
+
+    Args:
+        config: the config.
+        task: of ``data.task``; it says which head.
+        mesh: the mesh.
+        key: draws a head that the checkpoint does not have.
+
+    Returns:
+        ``(model, params)``, as of ``models.load``.
+    """
+    return models.load(
+        config.model.name,
+        head=task.head,
+        num_labels=task.num_labels,
+        sharding=lambda path, shape: NamedSharding(mesh, leaf_spec(path, shape, mesh)),
+        key=key,
+        **{name: config.model[name] for name in _BUILD},
+    )
+
+
+def load_start(
+    config: ml_collections.ConfigDict, model: nn.Module, params: PyTree
+) -> PyTree:
+    """Returns a model's parameters with the adapter that ``config.start`` names.
+
+    Args:
+        config: the config.
+        model: of ``outline`` or ``load_base``.
+        params: its parameters, or their shapes.
+
+    Raises:
+        ValueError: as of ``interop.load_adapter``; of parameters also where the
+            adapter was trained on others.
+    """
+    shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+    with said_of("start"):
+        return interop.load_adapter(
+            config.start, params, check_base=not shapes, names=model.names
         )
 
 
@@ -163,9 +210,9 @@ def rehearse(
         trainable=trainable,
         total_steps=total_steps,
     )
-    if allocation := find_allocation(config, total_steps):
+    if allocator := ranks_during(config, total_steps):
         with said_of("allocate"):
-            jax.eval_shape(allocation.init, trainable)
+            jax.eval_shape(allocator.init, trainable)
 
 
 def _check_ranks(adapted: Any, field: str) -> None:
@@ -183,45 +230,3 @@ def _check_ranks(adapted: Any, field: str) -> None:
                 f"{node.site.path!r}, a kernel of {sizes[0]} x {sizes[1]}: every "
                 f"change of it has rank {min(sizes)} or less."
             )
-
-
-def find_allocation(
-    config: ml_collections.ConfigDict, total_steps: int
-) -> allocate.Allocator | None:
-    """Returns what changes ranks in training, ``None`` where nothing does.
-
-    Args:
-        config: the config, of which ``allocate`` says what.
-        total_steps: the number of updates.
-
-    Raises:
-        ValueError: an unknown name or argument.
-    """
-    if not config.allocate:
-        return None
-    return call_named(
-        allocate, config.allocate, "allocate", total_steps=total_steps, leave="biases"
-    )
-
-
-@contextlib.contextmanager
-def said_of(field: str) -> Iterator[None]:
-    """Puts the name of a config's field before what an error says.
-
-    Args:
-        field: as it stands in the config, ``"head"``.
-
-    Raises:
-        ValueError: the one that was raised inside, with the name.
-
-    Example:
-        >>> with said_of("start"):
-        ...     raise ValueError("there is no such folder.")
-        Traceback (most recent call last):
-        ...
-        ValueError: `config.start`: there is no such folder.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`config.{field}`: {error}") from error

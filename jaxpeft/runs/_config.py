@@ -1,6 +1,7 @@
 """Configs: one Python file a run, changed from the command line, kept as JSON."""
 
 import ast
+import contextlib
 import difflib
 import importlib.machinery
 import inspect
@@ -8,7 +9,7 @@ import math
 import re
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +305,26 @@ def call(
         return function(**arguments, **known)
     except ValueError as error:
         raise ValueError(f"`config.{section}`: {error}") from error
+
+
+@contextlib.contextmanager
+def said_of(field: str) -> Iterator[None]:
+    """Puts the name of a config's field before what an error says.
+
+    Args:
+        field: as it stands in the config, ``"head"``.
+
+    Raises:
+        ValueError: the one that was raised inside, with the name.
+
+    Example:
+        >>> with said_of("start"):
+        ...     raise ValueError("there is no such folder.")
+        Traceback (most recent call last):
+        ...
+        ValueError: `config.start`: there is no such folder.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`config.{field}`: {error}") from error

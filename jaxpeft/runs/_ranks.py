@@ -281,7 +281,7 @@ def starting_allocation(
     start_file = kept.with_suffix(".npz")
     if isinstance(setting, str) and Path(setting).is_file():
         found, beside = read(setting), Path(setting).with_suffix(".npz")
-        if starts_at_inputs(found):
+        if _starts_at_inputs(found):
             if not beside.is_file():
                 raise ValueError(
                     f"`allocation` {setting!r} starts adapters at the directions in "
@@ -308,8 +308,7 @@ def starting_allocation(
     return found
 
 
-def starts_at_inputs(allocation: Allocation) -> bool:
-    """Returns whether adapters of these ranks start at their inputs' directions."""
+def _starts_at_inputs(allocation: Allocation) -> bool:
     return bool(allocation.facts.get("options", {}).get("init_from_eva"))
 
 
@@ -320,15 +319,18 @@ def start_at_inputs(
 
     Args:
         adapted: a tree with adapters of these ranks.
-        allocation: of ``estimate_allocation`` with ``init_from_eva``.
-        file: the ``start_file`` it wrote.
+        allocation: of ``estimate_allocation``.
+        file: the ``start_file`` it wrote, where it was told ``init_from_eva``.
 
     Returns:
-        The tree, which computes the same; see ``allocate.eva_start``.
+        The tree, which computes the same; see ``allocate.eva_start``. Without
+        ``init_from_eva`` it is the tree that was given.
 
     Raises:
         ValueError: as of ``allocate.eva_start``.
     """
+    if not _starts_at_inputs(allocation):
+        return adapted
     whiten = bool(allocation.facts["options"].get("whiten"))
     with np.load(file) as found:
         read = {path: found[path] for path in found.files}
