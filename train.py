@@ -114,7 +114,7 @@ def attach(config, model, params, keys, ranks=None, folder=None):
                 adapted = jp.attach(
                     adapted, jp.full(), targets=config.head, key=keys[1]
                 )
-    adapted = runs.attach_biases(adapted, config, keys[0])
+    adapted = runs.attach_biases(adapted, config)
     return runs.enter_stage(adapted, config)
 
 

@@ -31,9 +31,9 @@ from jaxpeft.runs._metrics import stop_if_not_finite as stop_if_not_finite
 from jaxpeft.runs._progress import Progress as Progress
 from jaxpeft.runs._progress import clock as clock
 from jaxpeft.runs._progress import progress as progress
-from jaxpeft.runs._ranks import check_allocator as check_allocator
+from jaxpeft.runs._ranks import allocation_function as allocation_function
+from jaxpeft.runs._ranks import check_estimate as check_estimate
 from jaxpeft.runs._ranks import estimate_allocation as estimate_allocation
-from jaxpeft.runs._ranks import find_allocator as find_allocator
 from jaxpeft.runs._ranks import read_allocation as read_allocation
 from jaxpeft.runs._ranks import start_at_inputs as start_at_inputs
 from jaxpeft.runs._ranks import starting_allocation as starting_allocation

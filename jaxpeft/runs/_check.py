@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PyTree
 from jaxpeft import adapters, interop, models
 from jaxpeft.runs._config import call, call_named, count_steps, said_of
 from jaxpeft.runs._fields import check_fields
-from jaxpeft.runs._ranks import check_allocator, read_allocation
+from jaxpeft.runs._ranks import check_estimate, read_allocation
 from jaxpeft.runs._run_ranks import ranks_during
 from jaxpeft.runs._workdir import check_workdir
 from jaxpeft.training import adamw, check_rows, leaf_spec, make_mesh
@@ -66,9 +66,9 @@ def check_run(
     total_steps = count_steps(config.train_for, LONG, field="train_for")
     call_named(adapters, config.adapter, "adapter")
     ranks_during(config, total_steps)
-    if config.allocation and config.start:
+    if config.ranks.before and config.start:
         raise ValueError(
-            "`config.allocation` is for a new adapter, `config.start` has its ranks"
+            "`config.ranks.before` is for a new adapter, `config.start` has its ranks"
             " already; leave one of them out."
         )
     if config.start:
@@ -178,14 +178,14 @@ def rehearse(
     with said_of("lengths"):
         drawn = lambda tokens: model.init(jax.random.key(0), tokens)
         shapes = jax.eval_shape(drawn, tokens)["params"]
-    setting, ranks = config.allocation, None
+    setting, ranks = config.ranks.before, None
     if setting:
         sites = {"targets": config.targets, "exclude": config.exclude or None}
         if isinstance(setting, str) and Path(setting).is_file():
             ranks = read_allocation(setting, shapes, axes=model.axes, **sites)
         else:
             named = {"name": setting} if isinstance(setting, str) else setting.to_dict()
-            check_allocator(named)
+            check_estimate(named)
     if config.start and not head_known:
         return  # its own head may be of any width
     made = []
@@ -200,7 +200,7 @@ def rehearse(
         jax.eval_shape(make)
     field = "`config.adapter.rank` or `config.rank_pattern`"
     if ranks is not None or config.start:
-        field = "`config.start`" if config.start else "`config.allocation`"
+        field = "`config.start`" if config.start else "`config.ranks.before`"
     _check_ranks(made[0], field)
     trainable, _ = partition(made[0])
     call(
@@ -211,7 +211,7 @@ def rehearse(
         total_steps=total_steps,
     )
     if allocator := ranks_during(config, total_steps):
-        with said_of("allocate"):
+        with said_of("ranks.during"):
             jax.eval_shape(allocator.init, trainable)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxpeft.training import flat_config
+from jaxpeft.training import flat_config, new_name, with_new_names
 from jaxpeft.tree import check_arguments
 
 
@@ -70,6 +70,7 @@ def load_config(
             f"`--config`: get_config() of {name!r} returned a {type(config).__name__}; "
             "it should return an ml_collections.ConfigDict, see configs/quickstart.py."
         )
+    config = with_new_names(config)
     for item in overrides:
         _override(config, item)
     return config.lock()
@@ -123,6 +124,8 @@ def _override(config: ml_collections.ConfigDict, item: str) -> None:
         raise ValueError(
             f"`--config.{name}` has no value; write --config.{name}=VALUE."
         )
+    if now := new_name(name):
+        raise ValueError(f"`--config.{name}` is `--config.{now}` now; write that.")
     known = flat_config(config)
     *parents, last = name.split(".")
     holder = config

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxpeft.runs._config import count_steps, near_names
-from jaxpeft.training import flat_config
+from jaxpeft.training import flat_config, new_name
 from jaxpeft.tree import check_finite_numbers
 
 
@@ -71,10 +71,7 @@ _PAIRS = _listed(_is_pair, "pairs (site, value)")
 _SECTION = _Field(_is_section, "a section with a name: dict(name=..., ...)")
 
 # Sections whose fields are the arguments of something else.
-FREE_SECTIONS = (
-    *("data", "adapter", "allocation", "allocate", "optimizer", "stage_changes"),
-    "mesh",
-)
+FREE_SECTIONS = ("data", "adapter", "optimizer", "stage_changes", "mesh")
 FIELDS: dict[str, _Field] = {
     "seed": _whole(0, 2**32 - 1),
     "model.name": _NAME,
@@ -111,17 +108,17 @@ FIELDS: dict[str, _Field] = {
     "exclude": _SITES,
     "rank_pattern": _PAIRS,
     "alpha_pattern": _PAIRS,
-    "allocation": _or_none(
+    "ranks.before": _or_none(
         _Field(
             lambda x: _is_section(x) or (_is_text(x) and x != ""),
-            "a file, an allocator's name, or dict(name=..., ...)",
+            "a file, a name of jaxpeft.allocate, or dict(name=..., ...)",
         )
     ),
+    "ranks.during": _or_none(_SECTION),
     "head": _NAMES,
     "optimizer": _Field(
         lambda x: isinstance(x, ml_collections.ConfigDict), "a section"
     ),
-    "allocate": _or_none(_SECTION),
     "clip_norm": _or_none(
         _Field(lambda x: _is_number(x) and 0 < x < math.inf, "a number above 0")
     ),
@@ -162,6 +159,8 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         else:
             found[name] = value
     for name in found:
+        if now := new_name(name):
+            raise ValueError(f"`config.{name}` is `config.{now}` now; write that.")
         if name not in FIELDS:
             raise ValueError(
                 f"`config.{name}`: a run has no such field; nearest: "

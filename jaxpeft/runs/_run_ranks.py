@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 
 from jaxpeft import adapters, allocate, training
 from jaxpeft.runs._config import call_named, said_of
@@ -28,7 +28,7 @@ def ranks_before(
     """Returns the ranks that a run starts with; ``None``: those that the adapter says.
 
     Args:
-        config: the config, of which ``allocation`` says where they come from.
+        config: the config, of which ``ranks.before`` says where they come from.
         folder: the run's folder, which keeps them.
         model: of ``models.load``.
         params: its parameters.
@@ -37,7 +37,7 @@ def ranks_before(
     Raises:
         ValueError: as of ``starting_allocation``.
     """
-    setting = config.allocation
+    setting = config.ranks.before
     if not setting:
         return None
     return starting_allocation(
@@ -55,28 +55,25 @@ def ranks_during(
     """Returns what changes ranks in training, ``None`` where nothing does.
 
     Args:
-        config: the config, of which ``allocate`` says what.
+        config: the config, of which ``ranks.during`` says what.
         total_steps: the number of updates.
 
     Raises:
         ValueError: an unknown name or argument.
     """
-    if not config.allocate:
+    if not (fields := config.ranks.during):
         return None
     return call_named(
-        allocate, config.allocate, "allocate", total_steps=total_steps, leave="biases"
+        allocate, fields, "ranks.during", total_steps=total_steps, leave="biases"
     )
 
 
-def attach_biases(
-    adapted: PyTree, config: ml_collections.ConfigDict, key: Key[Array, ""]
-) -> PyTree:
+def attach_biases(adapted: PyTree, config: ml_collections.ConfigDict) -> PyTree:
     """Trains the biases among which what changes ranks chooses, beside the components.
 
     Args:
         adapted: the tree, or its shapes.
-        config: the config, of which ``allocate.biases`` names the modules.
-        key: of ``attach``; nothing is drawn.
+        config: the config, of which ``ranks.during.biases`` names the modules.
 
     Returns:
         The tree; the one that was given where the config names none.
@@ -84,10 +81,11 @@ def attach_biases(
     Raises:
         ValueError: as of ``attach``.
     """
-    if not config.allocate or not (biases := config.allocate.get("biases")):
+    if not config.ranks.during or not (biases := config.ranks.during.get("biases")):
         return adapted
-    with said_of("allocate.biases"):
-        return attach(adapted, adapters.bitfit(), targets=biases, key=key)
+    nothing_drawn = jax.random.key(0)
+    with said_of("ranks.during.biases"):
+        return attach(adapted, adapters.bitfit(), targets=biases, key=nothing_drawn)
 
 
 def decide_ranks(

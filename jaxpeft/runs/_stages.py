@@ -60,7 +60,7 @@ def stage_config(
     changed.stages, changed.stage, changed.stage_changes = (), name, {}
     if index:
         changed.start = str(stage_folder(config, index - 1, folder) / "adapter")
-        changed.allocation = None  # the ranks are those of what it goes on from
+        changed.ranks.before = None  # the ranks are those of what it goes on from
     changed.lock()
     try:
         changed.update(config.stage_changes[kind])

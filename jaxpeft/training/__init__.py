@@ -13,6 +13,8 @@ from jaxpeft.training._config_json import config_differences as config_differenc
 from jaxpeft.training._config_json import config_from_json as config_from_json
 from jaxpeft.training._config_json import config_to_json as config_to_json
 from jaxpeft.training._config_json import flat_config as flat_config
+from jaxpeft.training._config_json import new_name as new_name
+from jaxpeft.training._config_json import with_new_names as with_new_names
 from jaxpeft.training._evaluate import EvalOutput as EvalOutput
 from jaxpeft.training._evaluate import Predictions as Predictions
 from jaxpeft.training._evaluate import eval_step as eval_step

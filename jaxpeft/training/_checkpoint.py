@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxpeft.numerics import optional
-from jaxpeft.training._config_json import config_differences
+from jaxpeft.training._config_json import config_differences, with_new_names
 from jaxpeft.training._folder import as_folder
 from jaxpeft.training._state import TrainState, check_finite
 from jaxpeft.tree import flat, grouped, is_node, unflat
@@ -292,7 +292,7 @@ class Checkpointer:
         lines = [
             f"config field {line}"
             for line in config_differences(
-                ConfigDict(meta["config"]), ConfigDict(self._config)
+                with_new_names(ConfigDict(meta["config"])), ConfigDict(self._config)
             )
             if not any(line.startswith((f"{name}:", f"{name}.")) for name in self._free)
         ]
