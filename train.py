@@ -22,7 +22,7 @@ import ml_collections
 import optax
 
 import jaxpeft as jp
-from jaxpeft import adapters, data, interop, mixtures, runs, training
+from jaxpeft import data, interop, mixtures, runs, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
@@ -96,11 +96,10 @@ def attach(config, model, params, keys, ranks=None, folder=None):
     if config.start:  # what another run saved, head and all
         adapted = runs.load_start(config, model, params)
     else:
-        adapter = runs.call_named(adapters, config.adapter, "adapter")
         sites = {"targets": config.targets, "exclude": config.exclude or None}
         adapted = jp.attach(
             params,
-            adapter,
+            runs.make_adapter(config),
             **(sites if ranks is None else {"targets": ranks}),
             rank_pattern=dict(config.rank_pattern) or None,
             alpha_pattern=dict(config.alpha_pattern) or None,

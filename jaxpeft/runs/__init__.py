@@ -16,6 +16,7 @@ from jaxpeft.runs._config import call as call
 from jaxpeft.runs._config import call_named as call_named
 from jaxpeft.runs._config import count_steps as count_steps
 from jaxpeft.runs._config import load_config as load_config
+from jaxpeft.runs._config import make_adapter as make_adapter
 from jaxpeft.runs._config import said_of as said_of
 from jaxpeft.runs._fields import FIELDS as FIELDS
 from jaxpeft.runs._fields import check_fields as check_fields

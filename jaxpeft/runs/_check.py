@@ -11,8 +11,8 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key, PyTree
 
-from jaxpeft import adapters, interop, models
-from jaxpeft.runs._config import call, call_named, count_steps, said_of
+from jaxpeft import interop, models
+from jaxpeft.runs._config import call, count_steps, make_adapter, said_of
 from jaxpeft.runs._fields import check_fields
 from jaxpeft.runs._ranks import check_estimate, read_allocation
 from jaxpeft.runs._run_ranks import ranks_during
@@ -64,7 +64,7 @@ def check_run(
         with said_of(field):
             check_rows(rows, mesh, accumulate)
     total_steps = count_steps(config.train_for, LONG, field="train_for")
-    call_named(adapters, config.adapter, "adapter")
+    make_adapter(config)
     ranks_during(config, total_steps)
     if config.ranks.before and config.start:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from jaxpeft.training import flat_config, new_name, with_new_names
-from jaxpeft.tree import check_arguments
+from jaxpeft.tree import Adapter, check_arguments, find_method, methods
 
 
 def load_config(
@@ -230,9 +230,9 @@ def call_named(
 
     Args:
         namespace: a package whose public names may be asked for, such as
-            ``jaxpeft.adapters``.
+            ``jaxpeft.allocate``.
         fields: a section of a config: ``name`` and that function's arguments.
-        section: where ``fields`` stands in the config, for messages: ``"adapter"``.
+        section: where it stands in the config, for messages: ``"ranks.during"``.
         leave: a field that is not for the function.
         **known: arguments that the run knows by itself, such as ``total_steps``.
 
@@ -262,6 +262,35 @@ def call_named(
             f"{', '.join(names)}; nearest: {near_names(name, names) or 'none'}."
         )
     return call(getattr(namespace, name), arguments, section, **known)
+
+
+def make_adapter(config: ml_collections.ConfigDict) -> Adapter:
+    """Returns the adapter of a config: a method by its name, and its options.
+
+    A method of any package will do once its module is imported; a config is Python,
+    and imports it at its top.
+
+    Args:
+        config: the config, of which ``adapter`` is ``dict(name=..., and options)``.
+
+    Raises:
+        ValueError: no method of that name is known, or it does not take an option.
+
+    Example:
+        >>> fields = {"adapter": {"name": "lora", "rank": 4}}
+        >>> make_adapter(ml_collections.ConfigDict(fields)).rank
+        4
+    """
+    options = config.adapter.to_dict()
+    name = options.pop("name")
+    try:
+        constructor = find_method(name)
+    except ValueError as error:
+        raise ValueError(
+            f"`config.adapter.name`: {error}, at the top of the config; nearest: "
+            f"{near_names(name, methods()) or 'none'}."
+        ) from None
+    return call(constructor, options, "adapter")
 
 
 def call(

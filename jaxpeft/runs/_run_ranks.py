@@ -8,7 +8,7 @@ import ml_collections
 from jaxtyping import PyTree
 
 from jaxpeft import adapters, allocate, training
-from jaxpeft.runs._config import call_named, said_of
+from jaxpeft.runs._config import call_named, make_adapter, said_of
 from jaxpeft.runs._gather import Draw
 from jaxpeft.runs._metrics import MetricsWriter
 from jaxpeft.runs._progress import Progress
@@ -43,7 +43,7 @@ def ranks_before(
     return starting_allocation(
         setting if isinstance(setting, str) else setting.to_dict(),
         *(folder, model, params, draw),
-        adapter=call_named(adapters, config.adapter, "adapter"),
+        adapter=make_adapter(config),
         targets=config.targets,
         exclude=config.exclude or None,
     )
