@@ -40,26 +40,34 @@ def with_new_names(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
           during: null
         <BLANKLINE>
     """
+    if not _old_names(config):
+        return config
     changed = config.copy_and_resolve_references().unlock()
-    changes = changed.get("stage_changes") or {}
-    sections = [changed, *changes.values()]
-    found = [(part, old) for part in sections for old in _RENAMED if old in part]
-    for part, old in found:
+    for part, old in _old_names(changed):
         section, _, field = _RENAMED[old].partition(".")
         value = part[old]
         del part[old]
         if section not in part:
             part[section] = {}
-        if part[section].get(field) is None:
-            part[section][field] = value
+        there = part[section]
+        if isinstance(there, ml_collections.ConfigDict) and there.get(field) is None:
+            there[field] = value
         elif value is not None:
             raise ValueError(
                 f"`config.{old}` is `config.{section}.{field}` now, and both are "
                 "given; write the second alone."
             )
-    if not found:
-        return config
     return changed.lock() if config.is_locked else changed
+
+
+def _old_names(config: ml_collections.ConfigDict) -> list[tuple[Any, str]]:
+    """``(config or section of stage_changes, old name in it)``, for each."""
+    is_section = lambda value: isinstance(value, ml_collections.ConfigDict)
+    changes = config.get("stage_changes")
+    sections = [config, *(changes.values() if is_section(changes) else ())]
+    return [
+        (x, old) for x in filter(is_section, sections) for old in _RENAMED if old in x
+    ]
 
 
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
