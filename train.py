@@ -87,7 +87,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         return _run(config, workdir, stack)
 
 
-def attach(config, model, params, keys, ranks=None, folder=None):
+def attach_all(config, model, params, keys, ranks=None, folder=None):
     """Puts all that will train beside a model's parameters, or beside their shapes.
 
     ``ranks`` were found before training; ``folder`` then holds the directions of the
@@ -143,7 +143,7 @@ def _run(config, workdir, stack):
 
     # ----------------- Refused is what can be, before anything is read ----------------
 
-    runs.check_run(config, workdir, attach, free=FREE)
+    runs.check_run(config, workdir, attach_all, free=FREE)
     if config.log.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -153,7 +153,9 @@ def _run(config, workdir, stack):
 
     inputs = runs.read_inputs(config)
     task, total_steps = inputs.task, inputs.total_steps
-    runs.rehearse(config, inputs.outline, attach, total_steps)  # now that it is known
+    runs.rehearse(
+        config, inputs.outline, attach_all, total_steps
+    )  # now that it is known
 
     # ------------------------------------ The model -----------------------------------
 
@@ -167,11 +169,11 @@ def _run(config, workdir, stack):
 
     ranks = None
     if config.start:  # an adapter of another base is refused before the folder is ours
-        adapted = attach(config, model, params, both)
+        adapted = attach_all(config, model, params, both)
     folder = stack.enter_context(runs.open_workdir(workdir, config, free=FREE))
     if not config.start:
         ranks = runs.ranks_before(config, folder, model, params, inputs.sample)
-        adapted = attach(config, model, params, both, ranks, folder)
+        adapted = attach_all(config, model, params, both, ranks, folder)
     # An adapter read from PEFT may have untied the head from the embedding.
     specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
     adapted = training.place(adapted, mesh, specs)

@@ -12,7 +12,7 @@ from jaxpeft import data, models
 from jaxpeft.runs._check import outline
 from jaxpeft.runs._config import count_steps, said_of
 from jaxpeft.runs._progress import Progress
-from jaxpeft.training import EvalOutput, predict, scores_of
+from jaxpeft.training import EvalOutput, run_split, scores_of
 
 
 class Inputs(NamedTuple):
@@ -138,7 +138,7 @@ def score_split(
     held_out = data.held_out(inputs.task, inputs.splits, split)
     for name, (encoded, score) in held_out.items():
         with bar.phase(f"{split} {name}".strip(), encoded.rows) as advance:
-            found = predict(
+            found = run_split(
                 eval_fn,
                 trainable,
                 frozen,

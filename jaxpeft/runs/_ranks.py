@@ -121,7 +121,7 @@ def estimate_allocation(
     return Allocation.of(sites, found.facts | facts)
 
 
-class Asked(NamedTuple):
+class Estimate(NamedTuple):
     """What a section that names such a function asks for.
 
     Attributes:
@@ -137,7 +137,7 @@ class Asked(NamedTuple):
     starts: dict[str, bool]
 
 
-def check_estimate(fields: Mapping[str, Any]) -> Asked:
+def check_estimate(fields: Mapping[str, Any]) -> Estimate:
     """Checks what ``estimate_allocation`` is asked for, before anything is read.
 
     Args:
@@ -190,7 +190,7 @@ def check_estimate(fields: Mapping[str, Any]) -> Asked:
         raise ValueError(
             "`ranks.before.whiten` is of init_from_eva=True; write that too"
         )
-    return Asked(function, gathers, own, starts)
+    return Estimate(function, gathers, own, starts)
 
 
 def read_allocation(

@@ -239,7 +239,7 @@ def _outputs(model, params, encoded, batch_size, lengths, advance) -> np.ndarray
     # By number, since batches are of rows of like length.
     numbered = encoded._replace(labels=np.arange(encoded.rows, dtype=np.int32))
     batches = data.evaluation_batches(numbered, batch_size, lengths=lengths)
-    found = training.predict(
+    found = training.run_split(
         *(step, params, None, batches), mesh=mesh, rows=batch_size, advance=count
     )
     outputs = np.empty_like(found.outputs)

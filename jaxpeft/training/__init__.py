@@ -19,7 +19,7 @@ from jaxpeft.training._evaluate import EvalOutput as EvalOutput
 from jaxpeft.training._evaluate import Predictions as Predictions
 from jaxpeft.training._evaluate import eval_step as eval_step
 from jaxpeft.training._evaluate import evaluate as evaluate
-from jaxpeft.training._evaluate import predict as predict
+from jaxpeft.training._evaluate import run_split as run_split
 from jaxpeft.training._evaluate import scores_of as scores_of
 from jaxpeft.training._folder import WorkdirError as WorkdirError
 from jaxpeft.training._folder import as_folder as as_folder

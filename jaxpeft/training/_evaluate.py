@@ -86,7 +86,7 @@ def eval_step(
     )
 
 
-def predict(
+def run_split(
     step: Callable[[Any, Any, Batch], EvalOutput],
     trainable: Any,
     frozen: Any,
@@ -170,12 +170,12 @@ def evaluate(
         step: from ``eval_step``.
         trainable: the trainable leaves.
         frozen: the frozen tree.
-        batches: as for ``predict``.
+        batches: as for ``run_split``.
         mesh: the mesh.
-        rows: as for ``predict``.
+        rows: as for ``run_split``.
         score: ``(outputs [rows, ...], labels [rows]) -> {name: number}``, on all real
             rows at once, so that metrics that are no means (F1, Matthews) are right.
-        advance: as for ``predict``.
+        advance: as for ``run_split``.
 
     Returns:
         The scores and ``"loss"``.
@@ -183,7 +183,7 @@ def evaluate(
     Raises:
         ValueError: there is no row, or ``score`` returns a ``"loss"`` of its own.
     """
-    found = predict(
+    found = run_split(
         step, trainable, frozen, batches, mesh=mesh, rows=rows, advance=advance
     )
     return scores_of(found, score)
@@ -195,7 +195,7 @@ def scores_of(
     """Returns the scores of predictions and ``"loss"``, as ``evaluate`` does.
 
     Args:
-        found: from ``predict``.
+        found: from ``run_split``.
         score: as for ``evaluate``.
 
     Raises:

@@ -113,7 +113,7 @@ def test_a_name_that_nobody_has_entered_says_how(tiny_config, theirs, tmp_path):
         config.adapter = dict(name="miss")
     words = "`config.adapter.name`: unknown method 'miss'.*import it first, at the top"
     with pytest.raises(ValueError, match=words):
-        runs.check_run(config, tmp_path / "run", train.attach)
+        runs.check_run(config, tmp_path / "run", train.attach_all)
     importlib.import_module("their_package.miss")
     assert runs.make_adapter(config).rank == 4
     with config.unlocked():

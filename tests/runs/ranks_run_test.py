@@ -299,8 +299,8 @@ def test_biases_may_be_among_what_is_chosen(tiny_config, tmp_path):
             collect_steps=5,
             biases=("query", "value"),
         )
-    runs.check_run(config, tmp_path / "run", train.attach)
+    runs.check_run(config, tmp_path / "run", train.attach_all)
     with config.unlocked():
         config.ranks.during.biases = ("quary",)
     with pytest.raises(ValueError, match="`config.ranks.during.biases`: .*'quary'"):
-        runs.check_run(config, tmp_path / "run", train.attach)
+        runs.check_run(config, tmp_path / "run", train.attach_all)

@@ -318,7 +318,7 @@ def test_a_corrected_command_is_not_locked_out(place, refused):
     refused(*run, "--config.model.remat=ful", named="remat")
     refused(*run, "--config.data.train=empty.jsonl", named="train")
     config = runs.load_config(place / "tiny.py")
-    runs.check_run(config, place / "fresh", train.attach)  # nothing in its way
+    runs.check_run(config, place / "fresh", train.attach_all)  # nothing in its way
 
 
 def test_a_run_that_fails_before_it_has_written_leaves_nothing(tmp_path):

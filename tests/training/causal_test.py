@@ -153,7 +153,7 @@ def test_steps_and_evaluation():
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-3)
     assert losses[1][-1] < 0.95 * losses[1][0]
     evaluate = training.eval_step(forward, loss, state, frozen, mesh=mesh)
-    found = training.predict(
+    found = training.run_split(
         evaluate, state.trainable, frozen, [rows, rows_of(texts(4))], mesh=mesh, rows=16
     )
     assert found.outputs.shape == (20, 3)
@@ -210,7 +210,7 @@ def test_a_batch_with_nothing_to_learn(padding, accumulate):
         training.check_finite(state)
     evaluate = training.eval_step(forward, loss, state, frozen, mesh=mesh)
     with pytest.raises(ValueError, match="nothing learnt in them"):
-        training.predict(
+        training.run_split(
             evaluate, state.trainable, frozen, [nothing], mesh=mesh, rows=16
         )
 

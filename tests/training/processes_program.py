@@ -66,7 +66,7 @@ def main(folder, steps, index, count):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["total"]))
         checkpoints.save(state, frozen, data_state={"next": steps})
-    found = training.predict(
+    found = training.run_split(
         training.eval_step(forward, loss, state, frozen, mesh=mesh),
         state.trainable,
         frozen,
