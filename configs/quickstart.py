@@ -42,7 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 64
     config.accumulate = 1  # micro-batches a step
 
-    # The adapter: a name of jaxpeft.adapters and that function's arguments.
+    # The adapter: a name of jaxpeft.adapters and that function's arguments, or of any
+    # method that this file imports.
     config.adapter = dict(name="kasa", rank=8, alpha=16.0, beta=1e-4, gamma=1e-3)
     config.start = ""  # the folder of a saved one to go on from instead
     config.stage = ""  # of a method with stages (jaxpeft.mixtures)
