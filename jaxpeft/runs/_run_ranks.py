@@ -60,6 +60,12 @@ def ranks_during(
 
     Raises:
         ValueError: an unknown name or argument.
+
+    Example:
+        >>> fields = {"name": "importance", "target_rank": 2}
+        >>> config = ml_collections.ConfigDict({"ranks": {"during": fields}})
+        >>> ranks_during(config, 100).settled <= 100
+        True
     """
     if not (fields := config.ranks.during):
         return None

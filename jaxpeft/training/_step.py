@@ -199,6 +199,9 @@ def loss_and_gradient(
     Raises:
         ValueError: ``accumulate`` or ``clip_norm`` is out of range; when called, a
             batch that ``accumulate`` times the mesh does not divide.
+
+    Example:
+        See ``compile_step``.
     """
     if accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1, got {accumulate}")
@@ -291,6 +294,34 @@ def compile_step(
         ``step(state, frozen, batch) -> (state, metrics)``, a ``jax.jit`` object.
         ``state`` is donated: its arrays are gone after the call. ``batch`` comes from
         ``put_batch``. Metrics stay on the device.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> from jaxpeft import training
+        >>> mesh = training.make_mesh(devices=jax.devices()[:1])
+        >>> params = {"w": {"kernel": jnp.ones((3, 2))}}
+        >>> adapted = jp.attach(params, jp.lora(1), ["w"], key=jax.random.key(0))
+        >>> adapted = training.place(adapted, mesh, training.param_specs(params, mesh))
+        >>> trainable, frozen = jp.partition(adapted)
+        >>> optimizer = training.adamw(trainable, total_steps=9, learning_rate=0.1)
+        >>> key = jax.random.key(1)
+        >>> state = training.init_state(trainable, optimizer, key=key, mesh=mesh)
+        >>> forward = jp.adapt(lambda params, x: x @ params["w"]["kernel"])
+        >>> def loss_fn(trainable, frozen, batch, keys):
+        ...     y = forward(jp.combine(trainable, frozen), batch["x"])
+        ...     return jnp.sum(y**2, 1), batch["weight"], 0.0  # no routers
+        >>> gradient = training.loss_and_gradient(loss_fn, jp.penalty, mesh=mesh)
+        >>> def update(state, frozen, batch):
+        ...     losses, grads = gradient(state, frozen, batch)
+        ...     down = lambda x, g: x - 0.1 * g
+        ...     trainable = jax.tree.map(down, state.trainable, grads)
+        ...     made = (grads, trainable, state.opt_state)
+        ...     return training.advance(state, losses, *made), losses
+        >>> step = training.compile_step(update, state, frozen, mesh=mesh)
+        >>> batch = training.put_batch({"x": np.ones((4, 3), np.float32)}, mesh)
+        >>> state, losses = step(state, frozen, batch)
+        >>> int(state.step), float(losses["loss"])
+        (1, 18.0)
     """
     where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
     return jax.jit(
