@@ -34,7 +34,8 @@ def load_config(
             ``query,key``); where that value is None, as a Python literal or else text.
 
     Returns:
-        the config, locked: reading or writing a field it does not have raises.
+        the config, locked: reading or writing a field it does not have raises. Fields
+        that had another name before have that of now (``training.with_new_names``).
 
     Raises:
         ValueError: no such file, one that cannot be run (its line is named), no such
