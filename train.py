@@ -9,21 +9,60 @@ this file calls can be imported; ``run(config, workdir)`` is the whole of it.
 """
 
 import contextlib
+import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import optax
 
 import jaxpeft as jp
-from jaxpeft import adapters, allocate, data, interop, mixtures, models, runs, training
+from jaxpeft import data, interop, mixtures, runs, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
+
+
+def make_update(
+    forward, task_loss, optimizer, *, mesh, accumulate=1, clip_norm=None, allocator=None
+):
+    """Returns what one step does: ``(state, frozen, batch) -> (state, metrics)``.
+
+    ``forward`` is ``jp.adapt(model.apply)`` of a batch; it also returns what routers
+    have seen. ``task_loss`` gives each row its loss and its weight.
+    """
+
+    def loss_fn(trainable, frozen, batch, keys):
+        adapted = jp.combine(trainable, frozen)
+        adapted = jp.with_dropout(adapted, keys.adapter, leaves_key=keys.leaves)
+        outputs, seen = forward(adapted, batch, keys.model)
+        values, weights = task_loss(outputs, batch)
+        return values, weights, mixtures.auxiliary(adapted, seen)["penalty"]
+
+    # The mean over the rows of all micro-batches, and once a step the methods' own
+    # penalty, which is no sum over rows.
+    gradient = training.loss_and_gradient(
+        loss_fn, jp.penalty, mesh=mesh, accumulate=accumulate, clip_norm=clip_norm
+    )
+
+    def update(state, frozen, batch):
+        losses, grads = gradient(state, frozen, batch)
+        # Optax's bias correction mixes integers and floats.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.transform.update(
+                grads, state.opt_state, state.trainable
+            )
+            trainable = optax.apply_updates(state.trainable, updates)
+        made = (grads, trainable, opt_state)  # kept if it is finite
+        new = training.advance(state, losses, *made, allocator=allocator)
+        return new, losses | optimizer.rates(state.step)
+
+    return update
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -48,41 +87,55 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         return _run(config, workdir, stack)
 
 
-def attach(config, model, params, keys, ranks=None, start=lambda adapted: adapted):
-    """Puts all that will train beside a model's parameters, or beside their shapes."""
+def attach_all(config, model, params, keys, ranks=None, folder=None):
+    """Puts all that will train beside a model's parameters, or beside their shapes.
+
+    ``ranks`` were found before training; ``folder`` then holds the directions of the
+    inputs, where adapters are to start at them.
+    """
     if config.start:  # what another run saved, head and all
-        shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
-        with runs.said_of("start"):
-            adapted = interop.load_adapter(
-                config.start, params, check_base=not shapes, names=model.names
-            )
+        adapted = runs.load_start(config, model, params)
     else:
-        adapter = runs.call_named(adapters, config.adapter, "adapter")
         sites = {"targets": config.targets, "exclude": config.exclude or None}
         adapted = jp.attach(
             params,
-            adapter,
+            runs.make_adapter(config),
             **(sites if ranks is None else {"targets": ranks}),
             rank_pattern=dict(config.rank_pattern) or None,
             alpha_pattern=dict(config.alpha_pattern) or None,
             axes=model.axes,
             key=keys[0],
         )
-        adapted = start(adapted)
+        if ranks is not None and folder is not None:
+            adapted = runs.start_at_inputs(adapted, ranks, folder / "allocation.npz")
         if config.head:  # trained whole: no pre-trained one fits the new task
             with runs.said_of("head"):
                 adapted = jp.attach(
                     adapted, jp.full(), targets=config.head, key=keys[1]
                 )
-    if config.allocate and (biases := config.allocate.get("biases")):
-        with runs.said_of("allocate.biases"):
-            adapted = jp.attach(  # nodes of their own; draws nothing
-                adapted, jp.bitfit(), targets=biases, key=keys[0]
-            )
-    if config.stage:
-        with runs.said_of("stage"):
-            adapted = runs.enter_stage(adapted, config.stage, seed=config.seed)
-    return adapted
+    adapted = runs.attach_biases(adapted, config)
+    return runs.enter_stage(adapted, config)
+
+
+class Parts(NamedTuple):
+    """What a run is made of, once it stands."""
+
+    title: str
+    config: ml_collections.ConfigDict
+    inputs: runs.Inputs
+    folder: Path
+    mesh: jax.sharding.Mesh
+    specs: Any  # where on the mesh the parameters lie
+    sizes: tuple[int, int]  # parameters that train, and all
+    ranks: Any  # found before training; None: those of the adapter
+    load_base: Callable[[], tuple[Any, Any]]  # (model, parameters)
+    allocator: Any  # changes ranks in training; None: nothing does
+    step_fn: Callable[..., Any]  # one update
+    evaluate: Callable[..., Any]  # (trainable, frozen, split) -> (scores, routing)
+    checkpoints: training.Checkpointer
+    writer: runs.MetricsWriter
+    bar: runs.Progress
+    seconds: Callable[[], float]  # of this run and of those that it resumes
 
 
 def _run(config, workdir, stack):
@@ -90,8 +143,7 @@ def _run(config, workdir, stack):
 
     # ----------------- Refused is what can be, before anything is read ----------------
 
-    runs.check_run(config, workdir, attach, free=FREE)
-    main_process = jax.process_index() == 0
+    runs.check_run(config, workdir, attach_all, free=FREE)
     if config.log.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -99,138 +151,52 @@ def _run(config, workdir, stack):
 
     # ------------------------------- The task, its steps ------------------------------
 
-    task = data.task(config.data)
-    model = runs.outline(config, head=task.head, num_labels=task.num_labels)
-    limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
-    with runs.said_of("tokenizer"):
-        tokenizer = models.tokenizer(config.model.name, **config.tokenizer)
-    told = {  # goes with every adapter that is saved, for all that is done with it
-        "config": config.to_dict(),
-        "tokenizer": models.tokenizer_options(tokenizer),
-        **data.task_metadata(task),
-    }
-    splits = data.tokenize(task, tokenizer, **limits)
-    batches = iter(
-        data.batches(
-            splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
-        )
-    )
-    per_epoch = data.batches_per_epoch(splits["train"], config.batch_size)
-    count = lambda field: runs.count_steps(config[field], per_epoch, field=field)
-    total_steps = count("train_for")
-    evaluate_every = count("evaluate_every")
-    saving = config.save_every.removesuffix(", kept")
-    save_every = runs.count_steps(saving, per_epoch, field="save_every")
-    runs.rehearse(config, model, attach, total_steps)  # now that these are known
+    inputs = runs.read_inputs(config)
+    task, total_steps = inputs.task, inputs.total_steps
+    runs.rehearse(
+        config, inputs.outline, attach_all, total_steps
+    )  # now that it is known
 
     # ------------------------------------ The model -----------------------------------
 
-    def where(path, shape):  # every leaf is read straight to its place on the mesh
-        return jax.NamedSharding(mesh, training.leaf_spec(path, shape, mesh))
-
     keys = iter(jax.random.split(jax.random.key(config.seed), 4))
     head_key, adapter_key = next(keys), next(keys)
-    whole_key = next(keys) if config.head else None
-    load_base = lambda: models.load(
-        config.model.name,
-        head=task.head,
-        num_labels=task.num_labels,
-        dtype=config.model.dtype,
-        param_dtype=config.model.param_dtype,
-        scan_layers=config.model.scan_layers,
-        remat=config.model.remat,
-        sharding=where,
-        key=head_key,
-    )
+    both = (adapter_key, next(keys) if config.head else None)
+    load_base = functools.partial(runs.load_base, config, task, mesh, head_key)
     model, params = load_base()
-    if config.start:  # an adapter of another base is refused before the folder is ours
-        adapted = attach(config, model, params, (adapter_key, whole_key))
-    folder = stack.enter_context(runs.open_workdir(workdir, config, free=FREE))
 
     # ---------------------------------- The adapter -----------------------------------
 
-    start_ranks = None
-    if config.allocation:  # from the pretrained model, or from a file
-
-        def draw(samples, seed):
-            texts = splits["train"]
-            if texts.segments is not None:  # several to a row
-                texts = data.tokenize(
-                    data.unpacked(task), tokenizer, **limits, splits=["train"]
-                )["train"]
-            drawn = data.sample(texts, samples, seed=seed)
-            rows, lengths = config.eval_batch_size, config.lengths
-            return drawn.rows, data.evaluation_batches(drawn, rows, lengths=lengths)
-
-        setting = config.allocation
-        start_ranks = runs.starting_allocation(
-            setting if isinstance(setting, str) else setting.to_dict(),
-            *(folder, model, params, draw),
-            adapter=runs.call_named(adapters, config.adapter, "adapter"),
-            targets=config.targets,
-            exclude=config.exclude or None,
-        )
-
-    def start(adapted):
-        if start_ranks is None or not runs.starts_at_inputs(start_ranks):
-            return adapted
-        file = folder / "allocation.npz"
-        return runs.start_at_inputs(adapted, start_ranks, file)
-
+    ranks = None
+    if config.start:  # an adapter of another base is refused before the folder is ours
+        adapted = attach_all(config, model, params, both)
+    folder = stack.enter_context(runs.open_workdir(workdir, config, free=FREE))
     if not config.start:
-        both = (adapter_key, whole_key)
-        adapted = attach(config, model, params, both, start_ranks, start)
+        ranks = runs.ranks_before(config, folder, model, params, inputs.sample)
+        adapted = attach_all(config, model, params, both, ranks, folder)
     # An adapter read from PEFT may have untied the head from the embedding.
     specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
     adapted = training.place(adapted, mesh, specs)
     trainable, frozen = jp.partition(adapted)
     sizes = jp.count(adapted)
-    if main_process:
+    if jax.process_index() == 0:
         (folder / "sites.txt").write_text(f"{jp.describe(adapted)}\n")
     del params, adapted  # the base lives on in `frozen`; nothing is held twice
 
-    # ---------------------------------- Update step -----------------------------------
+    # ------------------------------ Update and evaluation -----------------------------
 
     optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    allocation = runs.find_allocation(config, total_steps)
-    settled = allocation.settled if allocation else 0  # from then on: the best can be
+    allocator = runs.ranks_during(config, total_steps)
     state = training.init_state(
-        trainable, optimizer, key=next(keys), mesh=mesh, allocation=allocation
+        trainable, optimizer, key=next(keys), mesh=mesh, allocator=allocator
     )
     forward, loss = training.objective(model, mesh=mesh, dropout=config.model.dropout)
-    step_fn = training.train_step(
-        *(forward, loss, optimizer, state, frozen),
-        mesh=mesh,
-        accumulate=config.accumulate,
-        clip_norm=config.clip_norm,
-        allocation=allocation,
+    cuts = dict(accumulate=config.accumulate, clip_norm=config.clip_norm)
+    update = make_update(
+        forward, loss, optimizer, mesh=mesh, allocator=allocator, **cuts
     )
-
-    # ----------------------------------- Evaluation -----------------------------------
-
+    step_fn = training.compile_step(update, state, frozen, mesh=mesh)
     eval_fn = training.eval_step(forward, loss, state, frozen, mesh=mesh)
-    metric = task.best["metric"]  # decides which checkpoint is the best
-    # GLUE keeps the labels of its test splits; there, validation is all there is.
-    held_out = "test" if "test" in task.splits else "validation"
-
-    routing = {}  # of the last evaluation, by task
-
-    def evaluate(trainable, frozen, split, bar):
-        rows, lengths, scores = config.eval_batch_size, config.lengths, {}
-        for name, (encoded, score) in data.held_out(task, splits, split).items():
-            with bar.phase(f"{split} {name}".strip(), encoded.rows) as advance:
-                found = training.predict(
-                    eval_fn,
-                    trainable,
-                    frozen,
-                    data.evaluation_batches(encoded, rows, lengths=lengths),
-                    mesh=mesh,
-                    rows=rows // jax.process_count(),
-                    advance=advance,
-                )
-            scores[name] = training.scores_of(found, score)
-            routing[name or task.name] = found.routing
-        return data.gather_scores(task, scores)
 
     # ----------------------------- Resume, or start anew ------------------------------
 
@@ -243,16 +209,35 @@ def _run(config, workdir, stack):
     if checkpoints.latest is not None:
         restored = checkpoints.restore(state, frozen)
         state, frozen, first_step = restored.state, restored.frozen, restored.step
-        batches.set_state(restored.data_state)
+        inputs.batches.set_state(restored.data_state)
         carried = restored.extra
-    seconds = lambda: carried["seconds"] + time.perf_counter() - started
     after = first_step or -1  # no checkpoint yet: what was written is written anew
     writer = stack.enter_context(
         runs.MetricsWriter(folder, after=after, tensorboard=config.log.tensorboard)
     )
-    writer.write("start", first_step, versions=runs.versions(), command=sys.argv)
     bar = stack.enter_context(runs.progress(total_steps, done=first_step))
     title = f"{config.adapter.name} on {config.model.name}, {task.name}"
+    parts = Parts(
+        title=title,
+        config=config,
+        inputs=inputs,
+        folder=folder,
+        mesh=mesh,
+        specs=specs,
+        sizes=sizes,
+        ranks=ranks,
+        load_base=load_base,
+        allocator=allocator,
+        step_fn=step_fn,
+        evaluate=functools.partial(
+            runs.score_split, config, inputs, eval_fn, mesh=mesh, bar=bar
+        ),
+        checkpoints=checkpoints,
+        writer=writer,
+        bar=bar,
+        seconds=lambda: carried["seconds"] + time.perf_counter() - started,
+    )
+    writer.write("start", first_step, versions=runs.versions(), command=sys.argv)
     bar.note(
         f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
         f"of {config.batch_size} rows on {mesh.size} device(s); {folder}"
@@ -264,127 +249,123 @@ def _run(config, workdir, stack):
     elif first_step:
         bar.note(f"Resuming after step {first_step}.")
     else:
-        scores = evaluate(state.trainable, frozen, "validation", bar)
-        writer.write("eval", 0, **scores)
-        if held_out != "validation":
-            scores = evaluate(state.trainable, frozen, held_out, bar)
-        carried["before"] = scores
-        bar.note(f"before training: {held_out} {metric} {scores[metric]:.4f}")
+        carried["before"] = _before(parts, state, frozen)
+    state = _train(parts, state, frozen, first_step, carried)
+    return _finish(parts, state, frozen, carried["before"])
 
-    # ----------------------------------- Train loop -----------------------------------
 
+def _before(parts, state, frozen):
+    """The scores before the first step."""
+    held_out, metric = parts.inputs.held_out, parts.inputs.task.best["metric"]
+    scores, _ = parts.evaluate(state.trainable, frozen, "validation")
+    parts.writer.write("eval", 0, **scores)
+    if held_out != "validation":
+        scores, _ = parts.evaluate(state.trainable, frozen, held_out)
+    parts.bar.note(f"before training: {held_out} {metric} {scores[metric]:.4f}")
+    return scores
+
+
+def _train(parts, state, frozen, first_step, carried):
+    """The train loop: returns the state after the last step."""
+    config, inputs, checkpoints = parts.config, parts.inputs, parts.checkpoints
+    writer, bar, allocator = parts.writer, parts.bar, parts.allocator
+    metric = inputs.task.best["metric"]  # decides which checkpoint is the best
+    settled = allocator.settled if allocator else 0  # from then on: the best can be
     watch, waiting = runs.Stopwatch(), []
-    for step in range(first_step + 1, total_steps + 1):
-        batch = next(batches)
+    for step in range(first_step + 1, inputs.total_steps + 1):
+        batch = next(inputs.batches)
         tokens = int(batch["attention_mask"].sum()) * jax.process_count()
-        batch = training.put_batch(batch, mesh, accumulate=config.accumulate)
-        state, metrics = step_fn(state, frozen, batch)
+        batch = training.put_batch(batch, parts.mesh, accumulate=config.accumulate)
+        state, metrics = parts.step_fn(state, frozen, batch)
         watch.count(tokens=tokens)
         waiting.append((step, metrics))  # still on the device: fetched all at once
         bar.advance()
 
-        if allocation and allocation.decide and step == settled:
-            state, chosen = training.decide(allocation, state)
-            if main_process:
-                chosen.save(folder / "decided.json")
-            kept = {
-                n: chosen.facts[n] for n in ("nodes", "chosen", "trained", "stored")
-            }
-            writer.write("decided", step, **kept)
-            bar.note(f"After step {step}: {kept}; decided.json says which.")
-        evaluates = step % evaluate_every == 0 or step == total_steps
-        saves = evaluates or step % save_every == 0
+        if allocator and allocator.decide and step == settled:
+            state = runs.decide_ranks(allocator, state, parts.folder, writer, bar)
+        evaluates = step % inputs.evaluate_every == 0 or step == inputs.total_steps
+        saves = evaluates or step % inputs.save_every == 0
         if not saves and step % config.log.every:
             continue
         for number, values in jax.device_get(waiting):
             writer.write("train", number, **values)
         waiting.clear()
         lap = watch.lap()
-        writer.write("speed", step, **lap, **runs.memory(), seconds=seconds())
-        try:
-            training.check_finite(state)
-        except training.NonFiniteError as error:
-            checkpoints.wait()
-            error = error.keeping(checkpoints.latest)
-            writer.write("stopped", error.step, reason=str(error))
-            raise error from None
+        writer.write("speed", step, **lap, **runs.memory(), seconds=parts.seconds())
+        runs.stop_if_not_finite(state, checkpoints, writer)
         rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
         shown = {"loss": float(values["loss"]), "lr": float(rate)}
         shown["tokens/s"], scores = lap["tokens_per_second"], None
         if evaluates:
-            scores = evaluate(state.trainable, frozen, "validation", bar)
+            scores, _ = parts.evaluate(state.trainable, frozen, "validation")
             writer.write("eval", step, **scores)
             shown[metric] = scores[metric]
-        if step % save_every == 0 and saving != config.save_every:
+        if step % inputs.save_every == 0 and inputs.keeps:
             interop.save_adapter(
                 jp.combine(state.trainable, frozen),
-                folder / f"adapters/{step}",
-                metadata={**told, "step": step},
+                parts.folder / f"adapters/{step}",
+                metadata={**inputs.metadata, "step": step},
                 overwrite=True,  # by a run that was stopped right here
             )
         if saves:
             checkpoints.save(
                 state,
                 frozen,
-                data_state=batches.get_state(),
-                extra=carried | {"seconds": seconds()},
+                data_state=inputs.batches.get_state(),
+                extra=carried | {"seconds": parts.seconds()},
                 scores=scores if step >= settled else None,
             )
         bar.show(step, **shown)
         watch.restart()
+    return state
 
-    # ------------------- Save the adapter, read it again, score it --------------------
 
-    last = evaluate(state.trainable, frozen, held_out, bar)
-    best = checkpoints.restore(state, frozen, step="best")
+def _finish(parts, state, frozen, before):
+    """Saves the adapter, reads it again, scores it, and reports: the results."""
+    inputs, folder, held_out = parts.inputs, parts.folder, parts.inputs.held_out
+    last, _ = parts.evaluate(state.trainable, frozen, held_out)
+    best = parts.checkpoints.restore(state, frozen, step="best")
     after = last
-    if best.step != total_steps:
-        after = evaluate(best.state.trainable, best.frozen, held_out, bar)
+    if best.step != inputs.total_steps:
+        after, _ = parts.evaluate(best.state.trainable, best.frozen, held_out)
     saved = folder / "adapter"
     interop.save_adapter(
         jp.combine(best.state.trainable, best.frozen),
         saved,
-        metadata={**told, held_out: after, "step": best.step},
+        metadata={**inputs.metadata, held_out: after, "step": best.step},
         overwrite=True,  # by a run that was complete
     )
-    _, fresh = load_base()
+    model, fresh = parts.load_base()
     reloaded = interop.load_adapter(saved, fresh, names=model.names)
-    reloaded = training.place(reloaded, mesh, specs)
-    again = evaluate(*jp.partition(reloaded), held_out, bar)
+    reloaded = training.place(reloaded, parts.mesh, parts.specs)
+    again, routing = parts.evaluate(*jp.partition(reloaded), held_out)
     if again != after:
         raise RuntimeError(f"the saved adapter scores {again} when read, not {after}.")
-    writer.write("after", total_steps, best_step=best.step, **after)
-    bar.note(f"the adapter, saved and read onto a fresh base, scores the same: {after}")
-    bar.close()
-    ranks = {}
-    if allocation and allocation.decide:
-        ranks["ranks"] = allocate.Allocation.load(folder / "decided.json").ranks()
-    elif allocation:
-        ranks["ranks"] = allocate.kept_ranks(reloaded)
-    if start_ranks is not None:
-        shown = {"ranks": start_ranks.ranks(), "facts": start_ranks.facts}
-        ranks["allocation"] = shown
-    if any(routing.values()):  # the adapters have routers
+    parts.writer.write("after", inputs.total_steps, best_step=best.step, **after)
+    parts.bar.note(
+        f"the adapter, saved and read onto a fresh base, scores the same: {after}"
+    )
+    parts.bar.close()
+    found = runs.ranks_report(folder, reloaded, parts.ranks, parts.allocator)
+    if routing:  # the adapters have routers
         routes = mixtures.routing_report(reloaded, routing)
-        ranks["routing"] = runs.save_routing(folder, routes, title=title)
-
-    # ------------------------------------- Report -------------------------------------
-
+        found["routing"] = runs.save_routing(folder, routes, title=parts.title)
+    facts = {name: s.facts for name, s in inputs.splits.items() if s.facts}
     results = {
-        "task": task.name,
+        "task": inputs.task.name,
         "split": held_out,
-        "metric": metric,
-        "before": carried["before"],
+        "metric": inputs.task.best["metric"],
+        "before": before,
         "after": after,
         "after_last_step": last,
         "best_step": best.step,
-        "steps": total_steps,
-        **dict(zip(("trainable", "total"), sizes, strict=True)),
-        "seconds": seconds(),
-        "data": task.facts | {name: s.facts for name, s in splits.items() if s.facts},
-        **ranks,
+        "steps": inputs.total_steps,
+        **dict(zip(("trainable", "total"), parts.sizes, strict=True)),
+        "seconds": parts.seconds(),
+        "data": inputs.task.facts | facts,
+        **found,
     }
-    return runs.report(folder, results, config, title=title)
+    return runs.report(folder, results, parts.config, title=parts.title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

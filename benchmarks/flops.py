@@ -256,7 +256,7 @@ def mixture_methods(rank: int, experts: int) -> Iterator[jp.tree.Adapter]:
 
 def _made(name: str, rank: int) -> jp.tree.Adapter:
     """A method at its defaults but for the rank, if it has one."""
-    constructor = getattr(jp.adapters, name)
+    constructor = jp.tree.find_method(name)
     return constructor() if constructor().where.rank is None else constructor(rank=rank)
 
 

@@ -43,7 +43,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    config.allocation = None
+    config.ranks = dict(
+        before=None,
+        # What decides about them in training: a name of jaxpeft.allocate and its
+        # arguments.
+        during=dict(
+            name="importance",
+            target_rank=8,  # components a site, on average, in the end
+            initial_steps=40,  # before the first pruning
+            final_steps=60,  # after the last
+            every=5,
+        ),
+    )
     # Trained whole (jaxpeft.full). The checkpoint was made for sentence vectors, means
     # over tokens: they did without its pooler, and a classifier it does not have.
     config.head = ("pooler/dense", "classifier")
@@ -59,14 +70,6 @@ def get_config() -> ml_collections.ConfigDict:
         b2=0.999,
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
-    )
-    # What decides about ranks: a name of jaxpeft.allocate and its arguments.
-    config.allocate = dict(
-        name="importance",
-        target_rank=8,  # components a site, on average, in the end
-        initial_steps=40,  # before the first pruning
-        final_steps=60,  # after the last
-        every=5,
     )
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "200 steps"  # or epochs

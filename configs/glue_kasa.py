@@ -85,7 +85,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
     config.exclude = ()
     config.rank_pattern = ()
     config.alpha_pattern = ()
-    config.allocation = None
+    config.ranks = dict(before=None, during=None)
     config.head = ("classifier/dense", "classifier/out_proj")
 
     config.optimizer = dict(
@@ -99,7 +99,6 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
         eps=1e-8,
         weight_decay=decay,
     )
-    config.allocate = None
     config.clip_norm = None
     config.train_for = f"{epochs} epochs"
     config.evaluate_every = "1 epoch"

@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    config.allocation = None
+    config.ranks = dict(before=None, during=None)
     # Trained whole (jaxpeft.full). The checkpoint was made for sentence vectors, means
     # over tokens: they did without its pooler, and a classifier it does not have.
     config.head = ("pooler/dense", "classifier")
@@ -59,7 +59,6 @@ def get_config() -> ml_collections.ConfigDict:
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
     )
-    config.allocate = None
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "200 steps"  # or epochs
     config.evaluate_every = "50 steps"  # on the validation rows; saves a checkpoint

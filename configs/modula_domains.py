@@ -85,7 +85,7 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    config.allocation = None
+    config.ranks = dict(before=None, during=None)
     config.head = ("classifier",)  # trained whole (jaxpeft.full)
 
     # The stages of MoDULA, one run after the other; 400 steps in all.
@@ -115,7 +115,6 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
     )
-    config.allocate = None
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "240 steps"  # or epochs
     config.evaluate_every = "240 steps"  # on the validation rows; saves a checkpoint

@@ -82,7 +82,7 @@ def get_config(method: str = "molora") -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    config.allocation = None
+    config.ranks = dict(before=None, during=None)
     config.head = ()  # trained whole (jaxpeft.full): none, the model's own will do
 
     # AdamW.
@@ -97,7 +97,6 @@ def get_config(method: str = "molora") -> ml_collections.ConfigDict:
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
     )
-    config.allocate = None
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "60 steps"  # or epochs
     config.evaluate_every = "60 steps"  # on the validation rows; saves a checkpoint

@@ -42,7 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 64
     config.accumulate = 1  # micro-batches a step
 
-    # The adapter: a name of jaxpeft.adapters and that function's arguments.
+    # The adapter: a name of jaxpeft.adapters and that function's arguments, or of any
+    # method that this file imports.
     config.adapter = dict(name="kasa", rank=8, alpha=16.0, beta=1e-4, gamma=1e-3)
     config.start = ""  # the folder of a saved one to go on from instead
     config.stage = ""  # of a method with stages (jaxpeft.mixtures)
@@ -52,9 +53,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    # Ranks found before training: a file of `jaxpeft ranks`, or "gelora", "eva",
-    # "uniform", or dict(name=..., and options); None: the same everywhere, as above.
-    config.allocation = None
+    config.ranks = dict(  # None: the same everywhere, as above
+        # Found before training: a file of `jaxpeft ranks`, or "gelora", "eva",
+        # "uniform", or dict(name=..., and options).
+        before=None,
+        # What changes them as it trains: dict(name=..., and options), see
+        # adalora_trec.py.
+        during=None,
+    )
     # Trained whole (jaxpeft.full). The checkpoint was made for sentence vectors, means
     # over tokens: they did without its pooler, and a classifier it does not have.
     config.head = ("pooler/dense", "classifier")
@@ -71,7 +77,6 @@ def get_config() -> ml_collections.ConfigDict:
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
     )
-    config.allocate = None  # or what changes ranks as it trains, see adalora_trec.py
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "200 steps"  # or epochs
     config.evaluate_every = "50 steps"  # on the validation rows; saves a checkpoint

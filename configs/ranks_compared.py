@@ -84,9 +84,17 @@ def get_config(method: str = "eva", task: str = "trec") -> ml_collections.Config
     config.exclude = ()  # sites left out, in the same form
     config.rank_pattern = ()  # pairs (site, rank) that differ from adapter.rank
     config.alpha_pattern = ()
-    config.allocation = None  # or a name of jaxpeft.allocate and its arguments
+    config.ranks = dict(before=None, during=None)  # names of jaxpeft.allocate
     if method in BEFORE:
-        config.allocation = dict(name=method, budget=budget, **BEFORE[method])
+        config.ranks.before = dict(name=method, budget=budget, **BEFORE[method])
+    if method in DURING:
+        config.ranks.during = dict(
+            name="ggm",
+            budget=budget,  # of 294,912 parameters
+            by=DURING[method],
+            initial_steps=30,  # before scores are recorded
+            collect_steps=100,  # whose scores are
+        )
     # Trained whole (jaxpeft.full). The checkpoint was made for sentence vectors, means
     # over tokens: they did without its pooler, and a classifier it does not have.
     config.head = ("pooler/dense", "classifier")
@@ -103,15 +111,6 @@ def get_config(method: str = "eva", task: str = "trec") -> ml_collections.Config
         eps=1e-8,
         weight_decay=0.0,  # of matrices only, where it is not zero
     )
-    config.allocate = None
-    if method in DURING:
-        config.allocate = dict(
-            name="ggm",
-            budget=budget,  # of 294,912 parameters
-            by=DURING[method],
-            initial_steps=30,  # before scores are recorded
-            collect_steps=100,  # whose scores are
-        )
     config.clip_norm = 1.0  # of the whole gradient; None: off
     config.train_for = "300 steps"  # or epochs
     config.evaluate_every = "100 steps"  # on the validation rows; saves a checkpoint

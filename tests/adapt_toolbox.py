@@ -153,9 +153,9 @@ def distance(x, y) -> float:
         assert a.shape == b.shape and a.dtype == b.dtype, (a.aval, b.aval)
     xs, ys = ([np.asarray(a, np.float64) for a in t] for t in (xs, ys))
     top = max((np.abs(b).max() for b in ys if b.size), default=0.0)
-    gap = max(
-        (np.abs(a - b).max() for a, b in zip(xs, ys, strict=True) if a.size),
-        default=0.0,
+    # NumPy's, so that a NaN in any leaf is a NaN here, which is neither near nor far.
+    gap = np.max(
+        [np.abs(a - b).max() for a, b in zip(xs, ys, strict=True) if a.size] + [0]
     )
     return float(gap / max(top, 1e-30))
 

@@ -21,7 +21,7 @@ def build(settings):
     )
     if settings["method"] == "frozen":
         return _frozen_step(model, params, settings)
-    adapter = getattr(jp, settings["method"])(rank=settings["rank"])
+    adapter = jp.tree.find_method(settings["method"])(rank=settings["rank"])
     targets, key = settings["targets"]["ours"], jax.random.key(0)
     adapted = jp.attach(params, adapter, targets, key=key, axes=model.axes)
     trainable, frozen = jp.partition(adapted)

@@ -125,7 +125,7 @@ def gelora(
     """
     _check(rounding, offset, noise, r_min, r_max, degenerate)
     _warn_of_few(profile)
-    dims, sds, halves = _read(profile, degenerate)
+    dims, sds, halves = _read_profile(profile, degenerate)
     _check_spreads(noise, sds)
     chain = blocks is None
     if chain:
@@ -214,7 +214,7 @@ def _warn_of_few(profile) -> None:
         )
 
 
-def _read(profile, degenerate: str) -> tuple[list[float], list[float], list]:
+def _read_profile(profile, degenerate: str) -> tuple[list[float], list[float], list]:
     """Dimensions, their sds (nan: not known), and halves."""
     dims, sds, halves = [], [], []
     for i, each in enumerate(profile):

@@ -206,7 +206,7 @@ def importance(
         b2: decay of the mean of the uncertainty, in (0, 1).
 
     Returns:
-        An ``Allocator``, for ``training.train_step`` or a loop of your own. Its
+        An ``Allocator``, for ``training.advance`` or a loop of your own. Its
         ``init`` raises ``ValueError`` where no site can be pruned, or none needs it.
 
     Raises:

@@ -5,7 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.parts import in_layers, listed
+from jaxpeft.parts import (
+    NO_TARGETS,
+    by_pattern,
+    fitting_pattern,
+    is_target,
+    target_entries,
+    with_tied,
+)
 from jaxpeft.tree import Allocation, KernelShape, ModuleName, SiteRank, module_path
 
 
@@ -36,7 +43,7 @@ def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, An
     for path, site in allocation.sites:
         each = site.layers()
         stacked = isinstance(site.rank, tuple)
-        modules = _modules(path, len(each) if stacked else None, names)
+        _, modules = _modules(path, len(each) if stacked else None, names)
         for module, (rank, alpha) in zip(modules, each, strict=True):
             if rank:
                 ranks[module] = rank
@@ -73,49 +80,43 @@ def from_peft(
         The allocation.
 
     Raises:
-        ValueError: the config is of rsLoRA, whose scale is not alpha / rank; or one of
-            its targets or patterns names none of the sites.
+        ValueError: the config is of rsLoRA, whose scale is not alpha / rank; it has no
+            targets; or one of its targets or patterns names none of the sites. A
+            target that names only sites which another field leaves out is none of
+            those.
     """
     if config.get("use_rslora"):
         raise ValueError(
             "`config` has use_rslora, where the scale is alpha / sqrt(rank): attach "
             "jaxpeft.rslora with these patterns by hand"
         )
-    wanted, excluded = config["target_modules"], config.get("exclude_modules")
-    patterns = {n: config.get(f"{n}_pattern") or {} for n in ("rank", "alpha")}
-    used: set[str] = set()
+    if (wanted := config.get("target_modules")) is None:
+        raise ValueError(
+            "`config` has no target_modules, which PEFT would choose by the model's "
+            "type; write the modules, or 'all-linear'"
+        )
+    ranks, alphas = (config.get(f"{x}_pattern") or {} for x in ("rank", "alpha"))
+    full = with_tied(config, names)
+    used: set[str | None] = {NO_TARGETS}
 
-    def value(what: str, default: Any, module: str) -> Any:
-        for pattern, found in patterns[what].items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                used.add(pattern)
-                return found
-        return config.get(default, 8)
-
-    def targeted(module: str) -> bool:
-        if isinstance(wanted, str):
-            if wanted == "all-linear" or re.fullmatch(wanted, module):
-                used.add(wanted)
-                return True
-            return False
-        hits = {t for t in wanted if module == t or module.endswith(f".{t}")}
-        used.update(hits)
-        return module in hits or bool(hits) and in_layers(config, module)
+    def rank_of(row: ModuleName, module: str) -> tuple[int, float]:
+        used.update(target_entries(config, module, row.kind))
+        if not is_target(full, module, row.kind):
+            return 0, 0.0
+        used.update(fitting_pattern(x, module) for x in (ranks, alphas))
+        alpha = by_pattern(alphas, module, config.get("lora_alpha", 8))
+        return by_pattern(ranks, module, config.get("r", 8)), float(alpha)
 
     sites = {}
     for path, shape in shapes.items():
-        pairs = []
-        for module in _modules(path, shape.layers, names):
-            hit = targeted(module) and not listed(excluded, module)
-            rank = value("rank", "r", module) if hit else 0
-            alpha = value("alpha", "lora_alpha", module) if hit else 0
-            pairs.append((rank, float(alpha)))
+        row, modules = _modules(path, shape.layers, names)
+        pairs = [rank_of(row, module) for module in modules]
         if shape.layers is None:
             sites[path] = SiteRank(*pairs[0])
         else:
             sites[path] = SiteRank(*(tuple(x) for x in zip(*pairs, strict=True)))
     every = {wanted} if isinstance(wanted, str) else set(wanted)
-    if dead := (every | set(patterns["rank"]) | set(patterns["alpha"])) - used:
+    if dead := (every | set(ranks) | set(alphas)) - used:
         raise ValueError(
             f"`config` names {sorted(dead)[:5]}, which is none of the {len(shapes)} "
             "sites of `shapes`"
@@ -123,8 +124,10 @@ def from_peft(
     return Allocation.of(sites, {"allocator": "peft"})
 
 
-def _modules(path: str, layers: int | None, names: Sequence[ModuleName]) -> list[str]:
-    """What PEFT calls the module of a site, or of each layer of a stack."""
+def _modules(
+    path: str, layers: int | None, names: Sequence[ModuleName]
+) -> tuple[ModuleName, list[str]]:
+    """A site's row, and what PEFT calls its module, or that of each of its layers."""
     name = module_path(path).removeprefix("params/")
     for row in names:
         before, counted, after = row.ours.partition("{i}")
@@ -132,8 +135,8 @@ def _modules(path: str, layers: int | None, names: Sequence[ModuleName]) -> list
         if not (match := re.fullmatch(expression + re.escape(after), name)):
             continue
         if counted:
-            return [row.theirs.replace("{i}", match[1])]
+            return row, [row.theirs.replace("{i}", match[1])]
         if layers is None:
-            return [row.theirs]
-        return [row.theirs.replace("{i}", str(i)) for i in range(layers)]
+            return row, [row.theirs]
+        return row, [row.theirs.replace("{i}", str(i)) for i in range(layers)]
     raise ValueError(f"site {path!r} is in no row of `names`; add a row for its module")

@@ -97,7 +97,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
     tokenizer = open_tokenizer(opened.folder, given.adapter)
     with stage(f"writing {given.out}"):
         if form == "own":
-            told = _kept(opened) | {"from": given.adapter, "base": opened.base}
+            told = _task_metadata(opened) | {"from": given.adapter, "base": opened.base}
             if opened.kind == PEFT and tokenizer is not None:  # ours says it already
                 told["tokenizer"] = changed_options(opened.folder, tokenizer)
             interop.save_adapter(opened.adapted, out, metadata=told)
@@ -123,7 +123,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
     print(f"{out}: HF PEFT, {saved.form}, {len(saved.sites)} modules{rank}{whole}")
 
 
-def _kept(opened: Opened) -> dict[str, Any]:
+def _task_metadata(opened: Opened) -> dict[str, Any]:
     """What an own adapter says of its task, however it came to be."""
     kept = dict(opened.wanted.metadata)
     if opened.model.head in ("classification", "regression"):

@@ -77,7 +77,7 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError("there is no PROMPT, and nothing on standard input.")
     folders, rows = {}, [None] * len(prompts)
     if given.rows is not None:
-        folders, rows = _named(given, len(prompts))
+        folders, rows = _folders_by_name(given, len(prompts))
         folder, model, params = open_adapters(given, folders, rows)
     elif given.adapter is None:
         if given.head == "auto":
@@ -140,7 +140,9 @@ def _ids(tokenizer, prompt: str, *, chat: bool) -> list[int]:
     )["input_ids"]
 
 
-def _named(given: argparse.Namespace, prompts: int) -> tuple[dict[str, Path], list]:
+def _folders_by_name(
+    given: argparse.Namespace, prompts: int
+) -> tuple[dict[str, Path], list]:
     """The adapters' folders by name, and the name that each prompt goes to."""
     folders: dict[str, Path] = {}
     for entry in given.adapter or ():

@@ -13,8 +13,8 @@ NAME = "ranks"
 SUMMARY = "choose ranks for a model and a task, before any training"
 DESCRIPTION = """\
 Estimates from a pretrained model and the training rows of a task how much rank each
-kernel gets, without training. The file goes into train.py as --config.allocation=FILE,
-or into jaxpeft.attach; the table goes to standard output.
+kernel gets, without training. The file goes into train.py as
+--config.ranks.before=FILE, or into jaxpeft.attach; the table goes to standard output.
 
   gelora   the rise of the intrinsic dimension of hidden states over a block, plus one
   eva      the directions that explain most of the variance of a kernel's inputs
@@ -100,7 +100,7 @@ def run(given: argparse.Namespace) -> None:
 
     from jaxpeft import data, dimension, models, runs
 
-    runs.find_allocator(given.method)  # objects before anything is read
+    runs.allocation_function(given.method)  # objects before anything is read
     task = data.task(
         {"name": given.task, **named_options("--task-option", given.task_option)}
     )

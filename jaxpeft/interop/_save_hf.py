@@ -148,17 +148,13 @@ def save_hf(
     content |= {"dtype": kind.name}
     if any(row.tied in table.by_name for row in table.rows):
         content["tie_word_embeddings"] = False  # each has a table of its own here
-    files = shards(planned, most)
-    names_of = [WEIGHTS]
-    if len(files) > 1:
-        names_of = [
-            f"model-{i:05}-of-{len(files):05}.safetensors"
-            for i in range(1, len(files) + 1)
-        ]
+    size, parts = sum(tensor.size for tensor in planned), shards(planned, most)
+    named = lambda i: f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
+    files = {named(i) if len(parts) > 1 else WEIGHTS: x for i, x in enumerate(parts)}
     drift: dict[str, tuple[float, float]] = {}
     stream = _stream(table, kind, drift)
     with new_folder(folder) as new:
-        for file, tensors in zip(names_of, files, strict=True):
+        for file, tensors in files.items():
             _write(None if new is None else new / file, tensors, stream)
         if new is not None:
             _beside(new, source)
@@ -166,17 +162,11 @@ def save_hf(
             _add_stops(new / GENERATION, content, stop)
             _dump(new / CONFIG, content)
             if len(files) > 1:
-                where = {
-                    tensor.name: file
-                    for file, tensors in zip(names_of, files, strict=True)
-                    for tensor in tensors
-                }
-                total = sum(tensor.size for tensor in planned)
-                index = {"metadata": {"total_size": total}, "weight_map": where}
+                where = {x.name: f for f, tensors in files.items() for x in tensors}
+                index = {"metadata": {"total_size": size}, "weight_map": where}
                 _dump(new / (WEIGHTS + ".index.json"), index)
     ordered = dict(sorted(drift.items(), key=lambda x: -x[1][1]))
-    size = sum(tensor.size for tensor in planned)
-    return SavedModel(folder, tuple(names_of), size, ordered)
+    return SavedModel(folder, tuple(files), size, ordered)
 
 
 def shard_bytes(size: int | str) -> int:

@@ -1,7 +1,6 @@
 """What a run asks for, tried on shapes before weights or data are read."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Key, PyTree
 
-from jaxpeft import adapters, allocate, interop, models
-from jaxpeft.runs._config import call, call_named, count_steps
+from jaxpeft import interop, models
+from jaxpeft.runs._config import call, count_steps, make_adapter, said_of
 from jaxpeft.runs._fields import check_fields
-from jaxpeft.runs._ranks import check_allocator, read_allocation
+from jaxpeft.runs._ranks import check_estimate, read_allocation
+from jaxpeft.runs._run_ranks import ranks_during
 from jaxpeft.runs._workdir import check_workdir
-from jaxpeft.training import adamw, check_rows, make_mesh
+from jaxpeft.training import adamw, check_rows, leaf_spec, make_mesh
 from jaxpeft.tree import matrix_shape, nodes, partition
 
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
 Attach = Callable[..., Any]
 
+_BUILD = ("dtype", "param_dtype", "scan_layers", "remat")  # of config.model
 LONG = 10**6  # steps of an epoch, while the rows have not been counted
 
 
@@ -61,11 +64,11 @@ def check_run(
         with said_of(field):
             check_rows(rows, mesh, accumulate)
     total_steps = count_steps(config.train_for, LONG, field="train_for")
-    call_named(adapters, config.adapter, "adapter")
-    find_allocation(config, total_steps)
-    if config.allocation and config.start:
+    make_adapter(config)
+    ranks_during(config, total_steps)
+    if config.ranks.before and config.start:
         raise ValueError(
-            "`config.allocation` is for a new adapter, `config.start` has its ranks"
+            "`config.ranks.before` is for a new adapter, `config.start` has its ranks"
             " already; leave one of them out."
         )
     if config.start:
@@ -98,11 +101,55 @@ def outline(
     Raises:
         ValueError: as ``models.outline``.
     """
-    fields = ("dtype", "param_dtype", "scan_layers", "remat")
-    settings = {name: config.model[name] for name in fields}
+    settings = {name: config.model[name] for name in _BUILD}
     with said_of("model"):
         return models.outline(
             config.model.name, head=head, num_labels=num_labels, **settings
+        )
+
+
+def load_base(
+    config: ml_collections.ConfigDict, task: Any, mesh: Mesh, key: Key[Array, ""]
+) -> tuple[nn.Module, PyTree]:
+    """Loads the pretrained model of a config, each leaf straight to its place.
+
+    Args:
+        config: the config.
+        task: of ``data.task``; it says which head.
+        mesh: the mesh.
+        key: draws a head that the checkpoint does not have.
+
+    Returns:
+        ``(model, params)``, as of ``models.load``.
+    """
+    return models.load(
+        config.model.name,
+        head=task.head,
+        num_labels=task.num_labels,
+        sharding=lambda path, shape: NamedSharding(mesh, leaf_spec(path, shape, mesh)),
+        key=key,
+        **{name: config.model[name] for name in _BUILD},
+    )
+
+
+def load_start(
+    config: ml_collections.ConfigDict, model: nn.Module, params: PyTree
+) -> PyTree:
+    """Returns a model's parameters with the adapter that ``config.start`` names.
+
+    Args:
+        config: the config.
+        model: of ``outline`` or ``load_base``.
+        params: its parameters, or their shapes.
+
+    Raises:
+        ValueError: as of ``interop.load_adapter``; of parameters also where the
+            adapter was trained on others.
+    """
+    shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+    with said_of("start"):
+        return interop.load_adapter(
+            config.start, params, check_base=not shapes, names=model.names
         )
 
 
@@ -131,14 +178,14 @@ def rehearse(
     with said_of("lengths"):
         drawn = lambda tokens: model.init(jax.random.key(0), tokens)
         shapes = jax.eval_shape(drawn, tokens)["params"]
-    setting, ranks = config.allocation, None
+    setting, ranks = config.ranks.before, None
     if setting:
         sites = {"targets": config.targets, "exclude": config.exclude or None}
         if isinstance(setting, str) and Path(setting).is_file():
             ranks = read_allocation(setting, shapes, axes=model.axes, **sites)
         else:
             named = {"name": setting} if isinstance(setting, str) else setting.to_dict()
-            check_allocator(named)
+            check_estimate(named)
     if config.start and not head_known:
         return  # its own head may be of any width
     made = []
@@ -153,7 +200,7 @@ def rehearse(
         jax.eval_shape(make)
     field = "`config.adapter.rank` or `config.rank_pattern`"
     if ranks is not None or config.start:
-        field = "`config.start`" if config.start else "`config.allocation`"
+        field = "`config.start`" if config.start else "`config.ranks.before`"
     _check_ranks(made[0], field)
     trainable, _ = partition(made[0])
     call(
@@ -163,9 +210,9 @@ def rehearse(
         trainable=trainable,
         total_steps=total_steps,
     )
-    if allocation := find_allocation(config, total_steps):
-        with said_of("allocate"):
-            jax.eval_shape(allocation.init, trainable)
+    if allocator := ranks_during(config, total_steps):
+        with said_of("ranks.during"):
+            jax.eval_shape(allocator.init, trainable)
 
 
 def _check_ranks(adapted: Any, field: str) -> None:
@@ -183,45 +230,3 @@ def _check_ranks(adapted: Any, field: str) -> None:
                 f"{node.site.path!r}, a kernel of {sizes[0]} x {sizes[1]}: every "
                 f"change of it has rank {min(sizes)} or less."
             )
-
-
-def find_allocation(
-    config: ml_collections.ConfigDict, total_steps: int
-) -> allocate.Allocator | None:
-    """Returns what changes ranks in training, ``None`` where nothing does.
-
-    Args:
-        config: the config, of which ``allocate`` says what.
-        total_steps: the number of updates.
-
-    Raises:
-        ValueError: an unknown name or argument.
-    """
-    if not config.allocate:
-        return None
-    return call_named(
-        allocate, config.allocate, "allocate", total_steps=total_steps, leave="biases"
-    )
-
-
-@contextlib.contextmanager
-def said_of(field: str) -> Iterator[None]:
-    """Puts the name of a config's field before what an error says.
-
-    Args:
-        field: as it stands in the config, ``"head"``.
-
-    Raises:
-        ValueError: the one that was raised inside, with the name.
-
-    Example:
-        >>> with said_of("start"):
-        ...     raise ValueError("there is no such folder.")
-        Traceback (most recent call last):
-        ...
-        ValueError: `config.start`: there is no such folder.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`config.{field}`: {error}") from error

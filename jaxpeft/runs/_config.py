@@ -1,6 +1,7 @@
 """Configs: one Python file a run, changed from the command line, kept as JSON."""
 
 import ast
+import contextlib
 import difflib
 import importlib.machinery
 import inspect
@@ -8,14 +9,14 @@ import math
 import re
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from jaxpeft.training import flat_config
-from jaxpeft.tree import check_arguments
+from jaxpeft.training import flat_config, new_name, with_new_names
+from jaxpeft.tree import Adapter, check_arguments, find_method, methods
 
 
 def load_config(
@@ -33,7 +34,8 @@ def load_config(
             ``query,key``); where that value is None, as a Python literal or else text.
 
     Returns:
-        the config, locked: reading or writing a field it does not have raises.
+        the config, locked: reading or writing a field it does not have raises. Fields
+        that had another name before have that of now (``training.with_new_names``).
 
     Raises:
         ValueError: no such file, one that cannot be run (its line is named), no such
@@ -69,6 +71,7 @@ def load_config(
             f"`--config`: get_config() of {name!r} returned a {type(config).__name__}; "
             "it should return an ml_collections.ConfigDict, see configs/quickstart.py."
         )
+    config = with_new_names(config)
     for item in overrides:
         _override(config, item)
     return config.lock()
@@ -122,6 +125,8 @@ def _override(config: ml_collections.ConfigDict, item: str) -> None:
         raise ValueError(
             f"`--config.{name}` has no value; write --config.{name}=VALUE."
         )
+    if now := new_name(name):
+        raise ValueError(f"`--config.{name}` is `--config.{now}` now; write that.")
     known = flat_config(config)
     *parents, last = name.split(".")
     holder = config
@@ -226,9 +231,9 @@ def call_named(
 
     Args:
         namespace: a package whose public names may be asked for, such as
-            ``jaxpeft.adapters``.
+            ``jaxpeft.allocate``.
         fields: a section of a config: ``name`` and that function's arguments.
-        section: where ``fields`` stands in the config, for messages: ``"adapter"``.
+        section: where it stands in the config, for messages: ``"ranks.during"``.
         leave: a field that is not for the function.
         **known: arguments that the run knows by itself, such as ``total_steps``.
 
@@ -258,6 +263,35 @@ def call_named(
             f"{', '.join(names)}; nearest: {near_names(name, names) or 'none'}."
         )
     return call(getattr(namespace, name), arguments, section, **known)
+
+
+def make_adapter(config: ml_collections.ConfigDict) -> Adapter:
+    """Returns the adapter of a config: a method by its name, and its options.
+
+    A method of any package will do once its module is imported; a config is Python,
+    and imports it at its top.
+
+    Args:
+        config: the config, of which ``adapter`` is ``dict(name=..., and options)``.
+
+    Raises:
+        ValueError: no method of that name is known, or it does not take an option.
+
+    Example:
+        >>> fields = {"adapter": {"name": "lora", "rank": 4}}
+        >>> make_adapter(ml_collections.ConfigDict(fields)).rank
+        4
+    """
+    options = config.adapter.to_dict()
+    name = options.pop("name")
+    try:
+        constructor = find_method(name)
+    except ValueError as error:
+        raise ValueError(
+            f"`config.adapter.name`: {error}, at the top of the config; nearest: "
+            f"{near_names(name, methods()) or 'none'}."
+        ) from None
+    return call(constructor, options, "adapter")
 
 
 def call(
@@ -304,3 +338,26 @@ def call(
         return function(**arguments, **known)
     except ValueError as error:
         raise ValueError(f"`config.{section}`: {error}") from error
+
+
+@contextlib.contextmanager
+def said_of(field: str) -> Iterator[None]:
+    """Puts the name of a config's field before what an error says.
+
+    Args:
+        field: as it stands in the config, ``"head"``.
+
+    Raises:
+        ValueError: the one that was raised inside, with the name.
+
+    Example:
+        >>> with said_of("start"):
+        ...     raise ValueError("there is no such folder.")
+        Traceback (most recent call last):
+        ...
+        ValueError: `config.start`: there is no such folder.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`config.{field}`: {error}") from error

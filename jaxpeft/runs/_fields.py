@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxpeft.runs._config import count_steps, near_names
-from jaxpeft.training import flat_config
+from jaxpeft.training import flat_config, new_name
 from jaxpeft.tree import check_finite_numbers
 
 
@@ -17,7 +17,7 @@ class _Field(NamedTuple):
     words: str
 
 
-def _whole(least: int, most: int = 2**31 - 1) -> _Field:
+def _whole_number(least: int, most: int = 2**31 - 1) -> _Field:
     fits = lambda x: isinstance(x, int) and not isinstance(x, bool)
     words = f"a whole number from {least} to {most}"
     return _Field(lambda x: fits(x) and least <= x <= most, words)
@@ -50,7 +50,7 @@ def _is_floating(name: Any) -> bool:
         return False
 
 
-def _is_section(value: Any) -> bool:
+def _is_named_section(value: Any) -> bool:
     named = isinstance(value, ml_collections.ConfigDict) and "name" in value
     return named and isinstance(value.name, str) and value.name != ""
 
@@ -68,15 +68,12 @@ _SITES = _Field(
     "a tuple of names, a regular expression or 'all-linear'",
 )
 _PAIRS = _listed(_is_pair, "pairs (site, value)")
-_SECTION = _Field(_is_section, "a section with a name: dict(name=..., ...)")
+_SECTION = _Field(_is_named_section, "a section with a name: dict(name=..., ...)")
 
 # Sections whose fields are the arguments of something else.
-FREE_SECTIONS = (
-    *("data", "adapter", "allocation", "allocate", "optimizer", "stage_changes"),
-    "mesh",
-)
+FREE_SECTIONS = ("data", "adapter", "optimizer", "stage_changes", "mesh")
 FIELDS: dict[str, _Field] = {
-    "seed": _whole(0, 2**32 - 1),
+    "seed": _whole_number(0, 2**32 - 1),
     "model.name": _NAME,
     "model.dtype": _DTYPE,
     "model.param_dtype": _DTYPE,
@@ -87,19 +84,19 @@ FIELDS: dict[str, _Field] = {
     "tokenizer.eos_token": _or_none(_TEXT),
     "tokenizer.chat_template": _or_none(_TEXT),
     "data": _SECTION,
-    "max_length": _whole(1),
+    "max_length": _whole_number(1),
     "lengths": _Field(
         lambda x: (
             isinstance(x, tuple | list)
             and len(x) > 0
-            and all(map(_whole(1).fits, x))
+            and all(map(_whole_number(1).fits, x))
             and list(x) == sorted(set(x))
         ),
         "a tuple of rising whole numbers",
     ),
-    "batch_size": _whole(1),
-    "eval_batch_size": _whole(1),
-    "accumulate": _whole(1),
+    "batch_size": _whole_number(1),
+    "eval_batch_size": _whole_number(1),
+    "accumulate": _whole_number(1),
     "adapter": _SECTION,
     "start": _TEXT,
     "stage": _TEXT,
@@ -111,17 +108,17 @@ FIELDS: dict[str, _Field] = {
     "exclude": _SITES,
     "rank_pattern": _PAIRS,
     "alpha_pattern": _PAIRS,
-    "allocation": _or_none(
+    "ranks.before": _or_none(
         _Field(
-            lambda x: _is_section(x) or (_is_text(x) and x != ""),
-            "a file, an allocator's name, or dict(name=..., ...)",
+            lambda x: _is_named_section(x) or (_is_text(x) and x != ""),
+            "a file, a name of jaxpeft.allocate, or dict(name=..., ...)",
         )
     ),
+    "ranks.during": _or_none(_SECTION),
     "head": _NAMES,
     "optimizer": _Field(
         lambda x: isinstance(x, ml_collections.ConfigDict), "a section"
     ),
-    "allocate": _or_none(_SECTION),
     "clip_norm": _or_none(
         _Field(lambda x: _is_number(x) and 0 < x < math.inf, "a number above 0")
     ),
@@ -132,7 +129,7 @@ FIELDS: dict[str, _Field] = {
         "a length above zero, '50 steps' or '50 steps, kept'",
     ),
     "mesh": _Field(lambda x: isinstance(x, ml_collections.ConfigDict), "a section"),
-    "log.every": _whole(1),
+    "log.every": _whole_number(1),
     "log.tensorboard": _BOOL,
     "log.compilation_cache": _TEXT,
 }
@@ -162,6 +159,8 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         else:
             found[name] = value
     for name in found:
+        if now := new_name(name):
+            raise ValueError(f"`config.{name}` is `config.{now}` now; write that.")
         if name not in FIELDS:
             raise ValueError(
                 f"`config.{name}`: a run has no such field; nearest: "
@@ -178,12 +177,12 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             if isinstance(shown, ml_collections.ConfigDict):
                 shown = shown.to_dict()
             raise ValueError(
-                f"`config.{name}` must be {field.words}, got {_short(shown)}."
+                f"`config.{name}` must be {field.words}, got {_cut_short(shown)}."
             )
     for name, value in flat_config(config).items():
         check_finite_numbers(value, f"`config.{name}`")
 
 
-def _short(value: Any) -> str:
+def _cut_short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""What allocators need of a pretrained model and data: states, inputs of kernels."""
+"""What ranks are estimated from: a pretrained model's states, inputs of kernels."""
 
 import functools
 import sys
@@ -77,17 +77,17 @@ def _spectra(
     """Spectra of the sites' inputs over real tokens, and facts."""
     if tokens not in _TOKENS:
         raise ValueError(
-            f"`allocation.tokens` must be one of {_TOKENS}, got {tokens!r}"
+            f"`ranks.before.tokens` must be one of {_TOKENS}, got {tokens!r}"
         )
     if svd is None:  # the same for all: their shares are compared
         svd = _SVDS[max(shape.d_in for shape in shapes.values()) > WIDE]
     if svd not in _SVDS:
-        raise ValueError(f"`allocation.svd` must be one of {_SVDS}, got {svd!r}")
+        raise ValueError(f"`ranks.before.svd` must be one of {_SVDS}, got {svd!r}")
     most = allocate.most_directions(shapes, **options)
     if svd == "covariance":
         if keep is not None:
             raise ValueError(
-                f"`allocation.keep` ({keep}) is of svd='incremental'; "
+                f"`ranks.before.keep` ({keep}) is of svd='incremental'; "
                 "'covariance' keeps all directions"
             )
         tau = None
@@ -111,8 +111,8 @@ def _spectra(
         if tokens == "label_mask":
             if "target_weights" not in batch:
                 raise ValueError(
-                    "`allocation.tokens`='label_mask' is for tasks of writing; here a "
-                    "loss belongs to a row, not to its tokens: write tokens='mask'"
+                    "`ranks.before.tokens`='label_mask' is for tasks of writing; here "
+                    "a loss belongs to a row, not to its tokens: write tokens='mask'"
                 )
             mask = mask * (np.asarray(batch["target_weights"]) > 0)
         return run(params, inputs, jnp.asarray(mask))
@@ -136,5 +136,5 @@ def _told(each: Iterable, count: int, what: str, unit: str, progress: bool) -> I
             print(text, file=sys.stderr, flush=True)
 
 
-# An allocator's argument, and what gathers it.
+# An argument of a function of jaxpeft.allocate, and what gathers it.
 GATHER = {"profile": _profile, "spectra": _spectra}

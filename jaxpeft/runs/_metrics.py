@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxpeft.numerics import optional
+from jaxpeft.training import Checkpointer, NonFiniteError, TrainState, check_finite
 
 METRICS_FILE = "metrics.jsonl"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -216,3 +217,25 @@ def memory() -> dict[str, int]:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return found | ({"device_peak_bytes": max(peaks)} if peaks else {})
+
+
+def stop_if_not_finite(
+    state: TrainState, checkpoints: Checkpointer, writer: MetricsWriter
+) -> None:
+    """Ends a run some update of which was not finite; writes down that it did.
+
+    Args:
+        state: the state.
+        checkpoints: the run's; the last one is kept.
+        writer: for the ``stopped`` event.
+
+    Raises:
+        NonFiniteError: it says which update, and which checkpoint is left.
+    """
+    try:
+        check_finite(state)
+    except NonFiniteError as error:
+        checkpoints.wait()
+        told = error.keeping(checkpoints.latest)
+        writer.write("stopped", told.step, reason=str(told))
+        raise told from None

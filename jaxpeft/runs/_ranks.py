@@ -1,4 +1,4 @@
-"""Ranks before training: what an allocator asks of the pretrained model and data."""
+"""Ranks before training, estimated from the pretrained model and data."""
 
 import functools
 import inspect
@@ -40,7 +40,7 @@ def estimate_allocation(
     start_file: str | Path | None = None,
     progress: bool = True,
 ) -> Allocation:
-    """Asks an allocator of ``jaxpeft.allocate`` for ranks, before anything is trained.
+    """Estimates ranks by a function of ``jaxpeft.allocate``, before any training.
 
     What it takes beside the shapes is gathered from the pretrained model, without
     adapter, head and dropout, on rows as training has them, without their labels:
@@ -68,7 +68,7 @@ def estimate_allocation(
             in batches with ``valid``, as ``data.evaluation_batches`` has them.
         targets: the sites, as in ``attach``.
         exclude: as in ``attach``.
-        rank: the mean rank, for an allocator that takes one and is given neither
+        rank: the mean rank, for a function that takes one and is given neither
             ``rank`` nor ``budget``; ``None``: its default.
         scale: alpha / rank of every site, where ``fields`` say nothing of alphas.
         start_file: where the directions go that adapters start at, an npz; needed
@@ -80,19 +80,19 @@ def estimate_allocation(
 
     Raises:
         ValueError: an unknown name or argument, packed rows where texts are needed one
-            by one, too few different rows, or what the allocator objects to.
+            by one, too few different rows, or what the function objects to.
 
     Example:
         >>> estimate_allocation(  # doctest: +SKIP
         ...     model, params, {"name": "eva", "rank": 4}, draw, targets=["query"]
         ... )
     """
-    function, gathers, own, starts = check_allocator(fields)
+    function, gathers, own, starts = check_estimate(fields)
     options = {option: value for option, value in fields.items() if option != "name"}
     start = starts | {n: options[n] for n in starts if n in options}
     if start.get("init_from_eva") and start_file is None:
         raise ValueError(
-            "`allocation.init_from_eva` needs a place for the directions: "
+            "`ranks.before.init_from_eva` needs a place for the directions: "
             "start_file='allocation.npz'"
         )
     shapes = allocate.kernel_shapes(params, targets, exclude=exclude, axes=model.axes)
@@ -121,8 +121,8 @@ def estimate_allocation(
     return Allocation.of(sites, found.facts | facts)
 
 
-class Asked(NamedTuple):
-    """What a section that names an allocator asks for.
+class Estimate(NamedTuple):
+    """What a section that names such a function asks for.
 
     Attributes:
         function: of ``jaxpeft.allocate``.
@@ -137,7 +137,7 @@ class Asked(NamedTuple):
     starts: dict[str, bool]
 
 
-def check_allocator(fields: Mapping[str, Any]) -> Asked:
+def check_estimate(fields: Mapping[str, Any]) -> Estimate:
     """Checks what ``estimate_allocation`` is asked for, before anything is read.
 
     Args:
@@ -151,12 +151,12 @@ def check_allocator(fields: Mapping[str, Any]) -> Asked:
             processes.
 
     Example:
-        >>> check_allocator({"name": "uniform", "rank": 4}).gathers is None
+        >>> check_estimate({"name": "uniform", "rank": 4}).gathers is None
         True
     """
     options = {option: value for option, value in fields.items() if option != "name"}
     name = fields["name"]
-    function = find_allocator(name)
+    function = allocation_function(name)
     gathers = next(
         (n for n in GATHER if n in inspect.signature(function).parameters), None
     )
@@ -168,26 +168,29 @@ def check_allocator(fields: Mapping[str, Any]) -> Asked:
     for option in options:
         if option not in known:
             raise ValueError(
-                f"`allocation.{option}`: {name} takes no such argument; nearest: "
+                f"`ranks.before.{option}`: {name} takes no such argument; nearest: "
                 f"{near_names(option, known) or 'none'}, all: {', '.join(known)}."
             )
     for asker in (function, GATHER[gathers]) if gathers else (function,):
         takes = inspect.signature(asker).parameters
         here = {n: value for n, value in options.items() if n in takes}
-        check_arguments(asker, here, "`allocation.{}`".format)
+        check_arguments(asker, here, "`ranks.before.{}`".format)
     for option in starts:
         if not isinstance(options.get(option, False), bool):
             raise ValueError(
-                f"`allocation.{option}` must be True or False, got {options[option]!r}."
+                f"`ranks.before.{option}` must be True or False, got "
+                f"{options[option]!r}."
             )
     if jax.process_count() > 1:
         raise ValueError(
-            "`allocation` is estimated by one process. Write it to a file once, with "
+            "`ranks.before` is estimated by one process. Write it to a file once, with "
             "`jaxpeft ranks`, and name that."
         )
     if options.get("whiten") and not options.get("init_from_eva"):
-        raise ValueError("`allocation.whiten` is of init_from_eva=True; write that too")
-    return Asked(function, gathers, own, starts)
+        raise ValueError(
+            "`ranks.before.whiten` is of init_from_eva=True; write that too"
+        )
+    return Estimate(function, gathers, own, starts)
 
 
 def read_allocation(
@@ -222,7 +225,7 @@ def read_allocation(
     more, less = sorted(set(found) - set(shapes)), sorted(set(shapes) - set(found))
     if more or less:
         raise ValueError(
-            f"`allocation` {str(file)!r} is not of the sites that `targets` names: "
+            f"`ranks.before` {str(file)!r} is not of the sites that `targets` names: "
             f"{len(more)} are in the file alone {more[:3]}, {len(less)} in the targets "
             f"alone {less[:3]}. Estimate it with the same targets and scan_layers."
         )
@@ -231,7 +234,7 @@ def read_allocation(
         if (len(site.rank) if isinstance(site.rank, tuple) else None) != layers:
             there = f"a stack of {layers} layers" if layers else "a single kernel"
             raise ValueError(
-                f"`allocation` {str(file)!r} has ranks {site.rank} at "
+                f"`ranks.before` {str(file)!r} has ranks {site.rank} at "
                 f"{path!r}, {there} here. Estimate it with the same scan_layers."
             )
     return found
@@ -254,8 +257,8 @@ def starting_allocation(
     on they are read from there, and nothing is estimated again.
 
     Args:
-        setting: ``config.allocation``: the path of a saved allocation, the name of an
-            allocator, or a section with ``name`` and options, of
+        setting: ``config.ranks.before``: the path of a saved allocation, a name of
+            ``jaxpeft.allocate``, or a section with ``name`` and options, of
             ``estimate_allocation``.
         folder: the run's folder.
         model: of ``models.load``.
@@ -281,10 +284,10 @@ def starting_allocation(
     start_file = kept.with_suffix(".npz")
     if isinstance(setting, str) and Path(setting).is_file():
         found, beside = read(setting), Path(setting).with_suffix(".npz")
-        if starts_at_inputs(found):
+        if _starts_at_inputs(found):
             if not beside.is_file():
                 raise ValueError(
-                    f"`allocation` {setting!r} starts adapters at the directions in "
+                    f"`ranks.before` {setting!r} starts adapters at the directions in "
                     f"{str(beside)!r}, which is not there: `jaxpeft ranks` writes both"
                 )
             if jax.process_index() == 0:
@@ -309,8 +312,7 @@ def starting_allocation(
     return found
 
 
-def starts_at_inputs(allocation: Allocation) -> bool:
-    """Returns whether adapters of these ranks start at their inputs' directions."""
+def _starts_at_inputs(allocation: Allocation) -> bool:
     return bool(allocation.facts.get("options", {}).get("init_from_eva"))
 
 
@@ -321,15 +323,18 @@ def start_at_inputs(
 
     Args:
         adapted: a tree with adapters of these ranks.
-        allocation: of ``estimate_allocation`` with ``init_from_eva``.
-        file: the ``start_file`` it wrote.
+        allocation: of ``estimate_allocation``.
+        file: the ``start_file`` it wrote, where it was told ``init_from_eva``.
 
     Returns:
-        The tree, which computes the same; see ``allocate.eva_start``.
+        The tree, which computes the same; see ``allocate.eva_start``. Without
+        ``init_from_eva`` it is the tree that was given.
 
     Raises:
         ValueError: as of ``allocate.eva_start``.
     """
+    if not _starts_at_inputs(allocation):
+        return adapted
     whiten = bool(allocation.facts["options"].get("whiten"))
     with np.load(file) as found:
         read = {path: found[path] for path in found.files}
@@ -354,7 +359,7 @@ def _save_spectra(file, spectra: Mapping[str, Any], found: Allocation) -> None:
     new.replace(file)  # whole or not at all
 
 
-def find_allocator(name: str) -> Callable[..., Allocation]:
+def allocation_function(name: str) -> Callable[..., Allocation]:
     """Returns the function of ``jaxpeft.allocate`` of this name that makes allocations.
 
     Args:
@@ -367,7 +372,7 @@ def find_allocator(name: str) -> Callable[..., Allocation]:
         ValueError: there is none; the message says which there are.
 
     Example:
-        >>> find_allocator("uniform").__name__
+        >>> allocation_function("uniform").__name__
         'uniform'
     """
     names = []
@@ -377,8 +382,9 @@ def find_allocator(name: str) -> Callable[..., Allocation]:
             names += [each] * (first == "shapes")
     if name not in names:
         raise ValueError(
-            f"`allocation` {name!r} is neither a file nor an allocator; there are "
-            f"{', '.join(sorted(names))}; nearest: {near_names(name, names) or 'none'}."
+            f"`ranks.before` {name!r} is neither a file nor a name of jaxpeft.allocate "
+            f"({', '.join(sorted(names))}); nearest: "
+            f"{near_names(name, names) or 'none'}."
         )
     return getattr(allocate, name)
 

@@ -197,7 +197,7 @@ def report(
     }
     path.with_suffix(".new").write_text(json.dumps(text, indent=2) + "\n")
     path.with_suffix(".new").replace(path)
-    rows = _rows(results) | {
+    rows = _number_rows(results) | {
         "adapter": folder / "adapter",
         "curves": curves,
         "report": path,
@@ -227,7 +227,7 @@ def _task_rows(results: dict[str, Any]) -> dict[str, str]:
     return {task: ";  ".join(scores) for task, scores in shown.items()}
 
 
-def _rows(results: dict[str, Any]) -> dict[str, str]:
+def _number_rows(results: dict[str, Any]) -> dict[str, str]:
     """The part of the last table that is numbers."""
     metric = results["metric"]
     score = f"{results['split']} {metric}"

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from jaxpeft import mixtures
+from jaxpeft.runs._config import said_of
 from jaxpeft.runs._fields import check_fields
 from jaxpeft.runs._report import REPORT_FILE, print_table
 from jaxpeft.runs._workdir import check_workdir
@@ -59,7 +60,7 @@ def stage_config(
     changed.stages, changed.stage, changed.stage_changes = (), name, {}
     if index:
         changed.start = str(stage_folder(config, index - 1, folder) / "adapter")
-        changed.allocation = None  # the ranks are those of what it goes on from
+        changed.ranks.before = None  # the ranks are those of what it goes on from
     changed.lock()
     try:
         changed.update(config.stage_changes[kind])
@@ -116,25 +117,31 @@ def run_stages(
     return results[own.name] | {"stages": results}
 
 
-def enter_stage(adapted: Any, stage: str, *, seed: int) -> Any:
-    """Returns the tree in a stage; a domain that it does not have yet is added.
+def enter_stage(adapted: Any, config: ml_collections.ConfigDict) -> Any:
+    """Returns the tree in a run's stage; a domain that it does not have yet is added.
 
     Args:
         adapted: a tree of a method with stages; of shapes the names alone are checked.
-        stage: "universal", "domain:NAME" or "router".
-        seed: of a new domain's leaves, which its name decides with it.
+        config: the run's config. ``stage`` is "universal", "domain:NAME" or "router";
+            empty: the tree stays as it is. ``seed`` is of a new domain's leaves, which
+            its name decides with it.
 
     Raises:
         ValueError: as ``mixtures.stage``.
     """
-    _, _, domain = stage.partition(":")
-    if domain and domain not in mixtures.domain_names(adapted):
-        key = jax.random.fold_in(jax.random.key(seed), 4)  # the run's own are 0 to 3
-        add = lambda tree, key: mixtures.add_domain(tree, domain, key=key)
-        shapes = [isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapted)]
-        add = functools.partial(jax.eval_shape, add) if any(shapes) else add
-        adapted = add(adapted, key)
-    return mixtures.stage(adapted, stage)
+    if not config.stage:
+        return adapted
+    with said_of("stage"):
+        _, _, domain = config.stage.partition(":")
+        if domain and domain not in mixtures.domain_names(adapted):
+            # The run's own keys are 0 to 3.
+            key = jax.random.fold_in(jax.random.key(config.seed), 4)
+            add = lambda tree, key: mixtures.add_domain(tree, domain, key=key)
+            leaves = jax.tree.leaves(adapted)
+            if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+                add = functools.partial(jax.eval_shape, add)
+            adapted = add(adapted, key)
+        return mixtures.stage(adapted, config.stage)
 
 
 def save_routing(

@@ -19,7 +19,7 @@ from jaxpeft.data import (
     tools_of,
 )
 from jaxpeft.models import room
-from jaxpeft.training import EvalOutput, split_routed
+from jaxpeft.training import EvalOutput
 from jaxpeft.tree import leaves_with_path
 
 _HEADS = {"class": "classification", "number": "regression"}
@@ -224,7 +224,7 @@ def _outputs(model, params, encoded, batch_size, lengths, advance) -> np.ndarray
 
     @jax.jit
     def step(params, _, batch):
-        outputs, _ = split_routed(forward(params, batch, None))
+        outputs, _ = forward(params, batch, None)
         none = jnp.zeros((), jnp.float32)  # there is no loss without labels
         return EvalOutput(outputs, batch["label"], batch["weight"], none, none + 1, {})
 
@@ -239,7 +239,7 @@ def _outputs(model, params, encoded, batch_size, lengths, advance) -> np.ndarray
     # By number, since batches are of rows of like length.
     numbered = encoded._replace(labels=np.arange(encoded.rows, dtype=np.int32))
     batches = data.evaluation_batches(numbered, batch_size, lengths=lengths)
-    found = training.predict(
+    found = training.run_split(
         *(step, params, None, batches), mesh=mesh, rows=batch_size, advance=count
     )
     outputs = np.empty_like(found.outputs)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxpeft import numerics
 from jaxpeft.training._mesh import BATCH_AXES
-from jaxpeft.training._routed import Routed, call_adapted, split_routed
+from jaxpeft.training._routed import call_adapted
 from jaxpeft.training._step import (
     Batch,
     Forward,
@@ -36,13 +36,13 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         dropout: whether the model's own dropout is on in training steps.
 
     Returns:
-        ``forward(adapted, batch, key) -> [rows, 3]``, for ``train_step`` and
-        ``eval_step`` with ``causal_loss``, and for ``data.score``; float32. Of every
-        row: minus the log-probability of its targets, weighted by ``target_weights``
-        and summed up; the sum of these weights; and the sum of those whose target has
-        the highest logit. Batches are those of a writing task (``data.batches``).
-        A sequence longer than the model's positions is a ``ValueError``, also where
-        the texts packed into it are shorter.
+        ``forward(adapted, batch, key) -> (outputs, seen)``, as of ``model_forward``.
+        The outputs are ``[rows, 3]``, float32, for ``causal_loss`` and for
+        ``data.score``. Of every row: minus the log-probability of its targets,
+        weighted by ``target_weights`` and summed up; the sum of these weights; and the
+        sum of those whose target has the highest logit. Batches are those of a writing
+        task (``data.batches``). A sequence longer than the model's positions is a
+        ``ValueError``, also where the texts packed into it are shorter.
     """
     body = model.clone(head=None)
     shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
@@ -70,19 +70,18 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
             )
 
         rngs = {} if deterministic else {"dropout": key}
-        found = call_adapted(apply, adapted, batch, inputs, batch["targets"], rngs)
-        (losses, hits), routing = split_routed(found)
+        called = call_adapted(apply, adapted, batch, inputs, batch["targets"], rngs)
+        (losses, hits), seen = called
         weights = batch["target_weights"]
         losses = numerics.where_shown(weights, losses)
         sums = (losses * weights, weights, hits.astype(weights.dtype) * weights)
-        outputs = jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1)
-        return outputs if routing is None else Routed(outputs, routing)
+        return jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1), seen
 
     return forward
 
 
 def causal_loss(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The loss of a language model, for ``train_step``: every learnt token counts once.
+    """The loss of a language model, row by row: every learnt token counts once.
 
     Args:
         outputs: ``[rows, 3]``, from ``causal_forward``.
@@ -103,7 +102,7 @@ def causal_loss(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]
 
 
 def objective(model: Any, *, mesh: Mesh, dropout: bool = False) -> tuple[Forward, Loss]:
-    """Returns what ``train_step`` and ``eval_step`` need for a model's head.
+    """Returns what training and evaluation need for a model's head.
 
     Args:
         model: a Linen module of ``jaxpeft.models``, with a head.

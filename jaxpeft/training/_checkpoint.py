@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxpeft.numerics import optional
-from jaxpeft.training._config_json import config_differences
+from jaxpeft.training._config_json import config_differences, with_new_names
 from jaxpeft.training._folder import as_folder
 from jaxpeft.training._state import TrainState, check_finite
 from jaxpeft.tree import flat, grouped, is_node, unflat
@@ -160,12 +160,11 @@ class Checkpointer:
                 other scores.
         """
         check_finite(state)
-        if scores is not None and self._metric is not None:
-            if self._metric not in scores:
-                raise ValueError(
-                    f"`scores` {sorted(scores)} lack {self._metric!r}, by which the "
-                    "best checkpoint is kept"
-                )
+        if scores is not None and self._metric not in (None, *scores):
+            raise ValueError(
+                f"`scores` {sorted(scores)} lack {self._metric!r}, by which the best "
+                "checkpoint is kept"
+            )
         step = int(state.step)
         metrics = {name: float(value) for name, value in (scores or {}).items()}
         if step in self._manager.all_steps():
@@ -197,11 +196,7 @@ class Checkpointer:
         return True
 
     def restore(
-        self,
-        state: TrainState,
-        frozen: Any,
-        *,
-        step: int | str = "last",
+        self, state: TrainState, frozen: Any, *, step: int | str = "last"
     ) -> Restored:
         """Reads a checkpoint into the run's own shardings.
 
@@ -289,13 +284,10 @@ class Checkpointer:
 
     def _compare(self, meta, like, state, frozen, number: int) -> None:
         """Lists everything in which a checkpoint is not this run's."""
-        lines = [
-            f"config field {line}"
-            for line in config_differences(
-                ConfigDict(meta["config"]), ConfigDict(self._config)
-            )
-            if not any(line.startswith((f"{name}:", f"{name}.")) for name in self._free)
-        ]
+        before = with_new_names(ConfigDict(meta["config"]))
+        own = ConfigDict(self._config)
+        lines = config_differences(before, own, free=self._free)
+        lines = [f"config field {line}" for line in lines]
         leaves = _differences("leaf", meta["leaves"], _manifest(like))
         impl = str(jax.random.key_impl(state.key))
         if meta["key"] != impl:

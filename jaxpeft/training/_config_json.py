@@ -6,6 +6,69 @@ from typing import Any
 
 import ml_collections
 
+# What fields were called in configs and folders of runs from before. A config that is
+# read has the new names.
+_RENAMED = {"allocation": "ranks.before", "allocate": "ranks.during"}
+
+
+def new_name(field: str) -> str:
+    """Returns what a field of a config is called now, empty where that is its name.
+
+    Example:
+        >>> new_name("allocate.target_rank"), new_name("adapter.rank")
+        ('ranks.during.target_rank', '')
+    """
+    first, dot, rest = field.partition(".")
+    return _RENAMED[first] + dot + rest if first in _RENAMED else ""
+
+
+def with_new_names(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config from before with the names that its fields have now.
+
+    Args:
+        config: a run's, with old names or new ones.
+
+    Returns:
+        the config that was given where no name is old, else a copy, as locked as it.
+
+    Raises:
+        ValueError: a field is there under both names, with two values.
+
+    Example:
+        >>> print(with_new_names(ml_collections.ConfigDict({"allocate": None})))
+        ranks:
+          during: null
+        <BLANKLINE>
+    """
+    if not _old_names(config):
+        return config
+    changed = config.copy_and_resolve_references().unlock()
+    for part, old in _old_names(changed):
+        section, _, field = _RENAMED[old].partition(".")
+        value = part[old]
+        del part[old]
+        if section not in part:
+            part[section] = {}
+        there = part[section]
+        if isinstance(there, ml_collections.ConfigDict) and there.get(field) is None:
+            there[field] = value
+        elif value is not None:
+            raise ValueError(
+                f"`config.{old}` is `config.{section}.{field}` now, and both are "
+                "given; write the second alone."
+            )
+    return changed.lock() if config.is_locked else changed
+
+
+def _old_names(config: ml_collections.ConfigDict) -> list[tuple[Any, str]]:
+    """``(config or section of stage_changes, old name in it)``, for each."""
+    is_section = lambda value: isinstance(value, ml_collections.ConfigDict)
+    changes = config.get("stage_changes")
+    sections = [config, *(changes.values() if is_section(changes) else ())]
+    return [
+        (x, old) for x in filter(is_section, sections) for old in _RENAMED if old in x
+    ]
+
 
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns ``{"adapter.rank": 8, ...}``, one entry for each value of the config.
@@ -36,12 +99,15 @@ def config_to_json(config: ml_collections.ConfigDict) -> str:
 def config_from_json(text: str) -> ml_collections.ConfigDict:
     """Returns the locked config that :func:`config_to_json` wrote, lists as tuples.
 
+    Fields have the names of now (``with_new_names``).
+
     Example:
         >>> config = ml_collections.ConfigDict({"targets": ("query", "key")}).lock()
         >>> config_from_json(config_to_json(config)) == config
         True
     """
-    return ml_collections.ConfigDict(_with_tuples(json.loads(text))).lock()
+    read = ml_collections.ConfigDict(_with_tuples(json.loads(text)))
+    return with_new_names(read).lock()
 
 
 def _with_tuples(value: Any) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxpeft import numerics
 from jaxpeft.training._mesh import batch_sharding, put_batch, replicated
-from jaxpeft.training._routed import add_sums, split_routed, sum_rows
+from jaxpeft.training._routed import add_sums, sum_rows
 from jaxpeft.training._state import TrainState
 from jaxpeft.training._step import Batch, Forward, Loss
 from jaxpeft.tree import combine
@@ -25,7 +25,7 @@ class EvalOutput(NamedTuple):
         weight: ``[rows]``, 0 for padding.
         loss_sum: the weighted sum of the losses.
         weight_sum: the sum of their weights.
-        routing: by site, the sums of its router over the batch; None: there is none.
+        routing: by site, the sums of its router over the batch; empty without one.
     """
 
     outputs: Any
@@ -44,13 +44,13 @@ class Predictions(NamedTuple):
         labels: ``[rows]``, numpy.
         loss: the weighted mean of the losses.
         routing: by site, the sums of its router over all rows, for
-            ``mixtures.routing_report``; None: there is none.
+            ``mixtures.routing_report``; empty where there is none.
     """
 
     outputs: np.ndarray
     labels: np.ndarray
     loss: float
-    routing: dict[str, Any] | None
+    routing: dict[str, Any]
 
 
 def eval_step(
@@ -59,7 +59,7 @@ def eval_step(
     """Compiles (once per bucket length) the model without dropout.
 
     Args:
-        forward: ``(adapted, batch, None) -> outputs`` (``model_forward``).
+        forward: ``(adapted, batch, None) -> (outputs, seen)`` (``model_forward``).
         loss: ``(outputs, batch) -> (values, weights)``.
         state: the state, or its shapes; its shardings are kept.
         frozen: the second half of ``jaxpeft.partition``.
@@ -72,10 +72,10 @@ def eval_step(
 
     def step(trainable, frozen, batch):
         adapted = combine(trainable, frozen)
-        outputs, routing = split_routed(forward(adapted, batch, None))
+        outputs, seen = forward(adapted, batch, None)
         values, weights = loss(outputs, batch)
         losses = numerics.where_shown(weights, values) * weights
-        sums = jnp.sum(losses), jnp.sum(weights), sum_rows(routing)
+        sums = jnp.sum(losses), jnp.sum(weights), sum_rows(seen)
         return EvalOutput(outputs, batch["label"], batch["weight"], *sums)
 
     where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
@@ -86,7 +86,7 @@ def eval_step(
     )
 
 
-def predict(
+def run_split(
     step: Callable[[Any, Any, Batch], EvalOutput],
     trainable: Any,
     frozen: Any,
@@ -170,12 +170,12 @@ def evaluate(
         step: from ``eval_step``.
         trainable: the trainable leaves.
         frozen: the frozen tree.
-        batches: as for ``predict``.
+        batches: as for ``run_split``.
         mesh: the mesh.
-        rows: as for ``predict``.
+        rows: as for ``run_split``.
         score: ``(outputs [rows, ...], labels [rows]) -> {name: number}``, on all real
             rows at once, so that metrics that are no means (F1, Matthews) are right.
-        advance: as for ``predict``.
+        advance: as for ``run_split``.
 
     Returns:
         The scores and ``"loss"``.
@@ -183,7 +183,7 @@ def evaluate(
     Raises:
         ValueError: there is no row, or ``score`` returns a ``"loss"`` of its own.
     """
-    found = predict(
+    found = run_split(
         step, trainable, frozen, batches, mesh=mesh, rows=rows, advance=advance
     )
     return scores_of(found, score)
@@ -195,7 +195,7 @@ def scores_of(
     """Returns the scores of predictions and ``"loss"``, as ``evaluate`` does.
 
     Args:
-        found: from ``predict``.
+        found: from ``run_split``.
         score: as for ``evaluate``.
 
     Raises:

@@ -44,6 +44,10 @@ class Optimizer(NamedTuple):
     transform: optax.GradientTransformation
     schedules: dict[str, Schedule]
 
+    def rates(self, step: Any) -> dict[str, Any]:
+        """Returns ``{"learning_rate/<group>": rate}`` after ``step`` updates."""
+        return {f"learning_rate/{n}": rate(step) for n, rate in self.schedules.items()}
+
 
 def schedule(
     kind: str,

@@ -1,5 +1,6 @@
 """The state that a training step carries."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +72,7 @@ def init_state(
     *,
     key: Any,
     mesh: Mesh,
-    allocation: Allocator | None = None,
+    allocator: Allocator | None = None,
 ) -> TrainState:
     """Makes the state of step 0.
 
@@ -82,7 +83,7 @@ def init_state(
         optimizer: from ``training.adamw``.
         key: a typed key.
         mesh: the mesh.
-        allocation: what decides about ranks, such as ``allocate.importance``.
+        allocator: what decides about ranks, such as ``allocate.importance``.
 
     Returns:
         The state; moments and scores lie where their parameters lie. Abstract if
@@ -111,7 +112,7 @@ def init_state(
         zero = jnp.zeros((), jnp.int32)
         with jax.numpy_dtype_promotion("standard"):
             opt_state = optimizer.transform.init(trainable)
-        ranks = () if allocation is None else allocation.init(trainable)
+        ranks = () if allocator is None else allocator.init(trainable)
         return TrainState(copied, opt_state, zero, key, zero - 1, ranks)
 
     shapes = jax.eval_shape(init, trainable, key)
@@ -143,11 +144,59 @@ def _beside(allocation: Any, where: Any, whole: NamedSharding) -> Any:
     return unflat(allocation, named)
 
 
-def decide(allocation: Allocator, state: TrainState) -> tuple[TrainState, Allocation]:
-    """Calls what an allocator does on the host, after update ``allocation.settled``.
+def advance(
+    state: TrainState,
+    losses: Mapping[str, jax.Array],
+    grads: Any,
+    trainable: Any,
+    opt_state: Any,
+    *,
+    allocator: Allocator | None = None,
+) -> TrainState:
+    """Returns the state after an update, or the same where something is not finite.
+
+    If the loss, the gradient's norm or an updated leaf is not finite, or all weights
+    are 0, so that nothing was learnt, nothing is changed but ``bad_step``, and nothing
+    ever after: the state is good whenever it is saved, and no step waits for the host.
+    ``check_finite`` raises when the host next looks.
 
     Args:
-        allocation: such as ``allocate.ggm``; one that has a ``decide``.
+        state: the state before.
+        losses: of ``loss_and_gradient``.
+        grads: of ``loss_and_gradient``, what the optimiser was given.
+        trainable: the leaves that the optimiser made.
+        opt_state: its own new state.
+        allocator: what decides about ranks (``allocate.importance``), the one that
+            ``init_state`` was given. It sees the leaves before and after the update
+            and its gradient, and may change them once more.
+    """
+    ranks = state.allocation
+    if allocator is not None:
+        ranks, trainable = allocator.update(
+            ranks, trainable, grads, state.step + 1, state.trainable
+        )
+    # A finite gradient may still overflow a leaf: a rate of 1e38 does.
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(trainable)]
+    finite = jnp.isfinite(losses["total"]) & jnp.isfinite(losses["grad_norm"])
+    finite &= jnp.stack(leaves).all() & (losses["weight"] != 0)
+    good = finite & (state.bad_step < 0)
+    keep = lambda new, old: jnp.where(good, new, old)
+    bad_step = jnp.where(good | (state.bad_step >= 0), state.bad_step, state.step + 1)
+    return TrainState(
+        trainable=jax.tree.map(keep, trainable, state.trainable),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        step=state.step + good.astype(jnp.int32),
+        key=state.key,
+        bad_step=bad_step,
+        allocation=jax.tree.map(keep, ranks, state.allocation),
+    )
+
+
+def decide(allocator: Allocator, state: TrainState) -> tuple[TrainState, Allocation]:
+    """Calls what an allocator does on the host, after update ``allocator.settled``.
+
+    Args:
+        allocator: such as ``allocate.ggm``; one that has a ``decide``.
         state: the state of just that update; every process has the same.
 
     Returns:
@@ -157,15 +206,15 @@ def decide(allocation: Allocator, state: TrainState) -> tuple[TrainState, Alloca
         ValueError: it is another update, or the allocator has nothing to decide.
         NonFiniteError: an update so far was not finite.
     """
-    if allocation.decide is None:
-        raise ValueError("`allocation` has nothing to decide: it does all in the step")
+    if allocator.decide is None:
+        raise ValueError("`allocator` has nothing to decide: it does all in the step")
     check_finite(state)
-    if int(state.step) != allocation.settled:
+    if int(state.step) != allocator.settled:
         raise ValueError(
-            f"`allocation` decides after update {allocation.settled}, and `state` is "
+            f"`allocator` decides after update {allocator.settled}, and `state` is "
             f"that of update {int(state.step)}"
         )
-    ranks, trainable, chosen = allocation.decide(state.allocation, state.trainable)
+    ranks, trainable, chosen = allocator.decide(state.allocation, state.trainable)
     return state._replace(allocation=ranks, trainable=trainable), chosen
 
 

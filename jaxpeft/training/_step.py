@@ -1,7 +1,7 @@
-"""One update: loss, gradient, clipping, optimiser, in one compiled function."""
+"""What a step is made of: the model, losses, the gradient, one compiled function."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
 
-from jaxpeft import mixtures, numerics
-from jaxpeft.allocate import Allocator
+from jaxpeft import numerics
 from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
-from jaxpeft.training._optimizer import Optimizer
-from jaxpeft.training._routed import call_adapted, split_routed
+from jaxpeft.training._routed import call_adapted
 from jaxpeft.training._state import TrainState
-from jaxpeft.tree import combine, penalty, with_dropout
+from jaxpeft.tree import combine
 
 Batch = Mapping[str, jax.Array]
-Forward = Callable[[Any, Batch, Any], Any]
+Forward = Callable[[Any, Batch, Any], tuple[Any, dict[str, Any]]]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+LossFn = Callable[[Any, Any, Batch, "StepKeys"], tuple[jax.Array, ...]]
 
 
 def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
@@ -34,9 +34,10 @@ def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
             is always without.
 
     Returns:
-        ``forward(adapted, batch, key) -> logits``, for ``train_step`` and
-        ``eval_step``; ``key`` is ``None`` in evaluation. Where adapters have routers
-        ``Routed``: the logits, and what the routers say of the rows.
+        ``forward(adapted, batch, key) -> (logits, seen)``, for a loss and for
+        ``eval_step``; ``key`` is ``None`` in evaluation. What is seen is by site what
+        its router says of the rows (``numerics.routing_sums``), for
+        ``mixtures.auxiliary``; empty where adapters have none.
     """
 
     def forward(adapted, batch, key):
@@ -93,7 +94,7 @@ def apply_model(
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The loss of classification, for ``train_step``.
+    """The loss of classification, row by row.
 
     Args:
         logits: ``[rows, classes]``.
@@ -123,7 +124,7 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
 
 
 def squared_error(predictions: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The loss of regression, for ``train_step``.
+    """The loss of regression, row by row.
 
     Args:
         predictions: ``[rows]`` or ``[rows, 1]``.
@@ -145,60 +146,62 @@ def squared_error(predictions: jax.Array, batch: Batch) -> tuple[jax.Array, jax.
     return jnp.square(difference), batch["weight"]
 
 
-def train_step(
-    forward: Forward,
-    loss: Loss,
-    optimizer: Optimizer,
-    state: TrainState,
-    frozen: Any,
+class StepKeys(NamedTuple):
+    """The keys of one micro-batch, for ``with_dropout`` and the model.
+
+    Attributes:
+        adapter: for dropout on inputs of adapters.
+        leaves: for methods that drop entries of their own leaves; the same in all
+            micro-batches of a step.
+        model: for the model's own dropout.
+    """
+
+    adapter: Key[Array, ""]
+    leaves: Key[Array, ""]
+    model: Key[Array, ""]
+
+
+def loss_and_gradient(
+    loss_fn: LossFn,
+    penalty: Callable[[Any], jax.Array],
     *,
     mesh: Mesh,
     accumulate: int = 1,
     clip_norm: float | None = None,
-    allocation: Allocator | None = None,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    r"""Compiles (at its first call) one update of the trainable leaves.
+) -> Callable[[TrainState, Any, Batch], tuple[dict[str, jax.Array], Any]]:
+    r"""Returns the function that takes a step's loss and its gradient.
 
     .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i} + \text{penalty}
 
     Sums run over the whole batch, whatever ``accumulate`` and the mesh are, so rows
-    of weight 0 are as if they were not there. The penalty is taken once a step. Of
-    adapters with routers it has their balance and z-losses too
-    (``mixtures.auxiliary``); these are no sums over rows, so of micro-batches their
-    weighted mean is taken.
-
-    If the loss, the gradient's norm or an updated leaf is not finite, or all weights
-    are 0 (then the first term and its gradient are 0, and nothing is learnt), nothing
-    is changed but ``bad_step``, and nothing ever after: the state is good whenever it
-    is saved, and no step waits for the host. ``check_finite`` raises when the host
-    next looks.
+    of weight 0 are as if they were not there. The penalty of the leaves is no sum over
+    rows and is taken once a step. What ``loss_fn`` returns beside its rows (the
+    routers' balance) is none either, but is of each micro-batch: of these the weighted
+    mean is taken.
 
     Args:
-        forward: ``(adapted, batch, key) -> outputs`` (``model_forward``).
-        loss: ``(outputs, batch) -> (values, weights)``, float32 of equal shapes: one
-            entry a row, or a token (``cross_entropy``, ``squared_error``).
-        optimizer: from ``training.adamw``.
-        state: the state, or its shapes (``init_state``); its shardings are kept.
-        frozen: the second half of ``jaxpeft.partition`` of a tree on the mesh, or
-            its shapes.
+        loss_fn: ``(trainable, frozen, batch, keys) -> (values, weights, auxiliary)``:
+            of a micro-batch, with ``StepKeys``. Values and weights are float32 of equal
+            shapes, one entry a row, or a token; ``auxiliary`` is a scalar that is added
+            to the loss.
+        penalty: of an adapted tree, ``jaxpeft.penalty``.
         mesh: the mesh.
         accumulate: cut the batch into so many micro-batches, run one after another.
         clip_norm: the largest global norm of the gradient; ``None``: no clipping.
-        allocation: what decides about ranks (``allocate.importance``), the one that
-            ``init_state`` was given. It sees the leaves before and after the update
-            and the gradient of the loss and the penalty, clipped as the optimiser has
-            it.
 
     Returns:
-        ``step(state, frozen, batch) -> (state, metrics)``, a ``jax.jit`` object.
-        ``state`` is donated: its arrays are gone after the call. ``batch`` comes from
-        ``put_batch``. Metrics are float32 scalars on the device: ``loss`` (the
-        task's), ``penalty``, ``total``, ``grad_norm`` (before clipping), ``weight``
-        (the sum of weights) and ``learning_rate/<group>``.
+        ``gradient(state, frozen, batch) -> (losses, grads)``, for ``compile_step``.
+        Losses are float32 scalars: ``loss`` (the task's), ``penalty`` (with the
+        auxiliary), ``total``, ``grad_norm`` (before clipping) and ``weight`` (the sum
+        of weights; where that is 0, the task's loss and gradient are 0). Gradients are
+        of the total, clipped.
 
     Raises:
         ValueError: ``accumulate`` or ``clip_norm`` is out of range; when called, a
             batch that ``accumulate`` times the mesh does not divide.
+
+    Example:
+        See ``compile_step``.
     """
     if accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1, got {accumulate}")
@@ -207,21 +210,15 @@ def train_step(
             f"`clip_norm` must be positive, or None for no clipping; got {clip_norm}"
         )
 
-    def task(trainable, frozen, batch, key, leaves_key):
+    def summed(trainable, frozen, batch, key, leaves_key):
         adapter_key, model_key = jax.random.split(key)
-        adapted = with_dropout(
-            combine(trainable, frozen), adapter_key, leaves_key=leaves_key
-        )
-        outputs, sums = split_routed(forward(adapted, batch, model_key))
-        values, weights = loss(outputs, batch)
+        keys = StepKeys(adapter_key, leaves_key, model_key)
+        values, weights, auxiliary = loss_fn(trainable, frozen, batch, keys)
         weight = jnp.sum(weights)
-        auxiliary = jnp.zeros((), jnp.float32)
-        if sums is not None:
-            auxiliary = mixtures.auxiliary(adapted, sums)["penalty"]
         value = jnp.sum(numerics.where_shown(weights, values) * weights)
         return value + auxiliary * weight, (weight, auxiliary * weight)
 
-    task_grad = jax.value_and_grad(task, has_aux=True)
+    task_grad = jax.value_and_grad(summed, has_aux=True)
 
     def accumulated(trainable, frozen, batch, key, leaves_key):
         """The sums over all micro-batches: loss, weight, gradient."""
@@ -240,7 +237,7 @@ def train_step(
         sums, _ = jax.lax.scan(body, (zero, (zero, zero), zeros), (numbers, parts))
         return sums
 
-    def step(state, frozen, batch):
+    def gradient(state, frozen, batch):
         trainable = state.trainable
         key = jax.random.fold_in(state.key, state.step)
         # What drops entries of its own leaves does so once a step: apart from the
@@ -265,53 +262,72 @@ def train_step(
         if clip_norm is not None:
             scale = clip_norm / jnp.maximum(norm, clip_norm)
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # optax's bias correction mixes integers and floats.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.transform.update(
-                grads, state.opt_state, trainable
-            )
-            updated = optax.apply_updates(trainable, updates)
-        ranks = state.allocation
-        if allocation is not None:
-            ranks, updated = allocation.update(
-                ranks, updated, grads, state.step + 1, trainable
-            )
-        total = value + penalties
-        # A finite gradient may still overflow a leaf: a rate of 1e38 does.
-        leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updated)]
-        finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.stack(leaves).all()
-        finite &= weight != 0
-        good = finite & (state.bad_step < 0)
-        keep = lambda new, old: jnp.where(good, new, old)
-        next_state = TrainState(
-            trainable=jax.tree.map(keep, updated, trainable),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-            step=state.step + good.astype(jnp.int32),
-            key=state.key,
-            bad_step=jnp.where(
-                good | (state.bad_step >= 0), state.bad_step, state.step + 1
-            ),
-            allocation=jax.tree.map(keep, ranks, state.allocation),
-        )
-        metrics = {
+        losses = {
             "loss": value,
             "penalty": penalties,
-            "total": total,
+            "total": value + penalties,
             "grad_norm": norm,
             "weight": weight,
-            **{
-                f"learning_rate/{group}": rate(state.step)
-                for group, rate in optimizer.schedules.items()
-            },
         }
-        return next_state, metrics
+        return losses, grads
 
+    return gradient
+
+
+def compile_step(
+    update: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]],
+    state: TrainState,
+    frozen: Any,
+    *,
+    mesh: Mesh,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
+    """Compiles (at its first call) one update of the trainable leaves.
+
+    Args:
+        update: ``(state, frozen, batch) -> (state, metrics)``, pure.
+        state: the state, or its shapes (``init_state``); its shardings are kept.
+        frozen: the second half of ``jaxpeft.partition`` of a tree on the mesh, or
+            its shapes.
+        mesh: the mesh.
+
+    Returns:
+        ``step(state, frozen, batch) -> (state, metrics)``, a ``jax.jit`` object.
+        ``state`` is donated: its arrays are gone after the call. ``batch`` comes from
+        ``put_batch``. Metrics stay on the device.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> from jaxpeft import training
+        >>> mesh = training.make_mesh(devices=jax.devices()[:1])
+        >>> params = {"w": {"kernel": jnp.ones((3, 2))}}
+        >>> adapted = jp.attach(params, jp.lora(1), ["w"], key=jax.random.key(0))
+        >>> adapted = training.place(adapted, mesh, training.param_specs(params, mesh))
+        >>> trainable, frozen = jp.partition(adapted)
+        >>> optimizer = training.adamw(trainable, total_steps=9, learning_rate=0.1)
+        >>> key = jax.random.key(1)
+        >>> state = training.init_state(trainable, optimizer, key=key, mesh=mesh)
+        >>> forward = jp.adapt(lambda params, x: x @ params["w"]["kernel"])
+        >>> def loss_fn(trainable, frozen, batch, keys):
+        ...     y = forward(jp.combine(trainable, frozen), batch["x"])
+        ...     return jnp.sum(y**2, 1), batch["weight"], 0.0  # no routers
+        >>> gradient = training.loss_and_gradient(loss_fn, jp.penalty, mesh=mesh)
+        >>> def update(state, frozen, batch):
+        ...     losses, grads = gradient(state, frozen, batch)
+        ...     down = lambda x, g: x - 0.1 * g
+        ...     trainable = jax.tree.map(down, state.trainable, grads)
+        ...     made = (grads, trainable, state.opt_state)
+        ...     return training.advance(state, losses, *made), losses
+        >>> step = training.compile_step(update, state, frozen, mesh=mesh)
+        >>> batch = training.put_batch({"x": np.ones((4, 3), np.float32)}, mesh)
+        >>> state, losses = step(state, frozen, batch)
+        >>> int(state.step), float(losses["loss"])
+        (1, 18.0)
+    """
     where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
-    whole = replicated(mesh)
     return jax.jit(
-        step,
+        update,
         in_shardings=(where(state), where(frozen), batch_sharding(mesh)),
-        out_shardings=(where(state), whole),
+        out_shardings=(where(state), replicated(mesh)),
         donate_argnums=0,
     )
 

@@ -18,7 +18,7 @@ def topology_devices(name: str, *, platform: str = "tpu") -> list[Any]:
         The devices, for ``make_mesh(devices=...)``.
 
     Example:
-        ``train_step(...).lower(state, frozen, batch).compile()`` with a state, a
+        ``compile_step(...).lower(state, frozen, batch).compile()`` with a state, a
         frozen tree and a batch of ``jax.ShapeDtypeStruct`` on a mesh of these devices
         allocates nothing and fails where a chip's memory is too small.
     """

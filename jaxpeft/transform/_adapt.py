@@ -1,5 +1,6 @@
 """``adapt``: a JAX transformation that runs a function on adapted trees."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection
@@ -13,8 +14,7 @@ from jaxpeft.transform import _compat
 from jaxpeft.transform._evaluate import Evaluator
 from jaxpeft.transform._moved import Kernel, same
 from jaxpeft.transform._refused import Refusal
-from jaxpeft.transform._rule import Uses
-from jaxpeft.transform.rules._control import joined
+from jaxpeft.transform._rule import Uses, joined
 from jaxpeft.tree import (
     Bound,
     bind,
@@ -46,12 +46,18 @@ def adapt(
     is computed there. No merged kernel is formed, and none has a gradient. Loops,
     rematerialisation, shardings and nested transformations of the function stay.
 
+    A ``lax.stop_gradient`` of the function's on a kernel stops the kernel's gradient
+    and not its adapter's: a model that freezes its own weights can be tuned. Where a
+    batch is empty, so is the result, and gradients are 0. What is looked up, and one
+    row or column that is picked from a kernel, has no dropout.
+
     Args:
         fn: any JAX function, such as ``model.apply``. Its outputs must be arrays.
         unsupported: what happens where the function uses a kernel in a way that has
-            no rule (concatenates weights, takes their norm, ...): ``"error"``
-            raises and names the place, ``"materialise"`` forms the merged kernel
-            there and warns.
+            no rule (takes a norm of weights, puts them through a function with its
+            own derivative, ...): ``"error"`` raises and names the place,
+            ``"materialise"`` forms the merged kernel there and warns. ``rule`` adds
+            rules for primitives of your own.
         taps: ``(x [..., d_in], frozen, trainable) -> pytree``, a pure function of the
             input and of the adapter's two-dimensional leaves, evaluated at every
             contraction of an adapted kernel (not at look-ups); ``"own"`` for what each
@@ -138,7 +144,7 @@ def split_call(args: tuple, kwargs: dict) -> tuple["Static", list]:
     nodes((args, kwargs))  # whole ones only
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
     arrays = [x for x in leaves if _is_array(x)]
-    rest = tuple(None if _is_array(x) else _Box(x) for x in leaves)
+    rest = tuple(None if _is_array(x) else _static(x) for x in leaves)
     return Static(treedef, rest), arrays
 
 
@@ -146,50 +152,36 @@ def _is_array(x: Any) -> bool:
     return is_node(x) or isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
-class _Box:
-    """A static argument; compares by type and value."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        try:
-            self.code = hash(value)
-        except TypeError:
-            raise TypeError(
-                f"an argument of an adapted function is a {type(value).__name__}, "
-                "neither an array nor hashable; pass arrays, or make it hashable, "
-                "since what is no array is static"
-            ) from None
-
-    def __hash__(self) -> int:
-        return self.code
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Box) or type(self.value) is not type(other.value):
-            return False
-        return self.value is other.value or bool(self.value == other.value)
+def _static(value: Any) -> tuple[type, Any]:
+    """A static argument, as what compares by type and value: 1 is not True."""
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"an argument of an adapted function is a {type(value).__name__}, "
+            "neither an array nor hashable; pass arrays, or make it hashable, "
+            "since what is no array is static"
+        ) from None
+    return type(value), value
 
 
+@dataclasses.dataclass(frozen=True)
 class Static:
-    """All of a call's arguments that are not arrays."""
+    """All of a call's arguments that are not arrays.
 
-    def __init__(self, treedef, rest: tuple):
-        self.treedef, self.rest = treedef, rest
+    Attributes:
+        treedef: the structure of ``(args, kwargs)``.
+        rest: ``(type, value)`` of each leaf, or ``None`` where there is an array.
+    """
+
+    treedef: Any
+    rest: tuple
 
     def whole(self, arrays: list) -> Any:
         """``(args, kwargs)`` with arrays in their places."""
         given = iter(arrays)
         return self.treedef.unflatten(
-            next(given) if box is None else box.value for box in self.rest
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.treedef, self.rest))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Static)
-            and self.treedef == other.treedef
-            and self.rest == other.rest
+            next(given) if own is None else own[1] for own in self.rest
         )
 
 
@@ -209,7 +201,7 @@ def _with_scaled_biases(static: Static, arrays: list, values: list) -> list:
     tree = static.whole(arrays)
     scaled = scaled_biases(tree)
     paths = [path for path, _ in leaves_with_path(tree)]
-    paths = [p for p, box in zip(paths, static.rest, strict=True) if box is None]
+    paths = [p for p, own in zip(paths, static.rest, strict=True) if own is None]
     return [
         scale_bias(v, scaled[p]) if p in scaled else v
         for p, v in zip(paths, values, strict=True)

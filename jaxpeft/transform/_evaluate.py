@@ -46,7 +46,9 @@ class Evaluator:
         variables = (*jaxpr.constvars, *jaxpr.invars)
         env.update(zip(variables, (*consts, *args), strict=True))
         last = _last_uses(jaxpr)
-        shared = Shared(jaxpr, env, lambda *at: self._moved(*at, uses, shared))
+        not_yet = lambda *_: None
+        move = lambda eqn, vals: self._apply(eqn, vals, uses, shared, not_yet)
+        shared = Shared(jaxpr, env, move)
         run: list = []
 
         def read(v):
@@ -66,31 +68,24 @@ class Evaluator:
             if not touched:
                 run.append(eqn)
                 continue
-            if all(v in env for v in eqn.outvars):
+            if eqn.outvars and all(v in env for v in eqn.outvars):
                 continue  # moved before its turn, for a shared down-projection
             flush(at)
-            outs = self._touched(eqn, [read(v) for v in eqn.invars], uses, shared)
+            vals = [read(v) for v in eqn.invars]
+            outs = self._apply(eqn, vals, uses, shared, self.without_rule)
             env.update(zip(eqn.outvars, outs, strict=True))
         flush(len(jaxpr.eqns))
         return [read(v) for v in jaxpr.outvars]
 
-    def _touched(self, raw, vals: list, uses: Uses, shared: Shared) -> list:
+    def _apply(self, raw, vals: list, uses: Uses, shared: Shared, without_rule):
         """One equation with kernels among its operands."""
-        eqn = Equation(raw, self, uses.at(raw), shared.read)
+        eqn = Equation(raw, self, uses.at(raw), shared)
         with raw.ctx.manager, _scope(raw):
             try:
                 return eqn.apply(vals)
             except NoRule as e:
                 reason = str(e)
-            return self.without_rule(eqn, vals, reason)
-
-    def _moved(self, raw, vals: list, uses: Uses, shared: Shared) -> list | None:
-        """An equation that moves a kernel, before its turn; ``None``: not yet."""
-        try:
-            with raw.ctx.manager, _scope(raw):
-                return Equation(raw, self, uses.at(raw), shared.read).apply(vals)
-        except NoRule:
-            return None
+            return without_rule(eqn, vals, reason)
 
 
 def _scope(eqn):

@@ -16,12 +16,7 @@ from jaxpeft.tree import BATCH, IN, OUT, Factors, is_node, leaves_with_path
 
 _LAYER = "layer"
 # What a leaf is used for; the first of these that is seen counts.
-_USES = _CONTRACTED, _LOOKED_UP, _ADDED, _OTHER = (
-    "contracted",
-    "looked up",
-    "added",
-    "other",
-)
+_USES = ("contracted", "looked up", "added", "other")
 
 
 class Axes(dict[str, str]):
@@ -49,7 +44,7 @@ class _Origins(str):
     axes: tuple[tuple[str, int], ...]
 
     def __new__(cls, axes):
-        self = super().__new__(cls, axes)
+        self = super().__new__(cls, tuple(axes))
         self.axes = tuple(axes)
         return self
 
@@ -74,7 +69,7 @@ class _Track(Kernel):
         """A loop may go over any axis; one that is gone at the end is a layer's."""
 
     def assigned(self, words, eqn: Equation, first=False) -> Kernel:
-        use = _LOOKED_UP if first else _CONTRACTED
+        use = "looked up" if first else "contracted"
         by_path: dict[str, dict[int, str]] = {}
         for origins, word in zip(self.roles, words, strict=True):
             for path, axis in origins.axes:
@@ -123,19 +118,24 @@ class _Track(Kernel):
 
 
 def _one_at_a_time(eqn: Equation, operands: list, reason: str) -> list:
-    """An equation that no rule follows: what it says of each leaf by itself."""
+    """An equation that no rule follows: what it says of each leaf by itself.
+
+    Leaves meet where one scales the other, or where one is the other's input. A loop
+    has said all that it has to say of each when it was walked through.
+    """
     tracks = [i for i, x in enumerate(operands) if isinstance(x, Kernel)]
     arrays = [x.base if isinstance(x, Kernel) else x for x in operands]
+    walked = any("jaxpr" in name or name == "branches" for name in eqn.params)
     found = None
     for i in tracks:
         try:
-            if len(tracks) == 1:
+            if walked or len(tracks) == 1:
                 raise NoRule(reason)
             outs = eqn.apply([*arrays[:i], operands[i], *arrays[i + 1 :]])
             found = found or outs
         except NoRule:
             added = eqn.raw.primitive.name in ("add", "add_any", "sub")
-            use = _ADDED if added else _OTHER
+            use = "added" if added else "other"
             for path in {p for r in operands[i].roles for p, _ in r.axes}:
                 eqn.uses.learnt.setdefault(path, []).append((use, {}))
     return found or eqn.results(eqn.run(*arrays))
@@ -203,7 +203,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
         if np.ndim(x) < 2:
             continue
         seen = uses.learnt.get(path, [])
-        used[path] = min([use for use, _ in seen], key=_USES.index, default=_OTHER)
+        used[path] = min([use for use, _ in seen], key=_USES.index, default="other")
         for _, roles in seen:
             # An axis that was gone before the use was gone over, or picked from.
             words = [roles.get(i, _LAYER) for i in range(np.ndim(x))]

@@ -48,6 +48,11 @@ class Kernel(Bound):
         """The same, as a kernel that rules can move."""
         return cls(**vars(bound))
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether a gate acts, or is reported: it reads all of the input."""
+        return any(term.gate is not None for term in self.terms)
+
     # How the roles of axes that an equation makes follow from those it had.
 
     def grown(self, role: str | None = None) -> str:
@@ -152,8 +157,7 @@ class Kernel(Bound):
 
     def along(self, axis: int, f: Callable[[Any, int], Any]) -> "Kernel":
         """Applies ``f(array, position)`` to the base and all that follow one axis."""
-        gated = any(term.gate is not None for term in self.terms)
-        if self.roles[axis] == IN and gated:
+        if self.roles[axis] == IN and self.has_gate:
             raise NoRule(
                 "its method reads the whole input, but the kernel's input is cut"
             )
@@ -179,8 +183,7 @@ class Kernel(Bound):
         roles = {r for r, n in zip(self.roles, factor.shape, strict=True) if n > 1}
         if {IN, OUT} <= roles:
             raise NoRule("it is multiplied along in and out axes at once")
-        gated = any(term.gate is not None for term in self.terms)
-        if IN in roles and gated:
+        if IN in roles and self.has_gate:
             raise NoRule("its method reads the input, and its in axes are scaled")
         side, own = ("a", (IN, RANK)) if IN in roles else ("b", (RANK, OUT))
 
@@ -210,8 +213,7 @@ class Kernel(Bound):
             One kernel: ``a`` and ``b`` of the parts side by side, 0 where a part is
             not. Parts that drop entries of their input drop the same ones.
         """
-        parts = (self, *others)
-        terms: list[Term] = []
+        parts, terms = (self, *others), []
         for w, start in zip(parts, starts, strict=True):
             if w.roles != self.roles or w.roles[axis] == BATCH:
                 roles = " and ".join(sorted({" ".join(w.roles) for w in parts}))
@@ -219,8 +221,7 @@ class Kernel(Bound):
                     f"kernels {roles!r} are concatenated along axis {axis}; their "
                     "roles must agree, and the axis be an in or out axis"
                 )
-            special = not all(t.gate is None and t.rows is None for t in w.terms)
-            if w.c is not None or w.o is not None or special:
+            if w.c is not None or w.o is not None or w.has_gate or w.reads_input:
                 raise NoRule(
                     f"kernels are concatenated, and the method of site {w.path!r} "
                     "scales its input or output, or has a gate or rows"
@@ -228,28 +229,19 @@ class Kernel(Bound):
             end = base.shape[axis] - start - w.base.shape[axis]
 
             def pad(x, layout, w=w, ends=(start, end, 0)):
-                where = w._positions(layout)
-                if axis not in where:
-                    return x
-                zero = jnp.zeros((), x.dtype)
-                return lax.pad(
-                    x, zero, [ends if i == axis else (0, 0, 0) for i in where]
-                )
+                by = [ends if i == axis else (0, 0, 0) for i in w._positions(layout)]
+                return lax.pad(x, jnp.zeros((), x.dtype), by) if ends in by else x
 
-            terms += w._mapped(pad).terms
-        first = lambda name: next(
-            (getattr(w, name) for w in parts if getattr(w, name) is not None), None
-        )
+            factors = map_axes(lambda x, axes: pad(x, (BATCH, *axes)), w.factors)
+            terms += factors.terms
         if sum(w.leaves is not None for w in parts) > 1:
             raise NoRule("tapped kernels are concatenated")
-        return self.replace(
-            base=base,
-            factors=Factors(_side_by_side(terms, len(self.dims(BATCH)))),
-            key=first("key"),
-            leaves=first("leaves"),
-            mask=first("mask"),
-            path=" + ".join(w.path for w in parts),
-        )
+        # One call gives all parts their key and mask, and at most one has leaves.
+        given = lambda name: [x for w in parts if (x := getattr(w, name)) is not None]
+        first = {n: (given(n) or [None])[0] for n in ("key", "leaves", "mask")}
+        factors = Factors(_side_by_side(terms, len(self.dims(BATCH))))
+        path = " + ".join(w.path for w in parts)
+        return self.replace(base=base, factors=factors, path=path, **first)
 
     # Uses: a contraction says what the axes are, and the roles must agree.
 
@@ -320,7 +312,7 @@ class Kernel(Bound):
 
     def swapped(self) -> "Kernel":
         """The same kernel for its transposed use: in and out change places."""
-        if self.reads_input or any(term.gate is not None for term in self.terms):
+        if self.reads_input or self.has_gate:
             raise NoRule("its method depends on the input and is used transposed")
         n = len(self.dims(BATCH))
 

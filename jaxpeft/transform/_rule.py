@@ -1,11 +1,13 @@
 """The table of rules: what an equation does to the kernels among its operands."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from jaxpeft.transform import _compat
 from jaxpeft.transform._moved import Kernel, NoRule
 
 
@@ -51,6 +53,18 @@ class Uses:
         return seen.setdefault(tuple(map(id, self.trail)), len(seen))
 
 
+def joined(tapped: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``{site: statistics}``; several uses of a site are stacked on a first axis."""
+    by_site: dict[str, list] = {}
+    for path, statistics in tapped:
+        by_site.setdefault(path, []).append(statistics)
+    stack = lambda *x: jnp.stack(x)
+    return {
+        path: jax.tree.map(stack, *each) if each[1:] else each[0]
+        for path, each in by_site.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Equation:
     """One equation with kernels among its operands, as its rule sees it.
@@ -59,19 +73,24 @@ class Equation:
         raw: the equation of the jaxpr.
         evaluate: ``evaluate(jaxpr, consts, args, uses)`` walks through a body.
         uses: what the walk gathers.
-        known: ``known(eqn, x, kernel_first)``: what adapters have read of ``x``
-            already, or ``None``.
+        shared: the contractions of this jaxpr that read one input.
     """
 
     raw: Any
     evaluate: Callable[..., list]
     uses: Uses
-    known: Callable[..., Any]
+    shared: Any
 
     @property
     def params(self) -> dict[str, Any]:
         """The equation's parameters, as a jaxpr prints them."""
         return self.raw.params
+
+    def enter(self, jaxpr: Any, operands: Sequence) -> tuple[list, dict[str, Any]]:
+        """Walks through a body of its own; returns its results and what it tapped."""
+        inside = self.uses.child()
+        outs = self.evaluate(*_compat.opened(jaxpr), operands, inside)
+        return outs, joined(inside.tapped)
 
     def apply(self, operands: list) -> list:
         """What the rule makes of operands among which kernels are."""

@@ -1,13 +1,14 @@
 """Kernels of one jaxpr that read the same input, so that they share a matmul."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from jax.extend import core as jex
 
-from jaxpeft.transform._moved import Kernel
+from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import RULES, Equation
-from jaxpeft.transform._thin import read_together
+from jaxpeft.tree import BATCH, IN
 
 _SAME_VALUE = ("convert_element_type", "copy", "reshape", "transpose")
 
@@ -57,27 +58,30 @@ class Shared:
             if len(group) > 1:
                 self.groups.update({id(eqn): group for eqn in group})
 
-    def read(self, eqn: Equation, x, kernel_first: bool):
-        """What this contraction's adapter reads, if it shares a product."""
-        raw = eqn.raw
-        if id(raw) in self.parts:
-            return self.parts.pop(id(raw))
-        group = self.groups.get(id(raw))
-        if group is None:
-            return None
-        ready = {}
-        for member in group:
+    def mates(self, eqn: Equation, w: Kernel, side: int, summed) -> dict[int, Kernel]:
+        """The kernels that read the input of a contraction after it does.
+
+        Args:
+            eqn: the contraction.
+            w: its own kernel, with its in axes summed.
+            side: which operand the kernel is, of each of them.
+            summed: the kernel's axes that are summed.
+
+        Returns:
+            Those that can share a thin product with ``w``, by their equations, with
+            their in axes summed.
+        """
+        fits = lambda w: bool(w.terms) and w.c is None and not w.dims(BATCH)
+        alike = lambda one: (one.dims(IN), one.mask is None)
+        found: dict[int, Kernel] = {}
+        for member in self.groups.get(id(eqn.raw), ()) if fits(w) else ():
             self.groups.pop(id(member), None)
-            w = self._kernel(member.invars[0 if kernel_first else 1])
-            if w is not None:
-                ready[id(member)] = w
-        if len(ready) < 2 or id(raw) not in ready:
-            return None
-        parts = read_together(list(ready.values()), x, eqn, kernel_first)
-        if parts is None:
-            return None
-        self.parts.update(zip(ready, parts, strict=True))
-        return self.parts.pop(id(raw))
+            other = None if member is eqn.raw else self._kernel(member.invars[side])
+            with contextlib.suppress(NoRule):
+                other = other and other.oriented(summed, (), eqn)
+                if other and fits(other) and alike(other) == alike(w):
+                    found[id(member)] = other
+        return found
 
     def _kernel(self, v) -> Kernel | None:
         """The kernel that a variable will hold, moved there now if it can be."""

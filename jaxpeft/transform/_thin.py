@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.numerics import where_shown
-from jaxpeft.transform._moved import Kernel, NoRule
-from jaxpeft.transform._rule import Equation
-from jaxpeft.tree import BATCH, IN, wider
+from jaxpeft.transform._moved import Kernel
+from jaxpeft.tree import BATCH, wider
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -78,24 +77,18 @@ def _runs(x: list, w: list, out: list) -> dict:
     They lie side by side, in one order, in all operands that have them.
     """
     kind = lambda l: (l in x, l in w, l in out)
+    after: dict = {}
+    for one in dict.fromkeys((*x, *w)):
+        # Behind it on each side that has it; nothing at an end.
+        ends = {(*side, None)[side.index(one) + 1] for side in (x, w) if one in side}
+        follows = len(ends) == 1 and None not in ends and kind(*ends) == kind(one)
+        after[one] = ends.pop() if follows else None
     runs: dict = {}
-    for labels in (x, w):
-        for label in labels:
-            if any(label in run for run in runs.values()):
-                continue
-            run = [label]
-            while True:
-                ends = {
-                    side[at + 1] if at + 1 < len(side) else None
-                    for side in (x, w)
-                    if run[-1] in side
-                    for at in (side.index(run[-1]),)
-                }
-                follower = ends.pop() if len(ends) == 1 else None
-                if follower is None or kind(follower) != kind(label):
-                    break
-                run.append(follower)
-            runs[label] = tuple(run)
+    for first in (one for one in after if one not in after.values()):
+        run = [first]
+        while after[run[-1]] is not None:
+            run.append(after[run[-1]])
+        runs[first] = tuple(run)
     return runs
 
 
@@ -192,44 +185,3 @@ def read(
         ]
         for i, w in enumerate(kernels)
     ]
-
-
-def read_together(
-    kernels: list[Kernel], x, eqn: Equation, kernel_first: bool
-) -> list[list[Read]] | None:
-    """Reads one input for several kernels that a model contracts with it.
-
-    Returns:
-        What each term of each reads, or ``None`` where they cannot share a product.
-    """
-    (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
-    w_sum, x_sum = (left, right) if kernel_first else (right, left)
-    if left_batch or right_batch:
-        return None
-    try:
-        kernels = [w.oriented(w_sum, (), eqn) for w in kernels]
-    except NoRule:
-        return None
-    first = kernels[0]
-    for w in kernels:
-        ins = [i for i, r in enumerate(w.roles) if r == IN]
-        ordered = [w_sum.index(i) for i in ins if i in w_sum]
-        if not w.terms or w.c is not None or len(ordered) != len(ins):
-            return None
-        if w.dims(BATCH) or w.dims(IN) != first.dims(IN):
-            return None
-    ins = [i for i, r in enumerate(first.roles) if r == IN]
-    x_labels: list[Any] = [("x", i) for i in range(x.ndim)]
-    for i, j in zip(x_sum, w_sum, strict=True):
-        x_labels[i] = ("w", j)
-    out = [l for l in x_labels if l[0] == "x"] + [("r", 0)]
-    labels = [("w", i) for i in ins] + [("r", 0)]
-    if len({w.mask is None for w in kernels}) > 1:
-        return None
-    x = shown(first, x, x_labels)  # a call has one mask for all
-    joined = joins_axes(eqn.uses.target)
-
-    def product(columns, how):
-        return labelled_dot(x, x_labels, columns, labels, out, how, joined=joined)
-
-    return read(kernels, product, precision_of(eqn.params), eqn.uses.target)

@@ -241,7 +241,10 @@ def rebuild(adapter: Adapter, **changes: Any) -> Adapter:
 def is_named(adapter: Adapter) -> bool:
     """Whether an adapter's name and options give it again, as files rely on."""
     constructor = _METHODS.get(adapter.name)
-    return constructor is not None and constructor(**dict(adapter.options)) is adapter
+    made_by = getattr(constructor, "__wrapped__", None)
+    if made_by is None or made_by is not adapter.options.constructor:
+        return False
+    return constructor(**adapter.options) is adapter
 
 
 def method(

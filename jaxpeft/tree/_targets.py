@@ -17,7 +17,7 @@ from jaxpeft.tree._paths import (
     names_leaf,
     nearest,
 )
-from jaxpeft.tree._together import parts_of
+from jaxpeft.tree._together import DEFAULT, parts_of
 
 # A linear layer's weight among the standard names; heads that predict tokens are
 # left out of "all-linear", as in HF PEFT.
@@ -43,7 +43,7 @@ def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def choose(leaves, adapter, targets, exclude, name) -> dict[str, str]:
+def choose(leaves, adapter, targets, exclude, name=DEFAULT) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
     paths = {p for p, _ in leaves}
     if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):

@@ -21,7 +21,6 @@ from jaxpeft.tree._node import AdaptedKernel
 from jaxpeft.tree._terms import Factors
 
 DEFAULT = "default"
-SEVERAL = "several"
 
 
 class Part(NamedTuple):
@@ -134,7 +133,7 @@ def several(parts: tuple[Part, ...]) -> Adapter:
         where=Where(leaf=first.where.leaf, bias=first.where.bias),
         folded=None if first.folded is None else folded,
         shared=shared if any(p.adapter.shared for p in parts) else None,
-        name=SEVERAL,
+        name="several",
         options=Options((("parts", parts),), constructor=several),
     )
 
@@ -147,7 +146,7 @@ def _salted(factors: Factors, salt: int):
 
 def is_several(node: AdaptedKernel) -> bool:
     """Whether adapters with names sit at a site, even if it is one of them."""
-    return node.adapter.name == SEVERAL
+    return node.adapter.options.constructor is several
 
 
 def parts_of(node: AdaptedKernel) -> dict[str, AdaptedKernel]:

@@ -63,7 +63,7 @@ def test_everything_reads_the_tree(tied, tmp_path):
     mesh = training.make_mesh(devices=jax.devices()[:1])
     weights = np.ones(IDS.shape, np.float32)
     batch |= {"targets": IDS, "target_weights": weights, "weight": np.ones(2)}
-    loss = training.causal_forward(model, mesh=mesh)(tree, batch, None)
+    loss, _ = training.causal_forward(model, mesh=mesh)(tree, batch, None)
     scores = llama.torch.log_softmax(llama.torch.tensor(want), -1).numpy()
     picked = np.take_along_axis(scores, IDS[..., None].astype(np.int64), -1)
     close(np.asarray(loss)[:, 0], -picked.sum((1, 2)), 1e-4)

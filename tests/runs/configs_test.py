@@ -24,12 +24,13 @@ SETTINGS = list(itertools.product(GLUE, ("base", "large")))
 def test_it_is_locked_and_has_every_field(path):
     config, quickstart = runs.load_config(path), runs.load_config(QUICKSTART)
     assert config.is_locked
-    # These hold what the method, its allocation and the task take.
-    sections = {"adapter", "allocate", "allocation", "data", "stage_changes"}
+    # These hold what the method, its ranks and the task take.
+    sections = {"adapter", "ranks", "data", "stage_changes"}
     fields = lambda c: {
         name for name in runs.flat_config(c) if name.split(".")[0] not in sections
     }
     assert fields(config) == fields(quickstart)
+    assert set(config.ranks) == {"before", "during"}
     assert runs.config_from_json(runs.config_to_json(config)) == config
 
 
@@ -45,7 +46,7 @@ def test_it_says_how_to_run_it_and_what_came_out(path):
 def test_every_setting_of_glue(task, model):
     config = runs.load_config(f"{ROOT}/configs/glue_kasa.py:task={task},model={model}")
     assert hasattr(data.tasks, config.data.name)
-    assert runs.call_named(train.adapters, config.adapter, "adapter").rank == 8
+    assert runs.make_adapter(config).rank == 8
     assert runs.count_steps(config.train_for, 100, field="train_for") >= 1000
     assert max(config.lengths) == config.max_length
 
@@ -65,7 +66,7 @@ def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path, monkeypatch)
     Of the packaged texts it reads every tenth: whole, they are read in their own tests.
     """
     config, small = runs.load_config(path), tiny_config()
-    if not config.allocation:  # that needs the inputs of many texts
+    if not config.ranks.before:  # that needs the inputs of many texts
         whole = _packaged._task
         fewer = lambda name, rows, *options: whole(name, rows[::10], *options)
         monkeypatch.setattr(_packaged, "_task", fewer)
@@ -75,13 +76,13 @@ def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path, monkeypatch)
         config.batch_size = config.eval_batch_size = 64
         config.train_for = config.evaluate_every = config.save_every = "1 step"
         steps = 1
-        if config.allocate is not None:
-            config.allocate.initial_steps = 0
-            if collects := "collect_steps" in config.allocate:
-                config.allocate.collect_steps, steps = 2, 3
+        if config.ranks.during is not None:
+            config.ranks.during.initial_steps = 0
+            if collects := "collect_steps" in config.ranks.during:
+                config.ranks.during.collect_steps, steps = 2, 3
                 config.train_for, config.evaluate_every = "3 steps", "3 steps"
             else:  # one step is the last pruning's
-                config.allocate.final_steps = 0
+                config.ranks.during.final_steps = 0
         config.stages = config.stages[:2]
         config.stage_changes = {kind: {} for kind in config.stage_changes}
         config.log.tensorboard = False
@@ -94,7 +95,9 @@ def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path, monkeypatch)
     results = train.run(config, tmp_path / "run")
     assert results["steps"] == results["best_step"] == steps
     assert results["after"].keys() == results["before"].keys()
-    if config.allocate is not None:
+    if config.ranks.during is not None:
         ranks = results["ranks"].values()
-        mean = None if collects else config.allocate.target_rank
-        assert sum(ranks) == (mean * len(ranks) if mean else config.allocate.n_select)
+        mean = None if collects else config.ranks.during.target_rank
+        assert sum(ranks) == (
+            mean * len(ranks) if mean else config.ranks.during.n_select
+        )

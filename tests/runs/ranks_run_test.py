@@ -159,7 +159,7 @@ def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("train_for=1 step", "evaluate_every=1 step")
     with config.unlocked():
         config.log.tensorboard = False
-        config.allocation = dict(name="gelora", r_max=3, samples=150)
+        config.ranks.before = dict(name="gelora", r_max=3, samples=150)
     folder = tmp_path / "run"
     results = train.run(config, folder)
     kept = allocate.Allocation.load(folder / "allocation.json")
@@ -190,8 +190,8 @@ def test_a_run_starts_with_them(tiny_config, tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="estimated again"):
         start("eva", tmp_path)
     with config.unlocked():
-        config.allocation = None
-        config.allocation = str(folder / "allocation.json")
+        config.ranks.before = None
+        config.ranks.before = str(folder / "allocation.json")
     with config.unlocked():
         config.targets = ("query",)
     with pytest.raises(ValueError, match="6 are in the file alone"):
@@ -234,7 +234,7 @@ def test_adapters_start_at_their_inputs(ranks, tiny_config, tmp_path):
             adapter=jp.lora(),
             targets=config.targets,
         )
-        assert again == found and runs.starts_at_inputs(again)
+        assert again == found and again.facts["options"]["init_from_eva"]
         out.unlink(missing_ok=True)
     adapted = jp.attach(params, jp.lora(), found, key=jax.random.key(0))
     whitened = runs.start_at_inputs(adapted, found, tmp_path / "one/allocation.npz")
@@ -259,7 +259,7 @@ def test_adapters_start_at_their_inputs(ranks, tiny_config, tmp_path):
         config.log.tensorboard = False
         config.adapter = None
         config.adapter = dict(name="lora", rank=2, alpha=4)
-        config.allocation = dict(name="eva", rank=2, samples=64, init_from_eva=True)
+        config.ranks.before = dict(name="eva", rank=2, samples=64, init_from_eva=True)
     train.run(config, tmp_path / "run")
     found = allocate.Allocation.load(tmp_path / "run/allocation.json")
     # In one step, with b = 0, no a has moved.
@@ -283,3 +283,24 @@ def test_packed_texts_are_seen_one_by_one(tiny_llama, tmp_path):
     found = allocate.Allocation.load(out)
     assert found.facts["rows"] == 64 and len(found) == 4
     assert all(len(site.rank) == 2 for site in found.values())
+
+
+def test_biases_may_be_among_what_is_chosen(tiny_config, tmp_path):
+    """They are nodes beside the components', and draw nothing."""
+    config = tiny_config()
+    with config.unlocked():
+        config.adapter = None
+        config.adapter = dict(name="pc", rank=8)
+        config.ranks.during = dict(
+            name="ggm",
+            n_select=12,
+            n_important=6,
+            initial_steps=1,
+            collect_steps=5,
+            biases=("query", "value"),
+        )
+    runs.check_run(config, tmp_path / "run", train.attach_all)
+    with config.unlocked():
+        config.ranks.during.biases = ("quary",)
+    with pytest.raises(ValueError, match="`config.ranks.during.biases`: .*'quary'"):
+        runs.check_run(config, tmp_path / "run", train.attach_all)

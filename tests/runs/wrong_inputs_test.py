@@ -91,7 +91,7 @@ def changes():
             yield f"config.optimizer.{name} = {value}", name
     for name in ("ggm", "importance"):
         assert hasattr(allocate, name)
-        yield f"config.allocate = dict(name={name!r}, tarlet=1)", "tarlet"
+        yield f"config.ranks.during = dict(name={name!r}, tarlet=1)", "tarlet"
     for key in (*FIELDS, *QUICKSTART):
         if key in ("data", "adapter"):
             continue
@@ -101,19 +101,22 @@ def changes():
         if f"{key}.name" not in FIELDS:
             yield f"{holder}.unlock()[{last!r}] = object", key
     yield from (
-        ("config.allocate = dict(name='no_such')", "no_such"),
-        ("config.allocate = dict(target_rank=2)", "allocate"),
-        ("config.allocate = dict(name='importance', target_rank=float('inf'))", "rank"),
-        ("config.allocation = dict(name='uniform', rnak=2)", "rnak"),
-        ("config.allocation = dict(name='uniform', rank='x')", "rank"),
-        ("config.allocation = dict(rank=2)", "allocation"),
-        ("config.allocation = 'missing.json'", "missing.json"),
-        ("config.allocation = 'rows.jsonl'", "rows.jsonl"),
-        ("config.allocation = 'no_such'", "no_such"),
+        ("config.ranks.during = dict(name='no_such')", "no_such"),
+        ("config.ranks.during = dict(target_rank=2)", "ranks.during"),
+        (
+            "config.ranks.during = dict(name='importance', target_rank=float('inf'))",
+            "rank",
+        ),
+        ("config.ranks.before = dict(name='uniform', rnak=2)", "rnak"),
+        ("config.ranks.before = dict(name='uniform', rank='x')", "rank"),
+        ("config.ranks.before = dict(rank=2)", "ranks.before"),
+        ("config.ranks.before = 'missing.json'", "missing.json"),
+        ("config.ranks.before = 'rows.jsonl'", "rows.jsonl"),
+        ("config.ranks.before = 'no_such'", "no_such"),
         (
             "config.adapter = dict(name='lora', rank=2); config.targets = ('query',); "
-            "config.allocation = 'wide.json'",
-            ": `config.allocation` gives rank 99 to site",
+            "config.ranks.before = 'wide.json'",
+            ": `config.ranks.before` gives rank 99 to site",
         ),
         ("config.tokenizer.pad_token = 'zzz'", ": `config.tokenizer`: `pad_token`"),
         ("config.rank_pattern = (('no_such', 4),)", "no_such"),
@@ -315,7 +318,7 @@ def test_a_corrected_command_is_not_locked_out(place, refused):
     refused(*run, "--config.model.remat=ful", named="remat")
     refused(*run, "--config.data.train=empty.jsonl", named="train")
     config = runs.load_config(place / "tiny.py")
-    runs.check_run(config, place / "fresh", train.attach)  # nothing in its way
+    runs.check_run(config, place / "fresh", train.attach_all)  # nothing in its way
 
 
 def test_a_run_that_fails_before_it_has_written_leaves_nothing(tmp_path):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
+import train
 from jaxpeft import models, training
 
 LLAMA = {
@@ -96,7 +97,7 @@ def test_it_is_the_loss_of_the_logits(tied):
         return value, (jnp.sum(losses * weights, 1), jnp.sum(weights, 1), hits.sum(1))
 
     def ours(trainable, batch):
-        outputs = forward(jp.combine(trainable, frozen), batch, None)
+        outputs, _ = forward(jp.combine(trainable, frozen), batch, None)
         values, weights = training.causal_loss(outputs, batch)
         return jnp.sum(values * weights) / jnp.sum(weights), outputs
 
@@ -139,9 +140,10 @@ def test_steps_and_evaluation():
     losses = {}
     for accumulate in (1, 2):
         state = new_state()
-        step = training.train_step(
-            forward, loss, optimizer, state, frozen, mesh=mesh, accumulate=accumulate
+        update = train.make_update(
+            forward, loss, optimizer, mesh=mesh, accumulate=accumulate
         )
+        step = training.compile_step(update, state, frozen, mesh=mesh)
         losses[accumulate] = []
         for _ in range(4):
             batch = training.put_batch(rows, mesh, accumulate=accumulate)
@@ -151,7 +153,7 @@ def test_steps_and_evaluation():
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-3)
     assert losses[1][-1] < 0.95 * losses[1][0]
     evaluate = training.eval_step(forward, loss, state, frozen, mesh=mesh)
-    found = training.predict(
+    found = training.run_split(
         evaluate, state.trainable, frozen, [rows, rows_of(texts(4))], mesh=mesh, rows=16
     )
     assert found.outputs.shape == (20, 3)
@@ -174,9 +176,10 @@ def test_a_batch_with_nothing_to_learn(padding, accumulate):
     state = training.init_state(
         jax.tree.map(jnp.copy, trainable), optimizer, key=jax.random.key(0), mesh=mesh
     )
-    step = training.train_step(
-        forward, loss, optimizer, state, frozen, mesh=mesh, accumulate=accumulate
+    update = train.make_update(
+        forward, loss, optimizer, mesh=mesh, accumulate=accumulate
     )
+    step = training.compile_step(update, state, frozen, mesh=mesh)
     rows = rows_of(texts())
     nothing = {**rows, "target_weights": 0 * rows["target_weights"]}
     nothing["label"] = 0 * rows["label"]
@@ -185,9 +188,8 @@ def test_a_batch_with_nothing_to_learn(padding, accumulate):
     put = lambda rows: training.put_batch(rows, mesh, accumulate=accumulate)
 
     def total(trainable, batch):
-        values, weights = loss(
-            forward(jp.combine(trainable, frozen), batch, None), batch
-        )
+        outputs, _ = forward(jp.combine(trainable, frozen), batch, None)
+        values, weights = loss(outputs, batch)
         return jnp.sum(values * weights)
 
     value, grads = jax.value_and_grad(total)(trainable, put(nothing))
@@ -208,7 +210,7 @@ def test_a_batch_with_nothing_to_learn(padding, accumulate):
         training.check_finite(state)
     evaluate = training.eval_step(forward, loss, state, frozen, mesh=mesh)
     with pytest.raises(ValueError, match="nothing learnt in them"):
-        training.predict(
+        training.run_split(
             evaluate, state.trainable, frozen, [nothing], mesh=mesh, rows=16
         )
 
@@ -254,7 +256,7 @@ def test_what_is_not_learnt_may_hold_anything():
         forward = training.causal_forward(Marred(model, learnt, bad), mesh=mesh)
 
         def total(trainable):
-            outputs = forward(jp.combine(trainable, frozen), batch, None)
+            outputs, _ = forward(jp.combine(trainable, frozen), batch, None)
             values, weights = training.causal_loss(outputs, batch)
             return jnp.sum(values * weights), outputs
 

@@ -89,7 +89,7 @@ def test_it_is_what_transformers_says(tmp_path):
     step = training.eval_step(forward, loss, state, frozen, mesh=mesh)
     options = dict(mesh=mesh, rows=16)
     batches = lambda: data.evaluation_batches(held, 16, lengths=(8, 20))
-    found = training.predict(step, trainable, frozen, batches(), **options)
+    found = training.run_split(step, trainable, frozen, batches(), **options)
     scores = training.evaluate(
         step,
         trainable,

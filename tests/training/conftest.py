@@ -1,5 +1,7 @@
 """A small text classifier, all that a training step needs, and no more."""
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,6 +13,9 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import training
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the update stands in train.py
+from train import make_update
 
 VOCABULARY, WIDTH, CLASSES = 32, 16, 3
 
@@ -110,13 +115,12 @@ def make_run():
                 trainable, total_steps=50, learning_rate=1e-2, weight_decay=0.01
             )
         state = training.init_state(
-            trainable, optimizer, key=keys[3], mesh=mesh, allocation=allocation
+            trainable, optimizer, key=keys[3], mesh=mesh, allocator=allocation
         )
         forward = training.model_forward(model, mesh=mesh, dropout=dropout > 0)
-        options["allocation"] = allocation
-        step = training.train_step(
-            forward, loss, optimizer, state, frozen, mesh=mesh, **options
-        )
+        options["allocator"] = allocation
+        update = make_update(forward, loss, optimizer, mesh=mesh, **options)
+        step = training.compile_step(update, state, frozen, mesh=mesh)
         return Run(model, mesh, forward, optimizer, state, frozen, step)
 
     return make

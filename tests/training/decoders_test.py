@@ -40,7 +40,7 @@ def test_a_mesh_changes_no_number():
     placed = training.place(adapted, mesh, specs)
     forward = training.model_forward(model, mesh=mesh)
     batch = {"input_ids": ids, "attention_mask": mask}
-    got = jax.jit(lambda tree: forward(tree, batch, None))(placed)
+    got = jax.jit(lambda tree: forward(tree, batch, None)[0])(placed)
     np.testing.assert_allclose(got, wanted, atol=2e-5)
     layer = specs["layers"]["layer"]
     assert tuple(layer["self_attn"]["q_proj"]["kernel"]) == (None, "fsdp", "tensor")

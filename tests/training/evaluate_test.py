@@ -26,7 +26,7 @@ def test_every_row_is_predicted_once_and_padding_is_dropped(make_run, make_batch
         {**make_batch(rows=16, length=9, seed=2), "valid": np.arange(16) % 3 > 0},
     ]
     seen = []
-    found = training.predict(
+    found = training.run_split(
         evaluator(run),
         run.state.trainable,
         run.frozen,
@@ -85,7 +85,7 @@ def test_a_bucket_length_is_traced_once(make_run, make_batch):
     step = evaluator(run, loss)
     batches = [make_batch(length=n, rows=r) for n, r in [(6, 16), (9, 4), (6, 3)]]
     for _ in range(2):
-        training.predict(
+        training.run_split(
             step, run.state.trainable, run.frozen, batches, mesh=run.mesh, rows=16
         )
     assert traced == [(16, 6), (16, 9)]
@@ -96,10 +96,10 @@ def test_what_cannot_be_scored_is_refused(make_run, make_batch):
     options = dict(mesh=run.mesh, rows=16)
     trees = (evaluator(run), run.state.trainable, run.frozen)
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        training.predict(*trees, [], **options)
+        training.run_split(*trees, [], **options)
     empty = make_batch(valid=np.zeros(16, bool))
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        training.predict(*trees, [empty], **options)
+        training.run_split(*trees, [empty], **options)
     with pytest.raises(ValueError, match="must not return 'loss'"):
         training.evaluate(
             *trees, [make_batch()], score=lambda *_: {"loss": 0.0}, **options

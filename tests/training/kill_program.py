@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
+import train
 from jaxpeft import training
 from jaxpeft.transform import adapt
 from jaxpeft.tree import flat
@@ -32,7 +33,7 @@ def batch_of(step):
 
 def forward(adapted, batch, key):
     del key  # this network has no dropout of its own
-    return adapt(network)(adapted, batch["x"])
+    return adapt(network)(adapted, batch["x"]), {}
 
 
 def main(folder):
@@ -48,9 +49,8 @@ def main(folder):
     trainable, frozen = jp.partition(adapted)
     optimizer = training.adamw(trainable, total_steps=STEPS, learning_rate=0.01)
     state = training.init_state(trainable, optimizer, key=keys[4], mesh=mesh)
-    step = training.train_step(
-        forward, training.cross_entropy, optimizer, state, frozen, mesh=mesh
-    )
+    update = train.make_update(forward, training.cross_entropy, optimizer, mesh=mesh)
+    step = training.compile_step(update, state, frozen, mesh=mesh)
     next_batch = 0
     with training.Checkpointer(
         folder / "checkpoints", config={}, metric="accuracy", mode="max"

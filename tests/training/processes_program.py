@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
+import train
 from jaxpeft import training
 from jaxpeft.transform import adapt
 
@@ -26,7 +27,7 @@ def network(params, x):
 
 def forward(adapted, batch, key):
     del key
-    return adapt(network)(adapted, batch["x"])
+    return adapt(network)(adapted, batch["x"]), {}
 
 
 def my_rows(step, index, count):
@@ -52,9 +53,8 @@ def main(folder, steps, index, count):
     optimizer = training.adamw(trainable, total_steps=10, learning_rate=0.01)
     state = training.init_state(trainable, optimizer, key=keys[5], mesh=mesh)
     loss = training.cross_entropy
-    step = training.train_step(
-        forward, loss, optimizer, state, frozen, mesh=mesh, accumulate=2
-    )
+    update = train.make_update(forward, loss, optimizer, mesh=mesh, accumulate=2)
+    step = training.compile_step(update, state, frozen, mesh=mesh)
     losses, got = [], None
     with training.Checkpointer(folder / "checkpoints", config={}) as checkpoints:
         if checkpoints.latest is not None:
@@ -66,7 +66,7 @@ def main(folder, steps, index, count):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["total"]))
         checkpoints.save(state, frozen, data_state={"next": steps})
-    found = training.predict(
+    found = training.run_split(
         training.eval_step(forward, loss, state, frozen, mesh=mesh),
         state.trainable,
         frozen,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxpeft as jp
+import train
 from jaxpeft import models, training
 
 MINILM = {
@@ -90,16 +91,15 @@ def compile_step(name):
     trainable, frozen = jp.partition(training.place(adapted, mesh, specs))
     optimizer = training.adamw(trainable, total_steps=100, learning_rate=1e-3)
     state = training.init_state(trainable, optimizer, key=key, mesh=mesh)
-    step = training.train_step(
+    update = train.make_update(
         training.model_forward(model, mesh=mesh),
         training.cross_entropy,
         optimizer,
-        state,
-        frozen,
         mesh=mesh,
         accumulate=accumulate,
         clip_norm=1.0,
     )
+    step = training.compile_step(update, state, frozen, mesh=mesh)
     where = training.batch_sharding(mesh)
     make = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         shape, dtype, sharding=where

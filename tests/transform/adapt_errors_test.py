@@ -185,6 +185,22 @@ def test_a_method_that_reads_the_input_cannot_be_materialised(params, x, keys):
             assert 'unsupported="materialise"' not in message
 
 
+def test_what_has_only_an_effect_is_not_dropped(params, x, keys, capfd):
+    """A print of a weight has no result that anyone could miss."""
+    adapted = prepare(params, pair(), ["w"], keys)
+
+    def fn(p, x):
+        jax.debug.print("printed {}", p["w"])
+        return x @ p["w"]
+
+    with pytest.raises(jp.UnsupportedError, match="site 'w' reaches `debug"):
+        jp.adapt(fn)(adapted, x)
+    with pytest.warns(UserWarning, match="site 'w'"):
+        jax.block_until_ready(jp.adapt(fn, unsupported="materialise")(adapted, x))
+    jax.effects_barrier()
+    assert "printed" in capfd.readouterr().out
+
+
 def test_a_kernel_that_comes_back_is_its_node(params, x, keys):
     """``mutable=True`` and NNX hand the parameters back."""
     adapted = prepare(params, pair(), ["w"], keys)

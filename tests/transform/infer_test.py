@@ -10,7 +10,7 @@ from adapt_toolbox import numbers
 from jax import lax
 
 import jaxpeft as jp
-from jaxpeft.transform import Axes
+from jaxpeft.transform import Axes, Equation
 
 D, F, V, L = 6, 10, 12, 3
 IDS = jnp.asarray([1, 2, 3, 1])
@@ -139,6 +139,60 @@ def test_a_function_with_its_own_derivative_is_not_entered(own):
     fn = lambda p, x: own(x, p["w"])
     axes = jp.infer_axes(fn, {"w": numbers(D, F)}, numbers(4, D))
     assert axes == {} and axes.uses == {"w": "other"}
+
+
+def test_leaves_of_whole_numbers():
+    """They choose rows, branches and places; codes become a kernel."""
+    params = {
+        "table": numbers(V, D),
+        "ids": jnp.zeros((2, 3), jnp.int32),
+        "places": jnp.zeros((1, 1), jnp.int32),
+        "codes": jnp.ones((D, F), jnp.int8),
+        "sizes": jnp.full((1, 2), 2),
+        "experts": numbers(2, D, F),
+    }
+
+    def fn(p, x):
+        how = dict(mode="promise_in_bounds", wrap_negative_indices=False)
+        rows = p["table"].at[p["ids"]].get(**how)
+        rows = rows, jnp.take(p["ids"], jnp.asarray([0, 9]), axis=0)
+        at = p["places"][0, 0]
+        cut = lax.dynamic_slice(x, (at, 0), (1, D))
+        x = lax.switch(at, [jnp.sin, jnp.cos], x)
+        y = lax.ragged_dot(x, p["experts"], p["sizes"][0])
+        return rows, cut, y, x @ (p["codes"].astype(jnp.float32) * 0.1)
+
+    axes = jp.infer_axes(fn, params, numbers(4, D))
+    assert axes == {
+        "table": "in out",
+        "ids": "in out",
+        "codes": "in out",
+        "experts": "expert in out",
+    }
+    assert axes.uses["places"] == axes.uses["sizes"] == "other"
+
+
+def test_a_loop_that_changes_its_weights_is_walked_once(monkeypatch):
+    """A training loop in the function: what a step does with them is what counts."""
+    params = {f"w{i}": numbers(D, D, seed=i) for i in range(12)}
+    walks = []
+    enter = Equation.enter
+    watched = lambda *args: (walks.append(1), enter(*args))[1]
+    monkeypatch.setattr(Equation, "enter", watched)
+
+    def fn(p, x):
+        def step(p, _):
+            y = x
+            for w in p.values():
+                y = jnp.tanh(y @ w)
+            return {name: 0.9 * w for name, w in p.items()}, y
+
+        return lax.scan(step, p, None, 2)
+
+    axes = jp.infer_axes(fn, params, numbers(4, D))
+    assert axes == dict.fromkeys(params, "in out")
+    assert set(axes.uses.values()) == {"contracted"}
+    assert len(walks) == 1
 
 
 def test_an_adapted_tree_is_read_as_its_kernels(params, keys):

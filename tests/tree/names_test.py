@@ -123,7 +123,7 @@ def test_both_train_and_one_alone():
     small = jax.tree.map(lambda x: x - 1e-3 * np.sign(x), trainable)
     assert not np.array_equal(loss(small), loss(trainable))
     options = {"total_steps": 9, "learning_rate": 1e-3, "weight_decay": 0.1}
-    optimizer = training.adamw(trainable, **options, lora_plus_ratio=4.0)
+    optimizer = training.adamw(trainable, **options, lora_plus_ratio=4.0).transform
     updates, _ = optimizer.update(
         jax.grad(loss)(trainable), optimizer.init(trainable), trainable
     )

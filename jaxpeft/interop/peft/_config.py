@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``: its fields, and which modules a config means."""
+"""PEFT's ``adapter_config.json``: its fields, read, checked and written."""
 
 import json
 import re
@@ -8,12 +8,9 @@ from typing import Any
 
 from jaxpeft.interop._format import PEFT_CONFIG
 from jaxpeft.interop._modules import Module
-from jaxpeft.parts import in_layers, listed
-from jaxpeft.tree import OUTPUT_HEADS, ModuleName
 
 CONFIG, TENSORS = PEFT_CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
-NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an empty list
 
 # Defaults of the fields that matter, as PEFT 0.21 fills them in; by peft_type where
 # types differ. A field may be left out of a file.
@@ -83,7 +80,6 @@ _UNUSED = (
 
 # PEFT adds these to modules_to_save for sequence and token classification.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
-_TYING = ("embed_tokens", "lm_head")  # by which PEFT knows what may be tied
 TASKS = (
     *("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS"),
     "FEATURE_EXTRACTION",
@@ -133,80 +129,6 @@ def read_config(folder: Path, ignore: Sequence[str]) -> dict[str, Any]:
         )
     kept = {n: v for n, v in given.items() if n not in ignore and v is not None}
     return known | {n: v for n, v in kept.items() if n in known or n in NOTES}
-
-
-def with_tied(config: Mapping[str, Any], names: Sequence[ModuleName]) -> dict[str, Any]:
-    """The config with what ``ensure_weight_tying`` adds to its lists of modules.
-
-    It puts embedding and head among the targets, or among what is saved whole, where
-    one of the two is there under a name that PEFT knows.
-
-    Args:
-        config: with defaults.
-        names: rows of the model; those that are tied say which two belong together.
-    """
-    pair = [name for row in names if row.tied for name in (row.theirs, row.tied)]
-    if not config.get("ensure_weight_tying") or not pair:
-        return dict(config)
-    known = lambda name: name.rpartition(".")[2] in _TYING
-    saved, wanted = config["modules_to_save"] or (), config["target_modules"] or ()
-    if any(map(known, saved)):
-        return config | {"modules_to_save": [*saved, *pair]}
-    if isinstance(wanted, str):
-        either = "|".join([f"(?:{wanted})", *map(re.escape, pair)])
-        hit = any(re.fullmatch(wanted, name) for name in _TYING)
-        return config | ({"target_modules": either} if hit else {})
-    hit = any(map(known, wanted))
-    return config | ({"target_modules": [*wanted, *pair]} if hit else {})
-
-
-def targets(config: Mapping[str, Any], modules: Sequence[Module]) -> list[Module]:
-    """The modules that a config's ``target_modules`` means, by PEFT's rules.
-
-    Args:
-        config: with defaults.
-        modules: those of the model that an adapter can sit on, and others.
-
-    Returns:
-        Linear, conv1d and embedding modules, in the order of ``modules``.
-    """
-    wanted = config["target_modules"]
-    found = []
-    for module in modules:
-        path = module.name
-        if module.kind == "norm" or listed(config["exclude_modules"], path):
-            continue
-        if in_saved_module(config, path):
-            continue
-        if isinstance(wanted, str) and wanted.lower() == "all-linear":
-            linear = module.kind in ("linear", "conv1d")
-            hit = linear and path.rpartition(".")[2] not in OUTPUT_HEADS
-        elif isinstance(wanted, str):
-            hit = re.fullmatch(wanted, path) is not None
-        elif path in wanted:
-            hit = True
-        else:
-            hit = any(path.endswith(f".{entry}") for entry in wanted)
-            hit = hit and in_layers(config, path)
-        if hit:
-            found.append(module)
-    return found
-
-
-def in_saved_module(config: Mapping[str, Any], path: str) -> bool:
-    """Whether a module lies in one that is saved whole."""
-    return any(
-        re.match(rf"(^|.*\.){entry}($|\..*)", path)
-        for entry in config["modules_to_save"] or ()
-    )
-
-
-def by_pattern(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
-    """The value of the first pattern, in the order of the file, that fits a path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return otherwise
 
 
 def target_names(sites: Sequence[Module], modules: Sequence[Module]) -> list[str]:

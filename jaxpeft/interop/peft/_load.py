@@ -16,13 +16,9 @@ from jaxpeft.interop._untie import untied_for
 from jaxpeft.interop.peft._attach import Found, attach_sites, attach_whole
 from jaxpeft.interop.peft._config import (
     CONFIG,
-    NO_TARGETS,
     PREFIX,
     TENSORS,
-    by_pattern,
     read_config,
-    targets,
-    with_tied,
 )
 from jaxpeft.interop.peft._sites import NOT_CALLED
 from jaxpeft.interop.peft._tied import bound, settle, tables
@@ -33,7 +29,14 @@ from jaxpeft.interop.peft._whole import (
     partial,
     whole_leaves,
 )
-from jaxpeft.parts import form_of, listed
+from jaxpeft.parts import (
+    NO_TARGETS,
+    by_pattern,
+    form_of,
+    is_target,
+    listed,
+    with_tied,
+)
 from jaxpeft.tree import (
     Adapter,
     ModuleName,
@@ -218,7 +221,7 @@ def _sites(config, table, keys: Keys, file, problems, by_keys: bool) -> list[Fou
         plain = ("weight", "bias", "base_layer.weight", "base_layer.bias")
         modules = [m for m in candidates if set(keys.get(m.name, ())) - set(plain)]
     else:
-        modules = targets(config, candidates)
+        modules = [m for m in candidates if is_target(config, m.name, m.kind)]
         if wanted and not modules and wanted != NO_TARGETS:
             problems.append(
                 f"target_modules {wanted!r} matches no module; they are named like "

@@ -16,15 +16,14 @@ from jaxpeft.interop.peft._config import (
     CONFIG,
     DEFAULTS,
     HEADS,
-    NO_TARGETS,
     PLAIN_FIELDS,
     PREFIX,
     TASKS,
     TENSORS,
-    in_saved_module,
 )
 from jaxpeft.interop.peft._sites import AdaptedModule, choose_form, collect, is_whole
 from jaxpeft.interop.peft._tensors import native, plain
+from jaxpeft.parts import NO_TARGETS, is_saved_whole
 from jaxpeft.tree import AdaptedKernel, ModuleName, grouped, leaves_with_path, nodes
 
 FORMS = ("auto", "native", "portable")
@@ -300,7 +299,7 @@ def _roots(saved: list[str], every: list[str]) -> list[str]:
 def _check_saved(config, adapted: list[Module], problems: list[str]) -> None:
     """PEFT puts no adapter into a module that is saved whole."""
     for module in adapted:
-        if in_saved_module(config, module.name):
+        if is_saved_whole(config, module.name):
             problems.append(
                 f"{module.name!r} has an adapter and lies in a module that PEFT saves "
                 f"whole ({config['modules_to_save']}); train it in full or leave it out"

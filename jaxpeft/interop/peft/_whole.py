@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import TensorFile, on_host
-from jaxpeft.interop.peft._config import PREFIX, in_saved_module
-from jaxpeft.parts import form_of
+from jaxpeft.interop.peft._config import PREFIX
+from jaxpeft.parts import form_of, is_saved_whole
 from jaxpeft.tree import OUTPUT_HEADS, is_node
 
 Keys = dict[str, dict[str, str]]  # module: {end of the key: key}
@@ -43,7 +43,7 @@ def whole_leaves(config, table: Table, keys: Keys, file, problems) -> list[Whole
     found = []
     for module in table.modules:
         ends = keys.get(module.name, {})
-        saved = in_saved_module(config, module.name)
+        saved = is_saved_whole(config, module.name)
         for part, path in module.leaves.items():
             key = ends.get(part)
             if saved and key is None:

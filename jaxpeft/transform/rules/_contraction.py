@@ -7,6 +7,7 @@ wrote it, and adds two thin ones.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,7 +99,6 @@ def contract(
     (left, right), (left_batch, right_batch) = dimension_numbers
     sides = (left, left_batch), (right, right_batch)
     (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
-    known = eqn.known(eqn, x, kernel_first)
     w, uses = w.oriented(w_sum, w_batch, eqn), eqn.uses
     n = w.base.ndim
     w_labels = [("w", i) for i in range(n)]
@@ -138,10 +138,13 @@ def contract(
         labels = batch + ins + rank
         return product(x, x_labels, columns, labels, h_labels, how)
 
+    known = eqn.shared.parts.pop(id(eqn.raw), None)
     if known is None:
-        known = read([w], thin, precision, uses.target)[0]
+        mates = eqn.shared.mates(eqn, w, 1 - kernel_first, w_sum)
+        known, *others = read([w, *mates.values()], thin, precision, uses.target)
+        eqn.shared.parts.update(zip(mates, others, strict=True))
     record(uses, w, *given, batch, ins, known)
-    delta = None
+    changes = []
     for term, (h, seen) in zip(w.terms, known, strict=True):
         if term.rows is not None:
             continue
@@ -149,9 +152,9 @@ def contract(
             h = thin(term.a, precision, dropped(x, w, term, uses))
         if term.gated:
             h = gated(term.gate.apply, seen, h, len(batch))
-        more = product(h, h_labels, term.b, batch + rank + outs, out, precision)
-        delta = more if delta is None else delta + more
-    y = finish(y, delta, w.o, lambda o: spread_along(o, batch + outs, out))
+        b_labels = batch + rank + outs
+        changes.append(product(h, h_labels, term.b, b_labels, out, precision))
+    y = finish(y, changes, w.o, lambda o: spread_along(o, batch + outs, out))
     for term in w.terms:
         if term.rows is not None:
             y = _each_row(term, w, x, x_labels, y, out, precision)
@@ -193,15 +196,21 @@ def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
     )
     delta = delta.transpose([labels.index(l) for l in out])
     chosen = (index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
-    return jnp.where(chosen, finish(y, delta, None, None), y)
+    return jnp.where(chosen, finish(y, [delta]), y)
 
 
-def finish(y, delta, o, spread):
-    """Adds the low-rank part and scales, wide; rounds once to ``y``'s dtype."""
-    if delta is None and o is None:
-        return y
+def finish(y, changes: list, o=None, spread=None):
+    """Adds what terms change and scales, wide; rounds once to ``y``'s dtype.
+
+    Args:
+        y: the model's own result.
+        changes: one array for each term.
+        o: the scale of the output, or ``None``.
+        spread: ``spread(o)`` broadcasts with ``y``.
+    """
     dtype = y.dtype
-    if delta is not None:
+    if changes:
+        delta = functools.reduce(operator.add, changes)
         wide = wider(dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
     if o is not None:
@@ -279,13 +288,13 @@ def look_up(
         NoRule: the table's roles do not fit, or its method reads its input.
     """
     w = w.as_table(axis, range(len(paired)), eqn)
-    if any(term.gate is not None for term in w.terms):
+    if w.has_gate:
         raise NoRule("its method depends on the input, and a look-up has none")
-    slots = any(term.rows is not None for term in w.terms)
-    if slots and (paired or not index_ndim):
-        raise NoRule("rows choose an adapter, and here no axis of the ids is a row")
+    if (paired or not index_ndim) and any(t.rows is not None for t in w.terms):
+        what = "tables are mapped with ids" if paired else "one id is looked up alone"
+        raise NoRule(f"rows choose an adapter, and here {what}")
     rows = w.along(axis, take)
-    y, delta = rows.base, None
+    y, changes = rows.base, []
     batch, index = [("x", i) for i in paired], [("x", i) for i in range(index_ndim)]
     rest, rank = [("w", i) for i in range(y.ndim - index_ndim)], [("r", 0)]
     if rows.c is not None:
@@ -295,17 +304,15 @@ def look_up(
         if term.rows is not None:  # slots: nothing else is beside the table
             check_rows(term.rows.index, y.shape, w.path)
             chosen = (term.rows.index != 0).reshape(-1, *(1,) * (y.ndim - 1))
-            delta = looked_up_changes(term, index_ndim)
-            return jnp.where(chosen, finish(y, delta, None, None), y)
+            change = looked_up_changes(term, index_ndim)
+            return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        more = labelled_dot(
-            *(a, index + rank, b, batch + rank + rest, index + rest),
-            joined=joins_axes(eqn.uses.target),
-        )
-        delta = more if delta is None else delta + more
+        b_labels, joined = batch + rank + rest, joins_axes(eqn.uses.target)
+        out = index + rest
+        changes.append(labelled_dot(a, index + rank, b, b_labels, out, joined=joined))
     return finish(
-        y, delta, rows.o, lambda o: spread_along(o, batch + rest, index + rest)
+        y, changes, rows.o, lambda o: spread_along(o, batch + rest, index + rest)
     )
 
 
@@ -324,15 +331,15 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
     if (
-        only_kernel((x, w)) == 0
+        only_kernel((x, w, group_sizes)) != 1
         or contracted != ((1,), (1,))
         or any(numbers.dot_dimension_numbers[1])
         or tuple(numbers.rhs_group_dimensions) != (0,)
     ):
         raise NoRule("ragged_dot needs a kernel 'expert in out' and its plain form")
     w = w.assigned(("expert", IN, OUT), eqn)
-    plain = all(term.gate is None and term.rows is None for term in w.terms)
-    if not plain or w.key is not None or w.leaves is not None:
+    special = w.has_gate or w.reads_input
+    if special or w.key is not None or w.leaves is not None:
         raise NoRule("gates, rows, dropout and taps have no form in a ragged_dot")
     rows = x.shape[0]
     expert = jnp.repeat(
@@ -340,11 +347,11 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
     )
     if w.c is not None:
         x = times(x, w.c[expert])
-    y, delta = eqn.run(x, w.base, group_sizes), None
+    y, changes = eqn.run(x, w.base, group_sizes), []
     precision = precision_of(eqn.params)
     for term in w.terms:
         z = x.astype(wider(x.dtype, term.a.dtype))
         h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)
-        more = lax.ragged_dot(h, term.b.astype(h.dtype), group_sizes, precision)
-        delta = more if delta is None else delta + more
-    return finish(y, delta, w.o, lambda o: o[expert])
+        b = term.b.astype(h.dtype)
+        changes.append(lax.ragged_dot(h, b, group_sizes, precision))
+    return finish(y, changes, w.o, lambda o: o[expert])

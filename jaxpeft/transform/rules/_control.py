@@ -4,6 +4,7 @@ A kernel is a pytree, so a scan slices its base and its factors alike, and a
 ``shard_map`` shards them alike.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -56,69 +57,31 @@ def _constrained(vals, shardings):
     return [constrain(x, s) for x, s in zip(vals, shardings, strict=True)]
 
 
-@rule("scan")
-def _scan(eqn: Equation, *vals) -> list:
-    params = eqn.params
-    jaxpr, jaxpr_consts = _compat.opened(params["jaxpr"])
-    n, m = _compat.scan_counts(params)
-    consts, init, xs = vals[:n], vals[n : n + m], vals[n + m :]
-    for x in filter(_is_kernel, xs):
-        x.check_stacked()
-    carried = {i: x for i, x in enumerate(init) if _is_kernel(x)}
-    shared = [*consts, *carried.values()]
+class _Carry:
+    """The carry of a loop, less the kernels in it, which no step may change."""
 
-    def body(state, x):
-        step, carry = state
-        inside = eqn.uses.child()
-        held = [_at_step(w, step) for w in shared]
-        full = _inserted(carry, dict(zip(carried, held[n:], strict=True)))
-        outs = eqn.evaluate(jaxpr, jaxpr_consts, [*held[:n], *full, *x], inside)
-        kept = _kept(outs[:m], full, carried)
-        # A kernel that the body returns (NNX returns a module's state) is stacked.
-        ys = [
-            y.replace(names=(y.grown(), *y.roles)) if _is_kernel(y) else y
-            for y in outs[m:]
-        ]
-        kept = _arrays(kept, "the scan's carry")
-        return (_next(step), kept), (ys, joined(inside.tapped))
+    def __init__(self, init, shared):
+        self.kernels = {i: x for i, x in enumerate(init) if _is_kernel(x)}
+        arrays = [x for i, x in enumerate(init) if i not in self.kernels]
+        held = filter(_is_kernel, (*shared, *self.kernels.values()))
+        drops = any(w.key is not None for w in held)
+        self.start = (jnp.zeros((), jnp.int32) if drops else None), arrays
 
-    start = [x for i, x in enumerate(init) if i not in carried]
-    (_, carry), (ys, tapped) = lax.scan(
-        body,
-        (_first_step(shared), start),
-        xs,
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
-    eqn.uses.tapped.extend(tapped.items())
-    return [*_inserted(carry, carried), *ys]
+    def full(self, state) -> list:
+        """The carry of a step, or with no step number the one before or after all."""
+        step, carry = state[0], list(state[1])
+        for i, w in self.kernels.items():
+            carry.insert(i, _at_step(w, step))
+        return carry
 
-
-def _inserted(carry, kernels: dict[int, Any]) -> list:
-    """A loop's full carry, with the kernels that stay outside of the real one."""
-    carry = list(carry)
-    for i, w in kernels.items():
-        carry.insert(i, w)
-    return carry
-
-
-def _kept(outs: list, full: list, carried) -> list:
-    """What a loop's body carries on, after a look at its kernels."""
-    for i in carried:
-        if not same(outs[i], full[i]):
-            raise NoRule("the loop changes a kernel in its carry")
-    return [out for i, out in enumerate(outs) if i not in carried]
-
-
-def _first_step(shared: list):
-    """A step counter, where a weight with dropout is used anew in each step."""
-    drops = any(_is_kernel(w) and w.key is not None for w in shared)
-    return jnp.zeros((), jnp.int32) if drops else None
-
-
-def _next(step):
-    return None if step is None else step + 1
+    def next(self, state, full: list, outs: list):
+        """The state after a step that began with ``full`` and gave ``outs``."""
+        for i in self.kernels:
+            if not same(outs[i], full[i]):
+                raise NoRule("the loop changes a kernel in its carry")
+        rest = [out for i, out in enumerate(outs) if i not in self.kernels]
+        step = None if state[0] is None else state[0] + 1
+        return step, _arrays(rest, "the loop's body")
 
 
 def _at_step(w: Any, step) -> Any:
@@ -130,90 +93,75 @@ def _at_step(w: Any, step) -> Any:
     return w.replace(key=keys.reshape(w.key.shape))
 
 
-def joined(tapped: list[tuple[str, Any]]) -> dict[str, Any]:
-    """``{site: statistics}``; several uses of a site are stacked on a first axis."""
-    by_site: dict[str, list] = {}
-    for path, statistics in tapped:
-        by_site.setdefault(path, []).append(statistics)
-    return {
-        path: each[0]
-        if len(each) == 1
-        else jax.tree.map(lambda *x: jnp.stack(x), *each)
-        for path, each in by_site.items()
-    }
+@rule("scan")
+def _scan(eqn: Equation, *vals) -> list:
+    params = eqn.params
+    n, m = _compat.scan_counts(params)
+    consts, xs = vals[:n], vals[n + m :]
+    for x in filter(_is_kernel, xs):
+        x.check_stacked()
+    carry = _Carry(vals[n : n + m], consts)
+
+    def body(state, x):
+        held, full = [_at_step(w, state[0]) for w in consts], carry.full(state)
+        outs, tapped = eqn.enter(params["jaxpr"], [*held, *full, *x])
+        # A kernel that the body returns (NNX returns a module's state) is stacked.
+        ys = [
+            y.replace(names=(y.grown(), *y.roles)) if _is_kernel(y) else y
+            for y in outs[m:]
+        ]
+        return carry.next(state, full, outs[:m]), (ys, tapped)
+
+    how = {name: params[name] for name in ("length", "reverse", "unroll")}
+    (_, last), (ys, tapped) = lax.scan(body, carry.start, xs, **how)
+    eqn.uses.tapped.extend(tapped.items())
+    return [*carry.full((None, last)), *ys]
 
 
 @rule("while")
 def _while(eqn: Equation, *vals) -> list:
     params = eqn.params
-    test_jaxpr, test_consts = _compat.opened(params["cond_jaxpr"])
-    step_jaxpr, step_consts = _compat.opened(params["body_jaxpr"])
     n, m = params["cond_nconsts"], params["body_nconsts"]
-    for_test, for_step, init = vals[:n], vals[n : n + m], vals[n + m :]
-    carried = {i: x for i, x in enumerate(init) if _is_kernel(x)}
+    carry = _Carry(vals[n + m :], vals[: n + m])
 
-    def run(jaxpr, consts, args):
-        inside = eqn.uses.child()
-        outs = eqn.evaluate(jaxpr, consts, args, inside)
-        if inside.tapped:
+    def run(jaxpr, weights, state):
+        held, full = [_at_step(w, state[0]) for w in weights], carry.full(state)
+        outs, tapped = eqn.enter(jaxpr, [*held, *full])
+        if tapped:
             raise NoRule(
                 "a tap inside a while loop has no fixed number of results; use a scan"
             )
-        return outs
-
-    def held(weights, step):
-        return [_at_step(w, step) for w in weights]
-
-    def full(state):
-        step, carry = state
-        kernels = held(carried.values(), step)
-        return _inserted(carry, dict(zip(carried, kernels, strict=True)))
-
-    def body(state):
-        step, _ = state
-        before = full(state)
-        outs = run(step_jaxpr, step_consts, [*held(for_step, step), *before])
-        return _next(step), _arrays(_kept(outs, before, carried), "the loop's body")
+        return full, outs
 
     def test(state):
-        return run(test_jaxpr, test_consts, [*held(for_test, state[0]), *full(state)])[
-            0
-        ]
+        return run(params["cond_jaxpr"], vals[:n], state)[1][0]
 
-    start = [x for i, x in enumerate(init) if i not in carried]
-    first = _first_step([*for_test, *for_step, *carried.values()])
-    _, carry = lax.while_loop(test, body, (first, start))
-    return _inserted(carry, carried)
+    def body(state):
+        return carry.next(state, *run(params["body_jaxpr"], vals[n : n + m], state))
+
+    _, last = lax.while_loop(test, body, carry.start)
+    return carry.full((None, last))
 
 
 @rule("cond")
 def _cond(eqn: Equation, index, *operands) -> list:
+    if _is_kernel(index):
+        raise NoRule("a branch is chosen by it")
 
-    def branch(closed):
-        jaxpr, consts = _compat.opened(closed)
+    def branch(closed, operands):
+        outs, tapped = eqn.enter(closed, operands)
+        return _arrays(outs, "a branch"), tapped
 
-        def run(operands):
-            inside = eqn.uses.child()
-            outs = eqn.evaluate(jaxpr, consts, operands, inside)
-            return _arrays(outs, "a branch"), joined(inside.tapped)
+    def complete(closed, operands):
+        outs, tapped = branch(closed, operands)
+        return outs, jax.tree.map(jnp.zeros_like, everywhere) | tapped
 
-        return run
-
-    branches = [branch(b) for b in eqn.params["branches"]]
+    each = lambda f: [functools.partial(f, b) for b in eqn.params["branches"]]
     everywhere: dict[str, Any] = {}
     if eqn.uses.tap is not None:  # every branch emits what any branch emits
-        for f in branches:
+        for f in each(branch):
             everywhere |= jax.eval_shape(f, operands)[1]
-
-    def complete(f):
-        def run(operands):
-            outs, tapped = f(operands)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), everywhere)
-            return outs, zeros | tapped
-
-        return run
-
-    outs, tapped = lax.switch(index, [complete(f) for f in branches], operands)
+    outs, tapped = lax.switch(index, each(complete), operands)
     eqn.uses.tapped.extend(tapped.items())
     return outs
 
@@ -221,26 +169,21 @@ def _cond(eqn: Equation, index, *operands) -> list:
 @rule("remat2", "checkpoint")
 def _checkpoint(eqn: Equation, *vals) -> list:
     params = eqn.params
-    jaxpr, consts = _compat.opened(params["jaxpr"])
-
     passed: dict[int, int] = {}
 
     def f(vals):
         if params.get("differentiated") and params["prevent_cse"]:
             vals = lax.optimization_barrier(vals)
-        inside = eqn.uses.child()
-        outs = eqn.evaluate(jaxpr, consts, vals, inside)
+        outs, tapped = eqn.enter(params["jaxpr"], vals)
         # A kernel that only passes through stays the same one (a loop looks at that).
         for i, out in enumerate(outs):
             for j, val in enumerate(vals):
                 if _is_kernel(val) and same(out, val):
                     passed[i], outs[i] = j, None
-        return outs, joined(inside.tapped)
+        return outs, tapped
 
-    again = jax.checkpoint(
-        f, prevent_cse=params["prevent_cse"], policy=params["policy"]
-    )
-    outs, tapped = again(vals)
+    how = {name: params[name] for name in ("prevent_cse", "policy")}
+    outs, tapped = jax.checkpoint(f, **how)(vals)
     outs = [vals[passed[i]] if i in passed else out for i, out in enumerate(outs)]
     eqn.uses.tapped.extend(tapped.items())
     return outs
@@ -249,16 +192,14 @@ def _checkpoint(eqn: Equation, *vals) -> list:
 @rule("shard_map")
 def _shard_map(eqn: Equation, *vals) -> list:
     params = eqn.params
-    jaxpr, consts = _compat.opened(params["jaxpr"])
     in_specs = [
         _specs(x, spec) if _is_kernel(x) else spec
         for x, spec in zip(vals, params["in_specs"], strict=True)
     ]
 
     def f(*vals):
-        inside = eqn.uses.child()
-        outs = eqn.evaluate(jaxpr, consts, list(vals), inside)
-        if inside.tapped:
+        outs, tapped = eqn.enter(params["jaxpr"], vals)
+        if tapped:
             raise NoRule("taps inside a shard_map have no sharding of their own")
         return tuple(_arrays(outs, "the sharded function"))
 
@@ -276,10 +217,9 @@ def _shard_map(eqn: Equation, *vals) -> list:
 def _specs(w: Kernel, spec: PartitionSpec) -> Kernel:
     """The kernel's spec, carried over to each factor."""
     entries = tuple(spec) + (None,) * (w.base.ndim - len(spec))
-    if any(term.gate is not None for term in w.terms):
-        for role, entry in zip(w.roles, entries, strict=True):
-            if role == IN and entry is not None:
-                raise NoRule("its method reads the whole input, which is sharded here")
+    named = [i for i, entry in enumerate(entries) if entry is not None]
+    if w.has_gate and any(w.roles[i] == IN for i in named):
+        raise NoRule("its method reads the whole input, which is sharded here")
     each = lambda where: PartitionSpec(
         *(None if i is None else entries[i] for i in where)
     )

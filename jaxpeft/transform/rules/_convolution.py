@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpeft.transform._moved import Kernel, NoRule
+from jaxpeft.transform._moved import NoRule
 from jaxpeft.transform._rule import Equation, only_kernel, rule
 from jaxpeft.transform._thin import (
     HIGHEST,
@@ -34,7 +34,7 @@ from jaxpeft.tree import IN, OUT, wider
 
 
 @rule("conv_general_dilated")
-def _convolution(eqn: Equation, x, w: Kernel):
+def _convolution(eqn: Equation, x, w):
     """A convolution of any stride, padding, dilation and number of feature groups.
 
     The low-rank part is the model's own convolution with ``a`` in the kernel's place
@@ -74,10 +74,8 @@ def _convolution(eqn: Equation, x, w: Kernel):
         if w.c is not None:
             return product(rows(z), front + ins, a, ins + rank, front + rank)
         wide = wider(z.dtype, a.dtype)
-        each = jnp.broadcast_to(
-            a[..., None, :], (*a.shape[:-1], groups, a.shape[-1])
-        ).reshape(*a.shape[:-1], -1)
-        down = jnp.moveaxis(each.astype(wide), -1, out_axis)
+        each = jnp.tile(a, groups).astype(wide)  # all groups share it
+        down = jnp.moveaxis(each, -1, out_axis)
         h = eqn.run(z.astype(wide), down, preferred_element_type=None)
         h = h.transpose((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
         return h.reshape(*h.shape[:-1], *widths[:-1], a.shape[-1])
@@ -94,31 +92,26 @@ def _convolution(eqn: Equation, x, w: Kernel):
         return _in_layout(y, len(group), spec)
 
     known = [Read(seen=None if t.gate is None else sees(t.gate.reads)) for t in w.terms]
-    if w.leaves is not None:
-        windowed = windows(x, w.base.shape, params)
-        record(uses, w, windowed, front + ins, [], ins, known)
-    else:
-        record(uses, w, x, None, [], ins, known)
+    tapped = x if w.leaves is None else windows(x, w.base.shape, params)
+    record(uses, w, tapped, front + ins, [], ins, known)
     if w.c is None:
         y = eqn.run(x, w.base)
     else:
         base = jnp.moveaxis(w.base, out_axis, -1)
         base = base.reshape(*base.shape[:-1], *widths)
-        y = labelled_dot(
-            rows(x), front + ins, base, ins + group + out, front + out, precision
-        )
+        labels = ins + group + out
+        y = labelled_dot(rows(x), front + ins, base, labels, front + out, precision)
         y = y.astype(params["preferred_element_type"] or x.dtype)
         y = _in_layout(y, len(group), spec)
-    delta = None
+    changes = []
     for term, (_, seen) in zip(w.terms, known, strict=True):
         h = down(dropped(x, w, term, uses), term.a)
         if term.gated:
             h = gated(term.gate.apply, seen, h, 0)
-        more = up(h, term.b)
-        delta = more if delta is None else delta + more
+        changes.append(up(h, term.b))
     shape = [1] * y.ndim
     shape[spec.out_spec[1]] = math.prod(w.dims(OUT))
-    return finish(y, delta, w.o, lambda o: o.reshape(shape))
+    return finish(y, changes, w.o, lambda o: o.reshape(shape))
 
 
 def _in_layout(y, group_axes: int, spec):

@@ -99,7 +99,9 @@ def _slice(eqn: Equation, w: Kernel) -> Kernel:
 
 
 @rule("dynamic_slice", moves=True)
-def _dynamic_slice(eqn: Equation, w: Kernel, *starts) -> Kernel:
+def _dynamic_slice(eqn: Equation, w: Any, *starts) -> Kernel:
+    if only_kernel((w, *starts)) != 0:
+        raise NoRule("it says where a slice begins")
     sizes = eqn.params["slice_sizes"]
     for axis, at in enumerate(zip(starts, sizes, strict=True)):
         if at[1] != w.base.shape[axis]:
@@ -154,13 +156,15 @@ def _negate(eqn: Equation, w: Kernel) -> Kernel:
 
 
 @rule("gather")
-def _gather(eqn: Equation, w: Kernel, indices) -> Any:
+def _gather(eqn: Equation, w: Any, indices) -> Any:
     """Whole slices along one axis: rows of a table, or kernels out of a stack.
 
     What ``vmap`` makes of an index, in any nesting, is one too: its slices keep the
     axis with size one, there are indices for axes that are taken whole, and the
     kernel's first axes may be mapped together with axes of the indices.
     """
+    if only_kernel((w, indices)) != 0:
+        raise NoRule("it says which slices are taken")
     params, shape = eqn.params, w.base.shape
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     indexed, mapped = numbers.start_index_map, numbers.operand_batching_dims
@@ -178,7 +182,9 @@ def _gather(eqn: Equation, w: Kernel, indices) -> Any:
     column = list(indexed).index(axis)
     ids, index_ndim = indices[..., column : column + 1], indices.ndim - 1
     paired = _ints(numbers.start_indices_batching_dims)
-    fill = params["fill_value"] if params["fill_value"] is not None else np.nan
+    fill = params["fill_value"]
+    if fill is None:
+        fill = np.nan if jnp.issubdtype(w.base.dtype, jnp.floating) else 0
 
     def take(x, position):
         """Gathers along one axis of any array, with the index axes in front."""
