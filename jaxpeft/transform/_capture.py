@@ -157,8 +157,8 @@ def _watched(
                 f"`fn`: it contracts no input with it. Write exclude=[{path!r}], or "
                 f"axes={{{path!r}: 'layer in out'}}."
             )
-        site = Site(path, parse_roles(words, path, x.shape), None, None, chosen[path])
-        return AdaptedKernel(x, {}, {}, None, _OBSERVER, site)
+        site = Site(path, parse_roles(words, path, x.shape), None, chosen[path])
+        return AdaptedKernel(x, {}, {}, _OBSERVER, site)
 
     made = [node(path, x) for (path, _), x in zip(named, leaves, strict=True)]
     return treedef.unflatten(made), list(chosen)
