@@ -10,7 +10,7 @@ from jaxpeft.tree import Adapter, method
 def mosld(
     rank: int = 8,
     alpha: int | float | None = 16,
-    experts: int | tuple[int, ...] = (8, 6, 4, 2),
+    experts: int | tuple[int, ...] = 5,
     top_k: int | None = 2,
     dropout: int | float = 0.1,
     dropout_on: Literal["a", "b", "input"] = "a",
@@ -47,8 +47,9 @@ def mosld(
         rank: r, at least 1; ``rank_pattern`` of ``attach`` overrides it per site.
         alpha: numerator of the scale, s = alpha / r; ``None`` means ``rank``.
         experts: N; or a list with one N for each layer, or for each of equal groups of
-            layers from the bottom. Layers are counted along a stack, or by the first
-            number in a path.
+            layers from the bottom: the paper's is (8, 6, 4, 2), of which 5 is the mean.
+            Of L layers and G groups, layer i is in group floor(i G / L). Layers are
+            counted along a stack, or by the first number in a path.
         top_k: K; layers with fewer experts keep all. ``None``: all everywhere.
         dropout: p, in [0, 1); 0 is the paper's MoSL.
         dropout_on: what is dropped: "a"; "b", the paper's ablation; or "input", the

@@ -8,6 +8,7 @@ one pair of rank N r costs, and no array ``[tokens, experts, d_out]`` exists.
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -65,13 +66,19 @@ def _check_experts(name, experts, top_k, gates) -> None:
 
 
 def _spread(experts: Sequence[int], top_k: int | None, layers: int) -> list[dict]:
-    """The options of each layer: equal groups of layers from the bottom."""
+    """The options of each layer: equal groups of layers from the bottom.
+
+    Where layers do not divide, layer i of L is in group floor(i G / L) of G.
+    """
+    groups = [i * len(experts) // layers for i in range(layers)]
     if layers % len(experts):
-        raise ValueError(
-            f"`experts` has {len(experts)} numbers, which do not divide {layers} "
-            f"layers into equal groups; give one number, or {layers}"
+        sizes = [groups.count(i) for i in range(len(experts))]
+        warnings.warn(
+            f"experts={list(experts)} over {layers} layers, which do not divide: the "
+            f"groups have {sizes} layers from the bottom up",
+            stacklevel=2,
         )
-    each = [n for n in experts for _ in range(layers // len(experts))]
+    each = [experts[i] for i in groups]
     least = lambda n: None if top_k is None else min(top_k, n)
     return [{"experts": n, "top_k": least(n)} for n in each]
 

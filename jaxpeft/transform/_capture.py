@@ -35,7 +35,7 @@ _WAY_OUT = (
 # Nothing beside the kernel: a site that is only looked at.
 _OBSERVER = Adapter(
     init=lambda key, kernel, rank, alpha: ({}, {}),
-    factors=lambda kernel, frozen, trainable: Factors(),
+    factors=lambda kernel, frozen, trainable, call: Factors(),
     name="capture",
 )
 

@@ -1,6 +1,6 @@
 """``infer_axes``: what a model does with each axis of its kernels, abstractly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,30 +12,10 @@ from jaxpeft.transform import _compat
 from jaxpeft.transform._evaluate import Evaluator
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses
-from jaxpeft.tree import BATCH, IN, OUT, Factors, is_node, leaves_with_path
+from jaxpeft.tree import BATCH, IN, OUT, USES, Axes, Factors, is_node, leaves_with_path
 
 _LAYER = "layer"
-# What a leaf is used for; the first of these that is seen counts.
-_USES = ("contracted", "looked up", "added", "other")
-
-
-class Axes(dict[str, str]):
-    """Roles of kernels' axes by path, as ``attach(..., axes=)`` takes them.
-
-    Attributes:
-        uses: ``{path: use}`` of every leaf with two axes or more, whether its roles
-            are known or not: ``"contracted"`` where it meets an input (at least once),
-            else ``"looked up"`` where its rows are picked by numbers, ``"added"``
-            where it is added to something, ``"other"`` for all else.
-    """
-
-    def __init__(self, axes: Mapping[str, str], uses: Mapping[str, str]):
-        super().__init__(axes)
-        self.uses = dict(uses)
-
-    def __or__(self, other: Mapping[str, str]) -> "Axes":
-        """With some roles replaced or added, and the same uses."""
-        return Axes({**self, **other}, self.uses)
+_TIED, _CONTRACTED, _LOOKED_UP, _ADDED, _OTHER = USES
 
 
 class _Origins(str):
@@ -159,8 +139,9 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
     Returns:
         ``{path: "layer in out"}`` for each kernel whose every axis was seen in use;
         hand it to ``attach(..., axes=)``. Its ``uses`` say of every leaf with two axes
-        or more whether it is ``"contracted"`` with an input, only ``"looked up"``,
-        only ``"added"``, or something ``"other"``.
+        or more whether it is ``"contracted"`` with an input, ``"tied"``: contracted
+        here and looked up there, only ``"looked up"``, only ``"added"``, or something
+        ``"other"``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -203,7 +184,9 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
         if np.ndim(x) < 2:
             continue
         seen = uses.learnt.get(path, [])
-        used[path] = min([use for use, _ in seen], key=_USES.index, default="other")
+        found = {use for use, _ in seen}
+        tied = {_CONTRACTED, _LOOKED_UP} <= found
+        used[path] = _TIED if tied else min(found, key=USES.index, default=_OTHER)
         for _, roles in seen:
             # An axis that was gone before the use was gone over, or picked from.
             words = [roles.get(i, _LAYER) for i in range(np.ndim(x))]

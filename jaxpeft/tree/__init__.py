@@ -24,6 +24,8 @@ from jaxpeft.tree._attach import gathered as gathered
 from jaxpeft.tree._attach import parse_roles as parse_roles
 from jaxpeft.tree._attach import place_like as place_like
 from jaxpeft.tree._attach import site_key as site_key
+from jaxpeft.tree._axes import USES as USES
+from jaxpeft.tree._axes import Axes as Axes
 from jaxpeft.tree._biases import scale_bias as scale_bias
 from jaxpeft.tree._biases import scaled_biases as scaled_biases
 from jaxpeft.tree._bound import Bound as Bound

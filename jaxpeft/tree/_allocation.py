@@ -212,7 +212,7 @@ def kernel_shapes(
 
     probe = Adapter(
         init=lambda key, kernel, rank, alpha: ({}, {}),
-        factors=lambda kernel, frozen, trainable: Factors(),
+        factors=lambda kernel, frozen, trainable, call: Factors(),
         name="kernel_shapes",
     )
     key = jax.random.key(0)  # draws nothing

@@ -24,6 +24,7 @@ from jaxpeft.tree._lift import (
     initialise_layer,
     joined_layers,
     layer_settings,
+    leaf_axes,
     leaf_entries,
     matrix_shape,
     with_number_leaves,
@@ -74,10 +75,13 @@ def attach(
         targets: a list of module names, each matched as a suffix of the path at a
             "/" (``"query"`` finds ``encoder/layer_3/attention/query/kernel``); a
             string, a regular expression that must match the whole module path;
-            ``"all-linear"``, every weight but embeddings, output heads and what is
-            already trained in full; a callable ``(path, leaf) -> bool``; or an
-            ``Allocation``, with the rank and alpha of each of its sites, and their
-            components where some are chosen, out of the ranks that its facts have.
+            ``"all-linear"``, every weight but embeddings, output heads (``lm_head``,
+            ``score``, ``classifier``) and what is already trained in full, or, where
+            ``axes`` comes from ``infer_axes``, every kernel that is contracted with an
+            input and no table that is looked up or added; a callable ``(path, leaf)
+            -> bool``; or an ``Allocation``, with the rank and alpha of each of its
+            sites, and their components where some are chosen, out of the ranks that
+            its facts have.
         key: a typed key (``jax.random.key``). Each site and each layer draws from
             its own part of it.
         rank_pattern: ``{pattern: rank}`` where ranks differ from the adapter's, or
@@ -132,7 +136,7 @@ def attach(
             f"`targets` chooses components, and {adapter.name!r} folds all of them "
             "into the kernel; write residual='separate' (base='separate' of KaSA)"
         )
-    chosen = choose(leaves, adapter, targets, exclude, name)
+    chosen = choose(leaves, adapter, targets, exclude, name, axes)
     there = {path: x for path, x in leaves if path in chosen and is_node(x)}
     by_path = {path: x.base if is_node(x) else x for path, x in leaves}
     paths = list(chosen)
@@ -216,6 +220,7 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
     """Brings up a method's own objections, by site, before anything is computed."""
     said: dict[tuple, list] = {}
     sites: dict[tuple, list[str]] = {}
+    large: dict[tuple, list[str]] = {}
     for path, site_roles in roles.items():
         kernel = by_path[path]
         _, d_in, d_out = matrix_shape(kernel.shape, site_roles)
@@ -223,6 +228,8 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
             if rank == 0:
                 _check_none(adapter, path)
                 continue
+            if rank is not None and rank > min(d_in, d_out):
+                large.setdefault((rank, d_in, d_out), []).append(path)
             like = (d_in, d_out, rank, working_dtype(kernel.dtype))
             sites.setdefault(like, []).append(path)
             if like in said:
@@ -241,6 +248,19 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
                 f"sites {some(sites[like])}: {warning.message}",
                 warning.category,
                 stacklevel=3,
+            )
+    _warn_of_rank(adapter, large)
+
+
+def _warn_of_rank(adapter: Adapter, large: dict[tuple, list[str]]) -> None:
+    """Warns of ranks that the method allows, and that a kernel has no use for."""
+    for (rank, d_in, d_out), paths in large.items():
+        if leaf_axes(adapter, rank)[1]:  # where nothing trains a rank is but room
+            warnings.warn(
+                f"sites {some(paths)}: rank {rank} is above {min(d_in, d_out)}, the "
+                f"smaller side of the kernel {[d_in, d_out]}: what is beyond it adds "
+                "parameters and no freedom; give these sites another with rank_pattern",
+                stacklevel=4,
             )
 
 

@@ -32,8 +32,8 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
         The tree with other leaves.
 
     Raises:
-        ValueError: no site has such a number. One that was exactly 0 or ``None`` when
-            the adapter was made is not there.
+        ValueError: no site has such a number, or it is not finite. One that was exactly
+            0 or ``None`` when the adapter was made is not there.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -51,6 +51,10 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
                 f"{nearest(name, sorted(there), 1)}. A number that is 0 or None when "
                 "an adapter is made is left out: make it with another value"
             )
+
+    for name, value in numbers.items():
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
+            raise ValueError(f"`{name}` must be finite, got {value}")
 
     def change(node):
         if is_several(node):

@@ -108,8 +108,24 @@ def compiled(pattern: str, argument: str) -> re.Pattern:
         ) from None
 
 
+# What families call the same module of a block.
+_SAME = (
+    ("query", "query_proj", "q_proj", "q", "wq", "q_einsum"),
+    ("key", "key_proj", "k_proj", "k", "wk", "kv_einsum"),
+    ("value", "value_proj", "v_proj", "v", "wv", "kv_einsum"),
+    ("c_attn", "qkv", "qkv_proj", "query_key_value", "in_proj"),
+    ("o_proj", "out_proj", "wo", "out", "attention_output", "attn_vec_einsum"),
+    ("gate_proj", "gate", "wi_0", "gating_einsum"),
+    ("up_proj", "up", "fc1", "c_fc", "intermediate", "wi", "wi_1", "dense_h_to_4h"),
+    ("down_proj", "down", "fc2", "output", "linear", "dense_4h_to_h"),
+)
+
+
 def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like ``pattern`` among the paths and their suffixes."""
+    """The names most like ``pattern`` among the paths and their suffixes.
+
+    First those by which other families call the same module; never ``pattern`` itself.
+    """
     names: dict[str, None] = {}
     for path in paths:
         for p in (module_path(path), path):
@@ -117,7 +133,11 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
             for i in range(len(parts)):
                 names["/".join(parts[i:])] = None
                 names[parts[i]] = None
-    near = difflib.get_close_matches(pattern, names, n=count, cutoff=0.5)
+    names.pop(pattern, None)
+    alike = {n for group in _SAME if pattern in group for n in group}
+    near = [name for name in names if name in alike]
+    near += difflib.get_close_matches(pattern, names, n=count, cutoff=0.5)
+    near = list(dict.fromkeys(near))[:count]
     return near or list(dict.fromkeys(module_path(p) for p in paths))[:count]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpeft.tree._adapter import Adapter
+from jaxpeft.tree._axes import use_of
 from jaxpeft.tree._node import is_node
 from jaxpeft.tree._paths import (
     BIASES,
@@ -19,9 +20,10 @@ from jaxpeft.tree._paths import (
 )
 from jaxpeft.tree._together import DEFAULT, parts_of
 
-# A linear layer's weight among the standard names; heads that predict tokens are
-# left out of "all-linear", as in HF PEFT.
+# No linear layer's weight among the standard names, and the heads that "all-linear"
+# leaves out, as HF PEFT does.
 _NOT_LINEAR = ("embedding", "embeddings", "bias", "scale", "b")
+NOT_ADAPTED = (*OUTPUT_HEADS, "score", "classifier")
 
 
 def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -> bool:
@@ -39,11 +41,20 @@ def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -
     return leaf.ndim >= 2 and not own
 
 
+def _is_linear(path: str, axes) -> bool:
+    """Whether a kernel is contracted: as the model says, or else by its name."""
+    if (use := use_of(axes, path)) is not None:
+        return use == "contracted"
+    return path.rpartition("/")[2] not in _NOT_LINEAR
+
+
 def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def choose(leaves, adapter, targets, exclude, name=DEFAULT) -> dict[str, str]:
+def choose(
+    leaves, adapter, targets, exclude, name=DEFAULT, axes=None
+) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
     paths = {p for p, _ in leaves}
     if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):
@@ -60,8 +71,8 @@ def choose(leaves, adapter, targets, exclude, name=DEFAULT) -> dict[str, str]:
             and _is_weight(p, leaf, adapter, paths)
             and leaf.ndim >= 2
             and _floating(leaf)
-            and p.rpartition("/")[2] not in _NOT_LINEAR
-            and module_path(p).rpartition("/")[2] not in OUTPUT_HEADS
+            and _is_linear(p, axes)
+            and module_path(p).rpartition("/")[2] not in NOT_ADAPTED
         }
     else:
         found = _match("targets", targets, leaves, adapter)

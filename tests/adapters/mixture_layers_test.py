@@ -1,5 +1,7 @@
 """Mixtures in stacks of unequal layers, their counts, dropout on leaves, learning."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from mixtures_toolbox import TWO, adapted_use, one, stirred
 
 import jaxpeft as jp
 from jaxpeft import numerics
-from jaxpeft.tree import rebuild
+from jaxpeft.tree import nodes, rebuild
 
 # --- stacks whose layers have other numbers of experts ---
 
@@ -81,10 +83,34 @@ def test_unequal_layers_stacked_and_apart():
     assert np.all(jnp.where(real["b"], 0.0, moved) == 0)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 6, 18, 26, 30])
+def test_mosld_sits_on_any_number_of_layers(layers):
+    """Apart and stacked; the paper's spread is rounded, and says how."""
+    key = jax.random.key(0)
+    apart = {f"layer_{i}": {"q": {"kernel": jnp.zeros((8, 8))}} for i in range(layers)}
+    stack = {"q": jnp.zeros((layers, 8, 8))}
+    axes = {"q": "layer in out"}
+    attach = lambda params, adapter, axes=None: jax.eval_shape(
+        lambda p: jp.attach(p, adapter, ["q"], key=key, axes=axes), params
+    )
+    assert len(nodes(attach(apart, jp.mosld(rank=2)))) == layers
+    attach(stack, jp.mosld(rank=2), axes)
+    spread = jp.mosld(rank=2, experts=(8, 6, 4, 2))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        each = nodes(attach(apart, spread))
+        attach(stack, spread, axes)
+    number = lambda node: int(node.site.path.split("/")[0][6:])
+    own = [n.adapter.options["experts"] for n in sorted(each, key=number)]
+    assert own == [(8, 6, 4, 2)[4 * i // layers] for i in range(layers)]
+    said = {str(w.message) for w in heard if "do not divide" in str(w.message)}
+    sizes = [own.count(n) for n in (8, 6, 4, 2)]
+    assert bool(said) == bool(layers % 4)
+    assert all(f"{layers} layers" in text and str(sizes) in text for text in said)
+
+
 def test_layers_that_cannot_be_shared_out():
-    stack, key = {"w": jnp.zeros((5, 4, 4))}, jax.random.key(0)
-    with pytest.raises(ValueError, match="'w'.*2 numbers, which do not divide 5"):
-        jp.attach(stack, jp.mola(experts=(2, 3)), ["w"], key=key, axes=AXES)
+    key = jax.random.key(0)
     with pytest.raises(ValueError, match="'q/w'.*no number of a layer"):
         jp.attach({"q": {"w": jnp.zeros((4, 4))}}, jp.mola(), ["w"], key=key)
 

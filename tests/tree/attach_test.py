@@ -1,6 +1,7 @@
 """``attach``: what it finds, what it makes, and what it objects to."""
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -303,3 +304,12 @@ def test_equal_calls_make_equal_structures(params, keys):
     assert jax.tree.structure(one) == jax.tree.structure(two)
     other = jp.attach(params, jp.lora(rank=3), ["query"], key=next(keys))
     assert jax.tree.structure(one) != jax.tree.structure(other)
+
+
+def test_a_rank_that_a_kernel_has_no_use_for_is_said(keys):
+    params = {"q": {"kernel": jnp.ones((6, 4))}, "k": {"kernel": jnp.ones((6, 9))}}
+    with pytest.warns(UserWarning, match=r"'q/kernel'.*rank 5 is above 4.*\[6, 4\]"):
+        jp.attach(params, jp.lora(rank=5), ["q", "k"], key=next(keys))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jp.attach(params, jp.lora(rank=4), ["q", "k"], key=next(keys))

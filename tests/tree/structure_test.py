@@ -203,3 +203,9 @@ def test_structure_is_structure():
     base = jax.tree.structure(attached(jp.kasa(2)))
     for other in (jp.kasa(1), jp.kasa(2, beta=0), jp.kasa(2, dropout=0.1)):
         assert jax.tree.structure(attached(other)) != base
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_not_finite_is_an_error(value):
+    with pytest.raises(ValueError, match="`alpha` must be finite"):
+        jp.with_numbers(attached(jp.lora(2)), alpha=value)
