@@ -94,10 +94,10 @@ class _Track(Kernel):
                 words[order[0]] = BATCH
         return self.assigned(words, eqn)
 
-    def scaled_along(self, factor, f):
-        if factor.shape == self.base.shape:
+    def scaled(self, factor, f):
+        if factor.size > 1 and factor.shape == self.base.shape:
             raise NoRule("it is multiplied along all of its axes")
-        return super().scaled_along(factor, f)
+        return super().scaled(factor, f)
 
     def beside(self, others, starts, axis, base):
         if sum(w.base.shape[axis] for w in (self, *others)) != base.shape[axis]:

@@ -168,17 +168,12 @@ class Kernel(Bound):
 
         return self._mapped(cut, base=f(self.base, axis))
 
-    def scaled(self, f: Callable[[Any], Any]) -> "Kernel":
-        """Applies a linear ``f`` (times a number, negation) to the kernel."""
-        terms = tuple(dataclasses.replace(t, b=f(t.b)) for t in self.terms)
-        factors = dataclasses.replace(self.factors, terms=terms)
-        return self.replace(base=f(self.base), factors=factors)
+    def scaled(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
+        """Applies a linear ``f(array, factor)``; the factor has the kernel's axes.
 
-    def scaled_along(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
-        """Applies a linear ``f(array, factor)`` of a factor with as many axes.
-
-        The factor scales along out or batch axes, so that ``c``, ``o`` and what is
-        between the factors stay as they are, or along in axes, which a gate forbids.
+        A factor along out or batch axes, or a number, leaves ``c``, ``o`` and what is
+        between the factors as they are: it scales the base and ``b``. One along in
+        axes scales ``a``, which a gate forbids.
         """
         roles = {r for r, n in zip(self.roles, factor.shape, strict=True) if n > 1}
         if {IN, OUT} <= roles:
@@ -190,11 +185,10 @@ class Kernel(Bound):
         def scale(term):
             slot = () if term.rows is None else (SLOT,)
             where = self._positions((BATCH, *slot, *own))
-            seen = [1 if i is None else factor.shape[i] for i in where]
             order = [i for i in where if i is not None]
-            others = [i for i in range(factor.ndim) if i not in order]
-            aligned = factor.transpose(*order, *others).reshape(seen)
-            x = getattr(term, side)
+            order += [i for i in range(factor.ndim) if i not in order]  # of size one
+            seen = [1 if i is None else factor.shape[i] for i in where]
+            x, aligned = getattr(term, side), factor.transpose(order).reshape(seen)
             return dataclasses.replace(term, **{side: f(x, aligned.astype(x.dtype))})
 
         factors = dataclasses.replace(self.factors, terms=tuple(map(scale, self.terms)))

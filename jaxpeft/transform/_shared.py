@@ -85,19 +85,12 @@ class Shared:
 
     def _kernel(self, v) -> Kernel | None:
         """The kernel that a variable will hold, moved there now if it can be."""
-        if v in self.env:
-            return self.env[v] if isinstance(self.env[v], Kernel) else None
-        eqn = self.made_by.get(v)
-        if eqn is None:
-            return None
-        vals = []
-        for u in eqn.invars:
-            if isinstance(u, jex.Literal):
-                vals.append(u.val)
-            elif u in self.made_by:
-                vals.append(self._kernel(u))
-            else:
-                vals.append(self.env.get(u))
+        if v in self.env or v not in self.made_by:
+            known = self.env.get(v)
+            return known if isinstance(known, Kernel) else None
+        eqn = self.made_by[v]
+        value = lambda u: self._kernel(u) if u in self.made_by else self.env.get(u)
+        vals = [u.val if isinstance(u, jex.Literal) else value(u) for u in eqn.invars]
         outs = None if any(x is None for x in vals) else self.move(eqn, vals)
         if outs is None:
             return None
