@@ -67,6 +67,7 @@ class Evaluator:
             if not touched:
                 run.append(eqn)
                 continue
+            # What has only an effect, such as a print, has no results to look for.
             if eqn.outvars and all(v in env for v in eqn.outvars):
                 continue  # moved before its turn, for a shared down-projection
             flush()
@@ -79,6 +80,7 @@ class Evaluator:
     def _apply(self, raw, vals: list, uses: Uses, shared: Shared, without_rule):
         """One equation with kernels among its operands."""
         eqn = Equation(raw, self, uses.at(raw), shared)
+        # The mesh and the like that the model had set where it wrote this equation.
         with raw.ctx.manager, _scope(raw):
             try:
                 return eqn.apply(vals)
