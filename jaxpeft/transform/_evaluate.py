@@ -45,7 +45,6 @@ class Evaluator:
         env: dict[Any, Any] = {}
         variables = (*jaxpr.constvars, *jaxpr.invars)
         env.update(zip(variables, (*consts, *args), strict=True))
-        last = _last_uses(jaxpr)
         not_yet = lambda *_: None
         move = lambda eqn, vals: self._apply(eqn, vals, uses, shared, not_yet)
         shared = Shared(jaxpr, env, move)
@@ -54,12 +53,12 @@ class Evaluator:
         def read(v):
             return v.val if isinstance(v, jex.Literal) else env[v]
 
-        def flush(at: int) -> None:
+        def flush() -> None:
             if run:
-                env.update(_replay(run, env, lambda v: last.get(v, -1) >= at))
+                env.update(_replay(run, env))
                 run.clear()
 
-        for at, eqn in enumerate(jaxpr.eqns):
+        for eqn in jaxpr.eqns:
             touched = any(
                 isinstance(env.get(v), Kernel)
                 for v in eqn.invars
@@ -68,18 +67,20 @@ class Evaluator:
             if not touched:
                 run.append(eqn)
                 continue
+            # What has only an effect, such as a print, has no results to look for.
             if eqn.outvars and all(v in env for v in eqn.outvars):
                 continue  # moved before its turn, for a shared down-projection
-            flush(at)
+            flush()
             vals = [read(v) for v in eqn.invars]
             outs = self._apply(eqn, vals, uses, shared, self.without_rule)
             env.update(zip(eqn.outvars, outs, strict=True))
-        flush(len(jaxpr.eqns))
+        flush()
         return [read(v) for v in jaxpr.outvars]
 
     def _apply(self, raw, vals: list, uses: Uses, shared: Shared, without_rule):
         """One equation with kernels among its operands."""
         eqn = Equation(raw, self, uses.at(raw), shared)
+        # The mesh and the like that the model had set where it wrote this equation.
         with raw.ctx.manager, _scope(raw):
             try:
                 return eqn.apply(vals)
@@ -93,21 +94,8 @@ def _scope(eqn):
     return jax.named_scope(stack) if stack else contextlib.nullcontext()
 
 
-def _last_uses(jaxpr) -> dict[Any, int]:
-    """For each variable the index of the last equation that reads it."""
-    last = {}
-    for at, eqn in enumerate(jaxpr.eqns):
-        for v in eqn.invars:
-            if not isinstance(v, jex.Literal):
-                last[v] = at
-    for v in jaxpr.outvars:
-        if not isinstance(v, jex.Literal):
-            last[v] = len(jaxpr.eqns)
-    return last
-
-
-def _replay(eqns: list, env: dict, wanted) -> dict:
-    """Runs equations that touch no kernel; returns the variables still needed."""
+def _replay(eqns: list, env: dict) -> dict:
+    """Runs equations that touch no kernel; returns the variables that they make."""
     made, read = {}, {}
     for eqn in eqns:
         for v in eqn.invars:
@@ -116,8 +104,6 @@ def _replay(eqns: list, env: dict, wanted) -> dict:
         for v in eqn.outvars:
             if not isinstance(v, jex.DropVar):
                 made[v] = None
-    outvars = [v for v in made if wanted(v)]
-    jaxpr = _compat.closed(list(read), outvars, list(eqns))
-    return dict(
-        zip(outvars, jex.jaxpr_as_fun(jaxpr)(*(env[v] for v in read)), strict=True)
-    )
+    jaxpr = _compat.closed(list(read), list(made), list(eqns))
+    outs = jex.jaxpr_as_fun(jaxpr)(*(env[v] for v in read))
+    return dict(zip(made, outs, strict=True))

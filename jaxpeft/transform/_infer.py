@@ -42,6 +42,7 @@ class _Track(Kernel):
         return role or _Origins(())
 
     def regrouped(self, group, shape):
+        # Split axes all come from all of the group; an axis of size one from nowhere.
         origins = _Origins(sum((self.roles[k].axes for k in group), ()))
         return [origins if n > 1 or len(shape) == 1 else _Origins(()) for n in shape]
 
@@ -66,6 +67,7 @@ class _Track(Kernel):
             IN if i in summed else BATCH if i in batch else OUT
             for i in range(self.base.ndim)
         ]
+        # ``vmap`` leaves no trace in the numbers where only the kernel is mapped.
         # A mapped axis that the input lacks is kept like an out axis. It stands in
         # front of the summed ones in the kernel, and the out axes behind them.
         order = sorted(range(len(words)), key=lambda i: self.roles[i].axes)
@@ -74,10 +76,10 @@ class _Track(Kernel):
                 words[order[0]] = BATCH
         return self.assigned(words, eqn)
 
-    def scaled_along(self, factor, f):
-        if factor.shape == self.base.shape:
+    def scaled(self, factor, f):
+        if factor.size > 1 and factor.shape == self.base.shape:
             raise NoRule("it is multiplied along all of its axes")
-        return super().scaled_along(factor, f)
+        return super().scaled(factor, f)
 
     def beside(self, others, starts, axis, base):
         if sum(w.base.shape[axis] for w in (self, *others)) != base.shape[axis]:
@@ -87,6 +89,7 @@ class _Track(Kernel):
         return self.replace(base=base, names=names)
 
     def is_table(self, axis, mapped) -> bool:
+        # A matrix that is picked from is a table; what has more axes, a stack.
         return self.base.ndim - len(mapped) == 2
 
     def as_table(self, axis, mapped, eqn: Equation) -> Kernel:

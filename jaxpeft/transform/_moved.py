@@ -34,10 +34,10 @@ _OWN = (RANK, SLOT)  # axes that no axis of the kernel lies behind
 class Kernel(Bound):
     """What a rule is handed in place of a kernel's array.
 
-    The model sees the array ``base``. Beside it travel its adapter's factors; each of
-    the base's axes has a role, ``"batch"``, ``"in"`` or ``"out"``, and says so which
-    axes of the factors go with it. Every method gives another kernel; none changes
-    this one. A method that a kernel's factors forbid raises ``NoRule``.
+    The model sees the array ``base``. Beside it travel its adapter's factors. Each of
+    the base's axes has one of the ``roles`` ``"batch"``, ``"in"`` and ``"out"``, and
+    the role says which axes of the factors go with it. Every method gives another
+    kernel; none changes this one. What a kernel's factors forbid raises ``NoRule``.
 
     ``infer_axes`` walks with kernels whose roles are still to be learnt. For them
     every move is allowed, and the uses at the end teach what the others check.
@@ -144,6 +144,7 @@ class Kernel(Bound):
             role = None if at is None else self.roles[at]
             same = at is not None and kept[i] == n
             names.append(role if same else self.grown(role))
+        # Axes of size one are dropped and made anew, so that they may be batch axes.
         ones = [i for i, n in enumerate(self.base.shape) if n == 1]
         grown = self.squeeze(ones)._reroled(self.base.reshape(kept), names)
         sizes = dict(enumerate(shape))
@@ -168,17 +169,12 @@ class Kernel(Bound):
 
         return self._mapped(cut, base=f(self.base, axis))
 
-    def scaled(self, f: Callable[[Any], Any]) -> "Kernel":
-        """Applies a linear ``f`` (times a number, negation) to the kernel."""
-        terms = tuple(dataclasses.replace(t, b=f(t.b)) for t in self.terms)
-        factors = dataclasses.replace(self.factors, terms=terms)
-        return self.replace(base=f(self.base), factors=factors)
+    def scaled(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
+        """Applies a linear ``f(array, factor)``; the factor has the kernel's axes.
 
-    def scaled_along(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
-        """Applies a linear ``f(array, factor)`` of a factor with as many axes.
-
-        The factor scales along out or batch axes, so that ``c``, ``o`` and what is
-        between the factors stay as they are, or along in axes, which a gate forbids.
+        A factor along out or batch axes, or a number, leaves ``c``, ``o`` and what is
+        between the factors as they are: it scales the base and ``b``. One along in
+        axes scales ``a``, which a gate forbids.
         """
         roles = {r for r, n in zip(self.roles, factor.shape, strict=True) if n > 1}
         if {IN, OUT} <= roles:
@@ -190,11 +186,11 @@ class Kernel(Bound):
         def scale(term):
             slot = () if term.rows is None else (SLOT,)
             where = self._positions((BATCH, *slot, *own))
-            seen = [1 if i is None else factor.shape[i] for i in where]
             order = [i for i in where if i is not None]
-            others = [i for i in range(factor.ndim) if i not in order]
-            aligned = factor.transpose(*order, *others).reshape(seen)
-            x = getattr(term, side)
+            # The factor has size one along every axis that this side does not have.
+            order += [i for i in range(factor.ndim) if i not in order]
+            seen = [1 if i is None else factor.shape[i] for i in where]
+            x, aligned = getattr(term, side), factor.transpose(order).reshape(seen)
             return dataclasses.replace(term, **{side: f(x, aligned.astype(x.dtype))})
 
         factors = dataclasses.replace(self.factors, terms=tuple(map(scale, self.terms)))
@@ -264,6 +260,7 @@ class Kernel(Bound):
     def oriented(self, summed, batch, eqn: Any) -> "Kernel":
         """The kernel with its in axes summed, turned round for a transposed use."""
         w, shape = self, self.base.shape
+        # An axis of size one may have any role: summed or kept, it is the same.
         big = lambda axes: {i for i in axes if shape[i] > 1}
         have = {
             role: big(i for i, r in enumerate(w.roles) if r == role)

@@ -33,7 +33,10 @@ class Shared:
         self.made_by: dict[Any, Any] = {}
         self.groups: dict[int, list] = {}
         self.parts: dict[int, Any] = {}
+        # Variables that hold kernels, as far as one can see without moving them.
         kernels = {v for v, x in env.items() if isinstance(x, Kernel) and x.terms}
+        # What a variable is a copy of: models cast or reshape an input anew for each
+        # of its kernels.
         values: dict[Any, Any] = {}
         groups: dict[Any, list] = {}
         for eqn in jaxpr.eqns if kernels else ():
@@ -75,7 +78,7 @@ class Shared:
         alike = lambda one: (one.dims(IN), one.mask is None)
         found: dict[int, Kernel] = {}
         for member in self.groups.get(id(eqn.raw), ()) if fits(w) else ():
-            self.groups.pop(id(member), None)
+            self.groups.pop(id(member), None)  # whoever is left out reads alone
             other = None if member is eqn.raw else self._kernel(member.invars[side])
             with contextlib.suppress(NoRule):
                 other = other and other.oriented(summed, (), eqn)
@@ -85,21 +88,14 @@ class Shared:
 
     def _kernel(self, v) -> Kernel | None:
         """The kernel that a variable will hold, moved there now if it can be."""
-        if v in self.env:
-            return self.env[v] if isinstance(self.env[v], Kernel) else None
-        eqn = self.made_by.get(v)
-        if eqn is None:
-            return None
-        vals = []
-        for u in eqn.invars:
-            if isinstance(u, jex.Literal):
-                vals.append(u.val)
-            elif u in self.made_by:
-                vals.append(self._kernel(u))
-            else:
-                vals.append(self.env.get(u))
+        if v in self.env or v not in self.made_by:
+            known = self.env.get(v)
+            return known if isinstance(known, Kernel) else None
+        eqn = self.made_by[v]
+        value = lambda u: self._kernel(u) if u in self.made_by else self.env.get(u)
+        vals = [u.val if isinstance(u, jex.Literal) else value(u) for u in eqn.invars]
         outs = None if any(x is None for x in vals) else self.move(eqn, vals)
-        if outs is None:
+        if outs is None:  # it waits for an array, or its rule refuses: in its turn
             return None
         self.env.update(zip(eqn.outvars, outs, strict=True))
         return self.env[v] if isinstance(self.env[v], Kernel) else None

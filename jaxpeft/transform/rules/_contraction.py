@@ -144,16 +144,10 @@ def contract(
         known, *others = read([w, *mates.values()], thin, precision, uses.target)
         eqn.shared.parts.update(zip(mates, others, strict=True))
     record(uses, w, *given, batch, ins, known)
-    changes = []
-    for term, (h, seen) in zip(w.terms, known, strict=True):
-        if term.rows is not None:
-            continue
-        if h is None:
-            h = thin(term.a, precision, dropped(x, w, term, uses))
-        if term.gated:
-            h = gated(term.gate.apply, seen, h, len(batch))
-        b_labels = batch + rank + outs
-        changes.append(product(h, h_labels, term.b, b_labels, out, precision))
+    down = lambda x, a: thin(a, precision, x)
+    b_labels = batch + rank + outs
+    up = lambda h, b: product(h, h_labels, b, b_labels, out, precision)
+    changes = changes_of(w, x, known, down, up, uses)
     y = finish(y, changes, w.o, lambda o: spread_along(o, batch + outs, out))
     for term in w.terms:
         if term.rows is not None:
@@ -197,6 +191,29 @@ def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
     delta = delta.transpose([labels.index(l) for l in out])
     chosen = (index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
     return jnp.where(chosen, finish(y, [delta]), y)
+
+
+def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
+    """What each term adds to ``x W``: ``gate(x, drop(x) a) b``.
+
+    Args:
+        w: the kernel.
+        x: the input as its adapter sees it.
+        known: what each term has read of it already.
+        down: ``down(x, a)``, in the layout of this use.
+        up: ``up(h, b)``, in that of the result.
+        uses: what the call gathers.
+    """
+    changes = []
+    for term, (h, seen) in zip(w.terms, known, strict=True):
+        if term.rows is not None:
+            continue
+        if h is None:
+            h = down(dropped(x, w, term, uses), term.a)
+        if term.gated:
+            h = gated(term.gate.apply, seen, h, len(w.dims(BATCH)))
+        changes.append(up(h, term.b))
+    return changes
 
 
 def finish(y, changes: list, o=None, spread=None):

@@ -76,7 +76,7 @@ class _Carry:
 
     def next(self, state, full: list, outs: list):
         """The state after a step that began with ``full`` and gave ``outs``."""
-        for i in self.kernels:
+        for i in self.kernels:  # a changed one would be no kernel with these factors
             if not same(outs[i], full[i]):
                 raise NoRule("the loop changes a kernel in its carry")
         rest = [out for i, out in enumerate(outs) if i not in self.kernels]

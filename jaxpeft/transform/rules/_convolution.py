@@ -23,9 +23,8 @@ from jaxpeft.transform._thin import (
     shown,
 )
 from jaxpeft.transform.rules._contraction import (
-    dropped,
+    changes_of,
     finish,
-    gated,
     record,
     spread_along,
     times,
@@ -103,14 +102,9 @@ def _convolution(eqn: Equation, x, w):
         y = labelled_dot(rows(x), front + ins, base, labels, front + out, precision)
         y = y.astype(params["preferred_element_type"] or x.dtype)
         y = _in_layout(y, len(group), spec)
-    changes = []
-    for term, (_, seen) in zip(w.terms, known, strict=True):
-        h = down(dropped(x, w, term, uses), term.a)
-        if term.gated:
-            h = gated(term.gate.apply, seen, h, 0)
-        changes.append(up(h, term.b))
     shape = [1] * y.ndim
     shape[spec.out_spec[1]] = math.prod(w.dims(OUT))
+    changes = changes_of(w, x, known, down, up, uses)
     return finish(y, changes, w.o, lambda o: o.reshape(shape))
 
 

@@ -18,20 +18,13 @@ def _ints(numbers) -> tuple[int, ...]:
     return tuple(map(int, numbers))
 
 
-@rule(
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "device_put",
-    "name",
-    "pvary",
-    "pcast",
-    "reduce_precision",
-    "reshard",
-    "sharding_constraint",
-    "stop_gradient",
-    moves=True,
+_ON_BASE = (
+    "convert_element_type copy copy_p device_put name pvary pcast reduce_precision "
+    "reshard sharding_constraint stop_gradient"
 )
+
+
+@rule(*_ON_BASE.split(), moves=True)
 def _on_base(eqn: Equation, w: Kernel, *others) -> Kernel:
     """What changes the base alone."""
     return w.on_base(lambda base: eqn.run(base, *others))
@@ -130,11 +123,15 @@ def _times(eqn: Equation, left: Any, right: Any) -> Kernel:
         raise NoRule("something is divided by it")
     apply = lambda x, factor: x / factor if divides else x * factor
     if jnp.size(factor) == 1:
-        number = jnp.reshape(factor, ())
-        return w.scaled(lambda x: apply(x, number.astype(x.dtype)))
-    if eqn.raw.outvars[0].aval.shape != w.base.shape:
+        factor = jnp.reshape(factor, (1,) * w.base.ndim).astype(w.base.dtype)
+    elif eqn.raw.outvars[0].aval.shape != w.base.shape:
         raise NoRule("it is multiplied by an array with more entries")
-    return w.scaled_along(factor, apply)
+    return w.scaled(factor, apply)
+
+
+@rule("neg", moves=True)
+def _negate(eqn: Equation, w: Kernel) -> Kernel:
+    return w.scaled(jnp.ones((1,) * w.base.ndim), lambda x, _: -x)
 
 
 @rule("concatenate")
@@ -148,11 +145,6 @@ def _concatenate(eqn: Equation, *parts) -> Kernel:
             starts.append(at)
         at += base.shape[axis]
     return kernels[0].beside(kernels[1:], starts, axis, eqn.run(*bases))
-
-
-@rule("neg", moves=True)
-def _negate(eqn: Equation, w: Kernel) -> Kernel:
-    return w.scaled(lambda x: -x)
 
 
 @rule("gather")
@@ -210,23 +202,18 @@ def _gather(eqn: Equation, w: Any, indices) -> Any:
         inside = inside.reshape(inside.shape[:-1] + (1,) * (x.ndim - index_ndim))
         return jnp.where(inside, x, jnp.asarray(fill, x.dtype)) if fills else x
 
-    # From index axes first to the gather's own layout, where axes of size one may be.
-    kept = [i for i in range(w.base.ndim) if i != axis and i not in mapped]
-    have = [("x", i) for i in range(index_ndim)] + [("w", i) for i in kept]
-    index, gone = iter(have), {*numbers.collapsed_slice_dims, *mapped}
-    whole = iter([("w", i) for i in range(w.base.ndim) if i not in gone])
-    out_shape = eqn.raw.outvars[0].aval.shape
-    out = [
-        next(whole if i in numbers.offset_dims else index)
-        for i in range(len(out_shape))
-    ]
-    out = [l for l in out if l in have] + [l for l in have if l not in out]
-    order = [have.index(l) for l in out]
+    def laid_out(x):
+        """From index axes first to the gather's own layout, with axes of size one."""
+        sizes, offset = eqn.raw.outvars[0].aval.shape, _ints(numbers.offset_dims)
+        places = [*(i for i in range(len(sizes)) if i not in offset), *offset]
+        x = x.reshape([sizes[i] for i in places])
+        return x.transpose([places.index(i) for i in range(len(sizes))])
+
     if w.is_table(axis, _ints(mapped)):
-        y = filled(look_up(eqn, w, axis, take, index_ndim, paired))
-        return y.transpose(order).reshape(out_shape)
+        return laid_out(filled(look_up(eqn, w, axis, take, index_ndim, paired)))
     if fills and not np.isnan(fill):
         raise NoRule(f"{fill} is filled in for kernels that are not in the stack")
-    names = (*(w.grown() for _ in range(index_ndim)), *(w.roles[i] for i in kept))
+    kept = (r for i, r in enumerate(w.roles) if i != axis and i not in mapped)
+    names = (*(w.grown() for _ in range(index_ndim)), *kept)
     w = w.along(axis, take).replace(names=names)
-    return w.replace(base=filled(w.base)).transpose(order).reshape(out_shape)
+    return laid_out(w.replace(base=filled(w.base)))
