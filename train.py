@@ -282,7 +282,9 @@ def _train(parts, state, frozen, first_step, carried):
         bar.advance()
 
         if allocator and allocator.decide and step == settled:
-            state = runs.decide_ranks(allocator, state, parts.folder, writer, bar)
+            state = runs.decide_ranks(
+                allocator, state, frozen, parts.folder, writer, bar
+            )
         evaluates = step % inputs.evaluate_every == 0 or step == inputs.total_steps
         saves = evaluates or step % inputs.save_every == 0
         if not saves and step % config.log.every:

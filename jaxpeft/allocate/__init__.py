@@ -1,5 +1,10 @@
 """Where adapters sit, and how much rank each gets: functions over adapted trees."""
 
+from jaxpeft.allocate._allocation import Allocation as Allocation
+from jaxpeft.allocate._allocation import KernelShape as KernelShape
+from jaxpeft.allocate._allocation import SiteRank as SiteRank
+from jaxpeft.allocate._allocation import kernel_shapes as kernel_shapes
+from jaxpeft.allocate._allocator import Allocator as Allocator
 from jaxpeft.allocate._compact import compact as compact
 from jaxpeft.allocate._eva import eva as eva
 from jaxpeft.allocate._eva import eva_start as eva_start
@@ -24,8 +29,3 @@ from jaxpeft.numerics import Spectrum as Spectrum
 from jaxpeft.numerics import gather_moments as gather_moments
 from jaxpeft.numerics import input_moments as input_moments
 from jaxpeft.numerics import spectrum as spectrum
-from jaxpeft.tree import Allocation as Allocation
-from jaxpeft.tree import Allocator as Allocator
-from jaxpeft.tree import KernelShape as KernelShape
-from jaxpeft.tree import SiteRank as SiteRank
-from jaxpeft.tree import kernel_shapes as kernel_shapes

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxpeft.tree import Allocation, keep_components, map_nodes, nodes
+from jaxpeft.allocate._allocation import Allocation
+from jaxpeft.allocate._kept import keep_components
+from jaxpeft.tree import map_nodes, nodes
 
 
 def compact(adapted: PyTree, allocation: Allocation) -> PyTree:
@@ -33,7 +35,7 @@ def compact(adapted: PyTree, allocation: Allocation) -> PyTree:
         >>> import jax, jaxpeft as jp
         >>> params = {"query": {"kernel": jnp.eye(6)[:, :4]}}
         >>> adapted = jp.attach(params, jp.pc(rank=4), ["query"], key=jax.random.key(0))
-        >>> chosen = {"query/kernel": jp.tree.SiteRank(2, 2.0, (0, 3))}
+        >>> chosen = {"query/kernel": jp.allocate.SiteRank(2, 2.0, (0, 3))}
         >>> small = compact(adapted, Allocation.of(chosen))
         >>> small["query"]["kernel"].trainable["a"].shape
         (6, 2)

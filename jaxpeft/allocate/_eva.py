@@ -9,17 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxpeft.allocate._allocation import Allocation, KernelShape, SiteRank
 from jaxpeft.numerics import Spectrum
-from jaxpeft.tree import (
-    BATCH,
-    AdaptedKernel,
-    Allocation,
-    KernelShape,
-    SiteRank,
-    lifted_factors,
-    map_nodes,
-    matrix_shape,
-)
+from jaxpeft.tree import BATCH, AdaptedKernel, lifted_factors, map_nodes, matrix_shape
 
 
 def eva(

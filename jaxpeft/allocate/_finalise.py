@@ -6,13 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from jaxpeft.allocate._components import Components, component_sites
 from jaxpeft.tree import (
     BATCH,
     AdaptedKernel,
     Adapter,
-    Components,
     attach,
-    component_sites,
     lifted_factors,
     map_nodes,
     nodes,

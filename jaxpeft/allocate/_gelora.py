@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpeft.allocate._allocation import Allocation, KernelShape, SiteRank, layer_of
 from jaxpeft.dimension import IdEstimate
-from jaxpeft.tree import Allocation, KernelShape, SiteRank, layer_of
 
 ROUNDINGS: dict[str, Callable[[float], int]] = {
     "round": lambda x: math.floor(x + 0.5),  # not to even

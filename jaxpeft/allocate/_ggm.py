@@ -14,6 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxpeft.allocate._allocation import Allocation, SiteRank
+from jaxpeft.allocate._allocator import Allocator
+from jaxpeft.allocate._choices import (
+    NodeSite,
+    by_node,
+    choose_leaves,
+    node_masks,
+    node_sites,
+    node_sizes,
+    pick,
+)
 from jaxpeft.numerics import (
     NodeScores,
     Ranking,
@@ -23,18 +34,7 @@ from jaxpeft.numerics import (
     rank_nodes,
     select_nodes,
 )
-from jaxpeft.tree import (
-    Allocation,
-    Allocator,
-    NodeSite,
-    SiteRank,
-    by_node,
-    choose_leaves,
-    node_masks,
-    node_sites,
-    node_sizes,
-    pick,
-)
+from jaxpeft.tree import combine
 
 IMPORTANT, SELECTED = 0.07, 0.14  # of all nodes: the authors' 30 and 60 of 434
 BETA = 0.85  # of both running means, as everybody has it
@@ -144,7 +144,7 @@ def ggm(
         >>> import jaxpeft as jp
         >>> params = {"query": {"kernel": jnp.eye(6)[:, :4]}}
         >>> adapted = jp.attach(params, jp.pc(rank=4), ["query"], key=jax.random.key(0))
-        >>> trainable, _ = jp.partition(adapted)
+        >>> trainable, frozen = jp.partition(adapted)
         >>> allocator = ggm(
         ...     2, 1, by="cov", total_steps=9, initial_steps=0, collect_steps=5
         ... )
@@ -155,7 +155,7 @@ def ggm(
         ...     state, trainable = allocator.update(
         ...         state, updated, gradients, step, trainable
         ...     )
-        >>> state, trainable, allocation = allocator.decide(state, trainable)
+        >>> state, trainable, allocation = allocator.decide(state, trainable, frozen)
         >>> allocation["query/kernel"].rank
         2
 
@@ -256,8 +256,8 @@ def ggm(
         state = state._replace(samples=samples, means=means)
         return state, choose_leaves(state.keep, sites, trainable, before)
 
-    def decide(state, trainable):
-        sites = node_sites(trainable)
+    def decide(state, trainable, frozen):
+        sites = node_sites(combine(trainable, frozen))
         found = node_scores(np.asarray(state.samples), **moments)
         some, most = counts(len(found.mean))
         important = important_nodes(found.mean, some)

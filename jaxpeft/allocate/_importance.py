@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxpeft.tree import Allocator, component_sites, is_node, map_nodes, wider
+from jaxpeft.allocate._allocator import Allocator
+from jaxpeft.allocate._components import component_sites
+from jaxpeft.tree import is_node, map_nodes, wider
 
 
 class ImportanceState(NamedTuple):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpeft.allocate._allocation import Allocation, KernelShape, SiteRank
 from jaxpeft.parts import (
     NO_TARGETS,
     by_pattern,
@@ -13,7 +14,7 @@ from jaxpeft.parts import (
     target_entries,
     with_tied,
 )
-from jaxpeft.tree import Allocation, KernelShape, ModuleName, SiteRank, module_path
+from jaxpeft.tree import ModuleName, module_path
 
 
 def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, Any]:

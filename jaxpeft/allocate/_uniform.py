@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jaxpeft.tree import Allocation, KernelShape, SiteRank
+from jaxpeft.allocate._allocation import Allocation, KernelShape, SiteRank
 
 
 def uniform(

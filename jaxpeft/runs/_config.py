@@ -15,8 +15,9 @@ from typing import Any
 
 import ml_collections
 
+from jaxpeft.runs._arguments import check_arguments
 from jaxpeft.training import flat_config, new_name, with_new_names
-from jaxpeft.tree import Adapter, check_arguments, find_method, methods
+from jaxpeft.tree import Adapter, find_method, methods
 
 
 def load_config(

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
+from jaxpeft.runs._arguments import check_finite_numbers
 from jaxpeft.runs._config import count_steps, near_names
 from jaxpeft.training import flat_config, new_name
-from jaxpeft.tree import check_finite_numbers
 
 
 class _Field(NamedTuple):

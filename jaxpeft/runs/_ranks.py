@@ -13,9 +13,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxpeft import allocate
+from jaxpeft.allocate import Allocation, SiteRank
+from jaxpeft.runs._arguments import check_arguments
 from jaxpeft.runs._config import near_names
 from jaxpeft.runs._gather import GATHER, Draw
-from jaxpeft.tree import Adapter, Allocation, SiteRank, check_arguments
+from jaxpeft.tree import Adapter
 
 ALLOCATION_FILE = "allocation.json"
 # What says how large the scale is, or how it differs between sites.

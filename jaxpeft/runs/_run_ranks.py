@@ -8,12 +8,13 @@ import ml_collections
 from jaxtyping import PyTree
 
 from jaxpeft import adapters, allocate, training
+from jaxpeft.allocate import Allocation, Allocator
 from jaxpeft.runs._config import call_named, make_adapter, said_of
 from jaxpeft.runs._gather import Draw
 from jaxpeft.runs._metrics import MetricsWriter
 from jaxpeft.runs._progress import Progress
 from jaxpeft.runs._ranks import starting_allocation
-from jaxpeft.tree import Allocation, Allocator, attach
+from jaxpeft.tree import attach
 
 DECIDED_FILE = "decided.json"
 
@@ -97,6 +98,7 @@ def attach_biases(adapted: PyTree, config: ml_collections.ConfigDict) -> PyTree:
 def decide_ranks(
     allocator: Allocator,
     state: training.TrainState,
+    frozen: PyTree,
     folder: Path,
     writer: MetricsWriter,
     bar: Progress,
@@ -106,6 +108,7 @@ def decide_ranks(
     Args:
         allocator: of ``ranks_during``, one that has a ``decide``.
         state: the state after update ``allocator.settled``.
+        frozen: the other half of the tree.
         folder: the run's folder, for ``decided.json``.
         writer: for the ``decided`` event.
         bar: for a line that says so.
@@ -116,7 +119,7 @@ def decide_ranks(
     Raises:
         NonFiniteError: an update so far was not finite.
     """
-    state, chosen = training.decide(allocator, state)
+    state, chosen = training.decide(allocator, state, frozen)
     if jax.process_index() == 0:
         chosen.save(folder / DECIDED_FILE)
     kept = {n: chosen.facts[n] for n in ("nodes", "chosen", "trained", "stored")}

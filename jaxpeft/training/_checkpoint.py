@@ -321,8 +321,7 @@ def _below(prefix: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fixed(frozen: Any) -> dict[str, Any]:
     """The adapters' own frozen leaves."""
-    bare = {"base": None, "key": None, "call": None}
-    own = lambda x: x.replace(**bare) if is_node(x) else None
+    own = lambda x: x.replace(base=None, call=None) if is_node(x) else None
     return flat(jax.tree.map(own, frozen, is_leaf=is_node))
 
 

@@ -192,12 +192,15 @@ def advance(
     )
 
 
-def decide(allocator: Allocator, state: TrainState) -> tuple[TrainState, Allocation]:
+def decide(
+    allocator: Allocator, state: TrainState, frozen: PyTree
+) -> tuple[TrainState, Allocation]:
     """Calls what an allocator does on the host, after update ``allocator.settled``.
 
     Args:
         allocator: such as ``allocate.ggm``; one that has a ``decide``.
         state: the state of just that update; every process has the same.
+        frozen: the other half of the tree, with the scales of its sites.
 
     Returns:
         ``(state, chosen)``; leaves lie where they lay.
@@ -214,7 +217,9 @@ def decide(allocator: Allocator, state: TrainState) -> tuple[TrainState, Allocat
             f"`allocator` decides after update {allocator.settled}, and `state` is "
             f"that of update {int(state.step)}"
         )
-    ranks, trainable, chosen = allocator.decide(state.allocation, state.trainable)
+    ranks, trainable, chosen = allocator.decide(
+        state.allocation, state.trainable, frozen
+    )
     return state._replace(allocation=ranks, trainable=trainable), chosen
 
 

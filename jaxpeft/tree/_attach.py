@@ -4,7 +4,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,19 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.tree._adapter import Adapter
-from jaxpeft.tree._allocation import Allocation, attach_arguments
+from jaxpeft.tree._begin import (
+    initialise,
+    initialise_layer,
+    joined_layers,
+    layer_settings,
+    with_number_leaves,
+)
 from jaxpeft.tree._change import refolded
 from jaxpeft.tree._finite import check_finite
 from jaxpeft.tree._grouped import some
 from jaxpeft.tree._kept import only_adds, take_components
 from jaxpeft.tree._layers import site_methods
-from jaxpeft.tree._lift import (
-    init_shapes,
-    initialise,
-    initialise_layer,
-    joined_layers,
-    layer_settings,
-    leaf_axes,
-    leaf_entries,
-    matrix_shape,
-    with_number_leaves,
-)
+from jaxpeft.tree._lift import init_shapes, leaf_axes, leaf_entries, matrix_shape
 from jaxpeft.tree._node import (
     AdaptedKernel,
     Site,
@@ -38,20 +34,42 @@ from jaxpeft.tree._node import (
     wider,
     working_dtype,
 )
-from jaxpeft.tree._paths import Targets, matrix_words, module_path, resolve_pattern
+from jaxpeft.tree._paths import Targets
 from jaxpeft.tree._per_layer import per_layer_values
 from jaxpeft.tree._progress import Progress
+from jaxpeft.tree._roles import roles_of
 from jaxpeft.tree._targets import choose
-from jaxpeft.tree._terms import BATCH, IN, OUT
-from jaxpeft.tree._together import DEFAULT, check_name, parts_of, together
+from jaxpeft.tree._terms import BATCH
+from jaxpeft.tree._together import (
+    DEFAULT,
+    check_name,
+    check_sharing,
+    parts_of,
+    together,
+)
 
 PerSite = Mapping[str, Any] | Sequence[int | float]
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """Targets that bring their own ranks, such as an ``allocate.Allocation``."""
+
+    def attach_arguments(
+        self, paths: list[str], adapter: Adapter
+    ) -> tuple[Targets, Mapping[str, Any], Mapping[str, Any] | None, Mapping[str, Any]]:
+        """``(targets, rank_pattern, alpha_pattern, components of each site)``.
+
+        Args:
+            paths: of all leaves of the tree.
+            adapter: what is attached.
+        """
 
 
 def attach(
     params: PyTree,
     adapter: Adapter,
-    targets: Targets | Allocation,
+    targets: Targets | Ranked,
     *,
     key: Key[Array, ""],
     rank_pattern: PerSite | None = None,
@@ -122,14 +140,14 @@ def attach(
     check_key(key)
     check_name(name)
     leaves, kept = leaves_with_path(params), {}
-    if isinstance(targets, Allocation):
+    if isinstance(targets, Ranked):
         if rank_pattern is not None or alpha_pattern is not None:
             raise ValueError(
                 "`targets` is an allocation, which has ranks and alphas already; "
                 "leave `rank_pattern` and `alpha_pattern` out"
             )
-        targets, rank_pattern, alpha_pattern, kept = attach_arguments(
-            targets, [path for path, _ in leaves], adapter
+        targets, rank_pattern, alpha_pattern, kept = targets.attach_arguments(
+            [path for path, _ in leaves], adapter
         )
     if kept and adapter.folded is not None:
         raise ValueError(
@@ -138,12 +156,14 @@ def attach(
         )
     chosen = choose(leaves, adapter, targets, exclude, name, axes)
     there = {path: x for path, x in leaves if path in chosen and is_node(x)}
+    for path, node in there.items():
+        check_sharing(path, {**_methods(node), name: (adapter, adapter.where.rank)})
     by_path = {path: x.base if is_node(x) else x for path, x in leaves}
     paths = list(chosen)
     roles = {p: ("out",) * by_path[p].ndim for p in paths}
     if adapter.where.leaf == "kernel":
         had = {path: node.site.roles for path, node in there.items()}
-        roles = had | _roles(by_path, [p for p in paths if p not in had], axes)
+        roles = had | roles_of(by_path, [p for p in paths if p not in had], axes)
         roles = {path: roles[path] for path in paths}
     ranks = per_layer_values("rank", rank_pattern, adapter.where.rank, by_path, roles)
     alphas = per_layer_values(
@@ -156,7 +176,7 @@ def attach(
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
     made, show = {}, Progress(adapter.name or "adapter", sum(layers))
     for path in paths:
-        site = Site(path, roles[path], ranks[path], chosen[path])
+        site = Site(path, roles[path], ranks[path], chosen[path], alphas[path])
         own = alphas[path], site_key(key, path, name)
         made[path] = _make(by_path[path], methods[path], site, *own, shared, show)
     show.close()
@@ -169,6 +189,11 @@ def attach(
     return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
 
 
+def _methods(node: AdaptedKernel) -> dict[str, tuple[Adapter, int | None]]:
+    ranks = lambda part: part.site.ranks and max(part.site.ranks)
+    return {n: (part.adapter, ranks(part)) for n, part in parts_of(node).items()}
+
+
 def site_key(key, path: str, name: str = DEFAULT):
     """A key of this path's and this adapter's own, whatever else is attached."""
     path = path if name == DEFAULT else f"{path}:{name}"
@@ -176,44 +201,6 @@ def site_key(key, path: str, name: str = DEFAULT):
     for part in (digest[:4], digest[4:8]):
         key = jax.random.fold_in(key, np.uint32(int.from_bytes(part, "little")))
     return key
-
-
-def _roles(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
-    given = {}
-    if axes:
-        weights = [p for p, x in by_path.items() if getattr(x, "ndim", 0) >= 2]
-        given = resolve_pattern("axes", axes, weights)
-    roles = {}
-    for path in paths:
-        shape = by_path[path].shape
-        words = given.get(path, matrix_words(path) if len(shape) == 2 else None)
-        if words is None:
-            raise ValueError(
-                f"site {path!r} has shape {tuple(shape)}, and a parameter tree does "
-                "not say what its axes are (a stack of layers? heads?). Three ways "
-                f"to tell: axes={{{module_path(path)!r}: 'layer in out'}}; the model's "
-                "own, axes=model.axes; or read them off the model, "
-                "axes=jaxpeft.infer_axes(fn, params, *example_args)."
-            )
-        roles[path] = parse_roles(words, path, shape)
-    return roles
-
-
-def parse_roles(words: str, path: str, shape) -> tuple[str, ...]:
-    """Reads ``"layer in out"``; checks it against a kernel's shape."""
-    if not isinstance(words, str):
-        raise ValueError(
-            f"`axes` must give a string such as 'layer in out', got {words!r} for "
-            f"{path!r}"
-        )
-    names = words.split()
-    roles = tuple(w if w in (IN, OUT) else BATCH for w in names)
-    if len(roles) != len(shape) or IN not in roles or OUT not in roles:
-        raise ValueError(
-            f"`axes` gives {words!r} for {path!r} of shape {tuple(shape)}: it needs "
-            f"one word per axis ({len(shape)}), with at least one 'in' and one 'out'"
-        )
-    return roles
 
 
 def _check(adapter: Adapter, by_path, roles, ranks) -> None:

@@ -89,7 +89,7 @@ def describe(adapted: PyTree) -> Description:
                 "shape": tuple(node.base.shape),
                 "roles": site.roles,
                 "ranks": site.ranks,
-                "alphas": alphas_of(node),
+                "alphas": alphas_of(node) or site.alphas,
                 "trainable": trainable_size(node),
                 "pattern": site.pattern,
             }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.tree._adapter import Adapter, Call, rebuild
-from jaxpeft.tree._node import AdaptedKernel, working_dtype
+from jaxpeft.tree._node import AdaptedKernel
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
 
 # [d_in, d_out] that no real kernel has: an abstract trace of `init` on a kernel of this
@@ -119,20 +119,6 @@ def number_leaves(adapter: Adapter, dtype) -> dict:
     return {name: jnp.asarray(value, dtype) for name, value in there.items()}
 
 
-class _Start:
-    """An adapter that is equal to another where the initial leaves are."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.key = adapter.options.start if adapter.name else id(adapter)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Start) and self.key == other.key
-
-
 def expand_leaf(leaf, axes, batch, in_dims, out_dims):
     """A leaf ``[layers, ...]`` with its batch, in and out axes put in place."""
     shape = list(batch)
@@ -182,144 +168,6 @@ def _top_rank(node: AdaptedKernel) -> int | None:
     return None if node.site.ranks is None else max(node.site.ranks)
 
 
-def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
-    """Calls ``adapter.init`` for each layer of a kernel.
-
-    Args:
-        key: one key for the whole site; each layer gets its own split of it.
-        kernel: the base, any number of axes.
-        adapter: the method.
-        roles: the roles of the kernel's axes.
-        ranks: rank of each layer, or ``None``.
-        alphas: alpha of each layer, or ``None``.
-
-    Returns:
-        ``(frozen, trainable)`` with leaves in the layout of ``AdaptedKernel``.
-    """
-    if alphas is not None:  # which are traced: all of them share a program
-        alphas = jnp.asarray(alphas, working_dtype(kernel.dtype))
-    start = _Start(adapter)
-    parts = _initialise(key, kernel, alphas, start=start, roles=roles, ranks=ranks)
-    return with_number_leaves(parts, kernel, adapter, roles)
-
-
-def with_number_leaves(parts, kernel, adapter: Adapter, roles):
-    """A site's ``(frozen, trainable)`` with the method's numbers among the frozen."""
-    numbers = number_leaves(adapter, working_dtype(kernel.dtype))
-    batch = dims_of(kernel.shape, roles, BATCH)
-    spread = {n: jnp.broadcast_to(x, batch + x.shape) for n, x in numbers.items()}
-    return parts[0] | spread, parts[1]
-
-
-@functools.partial(jax.jit, static_argnames=("start", "roles", "ranks"), inline=True)
-def _initialise(key, kernel, alphas, *, start: _Start, roles, ranks):
-    matrices = to_matrices(kernel, roles)
-    layers = matrices.shape[0]
-    settings = layer_settings(start.adapter, layers, ranks)
-    alphas = [None] * layers if alphas is None else alphas
-
-    def init(key, matrix, alpha, setting):
-        method, rank = setting
-        if rank == 0:
-            return {}, {}  # padding alone
-        matrix = matrix.astype(working_dtype(kernel.dtype))
-        return method.init(key, matrix, rank, alpha)
-
-    if BATCH not in roles:
-        parts = init(key, matrices[0], alphas[0], settings[0])
-        parts = jax.tree.map(lambda x: x[None], parts)
-    else:
-        keys = jax.random.split(key, layers)
-        if len(set(settings)) == 1:  # one layer at a time: one SVD's workspace
-            own = None if isinstance(alphas, list) else alphas
-            each = lambda args: init(*args, settings[0])
-            parts = jax.lax.map(each, (keys, matrices, own))
-        else:
-            each = [
-                init(keys[i], matrices[i], alphas[i], settings[i])
-                for i in range(layers)
-            ]
-            parts = _stacked_parts(each)
-    return _in_place(parts, kernel, start.adapter, roles, ranks)
-
-
-def layer_settings(adapter: Adapter, layers: int, ranks) -> list[tuple]:
-    """``(method, rank)`` of each layer."""
-    methods = layer_methods(adapter, layers)
-    return list(zip(methods, ranks or (None,) * layers, strict=True))
-
-
-def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
-    """The method of each layer of a stack: one, unless its layers differ."""
-    if adapter.where.layers is None:
-        return (adapter,) * layers
-    return tuple(rebuild(adapter, **its) for its in adapter.where.layers(layers))
-
-
-def initialise_layer(key, kernel, i, *, adapter: Adapter, roles, rank, alpha):
-    """Calls ``adapter.init`` for layer ``i`` of a stack: ``(frozen, trainable)``."""
-    if rank == 0:
-        return {}, {}
-    if alpha is not None:
-        alpha = jnp.asarray(alpha, working_dtype(kernel.dtype))
-    start = _Start(adapter)
-    return _one_layer(key, kernel, i, alpha, start=start, roles=roles, rank=rank)
-
-
-@functools.partial(jax.jit, static_argnames=("start", "roles", "rank"))
-def _one_layer(key, kernel, i, alpha, *, start: _Start, roles, rank):
-    matrices = to_matrices(kernel, roles)
-    matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
-    matrix = matrix.astype(working_dtype(kernel.dtype))
-    return start.adapter.init(key, matrix, rank, alpha)
-
-
-@functools.partial(jax.jit, static_argnames=("adapter", "roles", "ranks"))
-def joined_layers(each: list, kernel, *, adapter: Adapter, roles, ranks):
-    """What ``initialise`` returns, from every layer's ``(frozen, trainable)``."""
-    return _in_place(_stacked_parts(each), kernel, adapter, roles, ranks)
-
-
-def _stacked_parts(each: list[tuple[dict, dict]]) -> tuple[dict, dict]:
-    return tuple(map(_stacked, zip(*each, strict=True)))
-
-
-def _in_place(parts, kernel, adapter: Adapter, roles, ranks):
-    """Leaves ``[layers, ...]`` in the layout of ``AdaptedKernel``."""
-    batch, in_dims, out_dims = (
-        dims_of(kernel.shape, roles, role) for role in (BATCH, IN, OUT)
-    )
-    axes = leaf_axes(adapter, None if ranks is None else max(ranks))
-    return tuple(
-        {
-            name: expand_leaf(x, names[name], batch, in_dims, out_dims)
-            for name, x in p.items()
-        }
-        for p, names in zip(parts, axes, strict=True)
-    )
-
-
-def _stacked(layers: tuple[dict, ...]) -> dict:
-    """Stacks layers' leaves, padded with zeros; a leaf may be missing in a layer."""
-    stacked = {}
-    for name in dict.fromkeys(name for layer in layers for name in layer):
-        like = next(layer[name] for layer in layers if name in layer)
-        empty = jnp.zeros((0,) * like.ndim, like.dtype)
-        each = [layer.get(name, empty) for layer in layers]
-        shape = tuple(
-            max(sizes) for sizes in zip(*(x.shape for x in each), strict=True)
-        )
-        stacked[name] = jnp.stack([_padded_to(x, shape) for x in each])
-    return stacked
-
-
-def _padded_to(x, shape: tuple[int, ...]):
-    if x.shape == shape:
-        return x
-    widths = [(0, n - s) for s, n in zip(x.shape, shape, strict=True)]
-    return jnp.pad(x, widths)
-
-
 def layer_leaves(node: AdaptedKernel, layers: bool = True):
     """The node's own leaves as ``(frozen, trainable)``, one leading layer axis."""
     axes = leaf_axes(node.adapter, _top_rank(node))
@@ -338,6 +186,13 @@ def layer_call(node: AdaptedKernel, layers: bool = True) -> Call:
     batch = len(axes_of(node.roles, BATCH))
     own = lambda x: _flatten(x, (None,) * (x.ndim - batch), node.roles, layers)
     return Call(**{name: own(x) for name, x in (node.call or {}).items()})
+
+
+def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
+    """The method of each layer of a stack: one, unless its layers differ."""
+    if adapter.where.layers is None:
+        return (adapter,) * layers
+    return tuple(rebuild(adapter, **its) for its in adapter.where.layers(layers))
 
 
 def padded(node: AdaptedKernel) -> bool:

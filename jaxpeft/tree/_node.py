@@ -26,12 +26,14 @@ class Site:
             or ``None`` for methods without a rank.
         pattern: the entry of ``targets`` that found this site. It is only told: sites
             that differ in it are equal, and ``jit`` may give back another tree's.
+        alphas: of each layer, as they were given; only told, too: the scale is a leaf.
     """
 
     path: str
     roles: tuple[str, ...]
     ranks: tuple[int, ...] | None
     pattern: str = dataclasses.field(default="", compare=False)
+    alphas: tuple[float, ...] | None = dataclasses.field(default=None, compare=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class

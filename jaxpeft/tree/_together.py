@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +177,7 @@ def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
     if list(nodes) == [DEFAULT]:
         return first
     parts = tuple(Part(n, x.adapter, x.site.ranks) for n, x in nodes.items())
-    _check_sharing(first.site.path, parts)
+    check_sharing(first.site.path, {p.name: (p.adapter, p.rank) for p in parts})
     merged = lambda field: {
         name: x
         for part, node in zip(parts, nodes.values(), strict=True)
@@ -200,16 +200,21 @@ def check_name(name: Any) -> None:
         )
 
 
-def _check_sharing(path: str, parts: Sequence[Part]) -> None:
-    """Raises unless the changes of several adapters may be added up."""
-    if len(parts) == 1:
+def check_sharing(path: str, methods: Mapping[str, tuple[Adapter, Any]]) -> None:
+    """Raises unless the changes of several adapters may be added up.
+
+    Args:
+        path: the site.
+        methods: ``{name: (method, its rank)}``.
+    """
+    if len(methods) == 1:
         return
     gated = []
-    for part in parts:
-        who = f"site {path!r}: adapter {part.name!r}, {part.adapter.name!r}, "
-        found = structure(part.adapter, part.rank)
+    for name, (adapter, rank) in methods.items():
+        who = f"site {path!r}: adapter {name!r}, {adapter.name!r}, "
+        found = structure(adapter, rank)
         why = ""
-        if part.adapter.where.leaf != "kernel" or found.factors.kernel is not None:
+        if adapter.where.leaf != "kernel" or found.factors.kernel is not None:
             why = "trains the leaf itself"
         elif found.scales:
             why = "scales the kernel's inputs or outputs"
@@ -218,10 +223,10 @@ def _check_sharing(path: str, parts: Sequence[Part]) -> None:
         if why:
             raise ValueError(
                 f"{who}{why}, so it cannot share a kernel with another adapter, "
-                f"{[p.name for p in parts if p is not part]}; a method that only adds "
-                "thin products can, such as jaxpeft.lora()"
+                f"{[n for n in methods if n != name]}; a method that only adds thin "
+                "products can, such as jaxpeft.lora()"
             )
-        gated += [part.name] if found.experts else []
+        gated += [name] if found.experts else []
     if len(gated) > 1:
         raise ValueError(
             f"site {path!r}: adapters {gated} all have experts, whose gates are "

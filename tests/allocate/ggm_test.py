@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import allocate, interop
-from jaxpeft.tree._choices import node_sites, node_sizes
+from jaxpeft.allocate._choices import node_sites, node_sizes
 from jaxpeft.tree._node import nodes
 
 
@@ -111,7 +111,7 @@ def decided(**options):
     options = {"n_select": 7, "n_important": 3} | TIMES | options
     allocator = allocate.ggm(**options)
     state, before = run(allocator, allocator.settled)
-    return allocator, *allocator.decide(state, before), before
+    return allocator, *allocator.decide(state, before, halves()[1]), before
 
 
 def test_nodes_are_components_and_biases_in_order():

@@ -13,7 +13,7 @@ import pytest
 from refusal_toolbox import COMPILES, assert_refused
 
 from jaxpeft import adapters, allocate, runs, training
-from jaxpeft.tree import Allocation, SiteRank
+from jaxpeft.allocate import Allocation, SiteRank
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = runs.load_config(ROOT / "configs/quickstart.py")

@@ -123,7 +123,7 @@ def trained(allocation, run, state, make_batch, start, stop):
     for seed in range(start, stop):
         state, metrics = run.step(state, run.frozen, run.put(make_batch(seed=seed)))
         if seed + 1 == allocation.settled:
-            state, chosen = training.decide(allocation, state)
+            state, chosen = training.decide(allocation, state, run.frozen)
     return state, chosen, float(metrics["loss"])
 
 
@@ -152,7 +152,7 @@ def test_the_loss_falls_through_all_phases(make_chosen, make_batch):
     for step in range(1, 21):
         state, metrics = run.step(state, run.frozen, run.put(make_batch()))
         if step == allocation.settled:
-            state, _ = training.decide(allocation, state)
+            state, _ = training.decide(allocation, state, run.frozen)
         losses.append(float(metrics["loss"]))
     assert losses[5] < losses[4] < losses[0] and losses[-1] < 0.7 * losses[5]
 
@@ -190,6 +190,6 @@ def test_eight_devices_choose_as_one(make_chosen, make_batch):
 def test_a_choice_at_the_wrong_time(make_chosen):
     allocation, run = make_chosen()
     with pytest.raises(ValueError, match="decides after update 5, .* of update 0"):
-        training.decide(allocation, run.state)
+        training.decide(allocation, run.state, run.frozen)
     with pytest.raises(ValueError, match="nothing to decide"):
-        training.decide(allocate.importance(2, total_steps=4), run.state)
+        training.decide(allocate.importance(2, total_steps=4), run.state, run.frozen)

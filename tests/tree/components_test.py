@@ -7,7 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import allocate
-from jaxpeft.tree import Allocation, SiteRank
+from jaxpeft.allocate import Allocation, SiteRank
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_graph_keeps_the_scale(single):
         grads = jax.tree.map(lambda x, s=step: jnp.sin(x + s), trainable)
         moved = jax.tree.map(lambda x: x + 0.01, trainable)
         state, trainable = allocator.update(state, moved, grads, step, trainable)
-    state, trainable, chosen = allocator.decide(state, trainable)
+    state, trainable, chosen = allocator.decide(state, trainable, frozen)
     assert chosen["q/kernel"].alpha == 2.0 * chosen["q/kernel"].rank
     again = attached(single, jp.lora(rank=4, alpha=8.0), chosen)["q"]["kernel"]
     assert float(again.frozen["scale"]) == float(tree["q"]["kernel"].frozen["scale"])

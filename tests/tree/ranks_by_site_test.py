@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.tree import Allocation, KernelShape, SiteRank, kernel_shapes
+from jaxpeft.allocate import Allocation, KernelShape, SiteRank, kernel_shapes
 from jaxpeft.tree._kept import only_adds
 
 PARAMS = {

@@ -140,7 +140,7 @@ def test_numbers_compile_nothing():
 
 
 def test_attach_compiles_once_for_all_alphas():
-    from jaxpeft.tree._lift import _initialise
+    from jaxpeft.tree._begin import _initialise
 
     jp.attach(PARAMS, jp.pissa(2, alpha=1.0), ["query"], key=KEY)
     before = _initialise._cache_size()

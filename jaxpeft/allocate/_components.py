@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpeft.tree._lift import leaf_axes
-from jaxpeft.tree._node import AdaptedKernel, is_node
-from jaxpeft.tree._terms import BATCH
+from jaxpeft.tree import BATCH, AdaptedKernel, is_node, leaf_axes
 
 
 class Components(NamedTuple):

@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.tree._lift import leaf_axes
-from jaxpeft.tree._node import is_node, map_nodes, wider
-from jaxpeft.tree._paths import module_path
-from jaxpeft.tree._terms import BATCH
-from jaxpeft.tree._unit import alpha_of
+from jaxpeft.tree import (
+    BATCH,
+    alpha_of,
+    is_node,
+    leaf_axes,
+    map_nodes,
+    module_path,
+    wider,
+)
 
 
 class NodeSite(NamedTuple):

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from jaxpeft.tree._adapter import Adapter
-from jaxpeft.tree._lift import matrix_shape
-from jaxpeft.tree._node import nodes
-from jaxpeft.tree._paths import Targets, module_path
-from jaxpeft.tree._terms import BATCH, Factors
-from jaxpeft.tree._unit import unit_scale
+from jaxpeft.tree import (
+    BATCH,
+    Adapter,
+    Factors,
+    Targets,
+    attach,
+    matrix_shape,
+    module_path,
+    nodes,
+    unit_scale,
+)
 
 
 class SiteRank(NamedTuple):
@@ -107,6 +112,57 @@ class Allocation(Mapping):
     def __len__(self) -> int:
         """The number of sites, those of rank 0 among them."""
         return len(self.sites)
+
+    def attach_arguments(self, paths: list[str], adapter: Adapter):
+        """``(targets, rank_pattern, alpha_pattern, kept)``, for ``attach``.
+
+        Where components are chosen, ranks are those that they were chosen out of,
+        ``facts["out_of"]``, or else those up to the last of them, and alphas those of
+        the same scale; ``kept`` says which of them stay.
+        """
+        inner = {path.removeprefix("params/"): path for path in paths}
+        ranks, alphas, kept = {}, {}, {}
+        for path, site in self.sites:
+            each = [rank for rank, _ in site.layers()]
+            if not any(each):
+                continue
+            at = path if path in paths else inner.get(path)
+            if at is None:
+                raise ValueError(
+                    f"`targets` allocates a rank to {path!r}, which is not in the "
+                    f"tree; its leaves are named like {paths[:3]}"
+                )
+            ranks[at], alphas[at] = site.rank, site.alpha
+            if site.components is not None:
+                stacked = isinstance(site.rank, tuple)
+                kept[at] = site.components if stacked else (site.components,)
+                whole = self.facts.get("out_of", {}).get(path) or [0] * len(each)
+                ranks[at] = tuple(
+                    max(*x, all_of_them - 1) + 1 if x else 0
+                    for x, all_of_them in zip(kept[at], whole, strict=True)
+                )
+                alphas[at] = tuple(
+                    alpha
+                    and alpha * unit_scale(adapter, rank) / unit_scale(adapter, top)
+                    for (rank, alpha), top in zip(site.layers(), ranks[at], strict=True)
+                )
+            if (
+                adapter.where.rank is not None and adapter.where.alpha is None
+            ):  # the scale is 1
+                if any(rank != alpha for rank, alpha in site.layers()):
+                    raise ValueError(
+                        f"`targets` gives {path!r} alpha {site.alpha} at rank "
+                        f"{site.rank}, and {adapter.name!r} has no alpha: its scale is "
+                        "1, alpha = rank"
+                    )
+        if not ranks:
+            raise ValueError("`targets` gives every site rank 0: nothing to attach")
+
+        def allocated(path: str, leaf: Any) -> bool:
+            return path in ranks
+
+        fixed = adapter.where.rank is not None and adapter.where.alpha is None
+        return allocated, ranks, None if fixed else alphas, kept
 
     def ranks(self) -> dict[str, int | tuple[int, ...]]:
         """``{path: rank}``."""
@@ -208,8 +264,6 @@ def kernel_shapes(
         >>> kernel_shapes({"q": {"kernel": jnp.ones((4, 6))}}, ["q"])
         {'q/kernel': KernelShape(layers=None, d_in=4, d_out=6)}
     """
-    from jaxpeft.tree._attach import attach  # it imports this file
-
     probe = Adapter(
         init=lambda key, kernel, rank, alpha: ({}, {}),
         factors=lambda kernel, frozen, trainable, call: Factors(),
@@ -244,56 +298,6 @@ def layer_of(path: str) -> int | None:
         if match := re.fullmatch(r"(?:.*_)?(\d+)", part):
             return int(match[1])
     return None
-
-
-def attach_arguments(allocation: Allocation, params_paths: list[str], adapter: Adapter):
-    """``(targets, rank_pattern, alpha_pattern, kept)`` of an allocation for ``attach``.
-
-    Where components are chosen, ranks are those that they were chosen out of,
-    ``facts["out_of"]``, or else those up to the last of them, and alphas those of the
-    same scale; ``kept`` says which of them stay.
-    """
-    inner = {path.removeprefix("params/"): path for path in params_paths}
-    ranks, alphas, kept = {}, {}, {}
-    for path, site in allocation.sites:
-        each = [rank for rank, _ in site.layers()]
-        if not any(each):
-            continue
-        at = path if path in params_paths else inner.get(path)
-        if at is None:
-            raise ValueError(
-                f"`targets` allocates a rank to {path!r}, which is not in the tree; "
-                f"its leaves are named like {params_paths[:3]}"
-            )
-        ranks[at], alphas[at] = site.rank, site.alpha
-        if site.components is not None:
-            stacked = isinstance(site.rank, tuple)
-            kept[at] = site.components if stacked else (site.components,)
-            whole = allocation.facts.get("out_of", {}).get(path) or [0] * len(each)
-            ranks[at] = tuple(
-                max(*x, all_of_them - 1) + 1 if x else 0
-                for x, all_of_them in zip(kept[at], whole, strict=True)
-            )
-            alphas[at] = tuple(
-                alpha and alpha * unit_scale(adapter, rank) / unit_scale(adapter, top)
-                for (rank, alpha), top in zip(site.layers(), ranks[at], strict=True)
-            )
-        if (
-            adapter.where.rank is not None and adapter.where.alpha is None
-        ):  # the scale is 1
-            if any(rank != alpha for rank, alpha in site.layers()):
-                raise ValueError(
-                    f"`targets` gives {path!r} alpha {site.alpha} at rank {site.rank}, "
-                    f"and {adapter.name!r} has no alpha: its scale is 1, alpha = rank"
-                )
-    if not ranks:
-        raise ValueError("`targets` gives every site rank 0: nothing to attach")
-
-    def allocated(path: str, leaf: Any) -> bool:
-        return path in ranks
-
-    fixed = adapter.where.rank is not None and adapter.where.alpha is None
-    return allocated, ranks, None if fixed else alphas, kept
 
 
 def _check(path: str, site: SiteRank) -> None:

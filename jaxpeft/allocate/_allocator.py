@@ -16,8 +16,9 @@ class Allocator(NamedTuple):
             gradients, the number of updates done, this one included, and the leaves
             before it.
         settled: the number of updates after which ranks change no more.
-        decide: ``(state, trainable) -> (state, trainable, Allocation)``, on the host,
-            once, after update ``settled``; ``None``: ``update`` does all there is.
+        decide: ``(state, trainable, frozen) -> (state, trainable, Allocation)``, on the
+            host, once, after update ``settled``, with both halves of the tree;
+            ``None``: ``update`` does all there is.
     """
 
     init: Callable[[PyTree], Any]
