@@ -208,8 +208,10 @@ SCALED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("adapter", [everything(), jp.dora(rank=2), jp.kasa(rank=2)])
-@pytest.mark.parametrize("name", SCALED)
+PAPERS = [(n, m) for n in ("out", "in") for m in (jp.dora(rank=2), jp.kasa(rank=2))]
+
+
+@pytest.mark.parametrize("name, adapter", [(n, everything()) for n in SCALED] + PAPERS)
 def test_a_kernel_times_an_array(name, adapter, x, keys):
     fn, shape, roles = SCALED[name]
     params = {

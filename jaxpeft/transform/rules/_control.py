@@ -68,7 +68,7 @@ class _Carry:
         self.start = (jnp.zeros((), jnp.int32) if drops else None), arrays
 
     def full(self, state) -> list:
-        """The carry of a step, or with no step number the one before or after all."""
+        """All of the carry at a step; with no step number, before or after the loop."""
         step, carry = state[0], list(state[1])
         for i, w in self.kernels.items():
             carry.insert(i, _at_step(w, step))
