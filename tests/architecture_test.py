@@ -23,7 +23,7 @@ ORDER = [
     ["mixtures"],
     ["models"],
     ["interop"],
-    ["data", "training"],
+    ["data", "training", "testing"],
     ["serving"],
     ["runs"],
     ["study"],

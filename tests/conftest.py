@@ -1,21 +1,10 @@
 """Strict settings for every test: eight CPU devices, no silent promotion."""
 
-import importlib.metadata
 import inspect
 import os
+import sys
 import typing
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8"
-    # Most of the tests' time is the compiler's, and most of that LLVM's. The programs'
-    # HLO, and so every count of operations and bytes, is the same without its passes.
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    # Without these a program compiles in half the time; later versions need them.
-    + " --xla_cpu_use_fusion_emitters=false"
-    * importlib.metadata.version("jaxlib").startswith("0.10."),
-)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -23,11 +12,6 @@ import beartype
 import jax
 import jaxtyping
 import pytest
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent bf16/f32 mix
-jax.config.update("jax_numpy_rank_promotion", "raise")  # no silent broadcasting
-jax.config.update("jax_debug_key_reuse", True)  # sees typed keys only
-jax.config.update("jax_default_matmul_precision", "highest")
 
 _jaxtyped = jaxtyping.jaxtyped
 _plainly = beartype.beartype(
@@ -61,6 +45,15 @@ def _checked(fn=None, **options):
 
 
 jaxtyping.jaxtyped = _checked  # before anything of the library is imported
+
+# The contract suite ships with the library, and its assertions tell what they compared,
+# as those of tests do: pytest's import hook takes it before jaxtyping's.
+pytest.register_assert_rewrite("jaxpeft.testing")
+sys.meta_path.sort(key=lambda finder: type(finder).__name__ != "AssertionRewritingHook")
+
+from jaxpeft.testing import use_strict_settings  # noqa: E402
+
+use_strict_settings()
 
 
 class Keys:

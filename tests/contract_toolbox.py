@@ -1,147 +1,20 @@
-"""A small net and what the contract suite does with it for each method."""
+"""The net of the contract suite, and its methods, for tests beside the suite."""
 
-import functools
-import inspect
+from jaxpeft import adapters
+from jaxpeft.testing._net import AXES as AXES
+from jaxpeft.testing._net import KERNELS as KERNELS
+from jaxpeft.testing._net import RANK as RANK
+from jaxpeft.testing._net import D as D
+from jaxpeft.testing._net import accepts as accepts
+from jaxpeft.testing._net import at_init as at_init
+from jaxpeft.testing._net import constructor as constructor
+from jaxpeft.testing._net import make as make
+from jaxpeft.testing._net import make_params as make_params
+from jaxpeft.testing._net import moved as moved
+from jaxpeft.testing._net import net as net
+from jaxpeft.testing._net import nodes as nodes
+from jaxpeft.testing._net import replaces_kernel as replaces_kernel
+from jaxpeft.testing._net import same_bits as same_bits
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from adapt_toolbox import numbers, perturb
-from jax import lax
-
-import jaxpeft as jp
-
-PUBLIC = [n for n in dir(jp.adapters) if not n.startswith("_")]
-METHODS = sorted(n for n in PUBLIC if callable(getattr(jp.adapters, n)))
-D, F, L = 16, 24, 2
-KERNELS = ["dense", "heads", "up", "down"]
-AXES = {
-    "heads": "in out out",
-    "layers/up": "layer in out",
-    "layers/down": "layer in out",
-}
-RANK = 3  # a method's default may not fit kernels this small
-# Options that must fit the net, and keep mixtures small: it has no numbered layers.
-SMALL = {"rank": RANK, "experts": 3, "domains": ("one", "two"), "rank_universal": 4}
-
-
-def layer(x, p):
-    y = jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"][None])
-    return x + y @ p["down"]["kernel"] + p["down"]["bias"][None], None
-
-
-def net(params, x, *, remat=False):
-    """A plain kernel, one with heads, and a scanned stack with biases beside it."""
-    y = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
-    y = jnp.einsum("td,dhe->the", jnp.tanh(y), params["heads"]["kernel"])
-    y = y + params["heads"]["bias"][None]
-    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    return lax.scan(body, y.reshape(x.shape[0], D), params["layers"])[0]
-
-
-def unrolled(params, x):
-    stack = params["layers"]
-    layers = [stack[f"layer_{i}"] for i in range(L)]
-    flat = {n: v for n, v in params.items() if n != "layers"}
-    y = net(flat | {"layers": jax.tree.map(lambda w: w[None], layers[0])}, x)
-    for p in layers[1:]:
-        y, _ = layer(y, p)
-    return y
-
-
-def make_params(dtype=jnp.float32):
-    weight = lambda seed, *s: {"kernel": numbers(*s, seed=seed, scale=s[-2] ** -0.5)}
-    bias = lambda seed, *s: {"bias": numbers(*s, seed=seed)}
-    tree = {
-        "dense": weight(1, D, F) | bias(2, F),
-        "heads": weight(3, F, 4, D // 4) | bias(6, 4, D // 4),
-        "layers": {
-            "up": weight(4, L, D, F) | bias(7, L, F),
-            "down": weight(5, L, F, D) | bias(8, L, D),
-        },
-    }
-    return jax.tree.map(lambda w: w.astype(dtype), tree)
-
-
-def constructor(name):
-    return getattr(jp.adapters, name)
-
-
-def options_of(name):
-    return tuple(inspect.signature(constructor(name)).parameters)
-
-
-def accepts(name, *options):
-    return set(options) <= set(options_of(name))
-
-
-def make(name, **options):
-    """The method at its defaults, but for sizes that fit these small kernels."""
-    small = {option: value for option, value in SMALL.items() if accepts(name, option)}
-    return constructor(name)(**(small | options))
-
-
-def attach(params, name, key, adapter=None, **kwargs):
-    run = lambda p, k: jp.attach(
-        p, adapter or make(name), KERNELS, key=k, axes=AXES, **kwargs
-    )
-    return jax.jit(run)(params, key)
-
-
-@functools.cache
-def at_init(name):
-    return attach(make_params(), name, jax.random.key(11))
-
-
-@functools.cache
-def moved(name):
-    return perturb(at_init(name), scale=0.1)
-
-
-def folded(adapted, x):
-    """The net on the merged tree; of a method that has none, on its own in float64.
-
-    What depends on the input has no merged kernel to be compared with: its own tests
-    compare it with a loop over tokens and experts.
-    """
-    if jp.mergeable(adapted):
-        return net(jp.merge(adapted), x)
-    with jax.enable_x64(True):
-        floating = lambda v: jnp.issubdtype(v.dtype, jnp.floating)
-        wide = lambda v: v.astype("float64") if floating(v) else v
-        tree, x = jax.tree.map(wide, (adapted, x))
-        return jp.adapt(net)(tree, x)
-
-
-def loss(trainable, frozen, x, fn=net):
-    adapted = jp.combine(trainable, frozen)
-    penalty = jp.penalty(adapted)
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    y = jp.adapt(fn)(adapted, x).astype(wide)
-    return jnp.mean(y**2) + penalty.astype(wide)
-
-
-value_and_grad = jax.jit(jax.value_and_grad(loss))
-
-
-def nodes(tree):
-    is_node = lambda n: isinstance(n, jp.tree.AdaptedKernel)
-    return [n for n in jax.tree.leaves(tree, is_leaf=is_node) if is_node(n)]
-
-
-def node_in(tree, *modules):
-    """The adapted leaf of a module: its kernel, for some methods its bias."""
-    for module in modules:
-        tree = tree[module]
-    return max(nodes(tree), key=lambda node: len(node.site.roles))
-
-
-def replaces_kernel(node):
-    """Whether the method trains the kernel itself: then arrays of its shape exist."""
-    return jax.eval_shape(lambda: jp.tree._lift.lifted_factors(node)).kernel is not None
-
-
-def same_bits(x, y):
-    assert jax.tree.structure(x) == jax.tree.structure(y)
-    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
-        assert a.dtype == b.dtype and np.array_equal(a, b)
+PUBLIC = [n for n in dir(adapters) if not n.startswith("_")]
+METHODS = sorted(n for n in PUBLIC if callable(getattr(adapters, n)))

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 # Modules that are of another extra than "train" in pyproject.toml.
-EXTRAS = {"reasoning_gym": "reasoning"}
+EXTRAS = {"pytest": "testing", "reasoning_gym": "reasoning"}
 
 
 @contextlib.contextmanager
