@@ -42,7 +42,7 @@ def make_update(
         adapted = jp.with_dropout(adapted, keys.adapter, leaves_key=keys.leaves)
         outputs, seen = forward(adapted, batch, keys.model)
         values, weights = task_loss(outputs, batch)
-        return values, weights, mixtures.auxiliary(adapted, seen)["penalty"]
+        return values, weights, jp.tree.seen_penalty(adapted, seen)
 
     # The mean over the rows of all micro-batches, and once a step the methods' own
     # penalty, which is no sum over rows.
