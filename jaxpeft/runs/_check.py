@@ -1,5 +1,6 @@
 """What a run asks for, tried on shapes before weights or data are read."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,9 @@ def rehearse(
 
     def make() -> None:  # here keys are traced: they need no program either
         keys = jax.random.split(jax.random.key(0))
-        made.append(attach(config, model, shapes, keys, ranks))
+        with warnings.catch_warnings():  # what is warned of, the run itself will say
+            warnings.simplefilter("ignore")
+            made.append(attach(config, model, shapes, keys, ranks))
 
     if config.start:  # a saved adapter draws nothing, and its values are looked at
         make()

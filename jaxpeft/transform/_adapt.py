@@ -112,7 +112,7 @@ def adapt(
     return wrapped
 
 
-def _call(fn, unsupported: str, taps: Tap | str | None):
+def _call(fn, unsupported: Literal["error", "materialise"], taps: Tap | str | None):
     """The jitted call; one for a model's method, however often it is adapted.
 
     ``model.apply`` is a new object each time, and compiling anew each time would be a
@@ -127,7 +127,7 @@ def _call(fn, unsupported: str, taps: Tap | str | None):
     return _compiled(fn, unsupported, taps)
 
 
-def _compiled(fn, unsupported: str, taps: Tap | str | None):
+def _compiled(fn, unsupported: Literal["error", "materialise"], taps: Tap | str | None):
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def call(static: "Static", target: str, arrays: list):

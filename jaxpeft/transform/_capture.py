@@ -100,7 +100,7 @@ def capture(
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def call(static, target: str, arrays: list):
         (params, *rest), kwargs = static.whole(arrays)
-        found = axes
+        found = axes or {}
         if axes is None:
             found = infer_axes(lambda p, *args: fn(p, *args, **kwargs), params, *rest)
         watched, sites = _watched(params, targets, exclude, found, axes is None)

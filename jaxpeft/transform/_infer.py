@@ -38,6 +38,11 @@ class _Track(Kernel):
         names = tuple(_Origins([(path, i)]) for i in range(base.ndim))
         return cls(base, Factors(), None, None, None, names, path)
 
+    @property
+    def origins(self) -> tuple[_Origins, ...]:
+        """What stands in place of roles."""
+        return tuple(r for r in self.roles if isinstance(r, _Origins))
+
     def grown(self, role=None):
         return role or _Origins(())
 
@@ -52,7 +57,7 @@ class _Track(Kernel):
     def assigned(self, words, eqn: Equation, first=False) -> Kernel:
         use = "looked up" if first else "contracted"
         by_path: dict[str, dict[int, str]] = {}
-        for origins, word in zip(self.roles, words, strict=True):
+        for origins, word in zip(self.origins, words, strict=True):
             for path, axis in origins.axes:
                 by_path.setdefault(path, {}).setdefault(axis, word)
         for path, roles in by_path.items():
@@ -70,7 +75,7 @@ class _Track(Kernel):
         # ``vmap`` leaves no trace in the numbers where only the kernel is mapped.
         # A mapped axis that the input lacks is kept like an out axis. It stands in
         # front of the summed ones in the kernel, and the out axes behind them.
-        order = sorted(range(len(words)), key=lambda i: self.roles[i].axes)
+        order = sorted(range(len(words)), key=lambda i: self.origins[i].axes)
         if "vmap" in str(eqn.raw.source_info.name_stack):
             if words[order[0]] == OUT and words[order[-1]] == OUT:
                 words[order[0]] = BATCH

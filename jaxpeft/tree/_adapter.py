@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array
@@ -242,13 +243,13 @@ def is_named(adapter: Adapter) -> bool:
     """Whether an adapter's name and options give it again, as files rely on."""
     constructor = _METHODS.get(adapter.name)
     made_by = getattr(constructor, "__wrapped__", None)
-    if made_by is None or made_by is not adapter.options.constructor:
+    if constructor is None or made_by is not adapter.options.constructor:
         return False
     return constructor(**adapter.options) is adapter
 
 
 def method(
-    constructor: Callable[..., Adapter] | None = None,
+    constructor: FunctionType | None = None,
     *,
     numbers: tuple[str, ...] = (),
     drawn: tuple[str, ...] = (),
@@ -315,7 +316,7 @@ def method(
 
 
 def cached(
-    constructor: Callable[..., Adapter],
+    constructor: FunctionType,
     numbers: tuple[str, ...] = (),
     drawn: tuple[str, ...] = (),
 ) -> Callable[..., Adapter]:

@@ -124,7 +124,8 @@ def joined_layers(each: list, kernel, *, adapter: Adapter, roles, ranks):
 
 
 def _stacked_parts(each: list[tuple[dict, dict]]) -> tuple[dict, dict]:
-    return tuple(map(_stacked, zip(*each, strict=True)))
+    frozen, trainable = zip(*each, strict=True)
+    return _stacked(frozen), _stacked(trainable)
 
 
 def _in_place(parts, kernel, adapter: Adapter, roles, ranks):

@@ -8,7 +8,7 @@ and to the factors alike.
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jaxpeft.tree._lift import dims_of, layer_leaves, lifted_factors
 from jaxpeft.tree._node import AdaptedKernel, trailing, wider
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, Term
+
+_BoundT = TypeVar("_BoundT", bound="Bound")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -73,7 +75,7 @@ class Bound:
     def roles(self) -> tuple[str, ...]:
         return trailing(self.names, self.base.ndim)
 
-    def replace(self, **changes) -> "Bound":
+    def replace(self: _BoundT, **changes) -> _BoundT:
         return dataclasses.replace(self, **changes)
 
     def dims(self, role: str) -> tuple[int, ...]:

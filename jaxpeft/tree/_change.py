@@ -137,7 +137,8 @@ def refolded(node: AdaptedKernel, sign: float = 1.0):
     Computed in float32 (float64 over float64), and not cast back.
     """
     kernel = to_matrices(node.base, node.roles).astype(working_dtype(node.base.dtype))
-    for term in jax.vmap(node.adapter.folded)(layer_leaves(node)[0]):
+    folded = node.adapter.folded
+    for term in () if folded is None else jax.vmap(folded)(layer_leaves(node)[0]):
         product = jnp.matmul(term.a, term.b, precision="highest").astype(kernel.dtype)
         kernel = kernel + jnp.asarray(sign, kernel.dtype) * product
     return from_matrices(kernel, node.base.shape, node.roles)

@@ -4,7 +4,7 @@ import argparse
 import sys
 import traceback as tracebacks
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxpeft.numerics import import_message
 
@@ -19,11 +19,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, default=False, **options):
         """As argparse's; ``default`` is that of ``--traceback``."""
-        options = {
+        usual: dict[str, Any] = {
             "formatter_class": argparse.RawDescriptionHelpFormatter,
             "allow_abbrev": False,
-        } | options
-        super().__init__(**options)
+        }
+        super().__init__(**(usual | options))
         self.add_argument(
             "--traceback",
             action="store_true",

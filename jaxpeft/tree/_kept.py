@@ -46,7 +46,7 @@ def take_components(
     for layer, each in enumerate(kept):
         index[layer, : len(each)], real[layer, : len(each)] = each, True
     batch, parts = site.roles.count(BATCH), []
-    top = max(site.ranks)
+    top = max(site.ranks or (0,))
     axes = leaf_axes(node.adapter, top)
     for part, names in zip((node.frozen, node.trainable), axes, strict=True):
         leaves = {}

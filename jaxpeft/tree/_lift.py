@@ -79,7 +79,8 @@ def shared_names(adapter: Adapter) -> tuple[str, ...]:
     """Names of the frozen leaves that all sites of an adapter have in common."""
     if adapter.shared is None:
         return ()
-    probe = lambda key: adapter.shared(key, 2, 2, adapter.where.rank, jnp.float32)
+    shared = adapter.shared
+    probe = lambda key: shared(key, 2, 2, adapter.where.rank, jnp.float32)
     return tuple(jax.eval_shape(lambda: probe(jax.random.key(0))))
 
 
@@ -210,21 +211,21 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
     """Each layer's own ``(frozen, trainable)``, two-dimensional, without padding."""
     parts = layer_leaves(node)
     layers, d_in, d_out = matrix_shape(node.base.shape, node.roles)
-    if layers != len(node.site.ranks):
+    ranks = node.site.ranks or ()
+    if layers != len(ranks):
         raise ValueError(
-            f"site {node.site.path!r} was attached to {len(node.site.ranks)} layers of "
+            f"site {node.site.path!r} was attached to {len(ranks)} layers of "
             f"unequal sizes and now has {layers}: which ones they are is not known. "
             "Take penalties and counts of the whole stack."
         )
     result = []
-    for i, (adapter, rank) in enumerate(_methods(node, node.site.ranks)):
+    for i, (adapter, rank) in enumerate(_methods(node, ranks)):
         shapes = init_shapes(adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
-        result.append(
-            tuple(
-                {n: p[n][i][tuple(slice(s) for s in x.shape)] for n, x in like.items()}
-                for p, like in zip(parts, shapes, strict=True)
-            )
+        frozen, trainable = (
+            {n: p[n][i][tuple(slice(s) for s in x.shape)] for n, x in like.items()}
+            for p, like in zip(parts, shapes, strict=True)
         )
+        result.append((frozen, trainable))
     return result
 
 
@@ -234,7 +235,7 @@ def per_layer(node: AdaptedKernel, f):
     Layers of rank 0 are left out.
     """
     if padded(node):
-        each = zip(node.site.ranks, unpadded_layers(node), strict=True)
+        each = zip(node.site.ranks or (), unpadded_layers(node), strict=True)
         each = [f(*leaves) for rank, leaves in each if rank]
         return jax.tree.map(lambda *x: jnp.stack(x), *each)
     return jax.vmap(f)(*layer_leaves(node))

@@ -90,7 +90,7 @@ def _scales(node: AdaptedKernel, alpha: Any) -> dict[str, Array]:
 
 
 def _ranks(node: AdaptedKernel) -> tuple[int, ...]:
-    return node.site.ranks[: matrix_shape(node.base.shape, node.roles)[0]]
+    return (node.site.ranks or ())[: matrix_shape(node.base.shape, node.roles)[0]]
 
 
 def alphas_of(node: AdaptedKernel) -> tuple[float, ...] | None:
@@ -101,10 +101,12 @@ def alphas_of(node: AdaptedKernel) -> tuple[float, ...] | None:
     scales = node.frozen.get("scale")
     if node.adapter.where.alpha is None or not is_concrete(scales):
         return None
-    scales = np.asarray(jax.device_get(scales)).reshape(-1)
+    scales, ranks = np.asarray(jax.device_get(scales)).reshape(-1), node.site.ranks
+    if ranks is None or len(scales) != len(ranks):
+        return None  # adapters that were stacked
     return tuple(
         alpha_of(node.adapter, rank, scale) if rank else 0.0
-        for rank, scale in zip(node.site.ranks, scales, strict=True)
+        for rank, scale in zip(ranks, scales, strict=True)
     )
 
 
@@ -124,7 +126,7 @@ def options_of(node: AdaptedKernel) -> dict[str, Any]:
     options = dict(node.adapter.options)
     for name in node.adapter.options.numbers:
         leaf = node.frozen.get(name)
-        if not is_concrete(leaf):
+        if leaf is None or not is_concrete(leaf):
             continue
         own = leaf.shape[node.roles.count(BATCH) :]  # one number, or several
         each = np.asarray(jax.device_get(leaf)).reshape(-1, *own)

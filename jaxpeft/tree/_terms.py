@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 from jax.tree_util import Partial
@@ -13,12 +13,16 @@ BATCH, IN, OUT = "batch", "in", "out"
 RANK, SLOT = "rank", "slot"
 
 
+_T = TypeVar("_T")
+
+
 def _along(*axes: str, default: Any = dataclasses.MISSING) -> Any:
     """A field whose arrays have these axes, then any of their own."""
     return dataclasses.field(default=default, metadata={"axes": axes})
 
 
-def _record(cls: type) -> type:
+@dataclass_transform(frozen_default=True, field_specifiers=(_along,))
+def _record(cls: type[_T]) -> type[_T]:
     """A frozen dataclass and pytree; fields that declare no axes are static."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)

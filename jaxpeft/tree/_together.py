@@ -124,7 +124,8 @@ def several(parts: tuple[Part, ...]) -> Adapter:
 
     def folded(frozen):
         (part,) = parts
-        return part.adapter.folded(part.own(frozen))
+        terms = part.adapter.folded
+        return () if terms is None else terms(part.own(frozen))
 
     first = parts[0].adapter
     return Adapter(

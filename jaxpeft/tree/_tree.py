@@ -227,7 +227,9 @@ def _over_sites(each: list[tuple[str, Adapter, Array]]) -> Array:
 def _of_seen(node: AdaptedKernel, seen: Any) -> Array:
     """The penalty of what a site's gate reported, for each layer and each use."""
     frozen = {name: x[0] for name, x in layer_leaves(node)[0].items()}
-    return jnp.ravel(node.adapter.penalty.of_seen(frozen, seen))
+    of_seen = node.adapter.penalty.of_seen
+    assert of_seen is not None, "sites without one are left out"
+    return jnp.ravel(of_seen(frozen, seen))
 
 
 def count(adapted: PyTree) -> tuple[int, int]:
@@ -255,7 +257,8 @@ def trainable_size(node: AdaptedKernel) -> int:
         return sum(map(trainable_size, parts_of(node).values()))
     if not padded(node):
         return sum(math.prod(x.shape) for x in node.trainable.values())
-    layers = zip(node.site.ranks, jax.eval_shape(unpadded_layers, node), strict=True)
+    each = jax.eval_shape(unpadded_layers, node)
+    layers = zip(node.site.ranks or (), each, strict=True)
     return sum(
         math.prod(x.shape) for rank, (_, part) in layers if rank for x in part.values()
     )

@@ -4,7 +4,6 @@ Every rule here computes the model's own contraction with the base, as the model
 wrote it, and adds two thin ones.
 """
 
-import dataclasses
 import functools
 import math
 import operator
@@ -28,7 +27,7 @@ from jaxpeft.transform._thin import (
     shown,
 )
 from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
-from jaxpeft.tree import BATCH, IN, OUT, Term, wider
+from jaxpeft.tree import BATCH, IN, OUT, Rows, Term, wider
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
@@ -167,17 +166,15 @@ def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
             "rows of its input choose an adapter, but here the input's first axis is "
             "no row, or the kernel is a stack"
         )
-    count, rank = term.rows.scale.shape[-1], term.a.shape[-1]
+    chosen = term.rows
+    assert chosen is not None, "a term without rows adds the same to all"
+    count, rank = chosen.scale.shape[-1], term.a.shape[-1]
+    index = chosen.index.reshape(-1)
     flat_term = Term(
         term.a.reshape(count, -1, rank),
         term.b.reshape(count, rank, -1),
-        rows=dataclasses.replace(
-            term.rows,
-            scale=term.rows.scale.reshape(count),
-            index=term.rows.index.reshape(-1),
-        ),
+        rows=Rows(index, chosen.scale.reshape(count), chosen.how),
     )
-    index = flat_term.rows.index
     check_rows(index, x.shape, w.path)
     rows = x.shape[0]
     tokens = math.prod(x.shape[i] for _, i in rest[1:])
@@ -210,7 +207,7 @@ def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
             continue
         if h is None:
             h = down(dropped(x, w, term, uses), term.a)
-        if term.gated:
+        if term.gate is not None and term.gate.apply is not None:
             h = gated(term.gate.apply, seen, h, len(w.dims(BATCH)))
         changes.append(up(h, term.b))
     return changes
@@ -230,7 +227,7 @@ def finish(y, changes: list, o=None, spread=None):
         delta = functools.reduce(operator.add, changes)
         wide = wider(dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
-    if o is not None:
+    if o is not None and spread is not None:
         y = checkpoint_name(y, UNSCALED)
         y = times(y, spread(o))
     return y.astype(dtype)
@@ -264,10 +261,11 @@ def record(uses: Uses, w: Kernel, x, x_labels, batch, ins, known: list[Read]):
                     report = jax.vmap(report)
                 uses.record(w.path, report(term.gate.report, seen))
         return
-    if w.leaves is None:
+    tap = uses.tap
+    if w.leaves is None or not callable(tap):
         return
     rows, present = _rows(x, x_labels, batch, ins)
-    apply = lambda x, leaves: uses.tap(x, *leaves)
+    apply = lambda x, leaves: tap(x, *leaves)
     for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
         in_axes = (0 if here else None, 0)
         apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)

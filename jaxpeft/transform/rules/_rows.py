@@ -78,8 +78,9 @@ def row_changes(term: Term, x, precision):
         ``[rows, tokens, d_out]``, float32 or wider. Rows of slot 0 hold anything; rows
         whose index is no slot are NaN.
     """
-    a, b, how = term.a, term.b, term.rows.how
-    scale, index = term.rows.scale, term.rows.index
+    a, b, rows = term.a, term.b, term.rows
+    assert rows is not None, "a term without rows adds the same to all"
+    how, scale, index = rows.how, rows.scale, rows.index
     if how != "taken":
         index, scale = _checked(scale, index)
     if how == "gather":
@@ -103,9 +104,11 @@ def looked_up_changes(term: Term, index_ndim: int):
         ``[*index, *out]``, float32 or wider. Rows of slot 0 hold anything; rows whose
         index is no slot are NaN.
     """
-    a, b, scale, slot = term.a, term.b, term.rows.scale, term.rows.index
+    a, b, chosen = term.a, term.b, term.rows
+    assert chosen is not None, "a term without rows adds the same to all"
+    scale, slot = chosen.scale, chosen.index
     rows, index, out = len(slot), a.shape[:index_ndim], b.shape[2:]
-    if term.rows.how == "taken":  # a slot is a row's own
+    if chosen.how == "taken":  # a slot is a row's own
         slot = jnp.arange(rows)
     else:
         slot, scale = _checked(scale, slot)
