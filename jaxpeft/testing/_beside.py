@@ -17,18 +17,14 @@ from jaxpeft.numerics import optional
 from jaxpeft.testing._compare import CLOSE, FAR, distance, numbers, perturb
 from jaxpeft.testing._net import (
     AXES,
-    KERNELS,
     RANK,
     D,
     F,
     accepts,
-    at_init,
     make,
     make_params,
-    net,
     nodes,
     same_bits,
-    value_and_grad,
 )
 from jaxpeft.transform import adapt
 from jaxpeft.tree import (
@@ -51,11 +47,13 @@ with optional("Contract tests"):
     import pytest
 
 NAME = "other"
+TARGETS = ["dense", "heads", "up"]  # a plain kernel, one with heads, and a stack
+DROPOUT = {"dropout": 0.5}  # on under a key alone
 
 
 @pytest.fixture
-def x():
-    return numbers(8, D, seed=9)
+def inputs():
+    return numbers(8, D, seed=9), numbers(8, F, seed=10)
 
 
 @pytest.fixture
@@ -65,72 +63,82 @@ def params():
 
 def each(params, x, wide):
     """What every kernel and bias makes of one input: there, changes add up."""
-    dense, heads = params["dense"], params["heads"]
+    dense, heads, up = params["dense"], params["heads"], params["layers"]["up"]
+    layer = lambda carry, p: (carry, x @ p["kernel"] + p["bias"][None])
+    return {
+        "dense": x @ dense["kernel"] + dense["bias"][None],
+        "heads": jnp.einsum("tf,fhe->the", wide, heads["kernel"]) + heads["bias"][None],
+        "up": lax.scan(layer, None, up)[1],
+    }
 
-    def layer(carry, p):
-        up = x @ p["up"]["kernel"] + p["up"]["bias"][None]
-        return carry, (up, wide @ p["down"]["kernel"] + p["down"]["bias"][None])
 
-    return (
-        x @ dense["kernel"] + dense["bias"][None],
-        jnp.einsum("tf,fhe->the", wide, heads["kernel"]) + heads["bias"][None],
-        lax.scan(layer, None, params["layers"])[1],
+def put(adapter, name="default"):
+    return lambda params, key: attach(
+        params, adapter, TARGETS, key=key, axes=AXES, name=name
     )
-
-
-def put(adapter, name="default", seed=3):
-    put_ = lambda params, key: attach(
-        params, adapter, KERNELS, key=key, axes=AXES, name=name
-    )
-    return lambda params: jax.jit(put_)(params, jax.random.key(seed))
 
 
 @functools.cache
-def beside(name, dropout=0.0):
+def first_alone():
+    start = jax.jit(put(adapters.lora(rank=RANK, **DROPOUT)))
+    return start(make_params(), jax.random.key(3))
+
+
+@functools.cache
+def alone_of(name):
+    """The method by itself: shapes, and its structure."""
+    adapter = make(name, **(DROPOUT if accepts(name, *DROPOUT) else {}))
+    return adapter, jax.eval_shape(put(adapter), make_params(), jax.random.key(0))
+
+
+@functools.cache
+def beside(name):
     """The method under its name beside a LoRA, or ``None`` once it is refused."""
-    dropped = {"dropout": dropout} if accepts(name, "dropout") else {}
-    first = put(adapters.lora(rank=RANK, dropout=dropout))(make_params())
-    add = put(make(name, **dropped), NAME, seed=4)
-    taken = {node.site.path for node in nodes(first)}
-    alone = [node for node in nodes(at_init(name)) if node.site.path in taken]
-    if all(map(only_adds, alone)):
-        return add(first)
+    adapter, alone = alone_of(name)
+    taken = {node.site.path for node in nodes(first_alone())}
+    meet = [node for node in nodes(alone) if node.site.path in taken]
+    add = lambda: jax.jit(put(adapter, NAME))(first_alone(), jax.random.key(4))
+    if all(map(only_adds, meet)):
+        return add()
     with pytest.raises(ValueError, match=f"'{NAME}', '{name}'.*cannot share a kernel"):
-        add(first)
+        add()
     return None
 
 
 def only_adds(node):
     """Whether all that the method does to a kernel is to add thin products."""
-    factors = jax.eval_shape(lambda: lifted_factors(node))
+    factors = jax.eval_shape(lifted_factors, node)
     rest = factors.c, factors.o, factors.kernel, node.adapter.folded
     return node.adapter.where.leaf == "kernel" and all(r is None for r in rest)
 
 
-def test_beside_another_both_train(name, params, x):
+def test_beside_another_both_train(name, params, inputs):
     if (start := beside(name)) is None:
         return
     trainable, frozen = partition(start)
     same_bits(combine(trainable, frozen), start)
     optimizer, values = optax.adam(1e-2), []
-    state = optimizer.init(trainable)
-    for _ in range(3):
-        value, gradient = value_and_grad(trainable, frozen, x)
+
+    def loss(trainable, frozen):
+        tree = combine(trainable, frozen)
+        squares = jax.tree.map(lambda y: jnp.mean(y**2), adapt(each)(tree, *inputs))
+        return sum(jax.tree.leaves(squares)) + penalty(tree)
+
+    @jax.jit
+    def step(trainable, frozen, state):
+        value, gradient = jax.value_and_grad(loss)(trainable, frozen)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradient, state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        return optax.apply_updates(trainable, updates), state, value
+
+    state, before = jax.jit(optimizer.init)(trainable), flat(trainable)
+    for _ in range(3):
+        trainable, state, value = step(trainable, frozen, state)
         values.append(float(value))
     assert values[-1] < values[0]
-    for path, leaf in flat(partition(start)[0]).items():
-        assert np.any(np.asarray(flat(trainable)[path] != leaf)), f"{path} stays"
-    end = combine(trainable, frozen)
-    same_bits(detach(end), params)
-    if mergeable(end):
-        end = perturb(end, scale=0.1)
-        assert distance(adapt(net)(end, x), net(merge(end), x)) < CLOSE
-    else:
-        with pytest.raises(ValueError, match="depends on the input"):
-            merge(end)
+    for path, leaf in flat(trainable).items():
+        assert not np.array_equal(leaf, before[path]), f"{path} stays"
+    same_bits(detach(combine(trainable, frozen)), params)
 
 
 def test_beside_another_it_is_saved_and_taken_off(name, params, tmp_path):
@@ -144,29 +152,43 @@ def test_beside_another_it_is_saved_and_taken_off(name, params, tmp_path):
     same_bits(interop.load_adapter(folder, first), tree)
     # Each comes off as if it sat there alone, and goes back.
     alone = graft(params, extract(tree, NAME))
-    assert jax.tree.structure(alone) == jax.tree.structure(at_init(name))
+    assert jax.tree.structure(first) == jax.tree.structure(first_alone())
+    assert jax.tree.structure(alone) == jax.tree.structure(alone_of(name)[1])
     same_bits(graft(first, extract(tree, NAME), name=NAME), tree)
     assert count(tree)[0] == count(first)[0] + count(alone)[0]
-    expected = penalty(first) + penalty(alone)
-    np.testing.assert_allclose(penalty(tree), expected, rtol=1e-6)
 
 
-def test_beside_another_changes_add_up_and_dropout_is_its_own(name, params, x):
-    if (start := beside(name, dropout=0.5)) is None:
+def test_beside_another_changes_add_up_and_dropout_is_its_own(name, params, inputs):
+    if (start := beside(name)) is None:
         return
-    tree, wide = perturb(start, scale=0.1), numbers(8, F, seed=10)
+    tree = perturb(start, scale=0.1)
     first, alone = (graft(params, extract(tree, n)) for n in ("default", NAME))
-    named = graft(params, extract(tree, NAME), name=NAME)
-    base, key = each(params, x, wide), jax.random.key(5)
+    trees = {
+        "both": tree,
+        "first": first,
+        "other": graft(params, extract(tree, NAME), name=NAME),
+        "alone": alone,  # under the name that the first has
+    }
 
-    def change(tree):
-        y = adapt(each)(with_dropout(tree, jax.random.clone(key)), x, wide)
-        return jax.tree.map(jnp.subtract, y, base)
+    @jax.jit
+    def run(trees, key):
+        y = {n: adapt(each)(with_dropout(t, key), *inputs) for n, t in trees.items()}
+        off = adapt(each)(trees["both"], *inputs)
+        merged = each(merge(tree), *inputs) if mergeable(tree) else None
+        return y, off, merged, {n: penalty(t) for n, t in trees.items()}
 
-    total = jax.tree.map(jnp.add, change(first), change(named))
-    assert distance(change(tree), total) < CLOSE
-    assert distance(change(first), total) > FAR
-    assert distance(change(named), total) > FAR
-    # Under the name that it has alone, the key would draw what the other one draws.
-    apart = distance(change(named), change(alone))
-    assert apart > FAR if accepts(name, "dropout") else apart < CLOSE
+    y, off, merged, penalties = run(trees, jax.random.key(5))
+    base = each(params, *inputs)
+    change = {n: jax.tree.map(np.subtract, y[n], base) for n in y}
+    total = jax.tree.map(np.add, change["first"], change["other"])
+    assert distance(change["both"], total) < CLOSE
+    assert distance(change["first"], total) > FAR
+    assert distance(change["other"], total) > FAR
+    # The same key drops other entries for another name.
+    apart = distance(change["other"], change["alone"])
+    assert apart > FAR if accepts(name, *DROPOUT) else apart < CLOSE
+    if merged is not None:
+        assert distance(off, merged) < CLOSE
+    assert mergeable(tree) == mergeable(alone)
+    expected = penalties["first"] + penalties["alone"]
+    np.testing.assert_allclose(penalties["both"], expected, rtol=1e-6)
