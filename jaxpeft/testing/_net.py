@@ -32,7 +32,7 @@ AXES = {
 RANK = 3  # a method's default may not fit kernels this small
 # Options that must fit the net, and keep mixtures small: it has no numbered layers.
 SMALL = {"rank": RANK, "experts": 3, "domains": ("one", "two"), "rank_universal": 4}
-GIVEN: dict[str, Any] = {}  # options that the command was given
+GIVEN: dict[str, Any] = {}  # options that the command was given, see `_plugin`
 
 
 def layer(x, p):
