@@ -138,7 +138,7 @@ def weighted(
         raise ValueError("`adapters` cannot be combined so:\n  " + grouped(problems))
     result = plain[0]
     for adapter in dict.fromkeys(targets.values()):
-        own = {path: ranks[path] for path, its in targets.items() if its is adapter}
+        own = {path: ranks[path] for path, its in targets.items() if its == adapter}
         result = _attached(result, adapter, own, by_path[0])
 
     def filled(node):
@@ -248,7 +248,7 @@ def scaled(
             ``jaxpeft.lora()``; see ``weighted``.
 
     Returns:
-        The adapted tree. Alphas that ``describe`` shows are those of the attachment.
+        The adapted tree. The alphas that ``describe`` shows are t times what they were.
 
     Raises:
         ValueError: ``strength`` is not finite, or the change at a site is not of low
