@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ class Site:
         pattern: the entry of ``targets`` that found this site. It is only told: sites
             that differ in it are equal, and ``jit`` may give back another tree's.
         alphas: of each layer, as they were given; only told, too: the scale is a leaf.
+        each: at a site with several adapters each one's own site, by its name; only
+            told, for the patterns and alphas in it.
     """
 
     path: str
@@ -34,6 +37,7 @@ class Site:
     ranks: tuple[int, ...] | None
     pattern: str = dataclasses.field(default="", compare=False)
     alphas: tuple[float, ...] | None = dataclasses.field(default=None, compare=False)
+    each: Mapping[str, "Site"] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class

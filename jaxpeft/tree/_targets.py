@@ -89,10 +89,10 @@ def choose(
     for path, leaf in leaves:
         if path not in found:
             continue
-        if is_node(leaf) and name in (parts := parts_of(leaf)):
+        if is_node(leaf) and (had := parts_of(leaf).get(name)) is not None:
             raise ValueError(
-                f"site {path!r} already carries {parts[name].adapter.name!r} (attached "
-                f"as {leaf.site.pattern!r}) and is matched again by {found[path]!r}. "
+                f"site {path!r} already carries {had.adapter.name!r} (attached as "
+                f"{had.site.pattern!r}) and is matched again by {found[path]!r}. "
                 "Name other `targets`, leave it out with `exclude`, detach first, or "
                 "give this one a name of its own, attach(..., name='french')."
             )

@@ -17,7 +17,7 @@ import jax
 from jaxpeft.tree._adapter import Adapter, Options, Where
 from jaxpeft.tree._change import structure
 from jaxpeft.tree._lift import number_leaves
-from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._node import AdaptedKernel, Site
 from jaxpeft.tree._terms import Factors
 
 DEFAULT = "default"
@@ -160,10 +160,16 @@ def parts_of(node: AdaptedKernel) -> dict[str, AdaptedKernel]:
             frozen=part.own(node.frozen),
             trainable=part.own(node.trainable),
             adapter=part.adapter,
-            site=dataclasses.replace(node.site, ranks=part.ranks),
+            site=_site_of(part, node.site),
         )
         for part in parts
     }
+
+
+def _site_of(part: Part, site: Site) -> Site:
+    """A part's own site: what is told of it is its own, the rest is the node's."""
+    told = site.each.get(part.name, site)
+    return dataclasses.replace(told, path=site.path, roles=site.roles, ranks=part.ranks)
 
 
 def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
@@ -188,7 +194,9 @@ def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
         frozen=merged("frozen"),
         trainable=merged("trainable"),
         adapter=several(parts),
-        site=dataclasses.replace(first.site, ranks=None),
+        site=dataclasses.replace(
+            first.site, ranks=None, each={name: x.site for name, x in nodes.items()}
+        ),
     )
 
 
@@ -227,7 +235,8 @@ def check_sharing(path: str, methods: Mapping[str, tuple[Adapter, Any]]) -> None
                 f"{[n for n in methods if n != name]}; a method that only adds thin "
                 "products can, such as jaxpeft.lora()"
             )
-        gated += [name] if found.experts else []
+        gates = [term.gate for term in found.factors.terms if term.gate is not None]
+        gated += [name] if any(g.names or g.report is not None for g in gates) else []
     if len(gated) > 1:
         raise ValueError(
             f"site {path!r}: adapters {gated} all have experts, whose gates are "
