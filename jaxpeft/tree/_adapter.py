@@ -106,7 +106,8 @@ class Options(Mapping[str, Any]):
         return (self.constructor, self.scaled) + tuple(
             (n, _is_there(v) if n in self.numbers else v)
             for n, v in self.given
-            if n not in self.drawn and not (n == "alpha" and self.scaled)
+            if n in self.numbers
+            or not (n in self.drawn or (n == "alpha" and self.scaled))
         )
 
     @functools.cached_property
@@ -269,7 +270,8 @@ def method(
             ``Adapter``.
         numbers: names of arguments, beside alpha, that are leaves: the library puts
             each one that is neither ``None`` nor 0 among the frozen leaves, by its own
-            name, and no function but ``init`` may read the argument itself.
+            name, and no function reads the argument itself. Where ``init`` has to,
+            ``drawn`` names the argument, too.
         drawn: names of arguments that only ``init`` reads, such as the width of an
             initial draw. They are told, and not saved, unless they are numbers too.
 

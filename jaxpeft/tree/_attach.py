@@ -172,7 +172,7 @@ def attach(
     _check(adapter, by_path, roles, ranks)
     check_finite({path: by_path[path] for path in paths}, roles)
     methods = site_methods(adapter, by_path, roles)
-    shared = _shared(adapter, by_path, roles, ranks, key)
+    shared = _shared(adapter, by_path, roles, ranks, key, name)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
     made, show = {}, Progress(adapter.name or "adapter", sum(layers))
     for path in paths:
@@ -262,7 +262,7 @@ def _check_none(adapter: Adapter, path: str) -> None:
         )
 
 
-def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
+def _shared(adapter: Adapter, by_path, roles, ranks, key, name) -> dict[str, Any]:
     """The leaves that all sites have in common, made once for the largest of them."""
     if adapter.shared is None:
         return {}
@@ -271,10 +271,10 @@ def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
         adapter.shared,
         d_in=max(d_in for _, d_in, _ in sizes),
         d_out=max(d_out for _, _, d_out in sizes),
-        rank=max(max(r) for r in ranks.values()),
+        rank=max((max(r) for r in ranks.values() if r), default=None),
         dtype=working_dtype(wider(*(by_path[path].dtype for path in roles))),
     )
-    own = site_key(key, f"shared by {adapter.name}")
+    own = site_key(key, f"shared by {adapter.name}", name)
     first = by_path[next(iter(roles))]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.eval_shape(make, own)

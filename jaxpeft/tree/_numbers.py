@@ -74,15 +74,21 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
 def _names(node: AdaptedKernel) -> list[str]:
     """The numbers of a site."""
     options = node.adapter.options
-    scaled = ["alpha"] if node.adapter.where.alpha is not None else []
+    has_alpha = node.adapter.where.alpha is not None
+    scaled = ["alpha"] if has_alpha and any(map(_is_scale, node.frozen)) else []
     return scaled + [n for n in options.numbers if n in node.frozen]
+
+
+def _is_scale(name: str) -> bool:
+    """Whether a frozen leaf is proportional to alpha, by its name."""
+    return name.startswith("scale")
 
 
 def _scales(node: AdaptedKernel, alpha: Any) -> dict[str, Array]:
     """The leaves that are proportional to alpha, for a new one."""
     made = {}
     for name, like in node.frozen.items():
-        if name.startswith("scale"):
+        if _is_scale(name):
             units = np.array([unit_scale(node.adapter, r, name) for r in _ranks(node)])
             units = jnp.asarray(units.reshape(like.shape), like.dtype)
             made[name] = jnp.asarray(alpha, like.dtype) * units

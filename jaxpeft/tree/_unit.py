@@ -1,6 +1,7 @@
 """What a method makes of alpha."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ def _scales(adapter: Adapter, rank: int, alphas):
     """The leaves that are proportional to alpha, for several of them."""
 
     def one(alpha):
-        kernel = jnp.eye(rank + 1, dtype=alphas.dtype)
+        # Larger than the rank, and of a size that blocks and groups divide.
+        kernel = jnp.eye(math.lcm(2 * rank, 48), dtype=alphas.dtype)
         frozen, _ = adapter.init(jax.random.key(0), kernel, rank, alpha)
         return {name: x for name, x in frozen.items() if name.startswith("scale")}
 
