@@ -32,8 +32,9 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
         The tree with other leaves.
 
     Raises:
-        ValueError: no site has such a number, or it is not finite. One that was exactly
-            0 or ``None`` when the adapter was made is not there.
+        ValueError: no site has such a number, or it is not finite or of another shape
+            than a site's. One that was exactly 0 or ``None`` when the adapter was made
+            is not there.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -55,6 +56,9 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
     for name, value in numbers.items():
         if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
             raise ValueError(f"`{name}` must be finite, got {value}")
+    for part in parts:
+        for name in numbers.keys() & _names(part):
+            _check_shape(part, name, np.shape(numbers[name]))
 
     def change(node):
         if is_several(node):
@@ -65,10 +69,26 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
                 frozen |= _scales(node, value)
             elif name in frozen:
                 like = frozen[name]
+                value = jnp.asarray(value)
                 frozen[name] = jnp.broadcast_to(value, like.shape).astype(like.dtype)
         return node.replace(frozen=frozen)
 
     return map_nodes(change, adapted)
+
+
+def _check_shape(node: AdaptedKernel, name: str, shape: tuple[int, ...]) -> None:
+    """Raises unless a site's number may have a value of this shape."""
+    own = () if name == "alpha" else node.frozen[name].shape[_batch(node) :]
+    if shape not in ((), own):
+        allowed = f"{own[0]} numbers or one" if own else "one number"
+        raise ValueError(
+            f"`{name}` must be {allowed} at site {node.site.path!r}, got shape "
+            f"{list(shape)}"
+        )
+
+
+def _batch(node: AdaptedKernel) -> int:
+    return node.roles.count(BATCH)
 
 
 def _names(node: AdaptedKernel) -> list[str]:
@@ -134,7 +154,7 @@ def options_of(node: AdaptedKernel) -> dict[str, Any]:
         leaf = node.frozen.get(name)
         if leaf is None or not is_concrete(leaf):
             continue
-        own = leaf.shape[node.roles.count(BATCH) :]  # one number, or several
+        own = leaf.shape[_batch(node) :]  # one number, or several
         each = np.asarray(jax.device_get(leaf)).reshape(-1, *own)
         if (each != each[0]).any():
             raise ValueError(
