@@ -181,7 +181,11 @@ def domain_mixture(
             f"`top_k` is {router.top_k}, but only {len(columns)} experts are routed; "
             "add domains or lower it."
         )
-    names = _trained(stage, columns, domains)
+    if router.std is None:
+        raise ValueError(
+            f"`router_std` of {name} must be a number; write {name}(router_std=0.02)."
+        )
+    names, std = _trained(stage, columns, domains), router.std
 
     def init(key, kernel, rank, alpha):
         if rank < 1:
@@ -198,8 +202,8 @@ def domain_mixture(
             leaves[f"a.{expert}"] = bound * u[: d * r].reshape(d, r)
             leaves[f"b.{expert}"] = jnp.zeros((r, d_out), kernel.dtype)
             if expert in columns:
-                std = jnp.asarray(math.sqrt(2) * router.std, kernel.dtype)
-                leaves[f"router.{expert}"] = std * jax.lax.erf_inv(u[most:])[:, None]
+                width = jnp.asarray(math.sqrt(2) * std, kernel.dtype)
+                leaves[f"router.{expert}"] = width * jax.lax.erf_inv(u[most:])[:, None]
         trainable = {n: leaves.pop(n) for n in names}
         if alpha is not None:
             one = lambda r: jnp.asarray(alpha / r, kernel.dtype)

@@ -173,7 +173,8 @@ def mixture(
             gate = dataclasses.replace(gate, reads=leaves["router"], report=report)
         fixed = tuple(map(bool, gates)) if gates is not None else (True,) * (n == 1)
         if rows is None and fixed:
-            pair = _fixed(a, b, fixed, frozen.get("gates"), shared_a)
+            weights = frozen["gates"] if any(gates or ()) else None
+            pair = _fixed(a, b, fixed, weights, shared_a)
             return Factors((Term(*pair, drop=drop, gate=gate),))
         rule = router.rule if rows is None else None
         apply = _apply(rule, shared_a, (rank,) * n)
