@@ -130,7 +130,7 @@ def expand_leaf(leaf, axes, batch, in_dims, out_dims):
     Layers become the kernel's batch axes, ``d_in`` its in axes, ``d_out`` its out axes.
     """
     shape = list(batch)
-    # From the end: a leaf of a kernel without batch axes may have no axis for layers.
+    # The last axes are the method's own; the one in front of them is the layers'.
     for size, role in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
         shape += {IN: in_dims, OUT: out_dims}.get(role, (size,))
     return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
