@@ -74,7 +74,8 @@ def weighted(
             whose change of a kernel is of low rank.
         weights: w, one for each; of any sign. They may be traced.
         how: see the table.
-        rank: for "svd"; by default the largest rank at each site and layer.
+        rank: the result's, for "svd"; by default the largest one at each site and
+            layer.
         density: the share of the entries to keep, in (0, 1], for the last four.
         election: how "ties" and "dare_ties" elect signs: by the sum of the entries
             ("total") or by their number ("frequency").
@@ -177,7 +178,10 @@ def _ranks(path, node: AdaptedKernel, layers, how: str, rank: int | None):
 
 
 def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
-    """The tree with fresh leaves of the result's shapes, of scale 1 where it can be."""
+    """The tree with fresh leaves of the result's shapes, to be filled.
+
+    With alpha equal to the rank the usual scale is 1; `_filled` divides by any other.
+    """
     patterns: dict[str, Any] = {"rank_pattern": ranks}
     if adapter.where.alpha is not None:
         patterns["alpha_pattern"] = ranks
@@ -186,6 +190,7 @@ def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
         adapter,
         lambda path, leaf: path in ranks,
         key=jax.random.key(0),  # every leaf that is drawn is replaced
+        # Any word that is neither "in" nor "out" is a batch axis; "batch" is one.
         axes={path: " ".join(before[path].site.roles) for path in ranks},
         **patterns,
     )
@@ -220,7 +225,7 @@ def _join_layers(products, weights, keys, **settings):
 
 
 def _filled(node: AdaptedKernel, a, b, site) -> AdaptedKernel:
-    """A fresh plain node with the leaves whose product is ``a b``."""
+    """A fresh plain node whose leaves give the change ``a b``, its scale included."""
     roles, shape = node.roles, node.base.shape
     dims = [dims_of(shape, roles, role) for role in (BATCH, IN, OUT)]
     scale = node.frozen["scale"].astype(b.dtype).reshape(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""``describe``: which pattern found which kernels, and what they became."""
+"""``describe``: which sites a tree has, what found them, and what sits there."""
 
 import dataclasses
 from typing import Any
