@@ -39,7 +39,7 @@ from jaxpeft.tree._per_layer import per_layer_values
 from jaxpeft.tree._progress import Progress
 from jaxpeft.tree._roles import roles_of
 from jaxpeft.tree._targets import choose
-from jaxpeft.tree._terms import BATCH
+from jaxpeft.tree._terms import BATCH, IN
 from jaxpeft.tree._together import (
     DEFAULT,
     check_name,
@@ -244,7 +244,9 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
 def _warn_of_rank(adapter: Adapter, large: dict[tuple, list[str]]) -> None:
     """Warns of ranks that the method allows, and that a kernel has no use for."""
     for (rank, d_in, d_out), paths in large.items():
-        if leaf_axes(adapter, rank)[1]:  # else nothing trains: components are read
+        trained = leaf_axes(adapter, rank)[1].values()
+        # Of an `a` that does not train, each column is one more direction to weigh.
+        if any({IN, None} <= set(axes) for axes in trained):
             warnings.warn(
                 f"sites {some(paths)}: rank {rank} is above {min(d_in, d_out)}, the "
                 f"smaller side of the kernel {[d_in, d_out]}: what is beyond it adds "
