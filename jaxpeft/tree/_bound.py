@@ -123,8 +123,8 @@ def bind(node: AdaptedKernel, taps: Any = None):
 def _as_called(term: Term, drops: bool, reports: bool) -> Term:
     """A term without the dropout and the report that a call does not ask for.
 
-    What is left out here is not in the compiled program: a gate that neither acts nor
-    reports would still have its product with the input computed.
+    A gate that neither acts nor reports is then left out, and with it its product with
+    the input.
     """
     gate = term.gate
     if gate is not None and not reports:

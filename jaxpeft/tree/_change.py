@@ -1,7 +1,7 @@
 """What an adapter does to its kernel.
 
-Merging, weighting, serving, exact cuts and files ask here, and nowhere else, whether a
-change is low rank, scales, reads the input, and so on.
+Merging, weighting, serving, exact cuts and files ask here whether a change is of low
+rank, scales, reads the input, and so on.
 """
 
 import dataclasses
