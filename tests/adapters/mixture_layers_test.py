@@ -112,7 +112,7 @@ def test_mosld_sits_on_any_number_of_layers(layers):
 def test_layers_that_cannot_be_shared_out():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="'q/w'.*no number of a layer"):
-        jp.attach({"q": {"w": jnp.zeros((4, 4))}}, jp.mola(), ["w"], key=key)
+        jp.attach({"q": {"w": jnp.zeros((4, 4))}}, jp.mola(rank=2), ["w"], key=key)
 
 
 def test_published_counts():
@@ -151,7 +151,7 @@ def test_published_counts():
 
 def dropped_a(adapter, seed, layers=None, path="w"):
     """The ``a`` that a step uses, read off the factors."""
-    kernel = jnp.zeros((40, 6)) if layers is None else jnp.zeros((layers, 40, 6))
+    kernel = jnp.zeros((40, 8)) if layers is None else jnp.zeros((layers, 40, 8))
     axes = None if layers is None else {path: "layer in out"}
     with jax.disable_jit():
         adapted = jp.attach(
