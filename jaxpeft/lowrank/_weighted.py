@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxpeft.lowrank._products import is_plain, layer_products, not_low_rank
+from jaxpeft.lowrank._products import (
+    is_plain,
+    layer_products,
+    not_low_rank,
+    strength_leaf,
+)
 from jaxpeft.lowrank._weighted_check import check_settings, differences, not_finite
 from jaxpeft.numerics import join_products, joined_rank
 from jaxpeft.tree import (
@@ -243,16 +248,16 @@ def scaled(
     Args:
         adapted: a tree made by ``attach``, or what ``extract`` took off one.
         strength: t, of any sign; 0 is the base, 1 changes nothing. It may be traced:
-            of a plain low-rank method it only multiplies the scale.
+            it multiplies the scale, or of a method without one the up-projection.
         into: for other low-rank methods, the plain one of the result,
             ``jaxpeft.lora()``; see ``weighted``.
 
     Returns:
-        The adapted tree. Alphas that ``describe`` shows are those of the attachment.
+        The adapted tree; alphas follow from its scales.
 
     Raises:
         ValueError: ``strength`` is not finite, or the change at a site is not of low
-            rank, or not plain and there is no ``into``. All sites are listed.
+            rank, or no leaf's multiple and there is no ``into``. All sites are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -268,22 +273,25 @@ def scaled(
     found = [x for x in jax.tree.leaves(adapted, is_leaf=is_node) if is_node(x)]
     if not found:
         raise ValueError("`adapted` has no adapters; give a tree that attach made")
+    leaves = {node.site.path: strength_leaf(node.adapter) for node in found}
     problems = [
         f"{node.site.path!r}: {node.adapter.name!r}"
         for node in found
-        if not is_plain(node.adapter) or node.frozen["scale"] is None
+        if (name := leaves[node.site.path]) is None
+        or {**node.frozen, **node.trainable}[name] is None
     ]
     if problems:
         raise ValueError(
-            "only the scale of whole, plain low-rank adapters can be changed in place. "
-            "Write into=jaxpeft.lora() for another method whose change is of low rank; "
-            "leave the others out, {path: node for path, node in "
-            "jaxpeft.extract(adapted).items() if ...}:\n  " + grouped(problems)
+            "only whole low-rank adapters with a leaf that the change is a multiple of "
+            "can be changed in place. Write into=jaxpeft.lora() for another method "
+            "whose change is of low rank; leave the others out, {path: node for path, "
+            "node in jaxpeft.extract(adapted).items() if ...}:\n  " + grouped(problems)
         )
 
     def times(node):
-        scale = node.frozen["scale"]
-        new = scale * jnp.asarray(strength, scale.dtype)
-        return node.replace(frozen=node.frozen | {"scale": new})
+        name = leaves[node.site.path]
+        new = lambda x: x * jnp.asarray(strength, x.dtype)
+        each = lambda part: {n: new(x) if n == name else x for n, x in part.items()}
+        return node.replace(frozen=each(node.frozen), trainable=each(node.trainable))
 
     return map_nodes(times, adapted)

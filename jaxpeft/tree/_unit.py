@@ -41,11 +41,15 @@ def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
 
 
 def alpha_of(adapter: Adapter, rank: int, scale: np.floating) -> float:
-    """The shortest decimal of which a method makes this scale."""
+    """The shortest decimal of which a method makes this scale, but for rounding.
+
+    Compilers divide by a constant in more than one way, one of which is a multiplication.
+    """
     if not np.isfinite(scale):
         return float(scale)
     about = float(scale) / unit_scale(adapter, rank)
     tries = [float(f"{about:.{digits}g}") for digits in range(1, 18)]
     given = scale_of(adapter, rank, tuple(tries), scale.dtype.name)
-    fits = [x for x, made in zip(tries, given, strict=True) if made == scale]
+    near = np.abs(given - scale) <= 2 * np.spacing(np.abs(scale))
+    fits = [x for x, it_is in zip(tries, near, strict=True) if it_is]
     return fits[0] if fits else about
