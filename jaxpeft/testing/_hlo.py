@@ -122,7 +122,7 @@ def matmul_flops(text: str) -> float:
             if trips is None:
                 raise ValueError(f"a loop without a known trip count: {rest[:200]}")
             times = int(trips[1])
-        return times * sum(inner)
+        return float(times * sum(inner))
 
     return total(entry)
 
