@@ -43,7 +43,7 @@ def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
 def alpha_of(adapter: Adapter, rank: int, scale: np.floating) -> float:
     """The shortest decimal of which a method makes this scale, but for rounding.
 
-    Compilers divide by a constant in more than one way, one of which is a multiplication.
+    A compiler may divide by a constant in more than one way, such as by multiplying.
     """
     if not np.isfinite(scale):
         return float(scale)
