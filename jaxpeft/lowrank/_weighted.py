@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -186,14 +187,18 @@ def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
     patterns: dict[str, Any] = {"rank_pattern": ranks}
     if adapter.where.alpha is not None:
         patterns["alpha_pattern"] = ranks
-    return attach(
-        tree,
-        adapter,
-        lambda path, leaf: path in ranks,
-        key=jax.random.key(0),  # every leaf that is drawn is replaced
-        axes={path: " ".join(before[path].site.roles) for path in ranks},
-        **patterns,
-    )
+    with (
+        warnings.catch_warnings()
+    ):  # a sum may have more rank than a kernel
+        warnings.simplefilter("ignore")
+        return attach(
+            tree,
+            adapter,
+            lambda path, leaf: path in ranks,
+            key=jax.random.key(0),  # every leaf that is drawn is replaced
+            axes={path: " ".join(before[path].site.roles) for path in ranks},
+            **patterns,
+        )
 
 
 def _join(layers, ranks: list[int], weights, keys, *, how: str, **settings):
