@@ -187,9 +187,7 @@ def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
     patterns: dict[str, Any] = {"rank_pattern": ranks}
     if adapter.where.alpha is not None:
         patterns["alpha_pattern"] = ranks
-    with (
-        warnings.catch_warnings()
-    ):  # a sum may have more rank than a kernel
+    with warnings.catch_warnings():  # a sum may have more rank than a kernel
         warnings.simplefilter("ignore")
         return attach(
             tree,
