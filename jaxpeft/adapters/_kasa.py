@@ -180,7 +180,9 @@ def kasa(
             "core='full'; write kasa(sigma='ones', core='diag')."
         )
 
-    def dropped(frozen):  # subtracted: 10 times more accurate than multiplying the rest
+    def dropped(frozen):
+        # Subtracting what is dropped is 10 times more accurate than to multiply the
+        # components that are kept.
         if "s_d" not in frozen:
             return ()
         return (Term(-frozen["u_d"] * frozen["s_d"][None, :], frozen["v_d"]),)

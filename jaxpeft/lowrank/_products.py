@@ -29,7 +29,7 @@ from jaxpeft.tree import (
 
 @functools.cache
 def is_plain(adapter: Adapter) -> bool:
-    """Whether a method is ``W + scale a b`` with trained factors and nothing else."""
+    """Whether a method is ``W + scale a b`` with trained ``a`` and ``b``, no more."""
     if adapter.where.leaf != "kernel" or adapter.folded or adapter.shared:
         return False
     frozen, trainable = leaf_axes(adapter, adapter.where.rank)
@@ -72,7 +72,7 @@ def strength_leaf(adapter: Adapter) -> str | None:
 
 
 def not_low_rank(node: AdaptedKernel) -> str:
-    """Why the change of a site's kernel is not a product of thin factors, or ""."""
+    """Says why a kernel's change is no product of thin factors; "": it is one."""
     found = structure_of(node)
     where = f"{node.site.path!r}: {node.adapter.name!r}"
     if found.reads_input or "gates" in (node.call or {}):
@@ -91,7 +91,8 @@ _LEAVE = (
 
 
 def _product(adapter: Adapter, shared, kernel, frozen, trainable):
-    """``(a, b, scale)`` of one layer: the original kernel's change."""
+    """``(a, b, scale)`` of one layer: its change of the original kernel."""
+    # Where factors are joined, a plain method's scale is spread over both of them.
     if is_plain(adapter):
         parts = trainable["a"], trainable["b"], frozen["scale"]
     else:
@@ -103,14 +104,16 @@ def _product(adapter: Adapter, shared, kernel, frozen, trainable):
 
 
 def layer_products(nodes: Sequence[AdaptedKernel]) -> list[list[tuple]]:
-    """The products of several adapters of one kernel, layers of equal ranks at once.
+    """The products of several adapters of one kernel, as groups of layers.
+
+    Without padding all layers are one group. With it each layer is a group of its own.
 
     Args:
         nodes: each adapter's node, none of which ``not_low_rank`` objects to.
 
     Returns:
-        Groups of layers, in order; of each group ``(a [layers, d_in, r_i], b [layers,
-        r_i, d_out], scale [layers])`` for each adapter.
+        The groups, in the order of layers; of each group for each adapter ``(a [layers,
+        d_in, r_i], b [layers, r_i, d_out], scale [layers])``.
     """
     nodes = [_nameless(node) for node in nodes]
     if not any(padded(node) for node in nodes):
@@ -119,10 +122,10 @@ def layer_products(nodes: Sequence[AdaptedKernel]) -> list[list[tuple]]:
 
 
 def _nameless(node: AdaptedKernel) -> AdaptedKernel:
-    """The node without its name: sites of one shape share a compiled program.
+    """The node without its name, so that sites of one shape share a compiled program.
 
-    On an explicit mesh its leaves are gathered, which are thin; the kernel is where
-    its axes are to be joined.
+    On an explicit mesh its leaves, which are thin, are gathered. The kernel is gathered
+    only where several of its axes become one.
     """
     joins = node.roles.count(IN) > 1 or node.roles.count(OUT) > 1
     return node.replace(
@@ -135,6 +138,7 @@ def _nameless(node: AdaptedKernel) -> AdaptedKernel:
 
 
 def _bound(node: AdaptedKernel):
+    """``_product`` with the method and what its sites share."""
     shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
     return functools.partial(_product, node.adapter, shared)
 

@@ -87,7 +87,7 @@ def differences(by_path: list[dict[str, Any]], plain: list[Any]) -> list[str]:
 
 
 def _rounding(path: str, by_path) -> float:
-    """How far a base may be off where a part of it was folded and unfolded."""
+    """By which share a base may differ where a part of it was folded and taken off."""
     nodes = [each[path] for each in by_path if path in each]
     folded = [node for node in nodes if node.adapter.folded is not None]
     return max((4 * float(jnp.finfo(n.base.dtype).eps) for n in folded), default=0.0)

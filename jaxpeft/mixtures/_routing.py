@@ -11,7 +11,7 @@ from jaxtyping import Float64, PyTree
 from numpy import ndarray
 
 from jaxpeft.numerics import optional
-from jaxpeft.tree import nodes, structure_of
+from jaxpeft.tree import AdaptedKernel, nodes, parts_of, structure_of
 
 DEAD = 0.01  # a share of the load that is this part of an even one is none
 
@@ -106,7 +106,7 @@ def routing_report(
     Raises:
         ValueError: there is no router, or a task saw no token.
     """
-    names = {node.site.path: structure_of(node).experts for node in nodes(adapted)}
+    names = {node.site.path: _routed(node) for node in nodes(adapted)}
     tasks = tuple(sums)
     sites = [path for path in next(iter(sums.values())) if path in names]
     parts = [
@@ -168,6 +168,13 @@ def routing_report(
 def _entropy(shares):
     """H along the last axis, nats; 0 log 0 is 0."""
     return -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)), axis=-1)
+
+
+def _routed(node: AdaptedKernel) -> tuple[str, ...]:
+    """Names of the experts that tokens may be routed to, in the router's order."""
+    parts = parts_of(node).values()
+    away = {name for x in parts for name in x.adapter.options.get("inactive", ())}
+    return tuple(name for name in structure_of(node).experts if name not in away)
 
 
 def _flat(

@@ -1,8 +1,8 @@
 """Mixtures of named experts that are trained one after another, in stages.
 
 Every expert has leaves of its own (``a.NAME``, ``b.NAME``, ``router.NAME``), so that
-adding, taking off or renaming one leaves all others as they are, byte for byte. Which
-leaves train and which gates the forward uses are options: a stage sets both.
+adding, taking off or renaming one leaves all others as they are, byte for byte. A stage
+decides which leaves train, and which gates the forward pass uses.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
 
 @functools.cache
 def _parallel(rule: Rule | None, ranks: tuple[int, ...]):
-    """What acts on experts that all read the input."""
+    """What acts between the factors of experts that all read the input."""
 
     def apply(temperature, rows, routed, h):
         gates = (
@@ -96,15 +96,23 @@ def _parallel(rule: Rule | None, ranks: tuple[int, ...]):
 
 @functools.cache
 def _residual(rule: Rule | None, ranks: tuple[int, ...], universal: bool, there: float):
-    """What acts on experts that read the universal one's output, through its rank."""
+    """What acts between the factors of experts behind the universal one.
+
+    Args:
+        rule: the router's; ``None``: it does not decide.
+        ranks: of the domains that are computed.
+        universal: whether the pair holds the universal expert's ``b``, before theirs.
+        there: how much of the universal expert's change the kernel holds, 1 or 0.
+    """
 
     def apply(temperature, slope, mixing, rows, routed, z):
+        # z = x a_u. The domains read h a_i = s_u z (b_u a_i), which is z mixing.
         h = jnp.matmul(z.astype(mixing.dtype), mixing)
         h = jnp.where(h >= 0, h, 0 if slope is None else slope.astype(h.dtype) * h)
         weight = None
         if rule is not None:
             h = gated(h, rule.gates(routed, temperature)[2], ranks)
-        elif rows is not None:
+        elif rows is not None:  # gates of the call: the universal expert's is first
             gates = row_gates(rows, z)
             weight = gates[..., :1].astype(z.dtype) - there
             h = gated(h, gates[..., 1:], ranks)
@@ -165,6 +173,13 @@ def domain_mixture(
         inactive: domains that are not routed yet.
         stale: domains trained behind a universal expert that has changed since.
         folded: whether the universal expert's change is stored in the kernel.
+
+    Returns:
+        An ``Adapter``; leaves that do not train in its stage are frozen.
+
+    Raises:
+        ValueError: an option outside of what is allowed, a name that is not a domain's
+            or is there twice, or a folded universal expert that is to train.
     """
     check_options(name, rank=rank, alpha=alpha, dropout=dropout)
     _check(name, domains, stage, gates, inactive, stale, rank_universal, slope)
@@ -173,6 +188,7 @@ def domain_mixture(
             f"`folded` keeps the universal expert's change in the kernel, but stage "
             f"{stage!r} trains it; write stage='router' or a domain's."
         )
+    # The experts with a router's column, and those of them that tokens may be sent to.
     columns = (*((UNIVERSAL,) if route_universal else ()), *domains)
     routed = tuple(c for c in columns if c not in inactive)
     router.check(name, len(columns))
@@ -181,7 +197,11 @@ def domain_mixture(
             f"`top_k` is {router.top_k}, but only {len(columns)} experts are routed; "
             "add domains or lower it."
         )
-    names = _trained(stage, columns, domains)
+    if router.std is None:
+        raise ValueError(
+            f"`router_std` of {name} must be a number; write {name}(router_std=0.02)."
+        )
+    names, std = _trained(stage, columns, domains), router.std
 
     def init(key, kernel, rank, alpha):
         if rank < 1:
@@ -190,6 +210,7 @@ def domain_mixture(
         d_domain = d_out if residual else d_in
         sizes = {UNIVERSAL: (d_in, rank_universal)}
         sizes |= dict.fromkeys(domains, (d_domain, rank))
+        # Of each expert's row of numbers the first are its `a`, the last its column.
         most = max(d_in * rank_universal, d_domain * rank)
         leaves = {}
         numbers = _numbers(key, tuple(sizes), most + d_in, kernel.dtype)
@@ -198,8 +219,8 @@ def domain_mixture(
             leaves[f"a.{expert}"] = bound * u[: d * r].reshape(d, r)
             leaves[f"b.{expert}"] = jnp.zeros((r, d_out), kernel.dtype)
             if expert in columns:
-                std = jnp.asarray(math.sqrt(2) * router.std, kernel.dtype)
-                leaves[f"router.{expert}"] = std * jax.lax.erf_inv(u[most:])[:, None]
+                width = jnp.asarray(math.sqrt(2) * std, kernel.dtype)
+                leaves[f"router.{expert}"] = width * jax.lax.erf_inv(u[most:])[:, None]
         trainable = {n: leaves.pop(n) for n in names}
         if alpha is not None:
             one = lambda r: jnp.asarray(alpha / r, kernel.dtype)
@@ -207,6 +228,7 @@ def domain_mixture(
         return leaves, trainable
 
     def up(leaves, expert, gate=1.0):
+        """An expert's ``b`` with its scale and a gate, a float or an array, inside."""
         b = leaves[f"b.{expert}"]
         scale = leaves.get("scale_universal" if expert == UNIVERSAL else "scale")
         b = b if scale is None else scale * b
@@ -215,7 +237,11 @@ def domain_mixture(
         return b * gate.astype(b.dtype)
 
     def static_gates(leaves) -> dict[str, Any] | None:
-        """Gates of 1, or numbers, by expert, without those of 0; ``None``: routed."""
+        """Each expert's gate where no router decides, without those that are 0.
+
+        Gates given as an option are leaves, those of a stage the float 1.0. ``None``:
+        the router decides.
+        """
         if gates is not None:
             given = enumerate(zip((UNIVERSAL, *domains), gates, strict=True))
             return {e: leaves["gates"][i] for i, (e, gate) in given if gate}
@@ -223,7 +249,7 @@ def domain_mixture(
             return {UNIVERSAL: 1.0}
         if domain_of(stage) is not None:
             return ({UNIVERSAL: 1.0} if residual else {}) | {domain_of(stage): 1.0}
-        if len(routed) < 2:
+        if len(routed) < 2:  # the softmax of one logit is 1
             return ({UNIVERSAL: 1.0} if residual else {}) | dict.fromkeys(routed, 1.0)
         return None
 
@@ -236,6 +262,7 @@ def domain_mixture(
         return tuple(e for e in (UNIVERSAL, *domains) if e in known)
 
     def factors(kernel, frozen, trainable, call):
+        # One look-up for all: the stage moves leaves between frozen and trained.
         leaves, rows, mask = {**frozen, **trainable}, call.gates, call.mask
         known = static_gates(leaves) if rows is None else None
         chosen = experts_of(known, rows)
@@ -252,7 +279,15 @@ def domain_mixture(
         return Factors((Term(*pair, drop=dropout, gate=gate),))
 
     def _beside(leaves, chosen, known, kind, rows):
-        """The pair of experts that read the input, and what acts on it."""
+        """The pair of experts that read the input, and what acts between its factors.
+
+        Args:
+            leaves: all leaves by name.
+            chosen: the experts that are computed.
+            known: their gates, if no router decides; they go into ``b``.
+            kind: the router's rule, if it decides.
+            rows: gates of the call, if there are some.
+        """
         if not chosen:
             return (), None
         downs = [leaves[f"a.{e}"] for e in chosen]
@@ -267,8 +302,9 @@ def domain_mixture(
         """The same where the domains read the universal expert's output."""
         behind = [e for e in chosen if e != UNIVERSAL]
         weight = 1.0 if known is None else known.get(UNIVERSAL, 0.0)
-        if folded:  # which gives it a weight of 1 already
+        if folded:  # the kernel gives it a weight of 1 already
             weight = weight - 1.0
+        # Whether the pair needs its `b`: not if its weight is known to be 0.
         own = rows is not None or not isinstance(weight, float) or weight != 0
         ups = (
             [up(leaves, UNIVERSAL, 1.0 if rows is not None else weight)] if own else []
@@ -276,7 +312,7 @@ def domain_mixture(
         if not behind:
             return ((leaves["a.universal"], ups[0]) if own else ()), None
         downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
-        # b_u a_i for all i: r_u numbers a rank, once a step, not once a token.
+        # b_u a_i of all domains, [r_u, sum of ranks]: once a call, not once a token.
         mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
         ups += [up(leaves, e, 1.0 if known is None else known[e]) for e in behind]
         ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
@@ -300,7 +336,8 @@ def domain_mixture(
 def _numbers(key, experts, size: int, dtype):
     """Uniform numbers in (-1, 1), ``[experts, size]``.
 
-    Each row is from a key of its expert's name, whichever others there are.
+    The key of a row is made of its expert's name, so that an expert starts the same
+    whichever others there are.
     """
     digests = [hashlib.sha256(e.encode()).digest()[:4] for e in experts]
     seeds = np.array([int.from_bytes(d, "little") for d in digests], np.uint32)

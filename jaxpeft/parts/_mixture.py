@@ -1,8 +1,8 @@
-"""Mixtures of low-rank experts: what every method with a router is made of.
+"""Mixtures of low-rank experts that are alike and have no names.
 
-Here the experts of a site are alike and have no names; ``_domain_mixture.py`` has those
-that do. Gates are applied in rank space, so a mixture of N experts of rank r costs what
-one pair of rank N r costs, and no array ``[tokens, experts, d_out]`` exists.
+``_domain_mixture.py`` has those with names. Gates are applied in rank space: a mixture
+of N experts of rank r costs what one pair of rank N r costs, and no array ``[tokens,
+experts, d_out]`` exists.
 """
 
 import dataclasses
@@ -22,8 +22,15 @@ from jaxpeft.parts._router import Router, Rule, empty_pair, row_gates
 from jaxpeft.tree import Adapter, Factors, Gate, Term, Where
 
 
+# Cached, for `Partial` compares functions by identity: equal settings, one function.
 @functools.cache
 def _apply(rule: Rule | None, shared: bool, ranks: tuple[int, ...]):
+    """What acts between ``a`` and ``b``; without a rule the call's gates are used.
+
+    Experts that share ``a`` have one hidden vector, which is copied for each of them;
+    the others have theirs side by side in ``h``.
+    """
+
     def apply(temperature, active, rows, routed, h):
         if rule is None:
             gates = row_gates(rows, h)
@@ -36,6 +43,7 @@ def _apply(rule: Rule | None, shared: bool, ranks: tuple[int, ...]):
 
 def drop_entries(key, leaf, rate: float):
     """Inverted dropout of a leaf's entries; the key stays good for another call."""
+    # `fold_in` makes a new key and does not use `key` up, as drawing from it would.
     key = jax.random.fold_in(key, 0)
     keep = jax.random.bernoulli(key, 1 - rate, leaf.shape)
     kept = leaf / jnp.asarray(1 - rate, leaf.dtype)
@@ -68,7 +76,7 @@ def _check_experts(name, experts, top_k, gates) -> None:
 def _spread(experts: Sequence[int], top_k: int | None, layers: int) -> list[dict]:
     """The options of each layer: equal groups of layers from the bottom.
 
-    Where layers do not divide, layer i of L is in group floor(i G / L) of G.
+    Where L layers do not divide by G groups, layer i is in group floor(i G / L).
     """
     groups = [i * len(experts) // layers for i in range(layers)]
     if layers % len(experts):
@@ -112,14 +120,18 @@ def mixture(
         rank: r.
         alpha: numerator of the scale; ``None`` means ``rank``.
         experts: N, or one N for each layer or equal group of layers.
-        shared_a: whether the experts have one ``a``.
-        start: ``a`` is uniform up to 1/sqrt(d_in), or normal.
-        a_std: its standard deviation where it is normal; ``None``: 1/sqrt(d_in).
+        shared_a: whether all experts have one ``a``.
+        start: how ``a`` starts: "kaiming", uniform up to 1/sqrt(d_in), or "gaussian".
         router: how gates follow from the input.
+        a_std: standard deviation of a gaussian ``a``; ``None``: 1/sqrt(d_in).
         dropout: probability of dropping an entry.
-        dropout_on: of the input (a mask a call), or of the leaf ``a`` or ``b`` (a mask
-            a step and layer, for all tokens and experts).
-        gates: fixed gates in place of the router's.
+        dropout_on: what entries are dropped of: the input, with one mask a call, or the
+            leaf ``a`` or ``b``, with one mask a step and layer, for all tokens and
+            experts.
+        gates: one fixed gate for each expert, in place of the router's.
+
+    Returns:
+        An ``Adapter``.
 
     Raises:
         ValueError: an option outside of what is allowed, more experts kept than there
@@ -127,6 +139,7 @@ def mixture(
     """
     check_options(name, rank=rank, alpha=alpha, dropout=dropout)
     _check_experts(name, experts, router.top_k, gates)
+    # A stack has room for the most experts of its layers; `_spread` says each layer's.
     most = max(experts) if isinstance(experts, tuple) else experts
     router.check(name, most)
     if shared_a and router.std == 0:
@@ -167,13 +180,17 @@ def mixture(
             else:
                 b = drop_entries(call.step_key, b, dropout)
         (n, rank, d_out), rows, mask = b.shape, call.gates, call.mask
+        # In a stack `n` counts padding, too: `active` is false there.
         gate = Gate(names=tuple(map(str, range(n))))
         if gates is None and rows is None:
             report = router.rule.report(leaves["temperature"], active, mask)
             gate = dataclasses.replace(gate, reads=leaves["router"], report=report)
+        # Which gates are not 0, where that is known now: of gates that were given, and
+        # of a single expert. Otherwise this is empty, and the router decides.
         fixed = tuple(map(bool, gates)) if gates is not None else (True,) * (n == 1)
         if rows is None and fixed:
-            pair = _fixed(a, b, fixed, frozen.get("gates"), shared_a)
+            weights = frozen["gates"] if any(gates or ()) else None
+            pair = _fixed(a, b, fixed, weights, shared_a)
             return Factors((Term(*pair, drop=drop, gate=gate),))
         rule = router.rule if rows is None else None
         apply = _apply(rule, shared_a, (rank,) * n)
@@ -196,9 +213,10 @@ def mixture(
 
 
 def _draw_both(key, one, other, dtype, bound: float) -> tuple[Any, Any]:
-    """Two leaves ``(shape, standard deviation)``, uniform up to a bound without one.
+    """Draws two leaves, each given as ``(shape, standard deviation)``.
 
-    From one call of the generator where both are of one kind.
+    They are normal, or uniform up to the bound where the deviation is ``None``. If both
+    are of one kind, one call of the generator draws them.
     """
     draw = lambda key, size, std: (
         jax.random.uniform(key, size, dtype, -bound, bound)
@@ -220,17 +238,25 @@ def _draw_both(key, one, other, dtype, bound: float) -> tuple[Any, Any]:
 
 
 def _side_by_side(a):
-    """``[N, d_in, r]`` as ``[d_in, N r]``; a shared one as it is."""
+    """An ``a [N, d_in, r]`` as ``[d_in, N r]``; a shared ``[d_in, r]`` as it is."""
     return a if a.ndim == 2 else jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)
 
 
 def _fixed(a, b, there: Sequence[bool], gates, shared: bool) -> tuple:
-    """Experts under gates of which is known beforehand which are 0: one pair."""
+    """The pair ``(a, b)`` of experts under fixed gates, without those whose gate is 0.
+
+    Args:
+        a: as the leaf.
+        b: as the leaf, with the scale inside.
+        there: for each expert, whether its gate is other than 0.
+        gates: the gates ``[N]``; ``None``: they are 1.
+        shared: whether ``a`` is one for all.
+    """
     chosen = [k for k, here in enumerate(there) if here]
     if not chosen:
         return empty_pair(a.shape[-2], b.shape[-1], b.dtype)
     ups = [b[k] if gates is None else b[k] * gates[k].astype(b.dtype) for k in chosen]
-    if shared:
+    if shared:  # (x a) b_1 + (x a) b_2 = (x a) (b_1 + b_2)
         return a, functools.reduce(jnp.add, ups)
     a = a[jnp.array(chosen)]
     return _side_by_side(a), jnp.concatenate(ups, 0)

@@ -1,4 +1,4 @@
-"""What constructors of methods check of their arguments; each error shows the call."""
+"""Checks of the arguments of constructors; each error shows the call to write."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ def check_options(
     positive: Mapping[str, Any] | None = None,
     choices: Mapping[str, tuple[Any, Iterable[Any]]] | None = None,
 ) -> None:
-    """Raises unless the arguments of a constructor are of use.
+    """Raises unless the arguments of a constructor are allowed.
 
     Args:
         name: the constructor's, for the call that an error shows.
@@ -81,7 +81,7 @@ def check_site_rank(rank: int, shape: tuple[int, int], most: int | None = None) 
         most: the largest rank that is possible; ``None`` means ``min(shape)``.
 
     Raises:
-        ValueError: it has not; ``attach`` adds the site's name.
+        ValueError: it has no room; ``attach`` adds the site's name.
     """
     k = min(shape)
     most = k if most is None else most

@@ -26,15 +26,17 @@ class PeftForm(NamedTuple):
         fields: the config's fields beyond those that every method shares.
         rank: the config's field for the rank.
         patterns: whether a config may give sites ranks and alphas of their own.
-        lists: ``{field of the config that is a list of modules: whether this site's
-            is in it}``.
-        shared: ``{our shared leaf: its whole key in the file}``, transposed.
+        lists: ``{field of the config: whether it lists this site's module}``, of
+            fields that are lists of modules.
+        shared: ``{our shared leaf: its whole key in the file}``; the file has the
+            transpose.
         read: ``(config, kind) -> options`` of the constructor, or ``None`` where the
-            config is another method's; a field of ``lists`` is there whether the
-            module is listed. A config belongs to one method at most.
-        beside: ``{our leaf: end of its key}`` of the scales that PEFT puts upon the
-            kernel and its low-rank change; empty: none.
-        beside_fields: the config's fields for that.
+            config is another method's. In place of a field of ``lists`` the config
+            has a bool: whether the module is listed. A config belongs to one method
+            at most.
+        beside: ``{our leaf: end of its key}`` of the scales that PEFT multiplies the
+            kernel and its low-rank change by; empty: none.
+        beside_fields: the config's fields that turn these scales on.
         redone: whether a reader of the file must decompose its own base again.
         refusal: why these options have no native form; empty: they have.
     """

@@ -1,4 +1,4 @@
-"""A trained pair that starts as a part of the kernel, and leaves the rest of it."""
+"""A trained pair that starts as a part of the kernel, which is taken out of it."""
 
 from collections.abc import Callable
 from typing import Any

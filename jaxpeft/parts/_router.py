@@ -47,7 +47,7 @@ class Router(NamedTuple):
     reduction: Literal["sum", "mean"] = "sum"
 
     def check(self, name: str, experts: int) -> None:
-        """Raises unless the settings are of use; warns of a router that never learns.
+        """Raises unless the settings are allowed; warns of a router that never learns.
 
         Args:
             name: the method's.
@@ -82,11 +82,11 @@ class Router(NamedTuple):
 
     @property
     def rule(self) -> "Rule":
-        """What of it a forward pass is compiled for; the numbers are leaves."""
+        """The settings that a forward pass is compiled for; the others are leaves."""
         return Rule(self.top_k, self.renormalise)
 
     def penalty(self) -> Penalty:
-        """The balance and z-losses of what a site's gate reported."""
+        """The balance loss and z-loss of what a site's gate reported, weighted."""
         if not self.balance_coef and not self.z_coef:
             return Penalty(joined=self.reduction)
 
@@ -114,7 +114,7 @@ class Rule(NamedTuple):
         return Partial(_report(self), temperature, active, mask)
 
 
-# Partial compares its function by identity: one for equal settings.
+# Cached, for `Partial` compares functions by identity: equal settings, one function.
 @functools.cache
 def _report(rule: Rule):
     def report(temperature, active, mask, routed):

@@ -9,7 +9,7 @@ def whole_leaf(leaves: Literal["any", "bias"]) -> Adapter:
     """Returns the adapter that trains a copy of the leaf in its place.
 
     Args:
-        leaves: which leaves it sits on, see ``Adapter``.
+        leaves: which leaves it sits on, see ``Where.leaf``.
 
     Returns:
         An ``Adapter`` with one trainable leaf ``value`` of the leaf's own shape.

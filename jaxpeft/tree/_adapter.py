@@ -18,8 +18,9 @@ class Penalty(NamedTuple):
     Attributes:
         of_leaves: ``(frozen, trainable) -> scalar``, once a step.
         of_seen: ``(frozen, seen) -> array`` of what the site's gate reported, in every
-            micro-batch, see ``Gate.report``: one entry for each layer and use, which
-            are leading axes of ``seen``. ``frozen`` is the first layer's.
+            micro-batch, see ``Gate.report``. The leading axes of ``seen`` are the
+            layers and the uses of the kernel; the array has one entry for each of
+            them. ``frozen`` holds the leaves of the first layer.
         joined: how the sites of this method are joined.
     """
 
@@ -35,8 +36,8 @@ class Where(NamedTuple):
         leaf: ``"kernel"`` for methods on the matrix of a contraction, ``"any"`` for
             methods on leaves of any shape, biases included, ``"bias"`` for methods on
             biases alone.
-        bias: what happens to the bias beside a kernel: it is ``"left"``, or
-            ``"scaled"`` by ``o`` as well.
+        bias: what happens to the bias beside a kernel: ``"left"`` leaves it as it is,
+            ``"scaled"`` multiplies it by ``o``, too.
         rank: the rank; ``None`` for methods without one.
         alpha: the numerator of the scale, or ``None``.
         layers: ``(number of layers) -> the options that differ, for each layer``, for
@@ -55,9 +56,9 @@ class Call(NamedTuple):
     """What a call of the adapted function added for one layer of a site.
 
     Attributes:
-        key: of dropout on inputs, another in every micro-batch; ``factors`` has no use
-            for it.
-        step_key: of dropout on leaves, the same in all micro-batches of a step.
+        key: the key of dropout on inputs, another in every micro-batch. The library
+            uses it; ``factors`` does not.
+        step_key: the key of dropout on leaves, the same in all micro-batches of a step.
         mask: 1 for tokens, 0 for padding, mostly ``[batch, length]``.
         gates: ``[batch, N]``, the weight of each expert for each row of the batch.
     """
@@ -72,16 +73,17 @@ class Call(NamedTuple):
 class Options(Mapping[str, Any]):
     """The arguments of a method's constructor.
 
-    A method is equal to another where what shapes its functions is: numbers are leaves
-    of a tree, and widths of an initial draw are of no more use once it is drawn. So of
-    a tree that came through ``jit``, these two may be another tree's; nothing reads
-    them there.
+    Two methods are equal where the options agree that decide about code and shapes.
+    Alpha, numbers and what only ``init`` reads do not count: the first two are leaves
+    of the tree, and the third has done its work. ``jit`` may therefore give a tree back
+    with another tree's values of these options, and nothing reads them off a tree.
 
     Attributes:
         given: ``((name, value), ...)``.
-        numbers: names of those that are leaves; of alpha, the scale is.
-        drawn: names of those that only ``init`` reads.
-        constructor: the function that they are arguments of.
+        numbers: the options that are leaves. Alpha is not among them: its leaf is the
+            scale that the method makes of it.
+        drawn: the options that only ``init`` reads.
+        constructor: the function whose arguments they are.
         scaled: whether the method has an alpha.
     """
 
@@ -102,11 +104,13 @@ class Options(Mapping[str, Any]):
 
     @functools.cached_property
     def structure(self) -> Any:
-        """What functions and shapes follow from."""
+        """The options that functions and shapes follow from."""
+        # A number that is exactly 0 has no leaf, so whether it is there is structure.
         return (self.constructor, self.scaled) + tuple(
             (n, _is_there(v) if n in self.numbers else v)
             for n, v in self.given
-            if n not in self.drawn and not (n == "alpha" and self.scaled)
+            if n in self.numbers
+            or not (n in self.drawn or (n == "alpha" and self.scaled))
         )
 
     @functools.cached_property
@@ -116,13 +120,13 @@ class Options(Mapping[str, Any]):
 
     @functools.cached_property
     def start(self) -> Any:
-        """What, beside the numbers, initial leaves follow from."""
+        """The options that initial leaves follow from, beside alpha and numbers."""
         drawn = tuple((n, v) for n, v in self.given if n in self.drawn)
         return self.structure, drawn
 
 
 def _is_there(value: Any) -> Any:
-    """Which of a number or several are there: neither ``None`` nor exactly 0."""
+    """Whether a number is there (neither ``None`` nor exactly 0); of a tuple, each."""
     return tuple(map(bool, value)) if isinstance(value, tuple) else bool(value)
 
 
@@ -137,13 +141,15 @@ class Adapter(NamedTuple):
     Attributes:
         init: ``(key, kernel, rank, alpha) -> (frozen, trainable)``, two dicts of
             arrays. ``kernel [d_in, d_out]`` is float32 (float64 if the base is).
-            Shapes follow from ``d_in``, ``d_out`` and ``rank`` alone. A rank that
-            the method forbids raises ``ValueError``; ``attach`` adds the site's
-            name. It must accept any large kernel: an abstract one shows which axes of
-            a leaf are ``d_in`` and which ``d_out``.
-        factors: ``(kernel, frozen, trainable, call) -> Factors``; once a call, outside
-            the model. ``call`` is a ``Call``; of its entries a site is given those
-            that this function reads.
+            Shapes follow from ``d_in``, ``d_out`` and ``rank`` alone. Frozen leaves
+            whose names begin with ``scale``, and no others, are proportional to alpha.
+            A rank that the method forbids raises ``ValueError``; ``attach`` adds the
+            site's name. ``init`` must accept any large kernel: the library traces it
+            on an abstract one to learn which axes of a leaf are ``d_in`` and which
+            ``d_out``.
+        factors: ``(kernel, frozen, trainable, call) -> Factors``. It runs once a call,
+            outside the model. ``call`` is a ``Call`` with the entries that this
+            function reads; the library finds out which these are.
         penalty: what the method adds to the loss.
         report: ``(frozen, trainable) -> {name: scalar}``, facts about one site that
             ``describe`` shows.
@@ -151,9 +157,9 @@ class Adapter(NamedTuple):
         folded: ``(frozen) -> terms`` that already stand in the kernel: ``attach`` adds
             them to it, and ``detach`` takes them off.
         shared: ``(key, d_in, d_out, rank, dtype) -> frozen leaves`` that all sites of
-            one ``attach`` have in common, from its largest sizes: drawn once, kept
-            once, and given to ``factors`` among ``frozen``. ``init``, ``penalty`` and
-            ``report`` do not see them.
+            one ``attach`` have in common. The sizes are the largest of its sites. They
+            are drawn once and kept once; ``factors`` finds them in ``frozen``, but
+            ``init``, ``penalty`` and ``report`` do not see them.
         name: the constructor's name, filled in by ``method``.
         options: the constructor's arguments, filled in by ``method``.
     """
@@ -187,7 +193,7 @@ class Adapter(NamedTuple):
         return self
 
     def __reduce__(self):
-        # By name, as in files: what it is made of are functions inside of functions.
+        # By name, as in files: its functions are nested, and those do not pickle.
         if not is_named(self):
             make = self.options.constructor
             if make is not None and make(*self.options.values()) is self:
@@ -245,7 +251,7 @@ def rebuild(adapter: Adapter, **changes: Any) -> Adapter:
 
 
 def is_named(adapter: Adapter) -> bool:
-    """Whether an adapter's name and options give it again, as files rely on."""
+    """Whether an adapter's name and options give it again; files rely on that."""
     constructor = _METHODS.get(adapter.name)
     made_by = getattr(constructor, "__wrapped__", None)
     if constructor is None or made_by is not adapter.options.constructor:
@@ -274,9 +280,10 @@ def method(
             ``Adapter``.
         numbers: names of arguments, beside alpha, that are leaves: the library puts
             each one that is neither ``None`` nor 0 among the frozen leaves, by its own
-            name, and no function but ``init`` may read the argument itself.
+            name, and no function reads the argument itself. Where ``init`` has to,
+            ``drawn`` names the argument, too.
         drawn: names of arguments that only ``init`` reads, such as the width of an
-            initial draw. They are told, and not saved, unless they are numbers too.
+            initial draw. Files leave them out, unless they are numbers, too.
 
     Returns:
         The constructor; its results carry ``name`` and ``options``.
@@ -325,7 +332,10 @@ def cached(
     numbers: tuple[str, ...] = (),
     drawn: tuple[str, ...] = (),
 ) -> Callable[..., Adapter]:
-    """``method`` without a name in files: what the library attaches by itself."""
+    """``method`` without an entry among the known ones.
+
+    For methods that the library itself attaches, and that no file names.
+    """
     signature = inspect.signature(constructor)
 
     @functools.cache

@@ -172,7 +172,7 @@ def attach(
     _check(adapter, by_path, roles, ranks)
     check_finite({path: by_path[path] for path in paths}, roles)
     methods = site_methods(adapter, by_path, roles)
-    shared = _shared(adapter, by_path, roles, ranks, key)
+    shared = _shared(adapter, by_path, roles, ranks, key, name)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
     made, show = {}, Progress(adapter.name or "adapter", sum(layers))
     for path in paths:
@@ -195,7 +195,7 @@ def _methods(node: AdaptedKernel) -> dict[str, tuple[Adapter, int | None]]:
 
 
 def site_key(key, path: str, name: str = DEFAULT):
-    """A key of this path's and this adapter's own, whatever else is attached."""
+    """A key for this path and adapter, which does not depend on what else there is."""
     path = path if name == DEFAULT else f"{path}:{name}"
     digest = hashlib.sha256(path.encode()).digest()
     for part in (digest[:4], digest[4:8]):
@@ -204,7 +204,8 @@ def site_key(key, path: str, name: str = DEFAULT):
 
 
 def _check(adapter: Adapter, by_path, roles, ranks) -> None:
-    """Brings up a method's own objections, by site, before anything is computed."""
+    """Raises what a method objects to, with the site, before anything is computed."""
+    # By shapes: `init` is traced once for all sites of one shape, rank and dtype.
     said: dict[tuple, list] = {}
     sites: dict[tuple, list[str]] = {}
     large: dict[tuple, list[str]] = {}
@@ -224,6 +225,7 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
             try:
                 with warnings.catch_warnings(record=True) as heard:
                     warnings.simplefilter("always")
+                    # Past the cache: a trace that is not made warns of nothing.
                     init_shapes.__wrapped__(adapter, *like)
             except ValueError as e:
                 shape = tuple(kernel.shape)
@@ -242,7 +244,7 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
 def _warn_of_rank(adapter: Adapter, large: dict[tuple, list[str]]) -> None:
     """Warns of ranks that the method allows, and that a kernel has no use for."""
     for (rank, d_in, d_out), paths in large.items():
-        if leaf_axes(adapter, rank)[1]:  # where nothing trains a rank is but room
+        if leaf_axes(adapter, rank)[1]:  # else nothing trains: components are read
             warnings.warn(
                 f"sites {some(paths)}: rank {rank} is above {min(d_in, d_out)}, the "
                 f"smaller side of the kernel {[d_in, d_out]}: what is beyond it adds "
@@ -252,7 +254,7 @@ def _warn_of_rank(adapter: Adapter, large: dict[tuple, list[str]]) -> None:
 
 
 def _check_none(adapter: Adapter, path: str) -> None:
-    """Raises unless a layer whose leaves are all 0 is the kernel itself."""
+    """Raises unless a layer of rank 0, whose leaves are all 0, is its kernel."""
     if not only_adds(adapter):
         raise ValueError(
             f"site {path!r} is a stack with layers of rank 0, and {adapter.name!r} "
@@ -262,7 +264,7 @@ def _check_none(adapter: Adapter, path: str) -> None:
         )
 
 
-def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
+def _shared(adapter: Adapter, by_path, roles, ranks, key, name) -> dict[str, Any]:
     """The leaves that all sites have in common, made once for the largest of them."""
     if adapter.shared is None:
         return {}
@@ -271,10 +273,10 @@ def _shared(adapter: Adapter, by_path, roles, ranks, key) -> dict[str, Any]:
         adapter.shared,
         d_in=max(d_in for _, d_in, _ in sizes),
         d_out=max(d_out for _, _, d_out in sizes),
-        rank=max(max(r) for r in ranks.values()),
+        rank=max((max(r) for r in ranks.values() if r), default=None),
         dtype=working_dtype(wider(*(by_path[path].dtype for path in roles))),
     )
-    own = site_key(key, f"shared by {adapter.name}")
+    own = site_key(key, f"shared by {adapter.name}", name)
     first = by_path[next(iter(roles))]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.eval_shape(make, own)
@@ -315,7 +317,7 @@ def _make(
 
 
 def _by_layer(kernel, adapter: Adapter, site: Site, alphas, key, show):
-    """A stack's leaves, one layer at a time: the workspace of one, and progress."""
+    """A stack's leaves, made layer by layer: workspace for one, and progress shown."""
     layers = matrix_shape(kernel.shape, site.roles)[0]
     keys, each = jax.random.split(key, layers), []
     settings = layer_settings(adapter, layers, site.ranks)
@@ -338,7 +340,7 @@ def _by_layer(kernel, adapter: Adapter, site: Site, alphas, key, show):
 
 
 def gathered(kernel):
-    """A kernel on an explicit mesh, whole: an SVD has no rule for its axes there."""
+    """A kernel in one piece, if it is on an explicit mesh: SVDs have no rule there."""
     sharding = getattr(kernel, "sharding", None)
     explicit = jax.sharding.AxisType.Explicit
     if isinstance(kernel, jax.core.Tracer) or not isinstance(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-# What a leaf is used for. Of several uses the first in this order counts.
+# What a leaf is used for. If a model uses it in several ways, the first here counts.
 USES = ("tied", "contracted", "looked up", "added", "other")
 
 
@@ -11,10 +11,10 @@ class Axes(dict[str, str]):
 
     Attributes:
         uses: ``{path: use}`` of every leaf with two axes or more, whether its roles
-            are known or not: ``"contracted"`` where it meets an input; ``"tied"`` where
-            its rows are picked by numbers, too, as those of an embedding that is also
-            the output head; ``"looked up"`` where they are only picked; ``"added"``
-            where it is added to something; ``"other"`` for all else.
+            are known or not. ``"contracted"``: the model multiplies an input with it.
+            ``"looked up"``: the model picks entries of it by number. ``"tied"``: both,
+            as with an embedding that is also the output head. ``"added"``: it is added
+            to something. ``"other"``: all else.
     """
 
     def __init__(self, axes: Mapping[str, str], uses: Mapping[str, str]):
@@ -29,5 +29,5 @@ class Axes(dict[str, str]):
 def use_of(axes: Mapping[str, str] | None, path: str) -> str | None:
     """What a leaf is used for, where the axes were read off the model."""
     uses = getattr(axes, "uses", {})
-    # A path speaks also where it was read off a whole variable dict.
+    # The uses may have been read off a whole variable dict, {"params": ...}.
     return uses.get(path, uses.get(f"params/{path}"))

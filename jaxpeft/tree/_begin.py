@@ -19,7 +19,11 @@ from jaxpeft.tree._terms import BATCH, IN, OUT
 
 
 class _Start:
-    """An adapter that is equal to another where the initial leaves are."""
+    """An adapter that equals another if both begin with the same leaves.
+
+    ``Adapter`` itself does not compare the options that only ``init`` reads, but a
+    compiled ``init`` has them inside.
+    """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -46,7 +50,7 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
     Returns:
         ``(frozen, trainable)`` with leaves in the layout of ``AdaptedKernel``.
     """
-    if alphas is not None:  # which are traced: all of them share a program
+    if alphas is not None:  # as an array: one program serves every alpha
         alphas = jnp.asarray(alphas, working_dtype(kernel.dtype))
     start = _Start(adapter)
     parts = _initialise(key, kernel, alphas, start=start, roles=roles, ranks=ranks)
@@ -55,6 +59,7 @@ def initialise(key, kernel, *, adapter: Adapter, roles, ranks, alphas):
 
 def with_number_leaves(parts, kernel, adapter: Adapter, roles):
     """A site's ``(frozen, trainable)`` with the method's numbers among the frozen."""
+    # Outside of the compiled program, which does not depend on the numbers.
     numbers = number_leaves(adapter, working_dtype(kernel.dtype))
     batch = dims_of(kernel.shape, roles, BATCH)
     spread = {n: jnp.broadcast_to(x, batch + x.shape) for n, x in numbers.items()}
@@ -71,20 +76,21 @@ def _initialise(key, kernel, alphas, *, start: _Start, roles, ranks):
     def init(key, matrix, alpha, setting):
         method, rank = setting
         if rank == 0:
-            return {}, {}  # padding alone
+            return {}, {}  # `_stacked` fills in zeros
         matrix = matrix.astype(working_dtype(kernel.dtype))
         return method.init(key, matrix, rank, alpha)
 
     if BATCH not in roles:
         parts = init(key, matrices[0], alphas[0], settings[0])
-        parts = jax.tree.map(lambda x: x[None], parts)
+        parts = jax.tree.map(lambda x: x[None], parts)  # one layer
     else:
         keys = jax.random.split(key, layers)
-        if len(set(settings)) == 1:  # one layer at a time: one SVD's workspace
+        if len(set(settings)) == 1:
+            # `map`, not `vmap`: an SVD's workspace is that of one layer at a time.
             own = None if isinstance(alphas, list) else alphas
             each = lambda args: init(*args, settings[0])
             parts = jax.lax.map(each, (keys, matrices, own))
-        else:
+        else:  # leaves of several shapes, so one after another
             each = [
                 init(keys[i], matrices[i], alphas[i], settings[i])
                 for i in range(layers)
@@ -94,7 +100,7 @@ def _initialise(key, kernel, alphas, *, start: _Start, roles, ranks):
 
 
 def layer_settings(adapter: Adapter, layers: int, ranks) -> list[tuple]:
-    """``(method, rank)`` of each layer."""
+    """``(method, rank)`` of each layer; rank ``None`` for methods without one."""
     methods = layer_methods(adapter, layers)
     return list(zip(methods, ranks or (None,) * layers, strict=True))
 
@@ -112,6 +118,7 @@ def initialise_layer(key, kernel, i, *, adapter: Adapter, roles, rank, alpha):
 @functools.partial(jax.jit, static_argnames=("start", "roles", "rank"))
 def _one_layer(key, kernel, i, alpha, *, start: _Start, roles, rank):
     matrices = to_matrices(kernel, roles)
+    # `i` is traced: layers of one rank share a program.
     matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
     matrix = matrix.astype(working_dtype(kernel.dtype))
     return start.adapter.init(key, matrix, rank, alpha)
@@ -144,7 +151,10 @@ def _in_place(parts, kernel, adapter: Adapter, roles, ranks):
 
 
 def _stacked(layers: tuple[dict, ...]) -> dict:
-    """Stacks layers' leaves, padded with zeros; a leaf may be missing in a layer."""
+    """Stacks the leaves of layers, padded with zeros to the largest of each.
+
+    A leaf that a layer does not have (one of rank 0 has none) is zeros there.
+    """
     stacked = {}
     for name in dict.fromkeys(name for layer in layers for name in layer):
         like = next(layer[name] for layer in layers if name in layer)

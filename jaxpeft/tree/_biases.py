@@ -1,4 +1,4 @@
-"""Biases beside kernels whose output scale covers them too: ``(x W + bias) o``."""
+"""Biases that a kernel's adapter scales as well: ``(x W + bias) o``."""
 
 from typing import Any
 

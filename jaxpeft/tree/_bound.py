@@ -29,13 +29,13 @@ class Bound:
         base: the kernel, ``roles`` in order.
         factors: batch axes first, then the axes that their fields declare.
         key: dropout keys ``[*batch]``, or ``None``.
-        leaves: ``(frozen, trainable)`` for a tap of the user's, batch axes first, or
+        leaves: ``(frozen, trainable)`` for the user's tap, batch axes first, or
             ``None``.
         mask: 0 at positions of the input that are padding, batch axes first, or
             ``None``.
-        names: the roles of the base's axes when it was bound; slicing a leading axis
-            leaves the last ``base.ndim`` of them valid.
-        path: the site.
+        names: the roles that the base's axes had when it was bound. A slice takes
+            leading axes off, and the last ``base.ndim`` names stay right.
+        path: the path of the site.
     """
 
     base: Any
@@ -83,19 +83,24 @@ class Bound:
 
 
 def bind(node: AdaptedKernel, taps: Any = None):
-    """Computes a node's factors; returns a ``Bound`` or, where it suffices, an array.
+    """Computes a node's factors.
 
     Args:
         node: the adapted kernel.
         taps: a function of the user's, ``"own"`` for the reports of gates, or ``None``.
-            A site with nothing to add is followed all the same where the user taps it.
+
+    Returns:
+        A ``Bound``; or the kernel itself, an array, where nothing is to be computed
+        beside it and the user has no tap on it.
     """
     f, call = lifted_factors(node), node.call or {}
     base = node.base if f.kernel is None else f.kernel
     batch = dims_of(base.shape, node.roles, BATCH)
     key = call.get("key")
     terms = [_as_called(t, key is not None, taps == "own") for t in f.terms]
+    # A term of rank 0 adds nothing. In `b [*batch, r, *out]` the rank follows batch.
     terms = _joined([t for t in terms if t.a.shape[-1]], rank_axis=len(batch))
+    # Only a kernel of a contraction has an input that a tap could be shown.
     tapped = callable(taps) and node.adapter.where.leaf == "kernel"
     if not terms and f.c is None and f.o is None and not tapped:
         return base
@@ -116,7 +121,11 @@ def bind(node: AdaptedKernel, taps: Any = None):
 
 
 def _as_called(term: Term, drops: bool, reports: bool) -> Term:
-    """A term without the dropout and the report that a call does not ask for."""
+    """A term without the dropout and the report that a call does not ask for.
+
+    What is left out here is not in the compiled program: a gate that neither acts nor
+    reports would still have its product with the input computed.
+    """
     gate = term.gate
     if gate is not None and not reports:
         gate = dataclasses.replace(gate, report=None)
@@ -126,9 +135,10 @@ def _as_called(term: Term, drops: bool, reports: bool) -> Term:
 
 
 def _joined(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
-    """Terms of which nothing but their pairs differs as one: one pair of thin matmuls.
+    """Joins the terms that are products and nothing else: one pair of thin matmuls.
 
-    It stands where the first of them stood.
+    Their pairs are concatenated along the rank. The joined term stands where the first
+    of them stood, and the others keep their order.
     """
     agree = lambda t: not t.drop and t.gate is None and t.rows is None
     alike = [t for t in terms if agree(t)]
@@ -143,9 +153,10 @@ def _joined(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
 
 
 def materialise(w: Bound):
-    """The merged kernel ``D_c (W + a b) D_o``: float32, cast once to the base's dtype.
+    """The merged kernel ``D_c (W + a b) D_o``.
 
-    ``merge`` is this; in a model it is what ``adapt`` exists to avoid.
+    Computed in float32 or wider and cast once, to the base's dtype. ``merge`` calls
+    it; ``adapt`` exists so that a model need not.
     """
     arrays = [w.base, w.c, w.o, *(term.b for term in w.terms)]
     dtype = wider(*(x.dtype for x in arrays if x is not None))

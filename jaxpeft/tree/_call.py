@@ -34,12 +34,13 @@ def with_call(
         adapted: a tree made by ``attach``.
         key: turns dropout on; each site and each layer gets a part of its own. Without
             one a tree is in evaluation mode.
-        step_key: for methods that drop entries of their own leaves, whose mask is one
-            for all micro-batches of a step; by default ``key``.
+        step_key: for methods that drop entries of their own leaves, with one mask for
+            all micro-batches of a step; by default ``key``.
         mask: for methods with experts: 1 for tokens, 0 for padding, of the shape of the
             leading axes of the sites' inputs, mostly ``[batch, length]``. Where it is 0
             an adapter sees 0, and adds nothing, whatever the input holds.
-        gates: for methods with experts: ``[batch, N]``, the weight of each for a row.
+        gates: for methods with experts: ``[batch, N]``, the weight of each expert for
+            each row.
 
     Returns:
         The tree with them. An entry that is not named stays as it was, and ``None``
@@ -85,7 +86,7 @@ def with_call(
 
 
 def _for_layers(node: AdaptedKernel, name: str, x):
-    """An entry with the batch axes of a site in front: split keys, or copies."""
+    """An entry with a site's batch axes in front: a key for each layer, or copies."""
     batch = tuple(node.base.shape[i] for i in axes_of(node.roles, BATCH))
     if name not in ("key", "step_key"):
         return jnp.broadcast_to(x, batch + x.shape)

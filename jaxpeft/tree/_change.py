@@ -1,4 +1,8 @@
-"""What an adapter does to its kernel: one answer, for all that ask."""
+"""What an adapter does to its kernel.
+
+Merging, weighting, serving, exact cuts and files ask here, and nowhere else, whether a
+change is low rank, scales, reads the input, and so on.
+"""
 
 import dataclasses
 import functools
@@ -35,7 +39,7 @@ class Change:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All that is added to ``W``: without scales and gates, the whole change."""
+        """All that is added to ``W``: the whole change, if nothing scales or gates."""
         return (*self.factors.terms, *self.folded)
 
     @property
@@ -50,7 +54,7 @@ class Change:
 
     @property
     def only_adds(self) -> bool:
-        """Whether the change is a sum of thin products and nothing else."""
+        """Whether the change is a sum of thin products, and nothing else."""
         return not (self.reads_input or self.scales or self.factors.kernel is not None)
 
     @property
@@ -60,12 +64,13 @@ class Change:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of what gates weigh, in their order."""
+        """Names of the experts that gates weigh, in the order of the gates."""
         gates = (term.gate for term in self.factors.terms if term.gate is not None)
         return sum((gate.names for gate in gates), ())
 
 
 def _parts(found: Change):
+    """The arrays of a change, as a pytree."""
     return found.factors, found.folded
 
 
@@ -73,7 +78,7 @@ NO_CALL = Call()
 
 
 class _Asked:
-    """A call with nothing in it that writes down which entries were looked at."""
+    """A call with no entries that notes which ones ``factors`` asks for."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -92,8 +97,8 @@ def change(
     Args:
         adapter: the method.
         kernel: ``[d_in, d_out]``.
-        frozen: one layer's leaves, those that sites share among them.
-        trainable: the same.
+        frozen: one layer's frozen leaves, and those that sites share.
+        trainable: one layer's trained leaves.
         call: what the call added.
     """
     folded = () if adapter.folded is None else adapter.folded(frozen)
@@ -102,7 +107,9 @@ def change(
 
 @functools.cache
 def structure(adapter: Adapter, rank: int | None) -> Change:
-    """What a method does to any kernel, as shapes of a large one.
+    """What a method does to any kernel, traced on the shapes of a large one.
+
+    Its arrays are shapes; which terms, scales and gates there are is what counts.
 
     Args:
         adapter: the method.
@@ -126,7 +133,7 @@ def structure(adapter: Adapter, rank: int | None) -> Change:
 
 
 def structure_of(node: AdaptedKernel) -> Change:
-    """What a site's method does, whatever its leaves hold."""
+    """What a site's method does to its kernel, whatever values its leaves have."""
     ranks = node.site.ranks
     return structure(node.adapter, None if ranks is None else max(ranks))
 
@@ -138,6 +145,7 @@ def refolded(node: AdaptedKernel, sign: float = 1.0):
     """
     kernel = to_matrices(node.base, node.roles).astype(working_dtype(node.base.dtype))
     folded = node.adapter.folded
+    # Leaves that sites share are not handed to it: `folded` reads a layer's own.
     for term in () if folded is None else jax.vmap(folded)(layer_leaves(node)[0]):
         product = jnp.matmul(term.a, term.b, precision="highest").astype(kernel.dtype)
         kernel = kernel + jnp.asarray(sign, kernel.dtype) * product

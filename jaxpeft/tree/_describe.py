@@ -1,4 +1,4 @@
-"""``describe``: which pattern found which kernels, and what they became."""
+"""``describe``: which sites a tree has, what found them, and what sits there."""
 
 import dataclasses
 from typing import Any
@@ -78,6 +78,7 @@ def describe(adapted: PyTree) -> Description:
     """
     rows, patterns, report = [], {}, []
     each = [pair for node in nodes(adapted) for pair in parts_of(node).items()]
+    named = any(name != DEFAULT for name, _ in each)
     for name, node in each:
         site = node.site
         patterns.setdefault(site.pattern, []).append(site.path)
@@ -94,15 +95,17 @@ def describe(adapted: PyTree) -> Description:
                 "pattern": site.pattern,
             }
         )
-        report += _report(node)
+        report += _report(node, {"name": name} if named else {})
     trained, total = count(adapted)
-    facts = [n for n in (report[0] if report else {}) if n not in ("site", "layer")]
+    where = ("site", "name", "layer")
+    facts = [n for n in (report[0] if report else {}) if n not in where]
     if facts:  # the method's first fact is its headline
         report.sort(key=lambda row: -row.get(facts[0], 0.0))
     return Description(tuple(rows), patterns, trained, total, tuple(report))
 
 
-def _report(node: AdaptedKernel) -> list[dict[str, Any]]:
+def _report(node: AdaptedKernel, name: dict[str, str]) -> list[dict[str, Any]]:
+    """The method's facts for each layer; ``name`` is said where adapters have one."""
     arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(node))
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(node))
     if node.adapter.report is None or not arrays or traced:
@@ -114,6 +117,7 @@ def _report(node: AdaptedKernel) -> list[dict[str, Any]]:
     return [
         {
             "site": node.site.path,
+            **name,
             **({"layer": layer} if 0 in ranks or len(layers) > 1 else {}),
             **{name: values[i].item() for name, values in facts.items()},
         }

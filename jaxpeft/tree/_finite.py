@@ -1,4 +1,4 @@
-"""Kernels that hold what is no number, found before anything is made of them."""
+"""A check for NaN and infinities in kernels, before anything is made of them."""
 
 import functools
 from collections.abc import Mapping

@@ -16,9 +16,9 @@ from jaxpeft.tree._terms import BATCH
 
 
 def only_adds(adapter: Adapter) -> bool:
-    """Whether a method is its kernel and a low-rank sum, and nothing where that is 0.
+    """Whether a method adds thin products, so that it adds nothing where leaves are 0.
 
-    Not what scales the kernel, puts another in its place or has experts.
+    A method that scales the kernel, puts another in its place or has experts does more.
     """
     if adapter.where.layers is not None or adapter.where.rank is None:
         return False
@@ -29,9 +29,11 @@ def only_adds(adapter: Adapter) -> bool:
 def take_components(
     node: AdaptedKernel, kept: Sequence[Sequence[int]]
 ) -> AdaptedKernel:
-    """The node with these components of each layer, padded with zeros.
+    """The node with these components alone, padded with zeros.
 
-    Nothing is checked; of a fresh adapter, or of its shapes.
+    Args:
+        node: a fresh adapter, or its shapes.
+        kept: of each layer, the numbers of its components. They are not checked.
     """
     site, width = node.site, max(map(len, kept))
     if node.adapter.shared is not None and any(
@@ -60,6 +62,7 @@ def take_components(
             if None not in roles:
                 leaves[name] = x
                 continue
+            # `at`: the axis of components, behind the kernel's own axes.
             before = roles[: roles.index(None)]
             at = batch + sum(site.roles.count(role) for role in before)
             if x.shape[at] != top:

@@ -17,9 +17,9 @@ from jaxpeft.tree._adapter import Adapter, Call, rebuild
 from jaxpeft.tree._node import AdaptedKernel
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
 
-# [d_in, d_out] that no real kernel has: an abstract trace of `init` on a kernel of this
-# shape shows which axes of a leaf are d_in and which are d_out. Small numbers and
-# powers of two divide them, for methods with groups or blocks.
+# [d_in, d_out] that no real kernel has. `init` is traced on an abstract kernel of this
+# shape, and an axis of a leaf that is as long as d_in is d_in; so with d_out. Small
+# numbers and powers of two divide both, for methods with groups or blocks.
 _EVEN = 2**10 * 3**2 * 5 * 7
 PROBE = 11 * _EVEN, 13 * _EVEN
 
@@ -60,11 +60,12 @@ def from_matrices(matrices, shape: tuple[int, ...], roles: tuple[str, ...]):
 
 @functools.cache
 def leaf_axes(adapter: Adapter, rank: int | None):
-    """Which axes of the adapter's two-dimensional leaves are in or out axes.
+    """Which axes of the leaves of one two-dimensional kernel are in or out axes.
 
     Returns:
         ``(frozen, trainable)``: two dicts from a leaf's name to a tuple with
-        ``"in"``, ``"out"`` or ``None`` for each axis.
+        ``"in"``, ``"out"`` or ``None`` for each axis. ``None`` is any other axis:
+        mostly the rank, but also experts, or a tuple of numbers.
     """
     shapes = init_shapes(adapter, *PROBE, rank, jnp.dtype(jnp.float32))
     label = dict(zip(PROBE, (IN, OUT), strict=True))
@@ -88,9 +89,10 @@ def shared_names(adapter: Adapter) -> tuple[str, ...]:
 def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
     """Shapes of one layer's ``(frozen, trainable)``, by an abstract trace.
 
-    At rank 0, where no method is asked, those of rank 1 without the rank.
+    At rank 0 they are those of rank 1 whose axes that are neither in nor out have
+    size 0.
     """
-    if rank == 0:
+    if rank == 0:  # which no method is asked for
         parts = init_shapes(adapter, d_in, d_out, 1, dtype)
         return tuple(
             {
@@ -107,6 +109,7 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
         )
     kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
+    # Shapes do not depend on alpha, so the method's own serves for every site.
     init = functools.partial(adapter.init, rank=rank, alpha=adapter.where.alpha)
     frozen, trainable = jax.eval_shape(lambda k, w: init(k, w), key, kernel)
     numbers = jax.eval_shape(lambda: number_leaves(adapter, dtype))
@@ -116,13 +119,18 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
 def number_leaves(adapter: Adapter, dtype) -> dict:
     """The numbers of a method that are leaves, for one layer."""
     given = {name: adapter.options[name] for name in adapter.options.numbers}
+    # One that is exactly 0 has no leaf: what it weighs is left out of the program.
     there = {n: v for n, v in given.items() if v is not None and np.any(v)}
     return {name: jnp.asarray(value, dtype) for name, value in there.items()}
 
 
 def expand_leaf(leaf, axes, batch, in_dims, out_dims):
-    """A leaf ``[layers, ...]`` with its batch, in and out axes put in place."""
+    """A leaf ``[layers, ...]`` in the layout of ``AdaptedKernel``.
+
+    Layers become the kernel's batch axes, ``d_in`` its in axes, ``d_out`` its out axes.
+    """
     shape = list(batch)
+    # The last axes are the method's own; the one in front of them is the layers'.
     for size, role in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
         shape += {IN: in_dims, OUT: out_dims}.get(role, (size,))
     return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
@@ -134,7 +142,7 @@ def _flatten(leaf, axes, roles, layers=True):
     Without ``layers`` (a kernel without batch axes) the first axis is left out.
     """
     counts = {r: len(axes_of(roles, r)) for r in (BATCH, IN, OUT)}
-    shape, at = [], counts[BATCH]
+    shape, at = [], counts[BATCH]  # `at`: the next axis of the leaf to be read
     if layers:
         shape.append(math.prod(leaf.shape[:at]))
     for role in axes:
@@ -148,7 +156,7 @@ def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
     """For each leaf, the axis of the kernel that each of its axes follows.
 
     Returns:
-        ``{leaf name: (kernel axis or None, ...)}``; ``None`` for rank axes.
+        ``{leaf name: (kernel axis or None, ...)}``; ``None`` for all other axes.
     """
     roles = node.roles
     where = {r: axes_of(roles, r) for r in (BATCH, IN, OUT)}
@@ -170,7 +178,10 @@ def _top_rank(node: AdaptedKernel) -> int | None:
 
 
 def layer_leaves(node: AdaptedKernel, layers: bool = True):
-    """The node's own leaves as ``(frozen, trainable)``, one leading layer axis."""
+    """The node's ``(frozen, trainable)`` with one leading axis of layers.
+
+    Leaves that sites share are not among them. Without ``layers`` see ``_flatten``.
+    """
     axes = leaf_axes(node.adapter, _top_rank(node))
     return tuple(
         {
@@ -183,7 +194,7 @@ def layer_leaves(node: AdaptedKernel, layers: bool = True):
 
 
 def layer_call(node: AdaptedKernel, layers: bool = True) -> Call:
-    """What a call added to the node, one leading layer axis."""
+    """What a call added to the node, with one leading axis of layers."""
     batch = len(axes_of(node.roles, BATCH))
     own = lambda x: _flatten(x, (None,) * (x.ndim - batch), node.roles, layers)
     return Call(**{name: own(x) for name, x in (node.call or {}).items()})
@@ -197,7 +208,10 @@ def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
 
 
 def padded(node: AdaptedKernel) -> bool:
-    """Whether the layers of a stack have unequal ranks, or differ in other ways."""
+    """Whether leaves hold padding: layers have unequal ranks, or differ otherwise.
+
+    At a site with several adapters it says no: ask each part of ``parts_of``.
+    """
     ranks = node.site.ranks
     return ranks is not None and len(set(_methods(node, ranks))) > 1
 
@@ -212,6 +226,7 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
     parts = layer_leaves(node)
     layers, d_in, d_out = matrix_shape(node.base.shape, node.roles)
     ranks = node.site.ranks or ()
+    # A slice of a stack, or stacked adapters: the ranks are those of all layers.
     if layers != len(ranks):
         raise ValueError(
             f"site {node.site.path!r} was attached to {len(ranks)} layers of "
@@ -221,6 +236,7 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
     result = []
     for i, (adapter, rank) in enumerate(_methods(node, ranks)):
         shapes = init_shapes(adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
+        # Padding is at the end of each axis, so a layer's own part is the corner.
         frozen, trainable = (
             {n: p[n][i][tuple(slice(s) for s in x.shape)] for n, x in like.items()}
             for p, like in zip(parts, shapes, strict=True)
@@ -230,9 +246,9 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
 
 
 def per_layer(node: AdaptedKernel, f):
-    """Calls ``f(frozen, trainable)`` for each layer; results stacked on axis 0.
+    """Calls ``f(frozen, trainable)`` for each layer; stacks the results on axis 0.
 
-    Layers of rank 0 are left out.
+    Layers of rank 0 are left out, and ``f`` never sees padding.
     """
     if padded(node):
         each = zip(node.site.ranks or (), unpadded_layers(node), strict=True)
@@ -242,7 +258,10 @@ def per_layer(node: AdaptedKernel, f):
 
 
 def per_layer_factors(node: AdaptedKernel) -> Factors:
-    """``adapter.factors`` of each layer, stacked; of one kernel as it is."""
+    """``adapter.factors`` of each layer, stacked; of one kernel without a layer axis.
+
+    Padding goes in as well: it is 0 in both factors, and adds 0.
+    """
     shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
 
     def factors(kernel, frozen, trainable, call):
@@ -260,19 +279,22 @@ def per_layer_factors(node: AdaptedKernel) -> Factors:
 
 
 def lifted_factors(node: AdaptedKernel) -> Factors:
-    """The node's factors, ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, ..."""
+    """The node's factors with the kernel's own axes.
+
+    ``a [*batch, *in, r]``, ``b [*batch, r, *out]``, and so on, as the fields declare.
+    """
     roles, shape = node.roles, node.base.shape
     batch, in_dims, out_dims = (dims_of(shape, roles, r) for r in (BATCH, IN, OUT))
     flat, layers = per_layer_factors(node), BATCH in roles
 
     def expand(x, axes):
         sizes = list(batch)
-        for i, size in enumerate(x.shape[layers:]):
+        for i, size in enumerate(x.shape[layers:]):  # behind the axis of layers
             role = axes[i] if i < len(axes) else None
             sizes += {IN: in_dims, OUT: out_dims}.get(role, (size,))
         return x if x.shape == tuple(sizes) else x.reshape(sizes)
 
-    kernel = flat.kernel
+    kernel = flat.kernel  # apart from the rest: its axes may be in any order
     if kernel is not None:
         kernel = from_matrices(kernel, shape, roles).astype(node.base.dtype)
     lifted = map_axes(expand, dataclasses.replace(flat, kernel=None))

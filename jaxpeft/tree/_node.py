@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,9 +25,13 @@ class Site:
         roles: ``"batch"``, ``"in"`` or ``"out"`` for each axis of the kernel.
         ranks: the rank of each layer (one entry for a kernel without batch axes),
             or ``None`` for methods without a rank.
-        pattern: the entry of ``targets`` that found this site. It is only told: sites
-            that differ in it are equal, and ``jit`` may give back another tree's.
-        alphas: of each layer, as they were given; only told, too: the scale is a leaf.
+        pattern: the entry of ``targets`` that found this site. It is for readers only:
+            sites that differ in it are equal, ``jit`` may give back another tree's,
+            and nothing is computed from it.
+        alphas: the alpha of each layer as it was given. For readers only, as the
+            pattern is: what counts is the scale, a leaf.
+        each: where a site has several adapters, ``{name: its own site}``, with its
+            pattern and its alphas. For readers only.
     """
 
     path: str
@@ -34,6 +39,7 @@ class Site:
     ranks: tuple[int, ...] | None
     pattern: str = dataclasses.field(default="", compare=False)
     alphas: tuple[float, ...] | None = dataclasses.field(default=None, compare=False)
+    each: Mapping[str, "Site"] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -42,15 +48,15 @@ class AdaptedKernel:
     """A kernel with an adapter beside it; a pytree node.
 
     Attributes:
-        base: the kernel, as it was (an option that folds changes it, see
-            ``Adapter.folded``).
+        base: the kernel as it was. Where the method folds a part of its change into
+            it (``Adapter.folded``), the kernel with that part.
         frozen: the adapter's fixed leaves, batch axes first, then the kernel's own
             in or out axes in place of ``d_in`` or ``d_out``.
         trainable: the adapter's trained leaves, in the same layout.
         adapter: the method. Static.
         site: the place. Static.
-        call: what ``with_call`` added, ``{entry of a Call: array}``, batch axes first,
-            or ``None``.
+        call: what ``with_call`` added: ``{entry of a Call: array}`` with batch axes
+            first, or ``None``.
     """
 
     base: Any
@@ -139,7 +145,11 @@ serialization.register_serialization_state(AdaptedKernel, _to_state, _from_state
 
 
 def trailing(roles: tuple[str, ...], ndim: int) -> tuple[str, ...]:
-    """The roles of the last axes; axes that were stacked in front are batch axes."""
+    """The roles of the last ``ndim`` axes.
+
+    A scan takes leading axes off a kernel and ``vmap`` puts some on: the latter are
+    batch axes.
+    """
     return (BATCH,) * (ndim - len(roles)) + roles[max(0, len(roles) - ndim) :]
 
 
@@ -200,7 +210,7 @@ def check_key(key: Any) -> None:
 
 
 def wider(*dtypes) -> jnp.dtype:
-    """The dtype that holds all of these, whatever promotion the user allows."""
+    """The dtype that holds all of these, also where the user forbids promotion."""
     # float8 types promote with nothing; bfloat16 holds every one of them.
     dtypes = [
         jnp.bfloat16 if jnp.issubdtype(d, jnp.floating) and d.itemsize == 1 else d

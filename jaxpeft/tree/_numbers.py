@@ -1,4 +1,8 @@
-"""Numbers of a method that are leaves: trees that differ in them are one structure."""
+"""Numbers of methods: leaves of a tree, so that trees that differ in them are alike.
+
+Alpha has no leaf of its own. A method makes a scale of it (``alpha / r``, or another),
+whose leaf begins with ``scale``; here alpha is read off it, and written to it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,8 +36,9 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
         The tree with other leaves.
 
     Raises:
-        ValueError: no site has such a number, or it is not finite. One that was exactly
-            0 or ``None`` when the adapter was made is not there.
+        ValueError: no site has such a number, or it is not finite or of another shape
+            than a site's. One that was exactly 0 or ``None`` when the adapter was made
+            is not there.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -55,6 +60,9 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
     for name, value in numbers.items():
         if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
             raise ValueError(f"`{name}` must be finite, got {value}")
+    for part in parts:
+        for name in numbers.keys() & _names(part):
+            _check_shape(part, name, np.shape(numbers[name]))
 
     def change(node):
         if is_several(node):
@@ -65,24 +73,47 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
                 frozen |= _scales(node, value)
             elif name in frozen:
                 like = frozen[name]
+                value = jnp.asarray(value)
                 frozen[name] = jnp.broadcast_to(value, like.shape).astype(like.dtype)
         return node.replace(frozen=frozen)
 
     return map_nodes(change, adapted)
 
 
+def _check_shape(node: AdaptedKernel, name: str, shape: tuple[int, ...]) -> None:
+    """Raises unless a site's number may have a value of this shape."""
+    own = () if name == "alpha" else node.frozen[name].shape[_batch(node) :]
+    if shape not in ((), own):
+        allowed = f"{own[0]} numbers or one" if own else "one number"
+        raise ValueError(
+            f"`{name}` must be {allowed} at site {node.site.path!r}, got shape "
+            f"{list(shape)}"
+        )
+
+
+def _batch(node: AdaptedKernel) -> int:
+    return node.roles.count(BATCH)
+
+
 def _names(node: AdaptedKernel) -> list[str]:
-    """The numbers of a site."""
+    """The numbers that a site has: alpha, and those with a leaf."""
     options = node.adapter.options
-    scaled = ["alpha"] if node.adapter.where.alpha is not None else []
+    has_alpha = node.adapter.where.alpha is not None
+    scaled = ["alpha"] if has_alpha and any(map(_is_scale, node.frozen)) else []
     return scaled + [n for n in options.numbers if n in node.frozen]
 
 
+def _is_scale(name: str) -> bool:
+    """Whether a frozen leaf is proportional to alpha, by its name."""
+    return name.startswith("scale")
+
+
 def _scales(node: AdaptedKernel, alpha: Any) -> dict[str, Array]:
-    """The leaves that are proportional to alpha, for a new one."""
+    """The leaves that are proportional to alpha, for a new alpha."""
     made = {}
     for name, like in node.frozen.items():
-        if name.startswith("scale"):
+        if _is_scale(name):
+            # What the method makes of alpha 1 at the rank of each layer.
             units = np.array([unit_scale(node.adapter, r, name) for r in _ranks(node)])
             units = jnp.asarray(units.reshape(like.shape), like.dtype)
             made[name] = jnp.asarray(alpha, like.dtype) * units
@@ -90,20 +121,22 @@ def _scales(node: AdaptedKernel, alpha: Any) -> dict[str, Array]:
 
 
 def _ranks(node: AdaptedKernel) -> tuple[int, ...]:
+    """The rank of each layer that the node has now; a slice has fewer than its site."""
     return (node.site.ranks or ())[: matrix_shape(node.base.shape, node.roles)[0]]
 
 
 def alphas_of(node: AdaptedKernel) -> tuple[float, ...] | None:
     """The alpha of each layer, read off its scale: the shortest decimal that gives it.
 
-    ``None`` for methods without one, and where the leaves have no values.
+    ``None`` for methods without an alpha, where the scale has no value (it is traced,
+    or a shape), and where adapters were stacked; 0 for layers of rank 0.
     """
     scales = node.frozen.get("scale")
     if node.adapter.where.alpha is None or not is_concrete(scales):
         return None
     scales, ranks = np.asarray(jax.device_get(scales)).reshape(-1), node.site.ranks
     if ranks is None or len(scales) != len(ranks):
-        return None  # adapters that were stacked
+        return None  # adapters that were stacked: more layers than ranks
     return tuple(
         alpha_of(node.adapter, rank, scale) if rank else 0.0
         for rank, scale in zip(ranks, scales, strict=True)
@@ -118,7 +151,8 @@ def is_concrete(x: Any) -> bool:
 def options_of(node: AdaptedKernel) -> dict[str, Any]:
     """The options of a site's method, with the numbers that its leaves have now.
 
-    Alpha is the layers' own, see ``alphas_of``.
+    The alpha in it is that of the constructor; ``alphas_of`` has that of each layer.
+    Of traced leaves and shapes the constructor's numbers stay.
 
     Raises:
         ValueError: layers of a stack differ in a number that is no alpha.
@@ -128,7 +162,7 @@ def options_of(node: AdaptedKernel) -> dict[str, Any]:
         leaf = node.frozen.get(name)
         if leaf is None or not is_concrete(leaf):
             continue
-        own = leaf.shape[node.roles.count(BATCH) :]  # one number, or several
+        own = leaf.shape[_batch(node) :]  # one number, or several
         each = np.asarray(jax.device_get(leaf)).reshape(-1, *own)
         if (each != each[0]).any():
             raise ValueError(
@@ -147,7 +181,8 @@ def with_options(
 
     Args:
         node: a whole node.
-        leaves: all of the leaves, where they are not the node's.
+        leaves: all leaves by name, frozen or not; by default the node's own. What is
+            frozen and what trains under the new options is sorted out here.
         **changes: the options that change. Numbers among them become leaves.
     """
     if is_several(node):
@@ -160,7 +195,7 @@ def with_options(
     have = dict({**node.frozen, **node.trainable} if leaves is None else leaves)
     batch = tuple(node.base.shape[i] for i in axes_of(node.roles, BATCH))
     for name, x in number_leaves(adapter, working_dtype(node.base.dtype)).items():
-        if name in changes or name not in have:
+        if name in changes or name not in have:  # else the leaf's own value stays
             have[name] = jnp.broadcast_to(x, (*batch, *x.shape))
             if isinstance(node.base, jax.ShapeDtypeStruct):
                 have[name] = jax.ShapeDtypeStruct(have[name].shape, x.dtype)

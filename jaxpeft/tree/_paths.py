@@ -157,8 +157,8 @@ def resolve_pattern(
     Raises:
         ValueError: a pattern matches no path.
     """
-    # A full path speaks for itself alone, also where it was read off a whole
-    # variable dict, {"params": ...}.
+    # A pattern that is a leaf's full path is for this leaf alone, though it may be the
+    # end of other paths. It may have been read off a variable dict, {"params": ...}.
     exact = {p: k for p in paths for k in (p, f"params/{p}") if k in patterns}
     found: dict[str, Any] = {}
     for pattern, value in patterns.items():

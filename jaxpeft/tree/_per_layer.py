@@ -15,7 +15,20 @@ def per_layer_values(
 ) -> dict[str, Any]:
     """Each site's ranks or alphas, one value per layer.
 
-    A layer of a stack may have rank 0, and then, of the ``ranks``, alpha 0.
+    Args:
+        what: ``"rank"`` or ``"alpha"``.
+        pattern: ``rank_pattern`` or ``alpha_pattern`` of ``attach``.
+        default: the method's own value; ``None``: the method has none.
+        by_path: the leaves of the tree, by path.
+        roles: the roles of the axes of each chosen site.
+        ranks: where alphas are asked for: each site's ranks. A layer of a stack may
+            have rank 0, and its alpha may then be 0, too.
+
+    Returns:
+        ``{path: a value for each layer, or None}``.
+
+    Raises:
+        ValueError: the pattern does not fit, or a value is not allowed.
     """
     argument = f"{what}_pattern"
     paths = list(roles)
@@ -51,11 +64,13 @@ def per_layer_values(
                 f"`{argument}` gives {len(each)} values for site {path!r}, which has "
                 f"{layers} layer{'s' * (layers > 1)}"
             )
+        # 0 is allowed in a stack in which another layer has more: as a rank, or as the
+        # alpha of a layer whose rank is 0.
         some = BATCH in roles[path] and any(each)
         none = [some] * layers
         if ranks is not None:
             none = [some and rank == 0 for rank in ranks[path] or (None,) * layers]
-        for v, allowed in zip(each, none, strict=True):
+        for v, allowed in zip(each, none, strict=True):  # False equals 0, and is none
             if not (allowed and v == 0 and not isinstance(v, bool)):
                 _check_value(what, v, path)
         result[path] = tuple(int(v) if what == "rank" else float(v) for v in each)

@@ -1,7 +1,7 @@
-"""Several adapters on one base: off a tree, onto a tree.
+"""Adapters off a tree, and onto a tree.
 
-There is no container for them: ``{"french": extract(one), "sql": extract(other)}``
-is one, and its keys are the names.
+Adapters of one base need no container but a dictionary:
+``{"french": extract(one), "sql": extract(other)}``, whose keys are their names.
 """
 
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ def extract(adapted: PyTree, name: str | None = None) -> dict[str, AdaptedKernel
 
     Args:
         adapted: a tree made by ``attach``.
-        name: of the adapter to take, where kernels have several; it goes back under
-            that name with ``graft(..., name=)``, and is an adapter like any other
-            meanwhile. ``None``: all of them as they are.
+        name: the name of the adapter to take, where kernels have several. What comes
+            off is an adapter like any other; ``graft(..., name=)`` puts it back under
+            a name. ``None``: all of them as they are.
 
     Returns:
         ``{path of the kernel: its node without the kernel}``. Entries may be left out
@@ -77,7 +77,7 @@ def graft(
     """Puts adapters that ``extract`` took off onto a base.
 
     The base is not copied: trees of several adapters share its arrays. Nothing says
-    which base an adapter was trained with; a file does (``interop.save_adapter``).
+    which base an adapter was trained with; files do (``interop.save_adapter``).
 
     Args:
         params: the plain parameter tree; it may carry adapters at other sites, or of
@@ -88,7 +88,8 @@ def graft(
             that it has.
 
     Returns:
-        The adapted tree. An option that folds a part of the kernel folds it again.
+        The adapted tree. A method that folds a part of its change into the kernel
+        folds it again.
 
     Raises:
         ValueError: a kernel is not there, has an adapter of that name already or one

@@ -20,13 +20,14 @@ from jaxpeft.tree._paths import (
 )
 from jaxpeft.tree._together import DEFAULT, parts_of
 
-# No linear layer's weight among the standard names, and the heads that "all-linear"
-# leaves out, as HF PEFT does.
+# Standard names of leaves that are no linear layer's weight; and the output heads that
+# "all-linear" leaves out, as HF PEFT does.
 _NOT_LINEAR = ("embedding", "embeddings", "bias", "scale", "b")
 NOT_ADAPTED = (*OUTPUT_HEADS, "score", "classifier")
 
 
 def _is_weight(path: str, leaf: Any, adapter: Adapter, paths: Collection[str]) -> bool:
+    """Whether a leaf is of the kind that the method sits on."""
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
         return False
     if adapter.where.leaf == "any":
@@ -89,10 +90,10 @@ def choose(
     for path, leaf in leaves:
         if path not in found:
             continue
-        if is_node(leaf) and name in (parts := parts_of(leaf)):
+        if is_node(leaf) and (had := parts_of(leaf).get(name)) is not None:
             raise ValueError(
-                f"site {path!r} already carries {parts[name].adapter.name!r} (attached "
-                f"as {leaf.site.pattern!r}) and is matched again by {found[path]!r}. "
+                f"site {path!r} already carries {had.adapter.name!r} (attached as "
+                f"{had.site.pattern!r}) and is matched again by {found[path]!r}. "
                 "Name other `targets`, leave it out with `exclude`, detach first, or "
                 "give this one a name of its own, attach(..., name='french')."
             )

@@ -1,8 +1,10 @@
-"""Several adapters on one kernel: one method, made of the methods of its parts.
+"""Several adapters on one kernel: one node, whose method is made of its parts' methods.
 
 The leaves of the part named ``"default"`` keep their names, and those of the part
-``"french"`` are ``french:a``, ``french:b``, ... So whatever is done to a tree with one
-adapter a site (splitting, saving a checkpoint, sharding, merging) is done to this one.
+``"french"`` are ``french:a``, ``french:b``, and so on. Splitting, checkpoints, sharding
+and merging see a node like any other. What depends on one method (its ranks, penalty,
+report, numbers) is asked of each part: ``parts_of`` takes the node apart, ``together``
+joins parts. The joined node's own ``site.ranks`` is ``None``.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import jax
 from jaxpeft.tree._adapter import Adapter, Options, Where
 from jaxpeft.tree._change import structure
 from jaxpeft.tree._lift import number_leaves
-from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._node import AdaptedKernel, Site
 from jaxpeft.tree._terms import Factors
 
 DEFAULT = "default"
@@ -38,7 +40,7 @@ class Part(NamedTuple):
 
     @property
     def rank(self) -> int | None:
-        """The largest rank, which the leaves of a stack are padded to."""
+        """The largest rank of its layers, to which the leaves of a stack are padded."""
         return None if self.ranks is None else max(self.ranks)
 
     def own(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,14 +51,15 @@ class Part(NamedTuple):
         return {n[len(start) :]: x for n, x in leaves.items() if n.startswith(start)}
 
     def named(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        """Leaves by the names that they have beside those of other parts."""
+        """The inverse of ``own``: leaves by the names that the joined node has."""
         if self.name == DEFAULT:
             return dict(leaves)
         return {f"{self.name}:{n}": x for n, x in leaves.items()}
 
     @property
     def salt(self) -> int:
-        """What tells this part's random draws from those of others at the site."""
+        """A number that makes this part's random draws differ from other parts'."""
+        # 0 for the default, which draws as it would alone.
         return 0 if self.name == DEFAULT else _digest(self.name)
 
 
@@ -65,7 +68,11 @@ def _digest(name: str) -> int:
 
 
 class _OwnCall:
-    """A call as one part sees it: with draws of its own."""
+    """A call as one part sees it, with a ``step_key`` of its own.
+
+    Dropout on inputs has ``key``, which is the site's; there ``Term.salt`` tells the
+    parts' masks apart.
+    """
 
     def __init__(self, call: Any, salt: int) -> None:
         self._call, self._salt = call, salt
@@ -79,14 +86,14 @@ class _OwnCall:
 
 @functools.cache
 def several(parts: tuple[Part, ...]) -> Adapter:
-    """The method that is the sum of its parts' changes of one kernel.
+    """The method whose change of a kernel is the sum of its parts' changes.
 
-    It is attached by name, ``attach(..., name="french")``; it has no place among the
-    methods that files know, where every part is a method of its own.
+    ``attach(..., name="french")`` makes it. Files do not know it: they hold each part
+    as a method of its own.
     """
 
     def init(key, kernel, rank, alpha):
-        # Of shapes alone: leaves come from the parts, as each of them is attached.
+        # Traced for shapes alone: leaves come from the parts, as each is attached.
         del rank, alpha
         frozen, trainable = {}, {}
         for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
@@ -106,6 +113,7 @@ def several(parts: tuple[Part, ...]) -> Adapter:
             )
             for part in parts
         ]
+        # At most one part scales or has a kernel, see `check_sharing`, and then alone.
         terms = sum((_salted(f, p.salt) for f, p in zip(each, parts, strict=True)), ())
         scales = {
             name: next((x for f in each if (x := getattr(f, name)) is not None), None)
@@ -123,7 +131,7 @@ def several(parts: tuple[Part, ...]) -> Adapter:
         return made
 
     def folded(frozen):
-        (part,) = parts
+        (part,) = parts  # what folds does not share a kernel
         terms = part.adapter.folded
         return () if terms is None else terms(part.own(frozen))
 
@@ -146,12 +154,12 @@ def _salted(factors: Factors, salt: int):
 
 
 def is_several(node: AdaptedKernel) -> bool:
-    """Whether adapters with names sit at a site, even if it is one of them."""
+    """Whether a site has adapters with names, be it only one."""
     return node.adapter.options.constructor is several
 
 
 def parts_of(node: AdaptedKernel) -> dict[str, AdaptedKernel]:
-    """Each adapter of a site as if it sat there alone, by name."""
+    """Each adapter of a site, by name, as a node that has this adapter alone."""
     if not is_several(node):
         return {DEFAULT: node}
     parts = node.adapter.options["parts"]
@@ -160,14 +168,24 @@ def parts_of(node: AdaptedKernel) -> dict[str, AdaptedKernel]:
             frozen=part.own(node.frozen),
             trainable=part.own(node.trainable),
             adapter=part.adapter,
-            site=dataclasses.replace(node.site, ranks=part.ranks),
+            site=_site_of(part, node.site),
         )
         for part in parts
     }
 
 
+def _site_of(part: Part, site: Site) -> Site:
+    """A part's own site: what is told of it is its own, the rest is the node's."""
+    told = site.each.get(part.name, site)
+    return dataclasses.replace(told, path=site.path, roles=site.roles, ranks=part.ranks)
+
+
 def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
-    """One site of several adapters of one kernel; the inverse of ``parts_of``.
+    """Joins adapters of one kernel in one node; the inverse of ``parts_of``.
+
+    Args:
+        nodes: each adapter's node by its name, all of one kernel. The kernel, and what
+            a call added, are taken from the first.
 
     Raises:
         ValueError: a name that cannot be one, or adapters that cannot share a kernel.
@@ -175,6 +193,7 @@ def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
     first = next(iter(nodes.values()))
     for name in nodes:
         check_name(name)
+    # An adapter alone, without a name: its leaves have no prefix, as in older trees.
     if list(nodes) == [DEFAULT]:
         return first
     parts = tuple(Part(n, x.adapter, x.site.ranks) for n, x in nodes.items())
@@ -188,7 +207,9 @@ def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
         frozen=merged("frozen"),
         trainable=merged("trainable"),
         adapter=several(parts),
-        site=dataclasses.replace(first.site, ranks=None),
+        site=dataclasses.replace(
+            first.site, ranks=None, each={name: x.site for name, x in nodes.items()}
+        ),
     )
 
 
@@ -207,10 +228,14 @@ def check_sharing(path: str, methods: Mapping[str, tuple[Adapter, Any]]) -> None
     Args:
         path: the site.
         methods: ``{name: (method, its rank)}``.
+
+    Raises:
+        ValueError: one of several does more than add thin products, has folded terms
+            into the kernel, or two of them report what their gates did.
     """
     if len(methods) == 1:
         return
-    gated = []
+    gated = []  # reports are gathered by site, so one adapter of a site may make them
     for name, (adapter, rank) in methods.items():
         who = f"site {path!r}: adapter {name!r}, {adapter.name!r}, "
         found = structure(adapter, rank)
@@ -227,7 +252,8 @@ def check_sharing(path: str, methods: Mapping[str, tuple[Adapter, Any]]) -> None
                 f"{[n for n in methods if n != name]}; a method that only adds thin "
                 "products can, such as jaxpeft.lora()"
             )
-        gated += [name] if found.experts else []
+        gates = [term.gate for term in found.factors.terms if term.gate is not None]
+        gated += [name] if any(g.names or g.report is not None for g in gates) else []
     if len(gated) > 1:
         raise ValueError(
             f"site {path!r}: adapters {gated} all have experts, whose gates are "

@@ -110,7 +110,8 @@ def merge(adapted: PyTree) -> PyTree:
         A plain parameter tree.
 
     Raises:
-        ValueError: a site's method depends on the input, so no kernel does it.
+        ValueError: a site's method depends on the input, so that no kernel has its
+            effect.
     """
     nodes(adapted)  # whole ones only
     scaled = scaled_biases(adapted)
@@ -187,13 +188,16 @@ def penalty(adapted: PyTree, seen: Mapping[str, Any] | None = None) -> Array:
 
 
 def seen_penalty(adapted: PyTree, seen: Mapping[str, Any]) -> Array:
-    """The part of ``penalty`` that is of what gates reported.
+    """The part of ``penalty`` that depends on what gates reported.
 
-    It belongs to a micro-batch, and the rest to a step.
+    It is computed in every micro-batch, and the rest once a step.
 
     Args:
         adapted: the tree that was run.
         seen: the second result of ``adapt(fn, taps="own")``.
+
+    Returns:
+        A scalar, as ``penalty`` does.
     """
     found = {
         part.site.path: (name, part)
@@ -211,7 +215,7 @@ def _parts(adapted: PyTree) -> list[tuple[str, AdaptedKernel]]:
 
 
 def _over_sites(each: list[tuple[str, Adapter, Array]]) -> Array:
-    """The sites' penalties, joined method by method, of adapters of one name."""
+    """Joins the penalties of sites, for each adapter's name and method by itself."""
     sums: dict[tuple[str, str, str], list] = {}
     for name, adapter, x in each:
         sums.setdefault((name, adapter.name, adapter.penalty.joined), []).append(x)

@@ -108,6 +108,16 @@ def test_cat_is_the_weighted_sum_for_every_method_of_low_rank(name):
             jp.weighted(trees, WEIGHTS)
 
 
+def test_sites_whose_methods_differ_in_numbers_all_stay(params):
+    tree = jp.attach(params, jp.lora(2, alpha=4), ["heads"], key=KEY, axes=AXES)
+    tree = jp.attach(tree, jp.lora(2, alpha=8), ["up"], key=KEY, axes=AXES)
+    tree = perturb(tree)
+    result = jp.weighted([tree, tree], [0.75, 0.25])
+    assert len(nodes(result)) == 2
+    for x, y in zip(*map(jax.tree.leaves, map(jp.merge, (result, tree))), strict=True):
+        assert distance(x, y) < 1e-6
+
+
 def test_ranks_add_layer_by_layer_and_padding_is_zero(params):
     joined = jax.jit(lambda *trees: jp.weighted(trees, WEIGHTS))(*two())
     node = joined["up"]["kernel"]

@@ -102,6 +102,24 @@ def test_padding_of_a_stack_is_no_expert(adapted):
     json.dumps(plain, allow_nan=False)
 
 
+def test_domains_that_are_not_routed_are_not_in_it():
+    """The router's columns keep the names of their experts."""
+    params, x = {"up": {"kernel": jax.numpy.ones((6, 5))}}, np.ones((2, 3, 6))
+    domains = ("law", "code", "health")
+    for adapter, names in (
+        (jp.modula_flan(domains, rank=1), ("universal", *domains)),
+        (
+            jp.modula_flan(domains, rank=1, inactive=("code",)),
+            ("universal", "law", "health"),
+        ),
+        (jp.modula_res(domains, rank=1, inactive=("law",)), ("code", "health")),
+    ):
+        tree = jp.attach(params, adapter, ["up"], key=jax.random.key(0))
+        net = lambda params, x: x @ params["up"]["kernel"]
+        _, sums = jp.adapt(net, taps="own")(tree, jax.numpy.asarray(x, "float32"))
+        assert mixtures.routing_report(tree, {"all": sums}).experts == (names,)
+
+
 def test_it_is_what_the_routers_did(adapted, keys):
     """Against gates by hand, of a real forward pass with padding."""
 

@@ -183,6 +183,19 @@ def test_one_of_a_name():
         jp.graft(tree, jp.extract(tree, "french"), name="french")
 
 
+def test_what_is_told_of_each_is_its_own():
+    first, second = jp.kasa(2, alpha=4), jp.kasa(3, alpha=12)
+    twice = lambda: attach(attach(PARAMS, first), second, "french", "que.*")
+    for tree in (twice(), jax.eval_shape(twice)):
+        rows = [r for r in jp.describe(tree).rows if r["path"] == "query/kernel"]
+        assert [row["alphas"] for row in rows] == [(4.0,), (12.0,)]
+        assert [row["pattern"] for row in rows] == ["query", "que.*"]
+    facts = [row for row in jp.describe(twice()).report if "layer" not in row]
+    assert {row["name"]: row["dropped"] for row in facts} == {"default": 2, "french": 3}
+    with pytest.raises(ValueError, match=r"attached as 'que\.\*'"):
+        attach(twice(), second, "french", ["query"])
+
+
 def test_a_mixture_beside_a_lora():
     mixed, plain = one(jp.molora(2, experts=2, balance_coef=0.3), 1), one(jp.lora(2), 2)
     tree = both(mixed, plain)

@@ -200,6 +200,17 @@ def test_a_number_that_is_not_there_is_an_error():
         jp.with_numbers(tree, temprature=1.0)
 
 
+def test_a_number_of_another_shape_is_an_error():
+    tree = attached(jp.molora(2, experts=3, gates=(0.2, 0.3, 0.5)))
+    moved = jp.with_numbers(tree, gates=(0.6, 0.2, 0.2))
+    (node,) = nodes(moved)
+    assert options_of(node)["gates"] == (0.6, 0.2, 0.2)
+    with pytest.raises(ValueError, match=r"`gates` must be 3 numbers.*shape \[2\]"):
+        jp.with_numbers(tree, gates=(0.2, 0.3))
+    with pytest.raises(ValueError, match=r"`alpha` must be one number.*shape \[2\]"):
+        jp.with_numbers(tree, alpha=np.ones(2))
+
+
 def test_structure_is_structure():
     base = jax.tree.structure(attached(jp.kasa(2)))
     for other in (jp.kasa(1), jp.kasa(2, beta=0), jp.kasa(2, dropout=0.1)):
