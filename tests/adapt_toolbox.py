@@ -1,4 +1,4 @@
-"""What the tests of ``adapt`` share: adapters, one comparison, a search in the HLO.
+"""What the tests of ``adapt`` share: adapters, one comparison, what it is made of.
 
 The adapters here are not methods of any paper. Each puts a chosen set of terms of
 the formula of ``jaxpeft.tree.Factors`` to work, so that a rule of ``adapt`` that

@@ -16,8 +16,10 @@ from jaxpeft.tree import (
     gathered,
     layer_leaves,
     leaf_axes,
+    number_leaves,
     padded,
     shared_names,
+    structure,
     structure_of,
     to_matrices,
     unpadded_layers,
@@ -32,6 +34,41 @@ def is_plain(adapter: Adapter) -> bool:
         return False
     frozen, trainable = leaf_axes(adapter, adapter.where.rank)
     return frozen == {"scale": ()} and trainable == {"a": (IN, None), "b": (None, OUT)}
+
+
+@functools.cache
+def strength_leaf(adapter: Adapter) -> str | None:
+    """A leaf that the whole change of a kernel is proportional to, if there is one.
+
+    The scale of a plain method; of another with one up-projection that, where doubling
+    it doubles the change, as a small kernel shows.
+    """
+    if is_plain(adapter):
+        return "scale"
+    where = adapter.where
+    alone = not (adapter.folded or adapter.shared or where.layers)
+    if where.leaf != "kernel" or where.rank is None or not alone:
+        return None
+    if not structure(adapter, where.rank).only_adds:
+        return None
+    axes = leaf_axes(adapter, where.rank)[1]
+    ups = [name for name, each in axes.items() if each[-1:] == (OUT,)]
+    if len(ups) != 1:
+        return None
+    with jax.ensure_compile_time_eval():
+        kernel = jax.random.normal(jax.random.key(0), (4 * where.rank, 6 * where.rank))
+        frozen, leaves = adapter.init(
+            jax.random.key(1), kernel, where.rank, where.alpha
+        )
+        frozen |= number_leaves(adapter, kernel.dtype)
+        leaves = {name: x + 0.1 for name, x in leaves.items()}
+
+        def total(leaves):
+            terms = change(adapter, kernel, frozen, leaves).terms
+            return sum(jnp.matmul(t.a, t.b, precision="highest") for t in terms)
+
+        once, twice = total(leaves), total(leaves | {ups[0]: 2 * leaves[ups[0]]})
+        return ups[0] if jnp.allclose(twice, 2 * once, rtol=1e-4) else None
 
 
 def not_low_rank(node: AdaptedKernel) -> str:

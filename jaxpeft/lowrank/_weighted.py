@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxpeft.lowrank._products import is_plain, layer_products, not_low_rank
+from jaxpeft.lowrank._products import (
+    is_plain,
+    layer_products,
+    not_low_rank,
+    strength_leaf,
+)
 from jaxpeft.lowrank._weighted_check import check_settings, differences, not_finite
 from jaxpeft.numerics import join_products, joined_rank
 from jaxpeft.tree import (
@@ -74,8 +80,7 @@ def weighted(
             whose change of a kernel is of low rank.
         weights: w, one for each; of any sign. They may be traced.
         how: see the table.
-        rank: the result's, for "svd"; by default the largest one at each site and
-            layer.
+        rank: for "svd"; by default the largest rank at each site and layer.
         density: the share of the entries to keep, in (0, 1], for the last four.
         election: how "ties" and "dare_ties" elect signs: by the sum of the entries
             ("total") or by their number ("frequency").
@@ -139,7 +144,7 @@ def weighted(
         raise ValueError("`adapters` cannot be combined so:\n  " + grouped(problems))
     result = plain[0]
     for adapter in dict.fromkeys(targets.values()):
-        own = {path: ranks[path] for path, its in targets.items() if its == adapter}
+        own = {path: ranks[path] for path, its in targets.items() if its is adapter}
         result = _attached(result, adapter, own, by_path[0])
 
     def filled(node):
@@ -178,22 +183,20 @@ def _ranks(path, node: AdaptedKernel, layers, how: str, rank: int | None):
 
 
 def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
-    """The tree with fresh leaves of the result's shapes, to be filled.
-
-    With alpha equal to the rank the usual scale is 1; `_filled` divides by any other.
-    """
+    """The tree with fresh leaves of the result's shapes, of scale 1 where it can be."""
     patterns: dict[str, Any] = {"rank_pattern": ranks}
     if adapter.where.alpha is not None:
         patterns["alpha_pattern"] = ranks
-    return attach(
-        tree,
-        adapter,
-        lambda path, leaf: path in ranks,
-        key=jax.random.key(0),  # every leaf that is drawn is replaced
-        # Any word that is neither "in" nor "out" is a batch axis; "batch" is one.
-        axes={path: " ".join(before[path].site.roles) for path in ranks},
-        **patterns,
-    )
+    with warnings.catch_warnings():  # a sum may have more rank than a kernel
+        warnings.simplefilter("ignore")
+        return attach(
+            tree,
+            adapter,
+            lambda path, leaf: path in ranks,
+            key=jax.random.key(0),  # every leaf that is drawn is replaced
+            axes={path: " ".join(before[path].site.roles) for path in ranks},
+            **patterns,
+        )
 
 
 def _join(layers, ranks: list[int], weights, keys, *, how: str, **settings):
@@ -225,7 +228,7 @@ def _join_layers(products, weights, keys, **settings):
 
 
 def _filled(node: AdaptedKernel, a, b, site) -> AdaptedKernel:
-    """A fresh plain node whose leaves give the change ``a b``, its scale included."""
+    """A fresh plain node with the leaves whose product is ``a b``."""
     roles, shape = node.roles, node.base.shape
     dims = [dims_of(shape, roles, role) for role in (BATCH, IN, OUT)]
     scale = node.frozen["scale"].astype(b.dtype).reshape(-1, 1, 1)
@@ -248,16 +251,16 @@ def scaled(
     Args:
         adapted: a tree made by ``attach``, or what ``extract`` took off one.
         strength: t, of any sign; 0 is the base, 1 changes nothing. It may be traced:
-            of a plain low-rank method it only multiplies the scale.
+            it multiplies the scale, or of a method without one the up-projection.
         into: for other low-rank methods, the plain one of the result,
             ``jaxpeft.lora()``; see ``weighted``.
 
     Returns:
-        The adapted tree. The alphas that ``describe`` shows are t times what they were.
+        The adapted tree; alphas follow from its scales.
 
     Raises:
         ValueError: ``strength`` is not finite, or the change at a site is not of low
-            rank, or not plain and there is no ``into``. All sites are listed.
+            rank, or no leaf's multiple and there is no ``into``. All sites are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -273,22 +276,25 @@ def scaled(
     found = [x for x in jax.tree.leaves(adapted, is_leaf=is_node) if is_node(x)]
     if not found:
         raise ValueError("`adapted` has no adapters; give a tree that attach made")
+    leaves = {node.site.path: strength_leaf(node.adapter) for node in found}
     problems = [
         f"{node.site.path!r}: {node.adapter.name!r}"
         for node in found
-        if not is_plain(node.adapter) or node.frozen["scale"] is None
+        if (name := leaves[node.site.path]) is None
+        or {**node.frozen, **node.trainable}[name] is None
     ]
     if problems:
         raise ValueError(
-            "only the scale of whole, plain low-rank adapters can be changed in place. "
-            "Write into=jaxpeft.lora() for another method whose change is of low rank; "
-            "leave the others out, {path: node for path, node in "
-            "jaxpeft.extract(adapted).items() if ...}:\n  " + grouped(problems)
+            "only whole low-rank adapters with a leaf that the change is a multiple of "
+            "can be changed in place. Write into=jaxpeft.lora() for another method "
+            "whose change is of low rank; leave the others out, {path: node for path, "
+            "node in jaxpeft.extract(adapted).items() if ...}:\n  " + grouped(problems)
         )
 
     def times(node):
-        scale = node.frozen["scale"]
-        new = scale * jnp.asarray(strength, scale.dtype)
-        return node.replace(frozen=node.frozen | {"scale": new})
+        name = leaves[node.site.path]
+        new = lambda x: x * jnp.asarray(strength, x.dtype)
+        each = lambda part: {n: new(x) if n == name else x for n, x in part.items()}
+        return node.replace(frozen=each(node.frozen), trainable=each(node.trainable))
 
     return map_nodes(times, adapted)

@@ -280,7 +280,7 @@ def make_adapter(config: ml_collections.ConfigDict) -> Adapter:
 
     Example:
         >>> fields = {"adapter": {"name": "lora", "rank": 4}}
-        >>> make_adapter(ml_collections.ConfigDict(fields)).rank
+        >>> make_adapter(ml_collections.ConfigDict(fields)).where.rank
         4
     """
     options = config.adapter.to_dict()

@@ -172,23 +172,23 @@ def test_beside_another_changes_add_up_and_dropout_is_its_own(name, params, inpu
 
     @jax.jit
     def run(trees, key):
-        y = {n: adapt(each)(with_dropout(t, key), *inputs) for n, t in trees.items()}
-        off = adapt(each)(trees["both"], *inputs)
-        merged = each(merge(tree), *inputs) if mergeable(tree) else None
-        return y, off, merged, {n: penalty(t) for n, t in trees.items()}
+        on = {n: adapt(each)(with_dropout(t, key), *inputs) for n, t in trees.items()}
+        off = {n: adapt(each)(t, *inputs) for n, t in trees.items() if n != "other"}
+        merged = each(merge(tree), *inputs) if mergeable(tree) else off["both"]
+        return on, off, merged, {n: penalty(t) for n, t in trees.items()}
 
-    y, off, merged, penalties = run(trees, jax.random.key(5))
+    on, off, merged, penalties = run(trees, jax.random.key(5))
     base = each(params, *inputs)
-    change = {n: jax.tree.map(np.subtract, y[n], base) for n in y}
-    total = jax.tree.map(np.add, change["first"], change["other"])
-    assert distance(change["both"], total) < CLOSE
-    assert distance(change["first"], total) > FAR
-    assert distance(change["other"], total) > FAR
+    change = lambda y: jax.tree.map(np.subtract, y, base)
+    add = lambda y, z: jax.tree.map(np.add, change(y), change(z))
+    assert distance(change(off["both"]), add(off["first"], off["alone"])) < CLOSE
+    assert distance(change(on["both"]), add(on["first"], on["other"])) < CLOSE
+    for n in ("first", "other"):  # neither of them is nothing
+        assert distance(change(on[n]), change(on["both"])) > FAR
     # The same key drops other entries for another name.
-    apart = distance(change["other"], change["alone"])
+    apart = distance(change(on["other"]), change(on["alone"]))
     assert apart > FAR if accepts(name, *DROPOUT) else apart < CLOSE
-    if merged is not None:
-        assert distance(off, merged) < CLOSE
     assert mergeable(tree) == mergeable(alone)
+    assert distance(off["both"], merged) < CLOSE
     expected = penalties["first"] + penalties["alone"]
     np.testing.assert_allclose(penalties["both"], expected, rtol=1e-6)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxpeft.numerics import optional
 from jaxpeft.testing import _named
+from jaxpeft.testing._settings import use_strict_settings
 from jaxpeft.tree import Parser, ended
 
 PROGRAM = "python -m jaxpeft.testing"
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, rest = parser.parse_known_args(arguments)
 
     def check() -> None:
+        use_strict_settings()  # before the module may compute something
         with optional("Contract tests"):
             import pytest  # noqa: F401
         _named.read_options(_named.load(asked.method), asked.option)

@@ -56,6 +56,13 @@ def parse(text: str) -> tuple[dict[str, list], str]:
     Returns:
         ``({computation: [(name, shape or None, opcode, rest of the line), ...]},
         the entry computation's name)``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> made = jax.jit(lambda x, w: x @ w).lower(jnp.ones((2, 3)), jnp.ones((3, 4)))
+        >>> computations, entry = parse(made.compile().as_text())
+        >>> [shape for _, shape, op, _ in computations[entry] if op == "parameter"]
+        [(2, 3), (3, 4)]
     """
     computations: dict[str, list] = {}
     current, entry = None, ""
@@ -85,6 +92,12 @@ def matmul_flops(text: str) -> float:
     Raises:
         ValueError: a loop has no known trip count, or a matmul has become a call
             into a library, whose FLOPs the text does not tell.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> made = jax.jit(lambda x, w: x @ w).lower(jnp.ones((2, 3)), jnp.ones((3, 4)))
+        >>> matmul_flops(made.compile().as_text())
+        48.0
     """
     computations, entry = parse(text)
 
@@ -109,7 +122,7 @@ def matmul_flops(text: str) -> float:
             if trips is None:
                 raise ValueError(f"a loop without a known trip count: {rest[:200]}")
             times = int(trips[1])
-        return times * sum(inner)
+        return float(times * sum(inner))
 
     return total(entry)
 
@@ -125,6 +138,12 @@ def copies(text: str) -> int:
     Returns:
         How many run in a step; loops count as often as they run, one of unknown length
         once, and of branches the one with the most.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> made = jax.jit(lambda x: x + 1).lower(jnp.ones((3, 3)))
+        >>> copies(made.compile().as_text())
+        0
     """
     computations, entry = parse(text)
     moves = lambda op: op in ("copy", "transpose")
@@ -178,6 +197,12 @@ def made_of_shape(
         ``"opcode[dims]"`` for each instruction that is not a mere carrier of its
         operand (``CARRIERS``). Of a fusion, only what it returns counts: the rest of
         it never leaves the registers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> made = jax.jit(lambda x, w: x @ w).lower(jnp.ones((2, 3)), jnp.ones((3, 4)))
+        >>> bool(made_of_shape(made.compile().as_text(), [(4, 2)]))
+        True
     """
     core = lambda dims: tuple(sorted(n for n in dims if n > 1))
     wanted = {core(shape) for shape in shapes}

@@ -13,7 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Imports the method: its name is known from then on."""
+    """Imports the method: its name is known from then on, in this process."""
     _settings.use_strict_settings()
     constructor = _named.load(config.getoption("--contract-method"))
     given = config.getoption("--contract-option")

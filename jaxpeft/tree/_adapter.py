@@ -114,6 +114,11 @@ class Options(Mapping[str, Any]):
         )
 
     @functools.cached_property
+    def code(self) -> int:
+        """The hash of ``structure``, which every call of a jitted function asks for."""
+        return hash(self.structure)
+
+    @functools.cached_property
     def start(self) -> Any:
         """The options that initial leaves follow from, beside alpha and numbers."""
         drawn = tuple((n, v) for n, v in self.given if n in self.drawn)
@@ -170,7 +175,7 @@ class Adapter(NamedTuple):
     options: Options = Options()
 
     def __hash__(self) -> int:
-        return hash(self.options.structure) if self.name else object.__hash__(self)
+        return self.options.code if self.name else object.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
+from adapters_toolbox import cost
 from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
@@ -63,19 +64,15 @@ def test_the_penalty(keys):
     t = t | {"a": jax.random.normal(next(keys), (8, 3))}
     distance = lambda x: np.linalg.norm(np.asarray(x.T @ x) - np.eye(3))
     expected = 0.3 / 2 * (distance(t["a"]) + distance(t["b"].T))
-    np.testing.assert_allclose(
-        adapter.penalty.of_leaves(frozen, t), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(cost(adapter)(frozen, t), expected, rtol=1e-5)
     # Nothing at orthonormal factors, and its gradient there is finite.
     orthonormal = {"a": jnp.eye(8, 3), "b": jnp.eye(3, 6), "e": t["e"]}
-    value, gradient = jax.value_and_grad(adapter.penalty.of_leaves, 1)(
-        frozen, orthonormal
-    )
+    value, gradient = jax.value_and_grad(cost(adapter), 1)(frozen, orthonormal)
     assert value == 0 and all(np.all(x == 0) for x in gradient.values())
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), t)
-    assert adapter.penalty.of_leaves(frozen, half).dtype == jnp.float32
+    assert cost(adapter)(frozen, half).dtype == jnp.float32
     assert "dot_general" not in str(
-        jax.make_jaxpr(adalora(rank=3, gamma=0).penalty.of_leaves)(frozen, t)
+        jax.make_jaxpr(cost(adalora(rank=3, gamma=0)))(frozen, t)
     )
 
 
@@ -96,7 +93,7 @@ def test_sites_and_layers_share_the_penalty_evenly(keys):
         t = part.trainable
         if t["a"].ndim == 3:
             t = {n: x[len(each) - 1] for n, x in t.items()}
-        each.append(float(part.adapter.penalty.of_leaves({}, t)))
+        each.append(float(cost(part.adapter)({}, t)))
     np.testing.assert_allclose(jp.penalty(adapted), np.mean(each), rtol=1e-6)
     assert np.std(each) > 1e-5  # control: they differ
 

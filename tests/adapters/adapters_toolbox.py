@@ -4,6 +4,8 @@ import jax
 import jaxtyping
 import pytest
 
+from jaxpeft.tree import number_leaves, working_dtype
+
 
 @pytest.fixture
 def as_a_user():
@@ -20,3 +22,15 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+def cost(adapter):
+    """A method's penalty of leaves, with its numbers among the frozen ones."""
+
+    def of_leaves(frozen, trainable):
+        dtype = working_dtype(next(iter(trainable.values())).dtype)
+        return adapter.penalty.of_leaves(
+            number_leaves(adapter, dtype) | dict(frozen), trainable
+        )
+
+    return of_leaves

@@ -7,6 +7,7 @@ import optax
 import pytest
 from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
+from adapters_toolbox import cost
 from adapters_toolbox import quick_compiles as quick_compiles
 
 from jaxpeft.adapters import kasa
@@ -226,10 +227,8 @@ def test_fixed_sigma_is_no_leaf(keys):
         dense(kasa(rank=3), kernel, frozen, plain),
         rtol=1e-6,
     )
-    only_l3 = kasa(rank=3, beta=0).penalty.of_leaves(frozen, plain)
-    np.testing.assert_allclose(
-        adapter.penalty.of_leaves(frozen, trainable), only_l3, rtol=1e-6
-    )
+    only_l3 = cost(kasa(rank=3, beta=0))(frozen, plain)
+    np.testing.assert_allclose(cost(adapter)(frozen, trainable), only_l3, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +249,8 @@ def test_fresh_factors_are_this_far_from_orthonormal(keys):
     )
     leaves = begin(adapter, next(keys), jnp.zeros((768, 768)))
     root_8, root_768 = np.sqrt(8), np.sqrt(768)  # the terms of b = 0
-    np.testing.assert_allclose(
-        adapter.penalty.of_leaves(*leaves) - root_8, 1.888, atol=0.04
-    )
-    np.testing.assert_allclose(
-        official.penalty.of_leaves(*leaves) - root_768, 27.633, atol=3e-3
-    )
+    np.testing.assert_allclose(cost(adapter)(*leaves) - root_8, 1.888, atol=0.04)
+    np.testing.assert_allclose(cost(official)(*leaves) - root_768, 27.633, atol=3e-3)
 
 
 def test_parameters_per_site():
@@ -334,9 +329,7 @@ def test_golden_output_of_a_full_core():
 )
 def test_golden_penalty(options, expected):
     adapter, frozen, leaves = golden(**options)
-    np.testing.assert_allclose(
-        adapter.penalty.of_leaves(frozen, leaves), expected, rtol=1e-6
-    )
+    np.testing.assert_allclose(cost(adapter)(frozen, leaves), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +338,7 @@ def test_golden_penalty(options, expected):
 )
 def test_golden_gradients(orthogonality, of_a, of_b):
     adapter, frozen, leaves = golden(beta=0, gamma=1, orthogonality=orthogonality)
-    gradients = jax.grad(adapter.penalty.of_leaves, argnums=1)(frozen, leaves)
+    gradients = jax.grad(cost(adapter), argnums=1)(frozen, leaves)
     expected_a = np.zeros((4, 2))
     expected_a[1, 1] = of_a
     expected_b = np.array([[0, 0, 0], [of_b, 0, of_b]])
@@ -380,9 +373,7 @@ def test_penalty_is_the_literal_formula(core, orthogonality, keys):
                 e_b = jnp.linalg.norm(b.T @ b - jnp.eye(6))
             return beta * jnp.sum(middle**2) + gamma * (e_a + e_b)
 
-        value, gradient = jax.value_and_grad(adapter.penalty.of_leaves, 1)(
-            frozen, trainable
-        )
+        value, gradient = jax.value_and_grad(cost(adapter), 1)(frozen, trainable)
         expected, slopes = jax.value_and_grad(literal)(trainable)
         np.testing.assert_allclose(value, expected, rtol=1e-10)
         for name in trainable:
@@ -390,7 +381,7 @@ def test_penalty_is_the_literal_formula(core, orthogonality, keys):
         h = 1e-6  # and by finite differences, in one random direction
         step = randomise(next(keys), trainable)
         ends = [
-            adapter.penalty.of_leaves(
+            cost(adapter)(
                 frozen, jax.tree.map(lambda x, d, h=h: x + h * d, trainable, step)
             )
             for h in (h, -h)
@@ -402,7 +393,7 @@ def test_penalty_is_the_literal_formula(core, orthogonality, keys):
 def test_penalty_of_orthonormal_factors_is_zero_and_differentiable():
     adapter = kasa(rank=2, beta=0, gamma=1)
     leaves = {"a": jnp.eye(5)[:, :2], "b": jnp.eye(4)[:2], "sigma": jnp.ones(2)}
-    value, gradients = jax.value_and_grad(adapter.penalty.of_leaves, 1)({}, leaves)
+    value, gradients = jax.value_and_grad(cost(adapter), 1)({}, leaves)
     assert value == 0
     assert all(np.all(g == 0) for g in gradients.values())
 
@@ -412,7 +403,7 @@ def test_zero_b_is_a_saddle(orthogonality, keys):
     adapter = kasa(rank=3, gamma=1, orthogonality=orthogonality)
     kernel = jax.random.normal(next(keys), (8, 6))
     leaves = begin(adapter, next(keys), kernel)
-    gradients = jax.grad(adapter.penalty.of_leaves, 1)(*leaves)
+    gradients = jax.grad(cost(adapter), 1)(*leaves)
     assert np.all(gradients["b"] == 0)
     assert np.any(gradients["a"] != 0)
     assert np.any(gradients["sigma"] != 0)
@@ -425,27 +416,25 @@ def test_penalty_ignores_alpha_and_half_precision(keys):
     for alpha in (2, 32):
         adapter = kasa(rank=2, alpha=alpha)
         leaves = begin(adapter, jax.random.clone(key), kernel)
-        values.append(adapter.penalty.of_leaves(*leaves))
+        values.append(cost(adapter)(*leaves))
     assert values[0] == values[1]
     adapter = kasa(rank=2)
     frozen, trainable = begin(adapter, jax.random.clone(key), kernel)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trainable)
-    assert adapter.penalty.of_leaves(frozen, half).dtype == jnp.float32
+    assert cost(adapter)(frozen, half).dtype == jnp.float32
 
 
 def test_zero_weights_skip_the_computation(keys):
     leaves = begin(kasa(rank=2), next(keys), jax.random.normal(next(keys), (8, 6)))
 
     def primitives(**options):
-        traced = jax.make_jaxpr(kasa(rank=2, **options).penalty.of_leaves)(*leaves)
+        traced = jax.make_jaxpr(cost(kasa(rank=2, **options)))(*leaves)
         return {str(e.primitive) for e in traced.jaxpr.eqns}
 
     assert not primitives(beta=0, gamma=0) & {"dot_general", "reduce_sum", "mul"}
-    assert "dot_general" in str(
-        jax.make_jaxpr(kasa(rank=2, beta=0).penalty.of_leaves)(*leaves)
-    )
+    assert "dot_general" in str(jax.make_jaxpr(cost(kasa(rank=2, beta=0)))(*leaves))
     assert "dot_general" not in str(
-        jax.make_jaxpr(kasa(rank=2, gamma=0).penalty.of_leaves)(*leaves)
+        jax.make_jaxpr(cost(kasa(rank=2, gamma=0)))(*leaves)
     )
 
 
@@ -460,7 +449,7 @@ def test_minimising_the_paper_penalty_makes_factors_orthonormal(keys):
     def run(trainable):
         def step(carry, _):
             trainable, state = carry
-            gradients = jax.grad(adapter.penalty.of_leaves, 1)(frozen, trainable)
+            gradients = jax.grad(cost(adapter), 1)(frozen, trainable)
             with jax.numpy_dtype_promotion("standard"):
                 updates, state = optimizer.update(gradients, state)
             return (optax.apply_updates(trainable, updates), state), None
@@ -523,7 +512,7 @@ def test_symmetries(keys):
     t = randomise(next(keys), trainable)
 
     def both(t):
-        return dense(adapter, kernel, frozen, t), adapter.penalty.of_leaves(frozen, t)
+        return dense(adapter, kernel, frozen, t), cost(adapter)(frozen, t)
 
     sign = jnp.array([1.0, -1.0, 1.0, -1.0])
     flipped = {**t, "sigma": t["sigma"] * sign, "b": t["b"] * sign[:, None]}

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from adapt_toolbox import change
+from adapters_toolbox import cost
 from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
@@ -184,7 +185,7 @@ def test_a_stack_has_one_norm_per_layer(keys):
     )
     node = adapted["layers"]["kernel"]
     per_layer = [
-        adapter.penalty({}, {name: x[i] for name, x in node.trainable.items()})
+        cost(adapter)({}, {name: x[i] for name, x in node.trainable.items()})
         for i in range(3)
     ]
     np.testing.assert_allclose(jp.penalty(adapted), sum(per_layer), rtol=1e-6)
@@ -309,7 +310,7 @@ def test_layers_of_unequal_rank(keys):
         }
         assert np.all(node.trainable["sigma"][i, rank:] == 0)
         assert np.all(node.frozen["s_d"][i, rank:] == 0)
-        total += adapter.penalty({}, layer)
+        total += cost(adapter)({}, layer)
     np.testing.assert_allclose(jp.penalty(adapted), total, rtol=1e-6)
 
 

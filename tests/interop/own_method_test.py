@@ -1,6 +1,9 @@
 """A method of another package: attached, trained, saved, loaded, weighed, in slots."""
 
 import importlib
+import os
+import pathlib
+import subprocess
 import sys
 import textwrap
 
@@ -16,7 +19,8 @@ from jaxpeft import interop, serving, training
 from jaxpeft.tree import _adapter
 
 # MiSS (arXiv 2409.15371): the features of the input are added up in r groups, and one
-# trained matrix reads the sums.
+# trained matrix reads the sums. Which group a feature is in is a frozen leaf: so it is
+# padded with zeros where the layers of a stack have other ranks.
 SOURCE = '''
 import jax
 import jax.numpy as jnp
@@ -28,16 +32,24 @@ def miss(rank: int = 4, dropout: float = 0.0) -> Adapter:
     """Matrix shard sharing."""
 
     def init(key, kernel, rank, alpha):
-        return {}, {"d": jnp.zeros((rank, kernel.shape[1]), kernel.dtype)}
+        groups = jnp.arange(kernel.shape[0]) % rank
+        a = jax.nn.one_hot(groups, rank, dtype=kernel.dtype)
+        return {"a": a}, {"d": jnp.zeros((rank, kernel.shape[1]), kernel.dtype)}
 
     def factors(kernel, frozen, trainable, call):
-        d = trainable["d"]
-        groups = jnp.arange(kernel.shape[0]) % d.shape[0]
-        a = jax.nn.one_hot(groups, d.shape[0], dtype=d.dtype)
-        return Factors((Term(a, d, drop=dropout),))
+        return Factors((Term(frozen["a"], trainable["d"], drop=dropout),))
 
     return Adapter(init, factors, where=Where(rank=rank))
 '''
+# As long as all layers have one rank, this is as good.
+NAIVE = SOURCE.replace(
+    'frozen["a"], ',
+    """jax.nn.one_hot(
+            jnp.arange(kernel.shape[0]) % trainable["d"].shape[0],
+            trainable["d"].shape[0],
+            dtype=trainable["d"].dtype,
+        ), """,
+)
 PARAMS = {
     "q": {"kernel": numbers(6, 5, seed=1)},
     "k": {"kernel": numbers(6, 4, seed=2)},
@@ -116,3 +128,41 @@ def test_two_methods_of_one_name_are_refused(miss, tmp_path):
     with pytest.raises(ValueError, match="a method named 'miss' is known.*theirs.miss"):
         importlib.import_module("others")
     importlib.reload(sys.modules["theirs"])  # as in a notebook: the same one, again
+
+
+def contract_suite(folder, source, *options):
+    (folder / "theirs.py").write_text(source)
+    root = pathlib.Path(jp.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-m", "jaxpeft.testing", "theirs:miss", *options],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_it_passes_the_contract_suite(tmp_path):
+    done = contract_suite(tmp_path, SOURCE, "-q", "--option", "rank=2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    # All of it: as many tests as each method of our own has in tests/contract*_test.py.
+    assert f"\n{len(suite())} passed in" in done.stdout, done.stdout[-300:]
+    assert "warning" not in done.stdout
+
+
+def suite():
+    """The tests of the suite, by name; one of them runs for two dtypes."""
+    files = [importlib.import_module(f"jaxpeft.testing.{n}") for n in FILES]
+    found = [n for file in files for n in vars(file) if n.startswith("test_")]
+    assert len(found) == len(set(found)) > 20
+    return [*found, "test_dtypes_are_kept"]
+
+
+FILES = "_contract", "_edges", "_beside"
+
+
+def test_one_that_breaks_the_contract_fails_it(tmp_path):
+    assert NAIVE != SOURCE
+    done = contract_suite(tmp_path, NAIVE, "-q", "-k", "padding or dead_pattern")
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr
+    assert "d: padding learns" in done.stdout and "1 failed, 1 passed" in done.stdout

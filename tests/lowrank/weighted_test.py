@@ -273,7 +273,7 @@ def test_strength_refuses(params):
         jp.scaled(adapted, float("nan"))
     with pytest.raises(ValueError, match="has no adapters"):
         jp.scaled(params, 0.5)
-    with pytest.raises(ValueError, match="whole, plain"):
+    with pytest.raises(ValueError, match="only whole low-rank adapters"):
         jp.scaled(jp.partition(adapted)[0], 0.5)
 
 

@@ -46,7 +46,7 @@ def test_it_says_how_to_run_it_and_what_came_out(path):
 def test_every_setting_of_glue(task, model):
     config = runs.load_config(f"{ROOT}/configs/glue_kasa.py:task={task},model={model}")
     assert hasattr(data.tasks, config.data.name)
-    assert runs.make_adapter(config).rank == 8
+    assert runs.make_adapter(config).where.rank == 8
     assert runs.count_steps(config.train_for, 100, field="train_for") >= 1000
     assert max(config.lengths) == config.max_length
 

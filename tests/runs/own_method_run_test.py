@@ -18,7 +18,7 @@ from jaxpeft.tree import _adapter
 METHOD = '''
 import jax
 import jax.numpy as jnp
-from jaxpeft.tree import Adapter, Factors, Term, method
+from jaxpeft.tree import Adapter, Factors, Term, Where, method
 
 
 @method
@@ -28,12 +28,12 @@ def miss(rank: int = 4) -> Adapter:
     def init(key, kernel, rank, alpha):
         return {}, {"d": jnp.zeros((rank, kernel.shape[1]), kernel.dtype)}
 
-    def factors(kernel, frozen, trainable):
+    def factors(kernel, frozen, trainable, call):
         d = trainable["d"]
         groups = jnp.arange(kernel.shape[0]) % d.shape[0]
         return Factors((Term(jax.nn.one_hot(groups, d.shape[0], dtype=d.dtype), d),))
 
-    return Adapter(init, factors, rank=rank)
+    return Adapter(init, factors, where=Where(rank=rank))
 '''
 CONFIG = """
 import importlib.util
@@ -77,7 +77,7 @@ def test_it_is_trained_saved_and_predicted_with(theirs, tmp_path, capsys, monkey
     model, params = runs.load_base(config, task, mesh, key)
     folder = tmp_path / "run/adapter"
     adapted = interop.load_adapter(folder, params, names=model.names)
-    ranks = {n.site.ranks[0] for n in jp.tree.nodes(adapted) if n.adapter.rank}
+    ranks = {n.site.ranks[0] for n in jp.tree.nodes(adapted) if n.adapter.where.rank}
     assert ranks == {3}
     question = interop.adapter_info(folder)["metadata"]["questions"][0]
     rows = task.splits["validation"]
@@ -115,7 +115,7 @@ def test_a_name_that_nobody_has_entered_says_how(tiny_config, theirs, tmp_path):
     with pytest.raises(ValueError, match=words):
         runs.check_run(config, tmp_path / "run", train.attach_all)
     importlib.import_module("their_package.miss")
-    assert runs.make_adapter(config).rank == 4
+    assert runs.make_adapter(config).where.rank == 4
     with config.unlocked():
         config.adapter.rnak = 2
     with pytest.raises(ValueError, match="`config.adapter.rnak`: miss takes no such"):

@@ -1,5 +1,6 @@
 """Numbers are leaves: trees that differ in them are one structure."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from adapt_toolbox import distance, numbers, perturb
 
 import jaxpeft as jp
 from jaxpeft import interop, mixtures
-from jaxpeft.tree import ModuleName, alphas_of, nodes, options_of
+from jaxpeft.tree import Adapter, Factors, ModuleName, alphas_of, nodes, options_of
 
 PARAMS = {"query": {"kernel": numbers(6, 5, seed=1)}}
 X = numbers(2, 3, 6, seed=2)
@@ -220,3 +221,8 @@ def test_structure_is_structure():
 def test_a_number_that_is_not_finite_is_an_error(value):
     with pytest.raises(ValueError, match="`alpha` must be finite"):
         jp.with_numbers(attached(jp.lora(2)), alpha=value)
+
+
+def test_the_contract_stays_small():
+    assert len(Adapter._fields) <= 9
+    assert len(dataclasses.fields(Factors)) <= 4
