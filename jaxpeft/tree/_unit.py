@@ -1,6 +1,7 @@
-"""What a method makes of alpha."""
+"""The scale that a method makes of alpha, and the alpha that a scale comes from."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ from jaxpeft.tree._adapter import Adapter
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scales(adapter: Adapter, rank: int, alphas):
-    """The leaves that are proportional to alpha, for several of them."""
+    """The leaves that are proportional to alpha, for several alphas."""
 
     def one(alpha):
-        kernel = jnp.eye(rank + 1, dtype=alphas.dtype)
+        # Larger than the rank, and of a size that blocks and groups divide.
+        kernel = jnp.eye(math.lcm(2 * rank, 48), dtype=alphas.dtype)
         frozen, _ = adapter.init(jax.random.key(0), kernel, rank, alpha)
         return {name: x for name, x in frozen.items() if name.startswith("scale")}
 
@@ -32,7 +34,7 @@ def scale_of(
 
 @functools.cache
 def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
-    """The scale that a method makes of alpha 1; 1 where it has none, 0 at rank 0."""
+    """The scale that a method makes of alpha 1; 1 without one, 0 at rank 0."""
     if not rank:
         return 0.0
     with jax.ensure_compile_time_eval():
@@ -41,15 +43,16 @@ def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
 
 
 def alpha_of(adapter: Adapter, rank: int, scale: np.floating) -> float:
-    """The shortest decimal of which a method makes this scale, but for rounding.
+    """The shortest decimal from which a method makes this scale, but for rounding.
 
     A compiler may divide by a constant in more than one way, such as by multiplying.
     """
     if not np.isfinite(scale):
         return float(scale)
     about = float(scale) / unit_scale(adapter, rank)
+    # From few digits to many; 17 give every float64 back.
     tries = [float(f"{about:.{digits}g}") for digits in range(1, 18)]
     given = scale_of(adapter, rank, tuple(tries), scale.dtype.name)
     near = np.abs(given - scale) <= 2 * np.spacing(np.abs(scale))
     fits = [x for x, it_is in zip(tries, near, strict=True) if it_is]
-    return fits[0] if fits else about
+    return fits[0] if fits else about  # a scale that no alpha gives, say an average
