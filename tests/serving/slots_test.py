@@ -104,7 +104,8 @@ def test_what_is_looked_up(how, copies):
     assert distance(rows[2], look(trees["one"], ids)[2]) < 1e-6
     assert np.array_equal(rows[1], look(table, ids)[1])
     assert distance(rows[0], look(table, ids)[0]) > 0.1
-    assert np.array_equal(look(tree, ids[:, 0]), rows[:, 0])
+    # Another shape is another program, whose sums may round in another order.
+    assert distance(look(tree, ids[:, 0]), rows[:, 0]) < 1e-6
     with pytest.raises(ValueError, match="which adapter 3 rows take, but the input"):
         look(tree, ids[:2])
 

@@ -1,5 +1,6 @@
 """Attaching what a file says: a method by leaf, with the file's values."""
 
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -47,7 +48,9 @@ def attach_sites(
         alpha = {p: tuple(s.alpha for s in each) for p, each in sites.items()}
         per_site["alpha_pattern"] = alpha
     key = jax.random.key(0)  # every leaf that is drawn is replaced below
-    tree = attach(tree, adapter, from_peft, key=key, axes=axes, **per_site)
+    with warnings.catch_warnings():  # the file's choices are not the reader's
+        warnings.simplefilter("ignore")
+        tree = attach(tree, adapter, from_peft, key=key, axes=axes, **per_site)
 
     form, shared = form_of(adapter), {}
 
