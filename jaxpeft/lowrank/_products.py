@@ -38,10 +38,10 @@ def is_plain(adapter: Adapter) -> bool:
 
 @functools.cache
 def strength_leaf(adapter: Adapter) -> str | None:
-    """A leaf that the whole change of a kernel is proportional to, if there is one.
+    """The name of a leaf that the change of a kernel is a multiple of; ``None``: none.
 
-    The scale of a plain method; of another with one up-projection that, where doubling
-    it doubles the change, as a small kernel shows.
+    For a plain method it is the scale. For another it is the one up-projection, if
+    doubling that doubles the change; a small kernel is tried.
     """
     if is_plain(adapter):
         return "scale"

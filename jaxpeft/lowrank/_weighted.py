@@ -144,7 +144,8 @@ def weighted(
         raise ValueError("`adapters` cannot be combined so:\n  " + grouped(problems))
     result = plain[0]
     for adapter in dict.fromkeys(targets.values()):
-        own = {path: ranks[path] for path, its in targets.items() if its is adapter}
+        # Equal, not identical: methods that differ in numbers alone are equal.
+        own = {path: ranks[path] for path, its in targets.items() if its == adapter}
         result = _attached(result, adapter, own, by_path[0])
 
     def filled(node):
@@ -183,7 +184,10 @@ def _ranks(path, node: AdaptedKernel, layers, how: str, rank: int | None):
 
 
 def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
-    """The tree with fresh leaves of the result's shapes, of scale 1 where it can be."""
+    """The tree with fresh leaves of the result's shapes, to be filled.
+
+    With alpha equal to the rank the usual scale is 1; `_filled` divides by any other.
+    """
     patterns: dict[str, Any] = {"rank_pattern": ranks}
     if adapter.where.alpha is not None:
         patterns["alpha_pattern"] = ranks
@@ -228,7 +232,7 @@ def _join_layers(products, weights, keys, **settings):
 
 
 def _filled(node: AdaptedKernel, a, b, site) -> AdaptedKernel:
-    """A fresh plain node with the leaves whose product is ``a b``."""
+    """A fresh plain node whose leaves give the change ``a b``, its scale included."""
     roles, shape = node.roles, node.base.shape
     dims = [dims_of(shape, roles, role) for role in (BATCH, IN, OUT)]
     scale = node.frozen["scale"].astype(b.dtype).reshape(-1, 1, 1)
