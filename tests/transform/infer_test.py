@@ -55,7 +55,7 @@ def test_every_leaf_with_two_axes_has_a_use(params):
         "layers/down": "layer in out",
     }
     assert axes.uses == {
-        "embed": "contracted",  # looked up, too: its output is tied
+        "embed": "tied",  # looked up, and contracted at the output
         "types": "looked up",
         "positions": "added",
         "unused": "other",
@@ -72,7 +72,7 @@ def test_every_leaf_with_two_axes_has_a_use(params):
 def test_attaching_to_what_is_contracted(params, keys):
     """The uses say which leaves are linear layers, whatever their names."""
     axes = jp.infer_axes(decoder, params, IDS)
-    linear = lambda path, leaf: axes.uses[path] == "contracted"
+    linear = lambda path, leaf: axes.uses[path] in ("contracted", "tied")
     attach = lambda key: jp.attach(params, jp.lora(rank=2), linear, key=key, axes=axes)
     adapted = jax.eval_shape(attach, next(keys))
     bases = [path for path in jp.tree.flat(adapted) if path.endswith("/base")]
