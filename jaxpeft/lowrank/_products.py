@@ -40,8 +40,8 @@ def is_plain(adapter: Adapter) -> bool:
 def strength_leaf(adapter: Adapter) -> str | None:
     """The name of a leaf that the change of a kernel is a multiple of; ``None``: none.
 
-    For a plain method it is the scale. For another it is the one up-projection, if
-    doubling that doubles the change; a small kernel is tried.
+    It is the scale, or of a method without one the only up-projection, if doubling it
+    doubles the change; a small kernel is tried.
     """
     if is_plain(adapter):
         return "scale"
@@ -53,22 +53,27 @@ def strength_leaf(adapter: Adapter) -> str | None:
         return None
     axes = leaf_axes(adapter, where.rank)[1]
     ups = [name for name, each in axes.items() if each[-1:] == (OUT,)]
-    if len(ups) != 1:
-        return None
     with jax.ensure_compile_time_eval():
         kernel = jax.random.normal(jax.random.key(0), (4 * where.rank, 6 * where.rank))
-        frozen, leaves = adapter.init(
+        frozen, trainable = adapter.init(
             jax.random.key(1), kernel, where.rank, where.alpha
         )
         frozen |= number_leaves(adapter, kernel.dtype)
-        leaves = {name: x + 0.1 for name, x in leaves.items()}
+        trainable = {name: x + 0.1 for name, x in trainable.items()}
 
-        def total(leaves):
-            terms = change(adapter, kernel, frozen, leaves).terms
+        def total(name=None):
+            double = lambda part: {
+                n: 2 * x if n == name else x for n, x in part.items()
+            }
+            leaves = double(frozen), double(trainable)
+            terms = change(adapter, kernel, *leaves).terms
             return sum(jnp.matmul(t.a, t.b, precision="highest") for t in terms)
 
-        once, twice = total(leaves), total(leaves | {ups[0]: 2 * leaves[ups[0]]})
-        return ups[0] if jnp.allclose(twice, 2 * once, rtol=1e-4) else None
+        once = total()
+        for name in ["scale"] if "scale" in frozen else ups if len(ups) == 1 else []:
+            if jnp.allclose(total(name), 2 * once, rtol=1e-4):
+                return name
+    return None
 
 
 def not_low_rank(node: AdaptedKernel) -> str:

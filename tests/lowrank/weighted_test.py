@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
 from jaxpeft.lowrank._products import is_plain, not_low_rank
-from jaxpeft.tree import AdaptedKernel
+from jaxpeft.tree import AdaptedKernel, alphas_of
 
 KEY = jax.random.key(0)
 AXES = {"up": "layer in out", "heads": "in out out"}
@@ -260,6 +260,25 @@ def test_strength(params):
     assert traced._cache_size() == 1
     off = jp.scaled(jp.extract(adapted), 0.5)
     same_bits(jp.graft(params, off), jp.scaled(adapted, 0.5))
+
+
+@pytest.mark.parametrize("adapter", [jp.adalora(2, 3), jp.pissa(2, 3), jp.lora_xs(2)])
+def test_strength_of_what_is_a_multiple_of_its_scale(adapter):
+    kernel = jax.random.normal(jax.random.key(3), (9, 7))
+    adapted = jp.attach({"w": kernel}, adapter, ["w"], key=jax.random.key(4))
+    moved = {n: x + 0.1 for n, x in adapted["w"].trainable.items()}
+    adapted = {"w": adapted["w"].replace(trainable=moved)}
+    half = jp.scaled(adapted, 0.5)
+    expected = kernel + 0.5 * (merge(adapted)["w"] - kernel)
+    assert distance(merge(half)["w"], expected) < 1e-5
+    same_bits(half["w"].trainable, adapted["w"].trainable)
+    assert alphas_of(half["w"]) == tuple(x / 2 for x in alphas_of(adapted["w"]))
+
+
+def test_strength_of_kasa_is_not_its_scale(params):
+    """What it has dropped is no part of what the scale multiplies."""
+    with pytest.raises(ValueError, match="'kasa'"):
+        jp.scaled(attach(params, jp.kasa(2)), 0.5)
 
 
 def test_strength_refuses(params):

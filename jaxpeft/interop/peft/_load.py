@@ -140,7 +140,9 @@ def load_peft(
     paths = {*sites, *leaves}
     table = tied if paths <= tied.leaves.keys() else table
     tree = untied_for(params, table.rows, paths)
-    for adapter in dict.fromkeys(each[0].adapter for each in sites.values()):
+    # By identity: equal methods may differ in numbers, which are leaves.
+    adapters = {id(each[0].adapter): each[0].adapter for each in sites.values()}
+    for adapter in adapters.values():
         own = {p: each for p, each in sites.items() if each[0].adapter is adapter}
         tree = attach_sites(tree, adapter, own, file, table.words, config)
     return attach_whole(tree, table, leaves, file)
