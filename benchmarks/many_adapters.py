@@ -160,7 +160,7 @@ def compare(size: Size, scan: bool, how: str | None, turns: int) -> list[Row]:
     model, params, slots, trees = build(size, scan, how)
     calls = ways(size, params, slots, trees)
     mixed = calls["mixed"][0][0]
-    index = nodes(mixed)[0].frozen["index"].reshape(-1, size.rows)[0]
+    index = nodes(mixed)[0].call["rows"].reshape(-1, size.rows)[0]
     forward = jax.jit(jp.adapt(lambda tree, ids: model.apply({"params": tree}, ids)))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, size.vocabulary, (size.rows, size.tokens), np.int32)

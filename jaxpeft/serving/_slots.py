@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, PyTree
 
 from jaxpeft.numerics import target_of
 from jaxpeft.serving._write import cleared, misfits, pairs, written
-from jaxpeft.transform import WAYS, is_slotted, is_taken, set_index, slotted, take_rows
+from jaxpeft.transform import WAYS, is_slotted, is_taken, slotted, take_rows
 from jaxpeft.tree import (
     ModuleName,
     Targets,
@@ -30,6 +30,7 @@ from jaxpeft.tree import (
     map_nodes,
     nearest,
     nodes,
+    with_call,
 )
 
 BASE = "__base__"
@@ -375,5 +376,7 @@ def with_rows(
         wrong = sorted({int(i) for i in index if not 0 <= i < count})
         if wrong:
             raise ValueError(f"`index` has {wrong}, but slots go from 0 to {count - 1}")
-    index, put = jnp.asarray(index, jnp.int32), take_rows if copies else set_index
-    return map_nodes(lambda n: put(n, index) if is_slotted(n) else n, tree)
+    index = jnp.asarray(index, jnp.int32)
+    if not copies:
+        return with_call(tree, rows=index)
+    return map_nodes(lambda n: take_rows(n, index) if is_slotted(n) else n, tree)

@@ -15,6 +15,5 @@ from jaxpeft.transform.rules._contraction import look_up as look_up
 from jaxpeft.transform.rules._rows import WAYS as WAYS
 from jaxpeft.transform.rules._rows import is_slotted as is_slotted
 from jaxpeft.transform.rules._rows import is_taken as is_taken
-from jaxpeft.transform.rules._rows import set_index as set_index
 from jaxpeft.transform.rules._rows import slotted as slotted
 from jaxpeft.transform.rules._rows import take_rows as take_rows

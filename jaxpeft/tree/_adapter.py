@@ -61,12 +61,14 @@ class Call(NamedTuple):
         step_key: the key of dropout on leaves, the same in all micro-batches of a step.
         mask: 1 for tokens, 0 for padding, mostly ``[batch, length]``.
         gates: ``[batch, N]``, the weight of each expert for each row of the batch.
+        rows: ``[batch]``, the slot that each row takes, of a kernel with slots.
     """
 
     key: Any = None
     step_key: Any = None
     mask: Any = None
     gates: Any = None
+    rows: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

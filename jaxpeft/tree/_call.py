@@ -24,6 +24,7 @@ def with_call(
     step_key: Key[Array, ""] | None | Kept = ...,
     mask: Any = ...,
     gates: Any = ...,
+    rows: Any = ...,
 ) -> PyTree:
     """Adds what belongs to one call of the adapted function, and not to the adapters.
 
@@ -41,6 +42,8 @@ def with_call(
             an adapter sees 0, and adds nothing, whatever the input holds.
         gates: for methods with experts: ``[batch, N]``, the weight of each expert for
             each row.
+        rows: for kernels with slots: ``[batch]``, the slot of each row, see
+            ``serving.with_rows``.
 
     Returns:
         The tree with them. An entry that is not named stays as it was, and ``None``
@@ -62,7 +65,8 @@ def with_call(
     """
     if step_key is ... and key is not ...:
         step_key = key
-    given = {"key": key, "step_key": step_key, "mask": mask, "gates": gates}
+    given = {"key": key, "step_key": step_key, "mask": mask}
+    given |= {"gates": gates, "rows": rows}
     given = {name: x for name, x in given.items() if x is not ...}
     for name in ("key", "step_key"):
         if given.get(name) is not None:

@@ -26,8 +26,8 @@ def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapte
         dtype: of the pairs; ``None``: the working dtype of the kernel.
 
     Returns:
-        An ``Adapter`` with the frozen leaves of a term with ``Rows``; ``index`` has
-        no entries until the rows of a batch are known.
+        An ``Adapter`` with the frozen leaves of a term with ``Rows``; what each row of
+        a batch takes comes with the call.
     """
 
     def init(key, kernel, rank, alpha):
@@ -38,12 +38,12 @@ def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapte
             "a": jnp.zeros((slots, d_in, rank), own),
             "b": jnp.zeros((slots, rank, d_out), own),
             "scale": jnp.zeros((slots,), kernel.dtype),
-            "index": jnp.zeros((0,), jnp.int32),
         }, {}
 
     def factors(kernel, frozen, trainable, call):
-        del kernel, trainable, call
-        rows = Rows(frozen["index"], frozen["scale"], how)
+        del kernel, trainable
+        unknown = jnp.zeros((0,), jnp.int32)  # what each row takes has not been said
+        rows = Rows(unknown if call.rows is None else call.rows, frozen["scale"], how)
         return Factors((Term(frozen["a"], frozen["b"], rows=rows),))
 
     return Adapter(init=init, factors=factors, where=Where(rank=rank))
@@ -156,13 +156,6 @@ def is_slotted(node) -> bool:
     return node.adapter.name == slotted.__name__
 
 
-def set_index(node, index: jax.Array):
-    """The node with ``index [rows]`` for every layer of its stack."""
-    batch = node.frozen["scale"].shape[:-1]
-    index = jnp.broadcast_to(index, (*batch, *index.shape))
-    return node.replace(frozen=node.frozen | {"index": index})
-
-
 def is_taken(node) -> bool:
     """Whether a node with slots holds one for each row of a batch."""
     return dict(node.adapter.options)["how"] == "taken"
@@ -171,7 +164,8 @@ def is_taken(node) -> bool:
 @jax.jit
 def take_rows(node, index: jax.Array):
     """The node with each row's own pair in place of the slots."""
-    node = set_index(node, index)
+    batch = node.frozen["scale"].shape[:-1]
+    rows = jnp.broadcast_to(index, (*batch, *index.shape))
     axis, options = node.frozen["scale"].ndim - 1, dict(node.adapter.options)
 
     def checked(scale):
@@ -184,4 +178,8 @@ def take_rows(node, index: jax.Array):
     }
     taken["scale"] = checked(node.frozen["scale"])
     options |= {"slots": index.shape[0], "how": "taken"}
-    return node.replace(adapter=slotted(**options), frozen=node.frozen | taken)
+    return node.replace(
+        adapter=slotted(**options),
+        frozen=node.frozen | taken,
+        call=(node.call or {}) | {"rows": rows},
+    )
