@@ -53,23 +53,29 @@ def check_options(
             f"`rank` must be a whole number from 1 up, got {rank!r}; "
             f"write {name}(rank=8)."
         )
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+    if alpha is not None and not (_is_finite(alpha) and alpha > 0):
         raise ValueError(
-            f"`alpha` must be positive, got {alpha}; write {name}(alpha={2 * rank})."
+            f"`alpha` must be positive, got {alpha!r}; write {name}(alpha={2 * rank})."
         )
     for argument, value in (weights or {}).items():
-        if not (math.isfinite(value) and value >= 0):
+        if not (_is_finite(value) and value >= 0):
             raise ValueError(
-                f"`{argument}` must be at least 0, got {value}; write "
+                f"`{argument}` must be at least 0, got {value!r}; write "
                 f"{name}({argument}=0) to leave the term out."
             )
     for argument, value in (positive or {}).items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"`{argument}` of {name} must be positive, got {value}.")
-    if not 0 <= dropout < 1:
+        if not (_is_finite(value) and value > 0):
+            raise ValueError(f"`{argument}` of {name} must be positive, got {value!r}.")
+    if not (_is_finite(dropout) and 0 <= dropout < 1):
         raise ValueError(
-            f"`dropout` must be in [0, 1), got {dropout}; write {name}(dropout=0.1)."
+            f"`dropout` must be in [0, 1), got {dropout!r}; write {name}(dropout=0.1)."
         )
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a plain number that is neither NaN nor infinite."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def check_site_rank(rank: int, shape: tuple[int, int], most: int | None = None) -> None:
