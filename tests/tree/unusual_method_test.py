@@ -46,7 +46,7 @@ def test_a_number_of_zero_is_structure_where_init_reads_it_too():
 
 
 @method
-def blocks(rank: int = 3, alpha: float = 2.0) -> Adapter:
+def even_sizes(rank: int = 3, alpha: float = 2.0) -> Adapter:
     """Blocks of rows share what they add, so the rank must divide ``d_in``."""
 
     def init(key, kernel, rank, alpha):
@@ -65,7 +65,7 @@ def blocks(rank: int = 3, alpha: float = 2.0) -> Adapter:
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_the_alpha_of_a_method_that_allows_few_sizes(rank):
-    tree = attach(blocks(rank, alpha=0.3))
+    tree = attach(even_sizes(rank, alpha=0.3))
     assert alphas_of(tree["query"]["kernel"]) == (0.3,)
     tree = jp.with_numbers(tree, alpha=0.7)
     assert tree["query"]["kernel"].frozen["scale"] == np.float32(0.7)
