@@ -4,10 +4,7 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
-pytest.importorskip("jax", "0.10")  # whose annotations it reads
 
 
 def check(*paths, cwd=ROOT):

@@ -15,6 +15,7 @@ from jax import lax
 from jaxpeft import adapters, interop
 from jaxpeft.numerics import optional
 from jaxpeft.testing._compare import CLOSE, FAR, distance, numbers, perturb
+from jaxpeft.testing._fixtures import params as params
 from jaxpeft.testing._net import (
     AXES,
     RANK,
@@ -54,11 +55,6 @@ DROPOUT = {"dropout": 0.5}  # on under a key alone
 @pytest.fixture
 def inputs():
     return numbers(8, D, seed=9), numbers(8, F, seed=10)
-
-
-@pytest.fixture
-def params():
-    return make_params()
 
 
 def each(params, x, wide):

@@ -20,10 +20,11 @@ from jaxpeft.testing._compare import (
     CLOSE,
     distance,
     kernel_shapes,
-    numbers,
     perturb,
     run_with_gradients,
 )
+from jaxpeft.testing._fixtures import params as params
+from jaxpeft.testing._fixtures import x as x
 from jaxpeft.testing._hlo import made_of_shape
 from jaxpeft.testing._net import (
     AXES,
@@ -70,16 +71,6 @@ with optional("Contract tests"):
     import pytest
 
 P = PartitionSpec
-
-
-@pytest.fixture
-def x():
-    return numbers(8, D, seed=9)
-
-
-@pytest.fixture
-def params():
-    return make_params()
 
 
 # --- the registry ---

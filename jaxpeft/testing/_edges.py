@@ -8,7 +8,9 @@ import numpy as np
 
 from jaxpeft import interop
 from jaxpeft.numerics import optional
-from jaxpeft.testing._compare import CLOSE, FAR, distance, numbers, perturb
+from jaxpeft.testing._compare import CLOSE, FAR, distance, perturb
+from jaxpeft.testing._fixtures import params as params
+from jaxpeft.testing._fixtures import x as x
 from jaxpeft.testing._net import (
     RANK,
     D,
@@ -17,7 +19,6 @@ from jaxpeft.testing._net import (
     at_init,
     attached,
     make,
-    make_params,
     moved,
     net,
     node_in,
@@ -30,16 +31,6 @@ from jaxpeft.tree import attach, merge, mergeable, partition, with_dropout
 
 with optional("Contract tests"):
     import pytest
-
-
-@pytest.fixture
-def x():
-    return numbers(8, D, seed=9)
-
-
-@pytest.fixture
-def params():
-    return make_params()
 
 
 # --- in files, in stacks of unequal rank, with dropout ---
