@@ -16,10 +16,9 @@ from jaxpeft.tree import (
     SLOT,
     Bound,
     Factors,
-    Term,
-    dims_of,
+    axes_of,
+    join_terms,
     map_axes,
-    wider,
 )
 
 
@@ -94,21 +93,16 @@ class Kernel(Bound):
                 "a tap reads the input in the order of the kernel's in axes, and here "
                 "they change places"
             )
-        after = {old: new for new, old in enumerate(permutation)}
+        moved = self.replace(base=self.base.transpose(permutation), names=names)
 
         def permute(x, layout):
-            old = self._positions(layout)
-            spots, at = [], 0
-            for role in layout:  # each role's axes, in their new order
-                count = 1 if role in _OWN else self.roles.count(role)
-                places = range(at, at + count)
-                spots += sorted(places, key=lambda i: after.get(old[i], 0))
-                at += count
-            spots += range(at, x.ndim)  # a leaf's own axes, behind the batch axes
-            return x if spots == list(range(x.ndim)) else x.transpose(spots)
+            old, new = self.positions(layout), moved.positions(layout)
+            order = [
+                k if i is None else old.index(permutation[i]) for k, i in enumerate(new)
+            ]
+            return x.transpose(*order, *range(len(new), x.ndim))
 
-        base = self.base.transpose(permutation)
-        return self._mapped(permute, base=base, names=names)
+        return self.mapped(permute, base=moved.base, names=names)
 
     def reshape(self, shape: Sequence[int]) -> "Kernel":
         """Splits or joins axes of one role; never mixes two."""
@@ -137,24 +131,21 @@ class Kernel(Bound):
 
     def broadcast(self, shape: Sequence[int], where: Sequence[int]) -> "Kernel":
         """``lax.broadcast_in_dim``: new axes, and axes that grow, are batch axes."""
-        kept, names = [], []
+        old = zip(self.base.shape, self.roles, strict=True)
+        before = dict(zip(where, old, strict=True))
+        kept, names = [], []  # before axes grow
         for i, n in enumerate(shape):
-            at = where.index(i) if i in where else None
-            kept.append(1 if at is None else self.base.shape[at])
-            role = None if at is None else self.roles[at]
-            same = at is not None and kept[i] == n
-            names.append(role if same else self.grown(role))
-        # Axes of size one are dropped and made anew, so that they may be batch axes.
-        ones = [i for i, n in enumerate(self.base.shape) if n == 1]
-        grown = self.squeeze(ones)._reroled(self.base.reshape(kept), names)
-        sizes = dict(enumerate(shape))
+            size, role = before.get(i, (1, None))
+            kept.append(size)
+            names.append(role if role and size == n else self.grown(role))
+        grown = self._reroled(self.base.reshape(kept), names)
 
         def widen(x, layout):
-            now = grown._positions(layout)
-            full = [x.shape[k] if i is None else sizes[i] for k, i in enumerate(now)]
+            now = grown.positions(layout)
+            full = [x.shape[k] if i is None else shape[i] for k, i in enumerate(now)]
             return jnp.broadcast_to(x, (*full, *x.shape[len(now) :]))
 
-        return grown._mapped(widen, base=jnp.broadcast_to(grown.base, shape))
+        return grown.mapped(widen, base=jnp.broadcast_to(grown.base, shape))
 
     def along(self, axis: int, f: Callable[[Any, int], Any]) -> "Kernel":
         """Applies ``f(array, position)`` to the base and all that follow one axis."""
@@ -164,10 +155,10 @@ class Kernel(Bound):
             )
 
         def cut(x, layout):
-            where = self._positions(layout)
+            where = self.positions(layout)
             return f(x, where.index(axis)) if axis in where else x
 
-        return self._mapped(cut, base=f(self.base, axis))
+        return self.mapped(cut, base=f(self.base, axis))
 
     def scaled(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
         """Applies a linear ``f(array, factor)``; the factor has the kernel's axes.
@@ -181,19 +172,19 @@ class Kernel(Bound):
             raise NoRule("it is multiplied along in and out axes at once")
         if IN in roles and self.has_gate:
             raise NoRule("its method reads the input, and its in axes are scaled")
-        side, own = ("a", (IN, RANK)) if IN in roles else ("b", (RANK, OUT))
+        own = (IN, RANK) if IN in roles else (RANK, OUT)  # the axes of `a`, or of `b`
 
-        def scale(term):
-            slot = () if term.rows is None else (SLOT,)
-            where = self._positions((BATCH, *slot, *own))
+        def scale(x, axes):
+            if axes[-2:] != own:
+                return x
+            where = self.positions((BATCH, *axes))
             order = [i for i in where if i is not None]
             # The factor has size one along every axis that this side does not have.
             order += [i for i in range(factor.ndim) if i not in order]
             seen = [1 if i is None else factor.shape[i] for i in where]
-            x, aligned = getattr(term, side), factor.transpose(order).reshape(seen)
-            return dataclasses.replace(term, **{side: f(x, aligned.astype(x.dtype))})
+            return f(x, factor.transpose(order).reshape(seen).astype(x.dtype))
 
-        factors = dataclasses.replace(self.factors, terms=tuple(map(scale, self.terms)))
+        factors = map_axes(scale, self.factors)
         return self.replace(base=f(self.base, factor), factors=factors)
 
     def beside(self, others: Sequence, starts: Sequence, axis: int, base) -> "Kernel":
@@ -225,7 +216,7 @@ class Kernel(Bound):
             end = base.shape[axis] - start - w.base.shape[axis]
 
             def pad(x, layout, w=w, ends=(start, end, 0)):
-                by = [ends if i == axis else (0, 0, 0) for i in w._positions(layout)]
+                by = [ends if i == axis else (0, 0, 0) for i in w.positions(layout)]
                 return lax.pad(x, jnp.zeros((), x.dtype), by) if ends in by else x
 
             factors = map_axes(lambda x, axes: pad(x, (BATCH, *axes)), w.factors)
@@ -233,9 +224,9 @@ class Kernel(Bound):
         if sum(w.leaves is not None for w in parts) > 1:
             raise NoRule("tapped kernels are concatenated")
         # One call gives all parts their key and mask, and at most one has leaves.
-        given = lambda name: [x for w in parts if (x := getattr(w, name)) is not None]
-        first = {n: (given(n) or [None])[0] for n in ("key", "leaves", "mask")}
-        factors = Factors(_side_by_side(terms, len(self.dims(BATCH))))
+        given = lambda name: (x for w in parts if (x := getattr(w, name)) is not None)
+        first = {name: next(given(name), None) for name in ("key", "leaves", "mask")}
+        factors = Factors(join_terms(terms, len(self.dims(BATCH))))
         path = " + ".join(w.path for w in parts)
         return self.replace(base=base, factors=factors, path=path, **first)
 
@@ -262,10 +253,7 @@ class Kernel(Bound):
         w, shape = self, self.base.shape
         # An axis of size one may have any role: summed or kept, it is the same.
         big = lambda axes: {i for i in axes if shape[i] > 1}
-        have = {
-            role: big(i for i, r in enumerate(w.roles) if r == role)
-            for role in (IN, OUT, BATCH)
-        }
+        have = {role: big(axes_of(w.roles, role)) for role in (IN, OUT, BATCH)}
         if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
             w = w.swapped()
         elif big(summed) != have[IN]:
@@ -298,8 +286,8 @@ class Kernel(Bound):
     def as_table(self, axis: int, mapped: Sequence[int], eqn: Any) -> "Kernel":
         """The kernel with the axis along which rows are looked up as its in axis."""
         w = self.swapped() if self.roles[axis] == OUT else self
-        batch = [i for i, r in enumerate(w.roles) if r == BATCH]
-        if w.roles[axis] != IN or w.roles.count(IN) != 1 or batch != list(mapped):
+        only = axes_of(w.roles, IN) == (axis,)
+        if not only or axes_of(w.roles, BATCH) != tuple(mapped):
             raise NoRule(
                 f"rows are looked up along axis {axis}, but its roles are "
                 f"{' '.join(w.roles)!r}: a table is 'in out', or a stack of those "
@@ -325,62 +313,38 @@ class Kernel(Bound):
 
     # The factors beside the base.
 
-    def with_layouts(self, f: Callable[[list], Any], base: Any) -> "Kernel":
-        """A tree like this one: ``f(base axis behind each axis)`` for each factor."""
+    def mapped(self, f: Callable[[Any, tuple], Any], **base) -> "Kernel":
+        """Applies ``f(array, roles of its axes)`` to every array but the base.
 
-        def each(x, layout):
-            where = self._positions(layout)
-            return f(where + [None] * (x.ndim - len(where)))
+        Behind the axes that have a role an array may have some of its own.
+        """
+        own = lambda x, axes: f(x, (BATCH, *axes))
+        rest = self.key, self.leaves, self.mask
+        key, leaves, mask = map_axes(own, rest)
+        factors = map_axes(own, self.factors)
+        return self.replace(factors=factors, key=key, leaves=leaves, mask=mask, **base)
 
-        return self._mapped(each, base=base)
-
-    def _mapped(self, f: Callable[[Any, tuple], Any], **base) -> "Kernel":
-        """Applies ``f(array, axes)`` to every array but the base."""
-        rest = lambda tree: jax.tree.map(lambda x: f(x, (BATCH,)), tree)
-        return self.replace(
-            factors=map_axes(lambda x, axes: f(x, (BATCH, *axes)), self.factors),
-            key=rest(self.key),
-            leaves=rest(self.leaves),
-            mask=rest(self.mask),
-            **base,
-        )
-
-    def _positions(self, layout) -> list[int | None]:
-        """The base's axis behind each axis of a factor; ``None`` for the rank."""
+    def positions(self, layout: Sequence[str]) -> list[int | None]:
+        """The base's axis behind each axis of a factor; ``None`` for rank and slot."""
         where: list[int | None] = []
         for role in layout:
-            if role in _OWN:
-                where.append(None)
-            else:
-                where += [i for i, r in enumerate(self.roles) if r == role]
+            where += [None] if role in _OWN else axes_of(self.roles, role)
         return where
 
     def _reroled(self, base, names: Sequence[str]) -> "Kernel":
         """Reshapes every factor to the sizes that a reshaped base gives its roles."""
-        names = tuple(names)
-        dims = {role: dims_of(base.shape, names, role) for role in (BATCH, IN, OUT)}
+        new = self.replace(base=base, names=tuple(names))
 
         def reshape(x, layout):
-            shape, at = (), 0
-            for role in layout:
-                if role in _OWN:
-                    shape, at = (*shape, x.shape[at]), at + 1
-                else:
-                    shape, at = shape + dims[role], at + self.roles.count(role)
-            return x.reshape(shape + x.shape[at:])
+            old = self.positions(layout)
+            # The rank and the slots keep their sizes, in their order.
+            own = iter(n for n, i in zip(x.shape, old, strict=False) if i is None)
+            now = [
+                next(own) if i is None else base.shape[i] for i in new.positions(layout)
+            ]
+            return x.reshape(*now, *x.shape[len(old) :])
 
-        return self._mapped(reshape, base=base, names=names)
-
-
-def _side_by_side(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
-    """Terms as one where all that differs is their pairs."""
-    alike = [t for t in terms if not t.drop]
-    if len(alike) < 2:
-        return tuple(terms)
-    wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
-    a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
-    b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
-    return (Term(a, b), *(t for t in terms if t.drop))
+        return self.mapped(reshape, base=base, names=new.names)
 
 
 def same(x: Any, y: Kernel) -> bool:

@@ -45,10 +45,15 @@ def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None, *, joined
             ``joins_axes``.
     """
     sizes = dict(zip((*x_labels, *w_labels), (*x.shape, *w.shape), strict=True))
+    # Each run is one axis, under its first label.
+    runs = {l: [l] for l in sizes}
     if joined:
         runs = _runs(list(x_labels), list(w_labels), list(out_labels))
-        x, x_labels = _with_runs(x, x_labels, runs)
-        w, w_labels = _with_runs(w, w_labels, runs)
+    x_labels, w_labels = (
+        [l for l in each if l in runs] for each in (x_labels, w_labels)
+    )
+    size = lambda first: math.prod(sizes[l] for l in runs[first])
+    x, w = x.reshape(list(map(size, x_labels))), w.reshape(list(map(size, w_labels)))
     both = [l for l in x_labels if l in w_labels]
     batch = [l for l in both if l in out_labels]
     summed = [l for l in both if l not in out_labels]
@@ -64,43 +69,26 @@ def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None, *, joined
     )
     labels = batch + [l for l in x_labels if l not in both]
     labels += [l for l in w_labels if l not in both]
-    if joined:
-        labels = [l for first in labels for l in runs.get(first, (first,))]
-        y = y.reshape([sizes[l] for l in labels])
-    order = [labels.index(l) for l in out_labels]
-    return y if order == list(range(len(order))) else y.transpose(order)
+    labels = [l for first in labels for l in runs[first]]
+    y = y.reshape([sizes[l] for l in labels])
+    return y.transpose([labels.index(l) for l in out_labels])
 
 
-def _runs(x: list, w: list, out: list) -> dict:
+def _runs(x: list, w: list, out: list) -> dict[Any, list]:
     """Labels of axes that go together through a contraction, by the first of each run.
 
     They lie side by side, in one order, in all operands that have them.
     """
     kind = lambda l: (l in x, l in w, l in out)
-    after: dict = {}
+    runs: dict[Any, list] = {}
+    run: list = []
     for one in dict.fromkeys((*x, *w)):
-        # Behind it on each side that has it; nothing at an end.
-        ends = {(*side, None)[side.index(one) + 1] for side in (x, w) if one in side}
-        follows = len(ends) == 1 and None not in ends and kind(*ends) == kind(one)
-        after[one] = ends.pop() if follows else None
-    runs: dict = {}
-    for first in (one for one in after if one not in after.values()):
-        run = [first]
-        while after[run[-1]] is not None:
-            run.append(after[run[-1]])
-        runs[first] = tuple(run)
+        sides = [side for side in (x, w) if one in side]
+        goes_on = run and kind(run[-1]) == kind(one)
+        if not goes_on or any(s.index(one) != s.index(run[-1]) + 1 for s in sides):
+            run = runs[one] = []
+        run.append(one)
     return runs
-
-
-def _with_runs(x, labels, runs: dict):
-    """An operand with each run as one axis, under its first label."""
-    firsts = [l for l in labels if l in runs]
-    shape, at = [], 0
-    for first in firsts:
-        width = len(runs[first])
-        shape.append(math.prod(x.shape[at : at + width]))
-        at += width
-    return x.reshape(shape), firsts
 
 
 def joins_axes(target: str) -> bool:

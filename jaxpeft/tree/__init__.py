@@ -22,6 +22,7 @@ from jaxpeft.tree._biases import scale_bias as scale_bias
 from jaxpeft.tree._biases import scaled_biases as scaled_biases
 from jaxpeft.tree._bound import Bound as Bound
 from jaxpeft.tree._bound import bind as bind
+from jaxpeft.tree._bound import join_terms as join_terms
 from jaxpeft.tree._bound import materialise as materialise
 from jaxpeft.tree._call import with_call as with_call
 from jaxpeft.tree._call import with_dropout as with_dropout

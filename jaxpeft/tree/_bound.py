@@ -99,7 +99,7 @@ def bind(node: AdaptedKernel, taps: Any = None):
     key = call.get("key")
     terms = [_as_called(t, key is not None, taps == "own") for t in f.terms]
     # A term of rank 0 adds nothing. In `b [*batch, r, *out]` the rank follows batch.
-    terms = _joined([t for t in terms if t.a.shape[-1]], rank_axis=len(batch))
+    terms = join_terms([t for t in terms if t.a.shape[-1]], rank_axis=len(batch))
     # Only a kernel of a contraction has an input that a tap could be shown.
     tapped = callable(taps) and node.adapter.where.leaf == "kernel"
     if not terms and f.c is None and f.o is None and not tapped:
@@ -134,7 +134,7 @@ def _as_called(term: Term, drops: bool, reports: bool) -> Term:
     return dataclasses.replace(term, drop=term.drop if drops else 0.0, gate=gate)
 
 
-def _joined(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
+def join_terms(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
     """Joins the terms that are products and nothing else: one pair of thin matmuls.
 
     Their pairs are concatenated along the rank. The joined term stands where the first

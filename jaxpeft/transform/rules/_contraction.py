@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial
 
 from jaxpeft.transform import _compat
 from jaxpeft.transform._moved import Kernel, NoRule
@@ -27,14 +28,16 @@ from jaxpeft.transform._thin import (
     shown,
 )
 from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
-from jaxpeft.tree import BATCH, IN, OUT, Rows, Term, wider
+from jaxpeft.tree import BATCH, IN, OUT, Rows, Term, axes_of, wider
 
 # A remat policy that keeps this name spares recomputing outputs that are scaled.
 UNSCALED = "jaxpeft_unscaled"
 
 
 def spread_along(x, labels, out_labels):
-    """Transposes and reshapes ``x`` so that it broadcasts along ``out_labels``."""
+    """``x``, if there is one, transposed and reshaped to broadcast along labels."""
+    if x is None:
+        return None
     order = sorted(range(len(labels)), key=lambda i: out_labels.index(labels[i]))
     x = x.transpose(order)
     sizes = {labels[i]: x.shape[k] for k, i in enumerate(order)}
@@ -99,20 +102,16 @@ def contract(
     sides = (left, left_batch), (right, right_batch)
     (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
     w, uses = w.oriented(w_sum, w_batch, eqn), eqn.uses
-    n = w.base.ndim
-    w_labels = [("w", i) for i in range(n)]
-    x_labels: list[tuple[str, int]] = [("x", i) for i in range(x.ndim)]
+    w_labels = [("w", i) for i in range(w.base.ndim)]
+    x_labels = [("x", i) for i in range(x.ndim)]
     for i, j in zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True):
         x_labels[i] = w_labels[j]
     shared = [w_labels[i] for i in w_batch]
-    x_free = [l for l in x_labels if l[0] == "x"]
-    w_free = [w_labels[i] for i in range(n) if i not in (*w_sum, *w_batch)]
+    x_free = [l for l in x_labels if l not in w_labels]
+    w_free = [l for l in w_labels if l not in x_labels]
     out = shared + (w_free + x_free if kernel_first else x_free + w_free)
 
-    ins, outs, batch = (
-        [w_labels[i] for i, r in enumerate(w.roles) if r == role]
-        for role in (IN, OUT, BATCH)
-    )
+    ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
     precision, given = precision_of(eqn.params), (x, x_labels)
     product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
     if w.c is not None:
@@ -120,14 +119,12 @@ def contract(
         spelled = [l for l in batch if l not in x_labels] + x_labels
         x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
         x = times(x, spread_along(w.c, batch + ins, spelled))
-        if spelled == x_labels:
-            y = run(x, w.base)
-        else:
-            y = labelled_dot(x, spelled, w.base, w_labels, out, precision)
-            y = y.astype(eqn.params.get("preferred_element_type") or y.dtype)
-        x_labels = spelled
-    else:
+    if w.c is None or spelled == x_labels:
         y = run(x, w.base)
+    else:
+        x_labels = spelled
+        y = labelled_dot(x, x_labels, w.base, w_labels, out, precision)
+        y = y.astype(eqn.params.get("preferred_element_type") or y.dtype)
 
     x = shown(w, x, x_labels)
     rank = [("r", 0)]
@@ -147,19 +144,21 @@ def contract(
     b_labels = batch + rank + outs
     up = lambda h, b: product(h, h_labels, b, b_labels, out, precision)
     changes = changes_of(w, x, known, down, up, uses)
-    y = finish(y, changes, w.o, lambda o: spread_along(o, batch + outs, out))
+    y = finish(y, changes, spread_along(w.o, batch + outs, out))
     for term in w.terms:
         if term.rows is not None:
             y = _each_row(term, w, x, x_labels, y, out, precision)
     return y
 
 
+def _labels(w: Kernel, role: str) -> list[tuple[str, int]]:
+    """The labels of a kernel's axes with a role."""
+    return [("w", i) for i in axes_of(w.roles, role)]
+
+
 def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
     """Adds to each row of the input, along its first axis, what that row chose."""
-    ins, outs, batch = (
-        [("w", i) for i, r in enumerate(w.roles) if r == role]
-        for role in (IN, OUT, BATCH)
-    )
+    ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
     rest = [l for l in x_labels if l not in batch and l not in ins]
     if math.prod(w.dims(BATCH)) != 1 or rest[:1] != [("x", 0)]:
         raise NoRule(
@@ -208,28 +207,26 @@ def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
         if h is None:
             h = down(dropped(x, w, term, uses), term.a)
         if term.gate is not None and term.gate.apply is not None:
-            h = gated(term.gate.apply, seen, h, len(w.dims(BATCH)))
+            h = _by_layer(term.gate.apply, len(w.dims(BATCH)), seen, h)
         changes.append(up(h, term.b))
     return changes
 
 
-def finish(y, changes: list, o=None, spread=None):
+def finish(y, changes: list, o=None):
     """Adds what terms change and scales, wide; rounds once to ``y``'s dtype.
 
     Args:
         y: the model's own result.
         changes: one array for each term.
-        o: the scale of the output, or ``None``.
-        spread: ``spread(o)`` broadcasts with ``y``.
+        o: the scale of the output, which broadcasts with ``y``, or ``None``.
     """
     dtype = y.dtype
     if changes:
         delta = functools.reduce(operator.add, changes)
         wide = wider(dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
-    if o is not None and spread is not None:
-        y = checkpoint_name(y, UNSCALED)
-        y = times(y, spread(o))
+    if o is not None:
+        y = times(checkpoint_name(y, UNSCALED), o)
     return y.astype(dtype)
 
 
@@ -243,29 +240,26 @@ def _rows(x, labels, batch, ins):
     return x.reshape(*flat, width), [l in labels for l in batch]
 
 
-def gated(apply, seen, h, batch_axes: int):
-    """Applies a gate to ``(what it sees, h)`` for each entry of the batch axes."""
-    each = lambda g, seen, h: g(seen, h)
+def _by_layer(of_gate: Partial, batch_axes: int, *given):
+    """Calls a gate's function for each entry of its batch axes, which come first."""
+    each = lambda f, *own: f(*own)
     for _ in range(batch_axes):
-        each = jax.vmap(each, in_axes=(0, None if seen is None else 0, 0))
-    return each(apply, seen, h)
+        each = jax.vmap(each)
+    return each(of_gate, *given)
 
 
 def record(uses: Uses, w: Kernel, x, x_labels, batch, ins, known: list[Read]):
-    """Keeps what a tap of the user's or the gates say of an input, if they do."""
-    if uses.tap == "own":
-        for term, (_, seen) in zip(w.terms, known, strict=True):
-            if term.gate is not None and term.gate.report is not None:
-                report = lambda r, seen: r(seen)
-                for _ in batch:
-                    report = jax.vmap(report)
-                uses.record(w.path, report(term.gate.report, seen))
-        return
-    tap = uses.tap
-    if w.leaves is None or not callable(tap):
+    """Keeps what the gates and a tap of the user's say of an input.
+
+    A kernel has reports, or leaves for the tap, only where a call asks for them.
+    """
+    for term, (_, seen) in zip(w.terms, known, strict=True):
+        if term.gate is not None and term.gate.report is not None:
+            uses.record(w.path, _by_layer(term.gate.report, len(batch), seen))
+    if w.leaves is None:
         return
     rows, present = _rows(x, x_labels, batch, ins)
-    apply = lambda x, leaves: tap(x, *leaves)
+    apply = lambda x, leaves: uses.tap(x, *leaves)
     for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
         in_axes = (0 if here else None, 0)
         apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)
@@ -326,9 +320,7 @@ def look_up(
         b_labels, joined = batch + rank + rest, joins_axes(eqn.uses.target)
         out = index + rest
         changes.append(labelled_dot(a, index + rank, b, b_labels, out, joined=joined))
-    return finish(
-        y, changes, rows.o, lambda o: spread_along(o, batch + rest, index + rest)
-    )
+    return finish(y, changes, spread_along(rows.o, batch + rest, index + rest))
 
 
 @rule("dot_general")
@@ -369,4 +361,4 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
         h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)
         b = term.b.astype(h.dtype)
         changes.append(lax.ragged_dot(h, b, group_sizes, precision))
-    return finish(y, changes, w.o, lambda o: o[expert])
+    return finish(y, changes, None if w.o is None else w.o[expert])

@@ -220,7 +220,10 @@ def _specs(w: Kernel, spec: PartitionSpec) -> Kernel:
     named = [i for i, entry in enumerate(entries) if entry is not None]
     if w.has_gate and any(w.roles[i] == IN for i in named):
         raise NoRule("its method reads the whole input, which is sharded here")
-    each = lambda where: PartitionSpec(
-        *(None if i is None else entries[i] for i in where)
-    )
-    return w.with_layouts(each, base=spec)
+
+    def each(x, layout):
+        del x
+        where = w.positions(layout)
+        return PartitionSpec(*(None if i is None else entries[i] for i in where))
+
+    return w.mapped(each, base=spec)

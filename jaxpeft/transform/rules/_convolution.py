@@ -102,10 +102,8 @@ def _convolution(eqn: Equation, x, w):
         y = labelled_dot(rows(x), front + ins, base, labels, front + out, precision)
         y = y.astype(params["preferred_element_type"] or x.dtype)
         y = _in_layout(y, len(group), spec)
-    shape = [1] * y.ndim
-    shape[spec.out_spec[1]] = math.prod(w.dims(OUT))
     changes = changes_of(w, x, known, down, up, uses)
-    return finish(y, changes, w.o, lambda o: o.reshape(shape))
+    return finish(y, changes, spread_along(w.o, [spec.out_spec[1]], range(y.ndim)))
 
 
 def _in_layout(y, group_axes: int, spec):
