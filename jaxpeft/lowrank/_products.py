@@ -51,8 +51,9 @@ def strength_leaf(adapter: Adapter) -> str | None:
         return None
     if not structure(adapter, where.rank).only_adds:
         return None
-    axes = leaf_axes(adapter, where.rank)[1]
+    frozen_axes, axes = leaf_axes(adapter, where.rank)
     ups = [name for name, each in axes.items() if each[-1:] == (OUT,)]
+    leaf = "scale" if "scale" in frozen_axes else ups[0] if len(ups) == 1 else None
     with jax.ensure_compile_time_eval():
         kernel = jax.random.normal(jax.random.key(0), (4 * where.rank, 6 * where.rank))
         frozen, trainable = adapter.init(
@@ -61,19 +62,13 @@ def strength_leaf(adapter: Adapter) -> str | None:
         frozen |= number_leaves(adapter, kernel.dtype)
         trainable = {name: x + 0.1 for name, x in trainable.items()}
 
-        def total(name=None):
-            double = lambda part: {
-                n: 2 * x if n == name else x for n, x in part.items()
-            }
-            leaves = double(frozen), double(trainable)
-            terms = change(adapter, kernel, *leaves).terms
+        def total(times):
+            scaled = lambda part: part | {n: times * part[n] for n in part if n == leaf}
+            terms = change(adapter, kernel, scaled(frozen), scaled(trainable)).terms
             return sum(jnp.matmul(t.a, t.b, precision="highest") for t in terms)
 
-        once = total()
-        for name in ["scale"] if "scale" in frozen else ups if len(ups) == 1 else []:
-            if jnp.allclose(total(name), 2 * once, rtol=1e-4):
-                return name
-    return None
+        doubles = jnp.allclose(total(2), 2 * total(1), rtol=1e-4)
+    return leaf if doubles else None
 
 
 def not_low_rank(node: AdaptedKernel) -> str:
@@ -95,17 +90,26 @@ _LEAVE = (
 )
 
 
-def _product(adapter: Adapter, shared, kernel, frozen, trainable):
-    """``(a, b, scale)`` of one layer: its change of the original kernel."""
-    # Where factors are joined, a plain method's scale is spread over both of them.
-    if is_plain(adapter):
-        parts = trainable["a"], trainable["b"], frozen["scale"]
-    else:
-        terms = change(adapter, kernel, frozen | shared, trainable).terms
-        a = jnp.concatenate([term.a for term in terms], 1)
-        b = jnp.concatenate([term.b for term in terms], 0)
-        parts = a, b, jnp.ones(())
-    return tuple(x.astype(working_dtype(kernel.dtype)) for x in parts)
+def _product_of(node: AdaptedKernel):
+    """``(kernel, frozen, trainable) -> (a, b, scale)``, of one layer of a site.
+
+    The product is what the layer's adapter changes of the original kernel.
+    """
+    adapter, dtype = node.adapter, working_dtype(node.base.dtype)
+    shared = {name: node.frozen[name] for name in shared_names(adapter)}
+
+    def product(kernel, frozen, trainable):
+        # Where factors are joined, a plain method's scale is spread over both of them.
+        if is_plain(adapter):
+            parts = trainable["a"], trainable["b"], frozen["scale"]
+        else:
+            terms = change(adapter, kernel, frozen | shared, trainable).terms
+            a = jnp.concatenate([term.a for term in terms], 1)
+            b = jnp.concatenate([term.b for term in terms], 0)
+            parts = a, b, jnp.ones(())
+        return tuple(x.astype(dtype) for x in parts)
+
+    return product
 
 
 def layer_products(nodes: Sequence[AdaptedKernel]) -> list[list[tuple]]:
@@ -142,16 +146,10 @@ def _nameless(node: AdaptedKernel) -> AdaptedKernel:
     )
 
 
-def _bound(node: AdaptedKernel):
-    """``_product`` with the method and what its sites share."""
-    shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
-    return functools.partial(_product, node.adapter, shared)
-
-
 @jax.jit  # a kernel that no factor depends on is not read
 def _stacked(node: AdaptedKernel):
     matrices = to_matrices(node.base, node.roles)
-    return jax.vmap(_bound(node))(matrices, *layer_leaves(node))
+    return jax.vmap(_product_of(node))(matrices, *layer_leaves(node))
 
 
 @jax.jit
@@ -161,9 +159,8 @@ def _apart(node: AdaptedKernel) -> list[tuple]:
         whole = _stacked(node)
         count = len(whole[0])
         return [tuple(x[i : i + 1] for x in whole) for i in range(count)]
-    matrices = to_matrices(node.base, node.roles)
-    layers = [
-        _bound(node)(matrix, *leaves)
-        for matrix, leaves in zip(matrices, unpadded_layers(node), strict=True)
+    matrices, product = to_matrices(node.base, node.roles), _product_of(node)
+    layers = zip(matrices, unpadded_layers(node), strict=True)
+    return [
+        tuple(x[None] for x in product(matrix, *leaves)) for matrix, leaves in layers
     ]
-    return [tuple(x[None] for x in layer) for layer in layers]

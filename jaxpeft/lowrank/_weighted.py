@@ -127,13 +127,13 @@ def weighted(
     sites = {} if problems else {p: [each[p] for each in by_path] for p in by_path[0]}
     targets, products, ranks = {}, {}, {}
     for path, each in sites.items():
-        wrong = {why: None for node in each if (why := not_low_rank(node))}
+        wrong = [why for node in each if (why := not_low_rank(node))]
         targets[path] = each[0].adapter if into is None else into
         if not wrong and not is_plain(targets[path]):
-            wrong[
+            wrong = [
                 f"{path!r}: {targets[path].name!r} is no plain low-rank method and "
                 "cannot carry the result; write into=jaxpeft.lora()"
-            ] = None
+            ]
         problems += wrong
         if wrong:
             continue
@@ -152,8 +152,7 @@ def weighted(
         path = node.site.path
         keys = None
         if key is not None:
-            layers = matrix_shape(node.base.shape, node.roles)[0]
-            keys = jax.random.split(site_key(key, path), layers)
+            keys = jax.random.split(site_key(key, path), len(ranks[path]))
         a, b = _join(products[path], ranks[path], weights, keys, how=how, **settings)
         pattern = by_path[0][path].site.pattern
         return _filled(node, a, b, dataclasses.replace(node.site, pattern=pattern))
@@ -180,7 +179,7 @@ def _ranks(path, node: AdaptedKernel, layers, how: str, rank: int | None):
                 "the sum has"
             )
         ranks += [new] * count
-    return ranks, list(dict.fromkeys(problems))
+    return ranks, problems
 
 
 def _attached(tree, adapter: Adapter, ranks: dict[str, list[int]], before):
@@ -210,7 +209,7 @@ def _join(layers, ranks: list[int], weights, keys, *, how: str, **settings):
         count = products[0][0].shape[0]
         own = None if keys is None else keys[done : done + count]
         scales = jnp.asarray(weights, products[0][0].dtype)
-        rank = ranks[done] if how == "svd" else None
+        rank = ranks[done]  # "svd" alone asks for it
         a, b = _join_layers(products, scales, own, how=how, rank=rank, **settings)
         more = top - a.shape[-1]
         made.append(
@@ -280,11 +279,10 @@ def scaled(
     found = [x for x in jax.tree.leaves(adapted, is_leaf=is_node) if is_node(x)]
     if not found:
         raise ValueError("`adapted` has no adapters; give a tree that attach made")
-    leaves = {node.site.path: strength_leaf(node.adapter) for node in found}
     problems = [
         f"{node.site.path!r}: {node.adapter.name!r}"
         for node in found
-        if (name := leaves[node.site.path]) is None
+        if (name := strength_leaf(node.adapter)) is None
         or {**node.frozen, **node.trainable}[name] is None
     ]
     if problems:
@@ -296,7 +294,7 @@ def scaled(
         )
 
     def times(node):
-        name = leaves[node.site.path]
+        name = strength_leaf(node.adapter)
         new = lambda x: x * jnp.asarray(strength, x.dtype)
         each = lambda part: {n: new(x) if n == name else x for n, x in part.items()}
         return node.replace(frozen=each(node.frozen), trainable=each(node.trainable))

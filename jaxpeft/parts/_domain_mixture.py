@@ -5,7 +5,6 @@ adding, taking off or renaming one leaves all others as they are, byte for byte.
 decides which leaves train, and which gates the forward pass uses.
 """
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -19,7 +18,7 @@ from jax.tree_util import Partial
 
 from jaxpeft.numerics import gated
 from jaxpeft.parts._options import check_options
-from jaxpeft.parts._router import Router, Rule, empty_pair, row_gates
+from jaxpeft.parts._router import Router, Rule, empty_pair, row_gates, weighing
 from jaxpeft.tree import Adapter, Factors, Gate, Term, Where
 
 UNIVERSAL = "universal"
@@ -50,12 +49,7 @@ def check_domain(name: Any) -> None:
         )
 
 
-def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
-    if not isinstance(rank_universal, int) or rank_universal < 1:
-        raise ValueError(
-            f"`rank_universal` must be a whole number from 1 up, got "
-            f"{rank_universal!r}; write {name}(rank_universal=16)."
-        )
+def _check(domains, stage, gates, inactive, stale, slope, folded) -> None:
     if not (math.isfinite(slope) and 0 <= slope < 1):
         raise ValueError(f"`slope` must be in [0, 1), got {slope}; write slope=0.01.")
     for domain in domains:
@@ -79,21 +73,14 @@ def _check(name, domains, stage, gates, inactive, stale, rank_universal, slope):
             f"`gates` must hold {len(domains) + 1} numbers, for the universal expert "
             f"and then for {list(domains)}, got {gates!r}."
         )
-
-
-@functools.cache
-def _parallel(rule: Rule | None, ranks: tuple[int, ...]):
-    """What acts between the factors of experts that all read the input."""
-
-    def apply(temperature, rows, routed, h):
-        gates = (
-            row_gates(rows, h) if rule is None else rule.gates(routed, temperature)[2]
+    if folded and stage in ("all", "universal"):
+        raise ValueError(
+            f"`folded` keeps the universal expert's change in the kernel, but stage "
+            f"{stage!r} trains it; write stage='router' or a domain's."
         )
-        return gated(h, gates, ranks)
-
-    return apply
 
 
+# Cached, for `Partial` compares functions by identity: equal settings, one function.
 @functools.cache
 def _residual(rule: Rule | None, ranks: tuple[int, ...], universal: bool, there: float):
     """What acts between the factors of experts behind the universal one.
@@ -181,22 +168,16 @@ def domain_mixture(
         ValueError: an option outside of what is allowed, a name that is not a domain's
             or is there twice, or a folded universal expert that is to train.
     """
-    check_options(name, rank=rank, alpha=alpha, dropout=dropout)
-    _check(name, domains, stage, gates, inactive, stale, rank_universal, slope)
-    if folded and stage in ("all", "universal"):
-        raise ValueError(
-            f"`folded` keeps the universal expert's change in the kernel, but stage "
-            f"{stage!r} trains it; write stage='router' or a domain's."
-        )
+    counts = {"rank_universal": rank_universal}
+    check_options(name, rank=rank, alpha=alpha, dropout=dropout, counts=counts)
+    _check(domains, stage, gates, inactive, stale, slope, folded)
+    experts = (UNIVERSAL, *domains)
+    # Behind the universal expert nothing is computed without it.
+    always = (UNIVERSAL,) if residual else ()
     # The experts with a router's column, and those of them that tokens may be sent to.
-    columns = (*((UNIVERSAL,) if route_universal else ()), *domains)
+    columns = experts if route_universal else domains
     routed = tuple(c for c in columns if c not in inactive)
     router.check(name, len(columns))
-    if router.top_k is not None and router.top_k > max(1, len(columns)):
-        raise ValueError(
-            f"`top_k` is {router.top_k}, but only {len(columns)} experts are routed; "
-            "add domains or lower it."
-        )
     if router.std is None:
         raise ValueError(
             f"`router_std` of {name} must be a number; write {name}(router_std=0.02)."
@@ -204,8 +185,6 @@ def domain_mixture(
     names, std = _trained(stage, columns, domains), router.std
 
     def init(key, kernel, rank, alpha):
-        if rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {rank}")
         d_in, d_out = kernel.shape
         d_domain = d_out if residual else d_in
         sizes = {UNIVERSAL: (d_in, rank_universal)}
@@ -236,90 +215,77 @@ def domain_mixture(
             return b if gate == 1 else gate * b
         return b * gate.astype(b.dtype)
 
-    def static_gates(leaves) -> dict[str, Any] | None:
-        """Each expert's gate where no router decides, without those that are 0.
+    def weights_of(leaves, rows) -> tuple[dict[str, Any], Rule | None]:
+        """The experts that are computed, and the router's rule if it decides.
 
-        Gates given as an option are leaves, those of a stage the float 1.0. ``None``:
-        the router decides.
+        Each comes with what its ``b`` is multiplied by: a gate that was given as an
+        option, a leaf; else 1.0, also where the router or the call has its gate.
         """
-        if gates is not None:
-            given = enumerate(zip((UNIVERSAL, *domains), gates, strict=True))
-            return {e: leaves["gates"][i] for i, (e, gate) in given if gate}
-        if stage == "universal":
-            return {UNIVERSAL: 1.0}
-        if domain_of(stage) is not None:
-            return ({UNIVERSAL: 1.0} if residual else {}) | {domain_of(stage): 1.0}
-        if len(routed) < 2:  # the softmax of one logit is 1
-            return ({UNIVERSAL: 1.0} if residual else {}) | dict.fromkeys(routed, 1.0)
-        return None
-
-    def experts_of(known, rows) -> tuple[str, ...]:
-        """The experts that are computed, without those whose gate is 0."""
         if rows is not None:
-            return (UNIVERSAL, *domains)
-        if known is None:
-            return routed
-        return tuple(e for e in (UNIVERSAL, *domains) if e in known)
+            return dict.fromkeys(experts, 1.0), None
+        if gates is not None:
+            given = enumerate(zip(experts, gates, strict=True))
+            return {e: leaves["gates"][i] for i, (e, gate) in given if gate}, None
+        if stage == "universal":
+            return {UNIVERSAL: 1.0}, None
+        if one := domain_of(stage):
+            return dict.fromkeys((*always, one), 1.0), None
+        # The softmax of one logit is 1.
+        rule = router.rule if len(routed) > 1 else None
+        return dict.fromkeys((*always, *routed), 1.0), rule
 
     def factors(kernel, frozen, trainable, call):
         # One look-up for all: the stage moves leaves between frozen and trained.
-        leaves, rows, mask = {**frozen, **trainable}, call.gates, call.mask
-        known = static_gates(leaves) if rows is None else None
-        chosen = experts_of(known, rows)
-        kind = router.rule if rows is None and known is None else None
-        gate = Gate(names=(UNIVERSAL, *domains))
-        if kind is not None:
-            report = kind.report(leaves["temperature"], None, mask)
-            reads = _router(leaves, routed)
-            gate = dataclasses.replace(gate, reads=reads, report=report)
+        leaves, rows = {**frozen, **trainable}, call.gates
+        weights, rule = weights_of(leaves, rows)
         make = _behind if residual else _beside
-        pair, apply = make(leaves, chosen, known, kind, rows)
-        gate = dataclasses.replace(gate, apply=apply)
+        pair, apply = make(leaves, weights, rule, rows)
+        reads = report = None
+        if rule is not None:
+            reads = _joined([leaves[f"router.{e}"] for e in routed], 1)
+            report = rule.report(leaves["temperature"], None, call.mask)
+        gate = Gate(reads, apply, report, names=experts)
         pair = pair or empty_pair(*kernel.shape, kernel.dtype)
         return Factors((Term(*pair, drop=dropout, gate=gate),))
 
-    def _beside(leaves, chosen, known, kind, rows):
+    def _beside(leaves, weights, rule, rows):
         """The pair of experts that read the input, and what acts between its factors.
 
         Args:
             leaves: all leaves by name.
-            chosen: the experts that are computed.
-            known: their gates, if no router decides; they go into ``b``.
-            kind: the router's rule, if it decides.
+            weights: the experts that are computed, and what goes into their ``b``.
+            rule: the router's, if it decides.
             rows: gates of the call, if there are some.
         """
-        if not chosen:
+        if not weights:
             return (), None
-        downs = [leaves[f"a.{e}"] for e in chosen]
-        ups = [up(leaves, e, 1.0 if known is None else known[e]) for e in chosen]
+        downs = [leaves[f"a.{e}"] for e in weights]
+        ups = [up(leaves, e, weight) for e, weight in weights.items()]
         apply = None
-        if kind is not None or rows is not None:
-            ranks = tuple(a.shape[1] for a in downs)
-            apply = Partial(_parallel(kind, ranks), leaves["temperature"], rows)
+        if rule is not None or rows is not None:
+            apply = weighing(rule, False, tuple(a.shape[1] for a in downs))
+            apply = Partial(apply, leaves["temperature"], None, rows)
         return (_joined(downs, 1), _joined(ups, 0)), apply
 
-    def _behind(leaves, chosen, known, kind, rows):
+    def _behind(leaves, weights, rule, rows):
         """The same where the domains read the universal expert's output."""
-        behind = [e for e in chosen if e != UNIVERSAL]
-        weight = 1.0 if known is None else known.get(UNIVERSAL, 0.0)
-        if folded:  # the kernel gives it a weight of 1 already
+        behind = [e for e in weights if e != UNIVERSAL]
+        weight = weights.get(UNIVERSAL, 0.0)
+        if folded and rows is None:  # the kernel gives it a weight of 1 already
             weight = weight - 1.0
         # Whether the pair needs its `b`: not if its weight is known to be 0.
-        own = rows is not None or not isinstance(weight, float) or weight != 0
-        ups = (
-            [up(leaves, UNIVERSAL, 1.0 if rows is not None else weight)] if own else []
-        )
-        if not behind:
-            return ((leaves["a.universal"], ups[0]) if own else ()), None
-        downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
-        # b_u a_i of all domains, [r_u, sum of ranks]: once a call, not once a token.
-        mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
-        ups += [up(leaves, e, 1.0 if known is None else known[e]) for e in behind]
-        ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
-        numbers = leaves["temperature"], leaves.get("slope")
-        there = float(folded)  # of the universal expert, in the kernel
-        apply = Partial(_residual(kind, ranks, own, there), *numbers, mixing, rows)
-        return (leaves["a.universal"], _joined(ups, 0)), apply
+        own = not isinstance(weight, float) or weight != 0
+        ups, apply = [up(leaves, UNIVERSAL, weight)] if own else [], None
+        if behind:
+            downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
+            # b_u a_i of all domains, [r_u, sum of ranks]: once a call, not a token.
+            mixing = jnp.matmul(up(leaves, UNIVERSAL), downs, precision="highest")
+            ups += [up(leaves, e, weights[e]) for e in behind]
+            ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
+            numbers = leaves["temperature"], leaves.get("slope")
+            there = float(folded)  # of the universal expert, in the kernel
+            apply = Partial(_residual(rule, ranks, own, there), *numbers, mixing, rows)
+        return ((leaves["a.universal"], _joined(ups, 0)) if ups else ()), apply
 
     def universal(frozen):
         return (Term(frozen["a.universal"], up(frozen, UNIVERSAL)),)
@@ -357,10 +323,6 @@ def _trained(stage: str, columns, domains) -> tuple[str, ...]:
         experts = (UNIVERSAL, *domains)
         return sum(map(pair, experts), ()) + column
     return pair(domain_of(stage) or UNIVERSAL)
-
-
-def _router(leaves, experts):
-    return jnp.concatenate([leaves[f"router.{e}"] for e in experts], 1)
 
 
 def _joined(parts: list, axis: int):

@@ -5,7 +5,6 @@ of N experts of rank r costs what one pair of rank N r costs, and no array ``[to
 experts, d_out]`` exists.
 """
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -16,29 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxpeft.numerics import gated, gated_copies
 from jaxpeft.parts._options import check_options, scale_leaf
-from jaxpeft.parts._router import Router, Rule, empty_pair, row_gates
+from jaxpeft.parts._router import Router, empty_pair, weighing
 from jaxpeft.tree import Adapter, Factors, Gate, Term, Where
-
-
-# Cached, for `Partial` compares functions by identity: equal settings, one function.
-@functools.cache
-def _apply(rule: Rule | None, shared: bool, ranks: tuple[int, ...]):
-    """What acts between ``a`` and ``b``; without a rule the call's gates are used.
-
-    Experts that share ``a`` have one hidden vector, which is copied for each of them;
-    the others have theirs side by side in ``h``.
-    """
-
-    def apply(temperature, active, rows, routed, h):
-        if rule is None:
-            gates = row_gates(rows, h)
-        else:
-            gates = rule.gates(routed, temperature, active)[2]
-        return gated_copies(h, gates) if shared else gated(h, gates, ranks)
-
-    return apply
 
 
 def drop_entries(key, leaf, rate: float):
@@ -50,7 +29,7 @@ def drop_entries(key, leaf, rate: float):
     return jnp.where(keep, kept, jnp.zeros_like(leaf))
 
 
-def _check_experts(name, experts, top_k, gates) -> None:
+def _check_experts(name, experts, gates) -> None:
     each = experts if isinstance(experts, tuple) else (experts,)
     for n in each:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -61,11 +40,6 @@ def _check_experts(name, experts, top_k, gates) -> None:
             )
     if not each:
         raise ValueError(f"`experts` is empty; write {name}(experts=4).")
-    if top_k is not None and top_k > max(each):
-        raise ValueError(
-            f"`top_k` is {top_k}, but there are at most {max(each)} experts; write "
-            f"{name}(experts={experts!r}, top_k={max(each)}) or give more experts."
-        )
     if gates is not None and (isinstance(experts, tuple) or len(gates) != experts):
         raise ValueError(
             f"`gates` must hold one number for each of {experts} experts, the same at "
@@ -138,7 +112,7 @@ def mixture(
             are, or a router of zeros over a shared ``a``.
     """
     check_options(name, rank=rank, alpha=alpha, dropout=dropout)
-    _check_experts(name, experts, router.top_k, gates)
+    _check_experts(name, experts, gates)
     # A stack has room for the most experts of its layers; `_spread` says each layer's.
     most = max(experts) if isinstance(experts, tuple) else experts
     router.check(name, most)
@@ -151,8 +125,6 @@ def mixture(
     drop = dropout if dropout_on == "input" else 0.0
 
     def init(key, kernel, rank, alpha):
-        if rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {rank}")
         d_in, d_out = kernel.shape
         shape = (d_in, rank) if shared_a else (most, d_in, rank)
         bound = 1 / math.sqrt(d_in)
@@ -180,23 +152,23 @@ def mixture(
             else:
                 b = drop_entries(call.step_key, b, dropout)
         (n, rank, d_out), rows, mask = b.shape, call.gates, call.mask
-        # In a stack `n` counts padding, too: `active` is false there.
-        gate = Gate(names=tuple(map(str, range(n))))
+        reads = apply = report = None
         if gates is None and rows is None:
+            reads = leaves["router"]
             report = router.rule.report(leaves["temperature"], active, mask)
-            gate = dataclasses.replace(gate, reads=leaves["router"], report=report)
         # Which gates are not 0, where that is known now: of gates that were given, and
         # of a single expert. Otherwise this is empty, and the router decides.
         fixed = tuple(map(bool, gates)) if gates is not None else (True,) * (n == 1)
         if rows is None and fixed:
             weights = frozen["gates"] if any(gates or ()) else None
             pair = _fixed(a, b, fixed, weights, shared_a)
-            return Factors((Term(*pair, drop=drop, gate=gate),))
-        rule = router.rule if rows is None else None
-        apply = _apply(rule, shared_a, (rank,) * n)
-        apply = Partial(apply, leaves["temperature"], active, rows)
-        pair = _side_by_side(a), b.reshape(n * rank, d_out)
-        gate = dataclasses.replace(gate, apply=apply)
+        else:
+            rule = router.rule if rows is None else None
+            apply = weighing(rule, shared_a, (rank,) * n)
+            apply = Partial(apply, leaves["temperature"], active, rows)
+            pair = _side_by_side(a), b.reshape(n * rank, d_out)
+        # In a stack `n` counts padding, too: `active` is false there.
+        gate = Gate(reads, apply, report, names=tuple(map(str, range(n))))
         return Factors((Term(*pair, drop=drop, gate=gate),))
 
     layers = None

@@ -17,6 +17,7 @@ def check_options(
     rank: Any = 1,
     alpha: Any = None,
     dropout: Any = 0.0,
+    counts: Mapping[str, Any] | None = None,
     weights: Mapping[str, Any] | None = None,
     positive: Mapping[str, Any] | None = None,
     choices: Mapping[str, tuple[Any, Iterable[Any]]] | None = None,
@@ -28,6 +29,7 @@ def check_options(
         rank: a whole number from 1 up.
         alpha: a positive number, or ``None``.
         dropout: a probability in [0, 1).
+        counts: ``{argument: value}`` of whole numbers from 1 up.
         weights: ``{argument: value}`` of weights of penalties, at least 0.
         positive: ``{argument: value}`` of numbers above 0.
         choices: ``{argument: (value, allowed values)}``.
@@ -48,11 +50,12 @@ def check_options(
                 f"`{argument}` must be one of {', '.join(map(str, allowed))}, got "
                 f"{value!r}."
             )
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(
-            f"`rank` must be a whole number from 1 up, got {rank!r}; "
-            f"write {name}(rank=8)."
-        )
+    for argument, value in {"rank": rank, **(counts or {})}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"`{argument}` must be a whole number from 1 up, got {value!r}; "
+                f"write {name}({argument}=8)."
+            )
     if alpha is not None and not (_is_finite(alpha) and alpha > 0):
         raise ValueError(
             f"`alpha` must be positive, got {alpha!r}; write {name}(alpha={2 * rank})."

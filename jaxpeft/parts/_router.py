@@ -10,6 +10,8 @@ from jax.tree_util import Partial
 
 from jaxpeft.numerics import (
     balance_and_z,
+    gated,
+    gated_copies,
     kept_experts,
     router_logits,
     routing_sums,
@@ -66,6 +68,12 @@ class Router(NamedTuple):
                 f"`top_k` must be a whole number from 1 up, or None for all experts, "
                 f"got {self.top_k!r}; write {name}(top_k=2)."
             )
+        most = max(1, experts)
+        if self.top_k is not None and self.top_k > most:
+            raise ValueError(
+                f"`top_k` is {self.top_k}, but a router chooses among at most "
+                f"{experts} experts; write {name}(top_k={most}) or give more of them."
+            )
         if self.std is not None and not (math.isfinite(self.std) and self.std >= 0):
             raise ValueError(
                 f"`router_std` of {name} must be at least 0, got {self.std}"
@@ -121,6 +129,24 @@ def _report(rule: Rule):
         return routing_sums(*rule.gates(routed, temperature, active), mask, rule.top_k)
 
     return report
+
+
+@functools.cache  # as `_report`
+def weighing(rule: Rule | None, shared: bool, ranks: tuple[int, ...]):
+    """What acts between ``a`` and ``b``; without a rule the call's gates are used.
+
+    Experts that share ``a`` have one hidden vector, which is copied for each of them;
+    the others have theirs side by side in ``h``.
+    """
+
+    def apply(temperature, active, rows, routed, h):
+        if rule is None:
+            gates = row_gates(rows, h)
+        else:
+            gates = rule.gates(routed, temperature, active)[2]
+        return gated_copies(h, gates) if shared else gated(h, gates, ranks)
+
+    return apply
 
 
 def row_gates(rows: Any, h: Any):

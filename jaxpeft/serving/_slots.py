@@ -377,6 +377,6 @@ def with_rows(
         if wrong:
             raise ValueError(f"`index` has {wrong}, but slots go from 0 to {count - 1}")
     index = jnp.asarray(index, jnp.int32)
-    if not copies:
-        return with_call(tree, rows=index)
-    return map_nodes(lambda n: take_rows(n, index) if is_slotted(n) else n, tree)
+    if copies:
+        tree = map_nodes(lambda n: take_rows(n, index) if is_slotted(n) else n, tree)
+    return with_call(tree, rows=index)

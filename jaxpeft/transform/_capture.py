@@ -22,9 +22,7 @@ from jaxpeft.tree import (
     choose,
     is_node,
     leaves_with_path,
-    matrix_words,
-    parse_roles,
-    resolve_pattern,
+    roles_of,
 )
 
 _WAY_OUT = (
@@ -131,34 +129,27 @@ def _watched(
 
     Every node is called by its place in this tree.
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
-    named = leaves_with_path(params)
+    named, treedef = leaves_with_path(params), jax.tree.structure(params, is_node)
     kernels = {path: x.base if is_node(x) else x for path, x in named}
     chosen = choose(list(kernels.items()), _OBSERVER, targets, exclude)
     # What is trained in full has roles of its own; its kernel is as good as plain.
     followed = lambda x: is_node(x) and x.adapter.where.leaf == "kernel"
     plain = [path for path, x in named if path in chosen and not followed(x)]
-    roles = dict.fromkeys(plain)
-    if inferred:
-        roles |= {path: axes[path] for path in plain if path in axes}
-    elif plain:
-        roles |= {p: matrix_words(p) for p in plain if kernels[p].ndim == 2}
-        roles |= resolve_pattern("axes", axes, plain)
+    for path in plain:
+        if inferred and path not in axes:
+            raise ValueError(
+                f"the axes of {path!r}, shape {tuple(kernels[path].shape)}, cannot be "
+                "read off `fn`: it contracts no input with it. Write "
+                f"exclude=[{path!r}], or axes={{{path!r}: 'layer in out'}}."
+            )
+    roles = roles_of(kernels, plain, axes)
 
     def node(path: str, x):
         if is_node(x):
             x = x.replace(site=dataclasses.replace(x.site, path=path))
-        if path not in chosen or followed(x):
+        if path not in roles:
             return x
-        x, words = bind(x) if is_node(x) else x, roles[path]
-        if words is None:
-            raise ValueError(
-                f"the axes of {path!r}, shape {tuple(x.shape)}, cannot be read off "
-                f"`fn`: it contracts no input with it. Write exclude=[{path!r}], or "
-                f"axes={{{path!r}: 'layer in out'}}."
-            )
-        site = Site(path, parse_roles(words, path, x.shape), None, chosen[path])
-        return AdaptedKernel(x, {}, {}, _OBSERVER, site)
+        site = Site(path, roles[path], None, chosen[path])
+        return AdaptedKernel(bind(x) if is_node(x) else x, {}, {}, _OBSERVER, site)
 
-    made = [node(path, x) for (path, _), x in zip(named, leaves, strict=True)]
-    return treedef.unflatten(made), list(chosen)
+    return treedef.unflatten([node(path, x) for path, x in named]), list(chosen)

@@ -54,24 +54,24 @@ class _Track(Kernel):
     def check_stacked(self) -> None:
         """A loop may go over any axis; one that is gone at the end is a layer's."""
 
-    def assigned(self, words, eqn: Equation, first=False) -> Kernel:
-        use = "looked up" if first else "contracted"
+    def assigned(self, words, eqn: Equation, use=_CONTRACTED) -> Kernel:
         by_path: dict[str, dict[int, str]] = {}
         for origins, word in zip(self.origins, words, strict=True):
             for path, axis in origins.axes:
                 by_path.setdefault(path, {}).setdefault(axis, word)
         for path, roles in by_path.items():
-            seen = eqn.uses.learnt.setdefault(path, [])
-            seen.insert(0 if first else len(seen), (use, roles))
+            eqn.uses.learnt.setdefault(path, []).append((use, roles))
         names = tuple(word if word in (IN, OUT) else BATCH for word in words)
         return Kernel.of(self).replace(names=names)
 
+    def _words(self, ins, batch) -> list[str]:
+        """In, batch, or out, for each axis."""
+        axes = range(self.base.ndim)
+        return [IN if i in ins else BATCH if i in batch else OUT for i in axes]
+
     def oriented(self, summed, batch, eqn: Equation) -> Kernel:
         """Summed axes are in, kept ones out, unless mapped over."""
-        words = [
-            IN if i in summed else BATCH if i in batch else OUT
-            for i in range(self.base.ndim)
-        ]
+        words = self._words(summed, batch)
         # ``vmap`` leaves no trace in the numbers where only the kernel is mapped.
         # A mapped axis that the input lacks is kept like an out axis. It stands in
         # front of the summed ones in the kernel, and the out axes behind them.
@@ -98,11 +98,7 @@ class _Track(Kernel):
         return self.base.ndim - len(mapped) == 2
 
     def as_table(self, axis, mapped, eqn: Equation) -> Kernel:
-        words = [
-            IN if i == axis else BATCH if i in mapped else OUT
-            for i in range(self.base.ndim)
-        ]
-        return self.assigned(words, eqn, first=True)
+        return self.assigned(self._words((axis,), mapped), eqn, _LOOKED_UP)
 
 
 def _one_at_a_time(eqn: Equation, operands: list, reason: str) -> list:
@@ -123,7 +119,7 @@ def _one_at_a_time(eqn: Equation, operands: list, reason: str) -> list:
             found = found or outs
         except NoRule:
             added = eqn.raw.primitive.name in ("add", "add_any", "sub")
-            use = "added" if added else "other"
+            use = _ADDED if added else _OTHER
             for path in {p for r in operands[i].roles for p, _ in r.axes}:
                 eqn.uses.learnt.setdefault(path, []).append((use, {}))
     return found or eqn.results(eqn.run(*arrays))
@@ -195,7 +191,8 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
         found = {use for use, _ in seen}
         tied = {_CONTRACTED, _LOOKED_UP} <= found
         used[path] = _TIED if tied else min(found, key=USES.index, default=_OTHER)
-        for _, roles in seen:
+        # A look-up says more than what else is done with a table.
+        for _, roles in sorted(seen, key=lambda one: one[0] != _LOOKED_UP):
             # An axis that was gone before the use was gone over, or picked from.
             words = [roles.get(i, _LAYER) for i in range(np.ndim(x))]
             if {IN, OUT} <= set(words):

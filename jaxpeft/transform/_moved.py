@@ -232,13 +232,12 @@ class Kernel(Bound):
 
     # Uses: a contraction says what the axes are, and the roles must agree.
 
-    def assigned(self, words: Sequence[str], eqn: Any, first: bool = False) -> "Kernel":
+    def assigned(self, words: Sequence[str], eqn: Any) -> "Kernel":
         """The kernel with these roles, which differ from its own in axes of size one.
 
         Args:
             words: ``"in"``, ``"out"`` or a word for batch axes, for each axis.
             eqn: the equation that uses the kernel so.
-            first: whether this use says more of the roles than those before it.
         """
         names = tuple(w if w in (IN, OUT) else BATCH for w in words)
         for size, mine, theirs in zip(self.base.shape, self.roles, names, strict=True):

@@ -79,6 +79,7 @@ from jaxpeft.tree._paths import names_leaf as names_leaf
 from jaxpeft.tree._paths import nearest as nearest
 from jaxpeft.tree._paths import resolve_pattern as resolve_pattern
 from jaxpeft.tree._roles import parse_roles as parse_roles
+from jaxpeft.tree._roles import roles_of as roles_of
 from jaxpeft.tree._several import extract as extract
 from jaxpeft.tree._several import graft as graft
 from jaxpeft.tree._targets import choose as choose

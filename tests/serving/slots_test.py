@@ -23,7 +23,7 @@ import jaxpeft as jp
 from benchmarks.hlo import made_of_shape
 from jaxpeft import serving
 from jaxpeft.transform.rules._rows import row_changes
-from jaxpeft.tree import Rows, Term
+from jaxpeft.tree import Rows
 
 NAMES = ["large", "__base__", "layers", "small", "large", "root", "__base__"]
 X = numbers(len(NAMES), 4, D, seed=9)
@@ -135,7 +135,7 @@ def test_low_inputs_and_pairs_have_float32_products(how):
     count = 3 if how == "taken" else 2
     a, b = numbers_of(1, count, d, 4), numbers_of(2, count, 4, 5)
     x, scale = numbers_of(3, 3, 2, d), jnp.full(count, 0.5)
-    got = row_changes(Term(a, b, rows=Rows(index, scale, how)), x, None)
+    got = row_changes(a, b, Rows(index, scale, how), x, None)
     own = np.arange(3) if how == "taken" else np.array(index)
     x, a, b = (np.asarray(v, np.float64) for v in (x, a[own], b[own]))
     assert got.dtype == jnp.float32

@@ -109,5 +109,5 @@ def test_what_no_token_reaches_is_captured():
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
 def test_rows_that_choose_an_adapter(how, shape):
     rows = jp.tree.Rows(jnp.zeros(shape[0], jnp.int32), jnp.ones(3), how)
-    term = jp.tree.Term(numbers(3, 4, 2), numbers(3, 2, 5), rows=rows)
-    assert row_changes(term, jnp.zeros(shape), None).shape == (*shape[:2], 5)
+    a, b = numbers(3, 4, 2), numbers(3, 2, 5)
+    assert row_changes(a, b, rows, jnp.zeros(shape), None).shape == (*shape[:2], 5)

@@ -147,7 +147,7 @@ def contract(
     y = finish(y, changes, spread_along(w.o, batch + outs, out))
     for term in w.terms:
         if term.rows is not None:
-            y = _each_row(term, w, x, x_labels, y, out, precision)
+            y = _each_row(term, term.rows, w, x, x_labels, y, out, precision)
     return y
 
 
@@ -156,7 +156,7 @@ def _labels(w: Kernel, role: str) -> list[tuple[str, int]]:
     return [("w", i) for i in axes_of(w.roles, role)]
 
 
-def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
+def _each_row(term: Term, rows: Rows, w: Kernel, x, x_labels, y, out, precision):
     """Adds to each row of the input, along its first axis, what that row chose."""
     ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
     rest = [l for l in x_labels if l not in batch and l not in ins]
@@ -165,27 +165,18 @@ def _each_row(term: Term, w: Kernel, x, x_labels, y, out, precision):
             "rows of its input choose an adapter, but here the input's first axis is "
             "no row, or the kernel is a stack"
         )
-    chosen = term.rows
-    assert chosen is not None, "a term without rows adds the same to all"
-    count, rank = chosen.scale.shape[-1], term.a.shape[-1]
-    index = chosen.index.reshape(-1)
-    flat_term = Term(
-        term.a.reshape(count, -1, rank),
-        term.b.reshape(count, rank, -1),
-        rows=Rows(index, chosen.scale.reshape(count), chosen.how),
-    )
-    check_rows(index, x.shape, w.path)
-    rows = x.shape[0]
-    tokens = math.prod(x.shape[i] for _, i in rest[1:])
+    count, rank = rows.scale.shape[-1], term.a.shape[-1]
+    a, b = term.a.reshape(count, -1, rank), term.b.reshape(count, rank, -1)
+    flat_rows = Rows(rows.index.reshape(-1), rows.scale.reshape(count), rows.how)
+    check_rows(flat_rows.index, x.shape, w.path)
+    sizes = [x.shape[i] for _, i in rest]
     flat = _rows(x, x_labels, batch, ins)[0]
-    flat = flat.reshape(rows, tokens, math.prod(w.dims(IN)))
-    delta = row_changes(flat_term, flat, precision)
+    flat = flat.reshape(sizes[0], math.prod(sizes[1:]), math.prod(w.dims(IN)))
+    delta = row_changes(a, b, flat_rows, flat, precision)
+    delta = delta.reshape(*w.dims(BATCH), *sizes, *w.dims(OUT))
     labels = batch + rest + outs
-    delta = delta.reshape(
-        [1] * len(batch) + [x.shape[i] for _, i in rest] + list(w.dims(OUT))
-    )
     delta = delta.transpose([labels.index(l) for l in out])
-    chosen = (index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
+    chosen = (flat_rows.index != 0).reshape([-1 if l == ("x", 0) else 1 for l in out])
     return jnp.where(chosen, finish(y, [delta]), y)
 
 
@@ -313,7 +304,7 @@ def look_up(
         if term.rows is not None:  # slots: nothing else is beside the table
             check_rows(term.rows.index, y.shape, w.path)
             chosen = (term.rows.index != 0).reshape(-1, *(1,) * (y.ndim - 1))
-            change = looked_up_changes(term, index_ndim)
+            change = looked_up_changes(a, b, term.rows, index_ndim)
             return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])

@@ -57,14 +57,6 @@ def _squeeze(eqn: Equation, w: Kernel) -> Kernel:
     return w.squeeze(_ints(eqn.params["dimensions"]))
 
 
-@rule("expand_dims", moves=True)
-def _expand_dims(eqn: Equation, w: Kernel) -> Kernel:
-    shape = list(w.base.shape)
-    for axis in sorted(eqn.params["dimensions"]):
-        shape.insert(axis, 1)
-    return w.reshape(shape)
-
-
 @rule("broadcast_in_dim", moves=True)
 def _broadcast_in_dim(eqn: Equation, w: Kernel, *sizes) -> Kernel:
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]

@@ -66,11 +66,13 @@ def check_rows(index: jax.Array, shape: tuple[int, ...], path: str) -> None:
     )
 
 
-def row_changes(term: Term, x, precision):
+def row_changes(a, b, rows: Rows, x, precision):
     """What each row's pair adds.
 
     Args:
-        term: two-dimensional pairs.
+        a: ``[slots, d_in, r]``.
+        b: ``[slots, r, d_out]``.
+        rows: which of these pairs each row takes.
         x: ``[rows, tokens, d_in]``.
         precision: of the contractions.
 
@@ -78,8 +80,6 @@ def row_changes(term: Term, x, precision):
         ``[rows, tokens, d_out]``, float32 or wider. Rows of slot 0 hold anything; rows
         whose index is no slot are NaN.
     """
-    a, b, rows = term.a, term.b, term.rows
-    assert rows is not None, "a term without rows adds the same to all"
     how, scale, index = rows.how, rows.scale, rows.index
     if how != "taken":
         index, scale = _checked(scale, index)
@@ -92,20 +92,19 @@ def row_changes(term: Term, x, precision):
     return _each(h * scale.astype(h.dtype), b, precision)
 
 
-def looked_up_changes(term: Term, index_ndim: int):
+def looked_up_changes(a, b, chosen: Rows, index_ndim: int):
     """What each row's pair adds to the rows of a table that are looked up.
 
     Args:
-        term: their ``a [*index, slots, r]`` as looked up, in every slot;
-            ``b [slots, r, *out]``.
+        a: ``[*index, slots, r]``, as looked up in every slot.
+        b: ``[slots, r, *out]``.
+        chosen: which of the slots each row takes.
         index_ndim: the number of index axes; the first one are the rows.
 
     Returns:
         ``[*index, *out]``, float32 or wider. Rows of slot 0 hold anything; rows whose
         index is no slot are NaN.
     """
-    a, b, chosen = term.a, term.b, term.rows
-    assert chosen is not None, "a term without rows adds the same to all"
     scale, slot = chosen.scale, chosen.index
     rows, index, out = len(slot), a.shape[:index_ndim], b.shape[2:]
     if chosen.how == "taken":  # a slot is a row's own
@@ -158,28 +157,15 @@ def is_slotted(node) -> bool:
 
 def is_taken(node) -> bool:
     """Whether a node with slots holds one for each row of a batch."""
-    return dict(node.adapter.options)["how"] == "taken"
+    return node.adapter.options["how"] == "taken"
 
 
 @jax.jit
 def take_rows(node, index: jax.Array):
     """The node with each row's own pair in place of the slots."""
-    batch = node.frozen["scale"].shape[:-1]
-    rows = jnp.broadcast_to(index, (*batch, *index.shape))
-    axis, options = node.frozen["scale"].ndim - 1, dict(node.adapter.options)
-
-    def checked(scale):
-        return _checked(scale, index)[1]
-
-    for _ in range(axis):
-        checked = jax.vmap(checked)
-    taken = {
-        name: jnp.take(node.frozen[name], index, axis, mode="clip") for name in "ab"
-    }
-    taken["scale"] = checked(node.frozen["scale"])
-    options |= {"slots": index.shape[0], "how": "taken"}
-    return node.replace(
-        adapter=slotted(**options),
-        frozen=node.frozen | taken,
-        call=(node.call or {}) | {"rows": rows},
-    )
+    frozen, axis = node.frozen, node.frozen["scale"].ndim - 1
+    taken = {name: jnp.take(frozen[name], index, axis, mode="clip") for name in "ab"}
+    own = lambda scale: _checked(scale, index)[1]
+    taken["scale"] = jnp.apply_along_axis(own, axis, frozen["scale"])
+    options = dict(node.adapter.options) | {"slots": index.shape[0], "how": "taken"}
+    return node.replace(adapter=slotted(**options), frozen=frozen | taken)
