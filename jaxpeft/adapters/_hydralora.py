@@ -44,13 +44,13 @@ def hydralora(
             number in a path.
         top_k: experts kept for each token; ``None``: all.
         dropout: probability in [0, 1) of dropping an entry of the experts' input.
-        router_std: ``None``: the router starts uniform up to 1/sqrt(d_in); else its
-            standard deviation, above 0.
+        router_std: standard deviation of the router at the start, above 0; ``None``:
+            it starts uniform up to 1/sqrt(d_in).
         renormalise: whether the gates of the kept experts add up to 1.
         temperature: what the router's logits are divided by.
         balance_coef: weight of the balance loss, see ``mixtures.auxiliary``.
         z_coef: weight of the router's z-loss.
-        aux_reduce: how these join the sites.
+        aux_reduce: whether these two losses are summed over the sites, or averaged.
         gates: fixed numbers, one an expert, in place of the router's.
 
     Returns:

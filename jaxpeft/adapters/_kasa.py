@@ -121,7 +121,7 @@ def kasa(
             stack count); "sum" does not.
         base: "separate" leaves W alone and subtracts the dropped part in the forward;
             "folded" stores W_kept in its place, which saves the thin matmuls but
-            rounds: for float32 kernels.
+            rounds, so fold float32 kernels only.
         scaling: "alpha/sqrt_r" is rsLoRA's.
         svd: how the smallest components are found. "gram" suits wide kernels,
             "inverse" near-square ones; both choose a slightly different subspace, and
@@ -181,7 +181,7 @@ def kasa(
         )
 
     def dropped(frozen):
-        # Subtracting what is dropped is 10 times more accurate than to multiply the
+        # To subtract what is dropped is 10 times more accurate than to multiply the
         # components that are kept.
         if "s_d" not in frozen:
             return ()

@@ -38,7 +38,7 @@ def lora(
     ============  ==========================================  ====================
 
     One of the two is always 0: at the start the adapted model is the base, and only
-    the other factor's complement gets a gradient (``b``; for an embedding ``a``).
+    the factor that is 0 gets a gradient.
 
     Notation:
         paper    PyTorch, HF PEFT        here

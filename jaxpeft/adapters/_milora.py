@@ -52,8 +52,8 @@ def milora(
             input; the initial factors' term never sees it.
         residual: "separate" leaves W alone and subtracts the initial factors in the
             forward, so that ``detach`` is exact to the bit; "folded" stores
-            ``W - s a0 b0`` in its place. Folding into a bfloat16 kernel rounds most of
-            so small a change away: for float32 kernels.
+            ``W - s a0 b0`` in its place. A bfloat16 kernel would round most of so small
+            a change away, so fold float32 kernels only.
         scaling: "alpha/sqrt_r" is rsLoRA's.
 
     Returns:

@@ -37,7 +37,7 @@ def modula_flan(
     ===============  =====================  ==================================
     "universal"      :math:`a_u, b_u`       universal 1, domains 0
     "domain:NAME"    that domain's a, b     NAME 1, all others 0
-    "router"         the router             its own
+    "router"         the router             the router's
     "all"            everything at once     the router's
     ===============  =====================  ==================================
 
@@ -64,7 +64,7 @@ def modula_flan(
         router_std: standard deviation of a new column of the router.
         balance_coef: weight of the balance loss, see ``mixtures.auxiliary``.
         z_coef: weight of the router's z-loss.
-        aux_reduce: how these join the sites.
+        aux_reduce: whether these two losses are summed over the sites, or averaged.
         stage: see the table; ``mixtures.stage`` changes and checks it.
         gates: fixed numbers, for the universal expert and each domain, in place of
             the stage's; ``mixtures.fix_gates`` sets them.

@@ -42,7 +42,7 @@ def modula_res(
     ===============  =====================  ==================================
     "universal"      :math:`a_u, b_u`       0
     "domain:NAME"    that domain's a, b     NAME 1, all others 0
-    "router"         the router             its own
+    "router"         the router             the router's
     "all"            everything at once     the router's
     ===============  =====================  ==================================
 
@@ -71,7 +71,7 @@ def modula_res(
         router_std: standard deviation of a new column of the router.
         balance_coef: weight of the balance loss, see ``mixtures.auxiliary``.
         z_coef: weight of the router's z-loss.
-        aux_reduce: how these join the sites.
+        aux_reduce: whether these two losses are summed over the sites, or averaged.
         stage: see the table; ``mixtures.stage`` changes and checks it.
         gates: fixed numbers, for the universal expert (the weight of h) and each
             domain, in place of the stage's; ``mixtures.fix_gates`` sets them.

@@ -46,14 +46,14 @@ def molora(
         top_k: experts kept for each token; ``None``: all.
         dropout: probability in [0, 1) of dropping an entry of the experts' input, one
             mask for all of them.
-        a_std: ``None``: 1/sqrt(d_in).
+        a_std: standard deviation of ``a`` at the start; ``None``: 1/sqrt(d_in).
         router_std: standard deviation of the router at the start.
         renormalise: whether the gates of the kept experts add up to 1; the reference
             code's top-k does not, which shrinks the update.
         temperature: what the router's logits are divided by.
         balance_coef: weight of the balance loss, see ``mixtures.auxiliary``.
         z_coef: weight of the router's z-loss.
-        aux_reduce: how these join the sites.
+        aux_reduce: whether these two losses are summed over the sites, or averaged.
         gates: fixed numbers, one an expert, in place of the router's.
 
     Returns:

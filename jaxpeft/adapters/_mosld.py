@@ -54,14 +54,14 @@ def mosld(
         dropout: p, in [0, 1); 0 is the paper's MoSL.
         dropout_on: what is dropped: "a"; "b", the paper's ablation; or "input", the
             dropout of LoRA.
-        a_std: ``None``: 1/sqrt(d_in).
+        a_std: standard deviation of ``a`` at the start; ``None``: 1/sqrt(d_in).
         router_std: above 0: under a router of zeros all experts would stay equal.
         renormalise: whether the gates of the kept experts add up to 1.
         temperature: what the router's logits are divided by.
         balance_coef: weight of the balance loss, see ``mixtures.auxiliary``; the paper
             has one and prints no number.
         z_coef: weight of the router's z-loss.
-        aux_reduce: how these join the sites.
+        aux_reduce: whether these two losses are summed over the sites, or averaged.
         gates: fixed numbers, one an expert, in place of the router's.
 
     Returns:

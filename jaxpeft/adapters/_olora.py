@@ -51,8 +51,8 @@ def olora(
             input; the initial factors' term never sees it.
         residual: "separate" leaves W alone and subtracts the initial factors in the
             forward, so that ``detach`` is exact to the bit; "folded" stores
-            ``W - s a0 b0`` in its place, which saves the thin matmuls but rounds: for
-            float32 kernels.
+            ``W - s a0 b0`` in its place, which saves the thin matmuls but rounds, so
+            fold float32 kernels only.
         scaling: "alpha/sqrt_r" is rsLoRA's.
 
     Returns:

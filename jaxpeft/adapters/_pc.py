@@ -47,7 +47,7 @@ def pc(
             iterations of a random block, see ``pissa``.
         residual: "separate" leaves W alone, so that ``detach`` is exact to the bit;
             "folded" stores ``W - a0 b0`` in its place (the paper), which saves two
-            thin matmuls but rounds: for float32 kernels.
+            thin matmuls but rounds, so fold float32 kernels only.
 
     Returns:
         An ``Adapter`` with trainable ``a`` and ``b``, and frozen ``a0`` and ``b0``;

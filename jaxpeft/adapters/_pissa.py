@@ -57,8 +57,8 @@ def pissa(
             which finds nearly the same factors in a fraction of the time.
         residual: "separate" leaves W alone and subtracts the initial factors in the
             forward, so that ``detach`` is exact to the bit; "folded" stores
-            ``W - s a0 b0`` in its place, which saves the thin matmuls but rounds: for
-            float32 kernels.
+            ``W - s a0 b0`` in its place, which saves the thin matmuls but rounds, so
+            fold float32 kernels only.
         scaling: "alpha/sqrt_r" is rsLoRA's.
 
     Returns:

@@ -99,9 +99,8 @@ def form_of(
         options: its options, where a tree's numbers are not those it was made with.
     """
     if adapter.name in _FORMS:
-        return _FORMS[adapter.name](
-            **dict(adapter.options if options is None else options)
-        )
+        given = adapter.options if options is None else options
+        return _FORMS[adapter.name](**given)
     if adapter.where.leaf != "kernel":
         return PeftForm()
     found = structure(adapter, adapter.where.rank)

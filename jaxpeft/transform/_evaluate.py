@@ -42,9 +42,8 @@ class Evaluator:
         Returns:
             The outputs; a kernel that came through untouched is still a kernel.
         """
-        env: dict[Any, Any] = {}
         variables = (*jaxpr.constvars, *jaxpr.invars)
-        env.update(zip(variables, (*consts, *args), strict=True))
+        env: dict[Any, Any] = dict(zip(variables, (*consts, *args), strict=True))
         not_yet = lambda *_: None
         move = lambda eqn, vals: self._apply(eqn, vals, uses, shared, not_yet)
         shared = Shared(jaxpr, env, move)

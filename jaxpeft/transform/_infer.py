@@ -19,7 +19,11 @@ _TIED, _CONTRACTED, _LOOKED_UP, _ADDED, _OTHER = USES
 
 
 class _Origins(str):
-    """In place of a role: the ``(path, axis)`` of the leaves' axes behind an axis."""
+    """Stands where a kernel has a role: which axes of which leaves an axis comes from.
+
+    Attributes:
+        axes: ``(path, axis)`` of each of them.
+    """
 
     axes: tuple[tuple[str, int], ...]
 

@@ -215,12 +215,11 @@ class Kernel(Bound):
                 )
             end = base.shape[axis] - start - w.base.shape[axis]
 
-            def pad(x, layout, w=w, ends=(start, end, 0)):
-                by = [ends if i == axis else (0, 0, 0) for i in w.positions(layout)]
-                return lax.pad(x, jnp.zeros((), x.dtype), by) if ends in by else x
+            def pad(x, position, ends=(start, end, 0)):
+                by = [ends if i == position else (0, 0, 0) for i in range(x.ndim)]
+                return lax.pad(x, jnp.zeros((), x.dtype), by)
 
-            factors = map_axes(lambda x, axes: pad(x, (BATCH, *axes)), w.factors)
-            terms += factors.terms
+            terms += w.along(axis, pad).terms
         if sum(w.leaves is not None for w in parts) > 1:
             raise NoRule("tapped kernels are concatenated")
         # One call gives all parts their key and mask, and at most one has leaves.

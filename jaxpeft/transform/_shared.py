@@ -14,7 +14,7 @@ _SAME_VALUE = ("convert_element_type", "copy", "reshape", "transpose")
 
 
 class Shared:
-    """Which contractions of a jaxpr read the same value is seen beforehand.
+    """Finds the contractions of a jaxpr that read the same value, before the walk.
 
     Their kernels are brought up to their contractions when the first of them is
     reached, by the rules that say they only move a kernel.

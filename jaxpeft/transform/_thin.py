@@ -131,9 +131,10 @@ def read(
 ) -> list[list[Read]]:
     """Reads one input for kernels whose axes match it alike.
 
-    What gates see is read at the highest precision. Where the model's own is as good,
-    and on a CPU each is, its columns are in the down-projections' product; elsewhere
-    those would become slower, so gates share one of their own.
+    What gates see is read at the highest precision. Where all else is, too (on a CPU,
+    and where the model asks for it), one product has the columns of the gates beside
+    those of the down-projections. Elsewhere that product would become slower, so the
+    gates have one of their own.
 
     Args:
         kernels: one, or several.
@@ -166,10 +167,5 @@ def read(
             end = at + part.shape[-1]
             made[name] = lax.slice_in_dim(whole, at, end, axis=-1)
             at = end
-    return [
-        [
-            Read(made.get((i, j, "h")), made.get((i, j, "seen")))
-            for j in range(len(w.terms))
-        ]
-        for i, w in enumerate(kernels)
-    ]
+    of = lambda i, j: Read(*(made.get((i, j, name)) for name in Read._fields))
+    return [[of(i, j) for j in range(len(w.terms))] for i, w in enumerate(kernels)]

@@ -47,9 +47,7 @@ def spread_along(x, labels, out_labels):
 def times(x, scale):
     """Multiplies in the wider dtype, returns ``x``'s own."""
     wide = wider(x.dtype, scale.dtype)
-    shape = jnp.broadcast_shapes(x.shape, scale.shape)
-    scale = jnp.broadcast_to(scale.astype(wide), shape)
-    return (jnp.broadcast_to(x, shape).astype(wide) * scale).astype(x.dtype)
+    return (x.astype(wide) * scale.astype(wide)).astype(x.dtype)
 
 
 def dropped(x, w: Kernel, term: Term, uses: Uses):
@@ -102,6 +100,8 @@ def contract(
     sides = (left, left_batch), (right, right_batch)
     (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
     w, uses = w.oriented(w_sum, w_batch, eqn), eqn.uses
+    # Axes have labels. An axis of the input that goes together with one of the kernel,
+    # summed or as a batch axis, has that one's label; the others have their own.
     w_labels = [("w", i) for i in range(w.base.ndim)]
     x_labels = [("x", i) for i in range(x.ndim)]
     for i, j in zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True):
