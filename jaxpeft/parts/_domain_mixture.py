@@ -172,7 +172,7 @@ def domain_mixture(
     check_options(name, rank=rank, alpha=alpha, dropout=dropout, counts=counts)
     _check(domains, stage, gates, inactive, stale, slope, folded)
     experts = (UNIVERSAL, *domains)
-    # Behind the universal expert nothing is computed without it.
+    # Domains that stand behind the universal expert cannot do without it.
     always = (UNIVERSAL,) if residual else ()
     # The experts with a router's column, and those of them that tokens may be sent to.
     columns = experts if route_universal else domains
@@ -182,7 +182,7 @@ def domain_mixture(
         raise ValueError(
             f"`router_std` of {name} must be a number; write {name}(router_std=0.02)."
         )
-    names, std = _trained(stage, columns, domains), router.std
+    names, std = _trained(stage, columns, experts), router.std
 
     def init(key, kernel, rank, alpha):
         d_in, d_out = kernel.shape
@@ -276,6 +276,10 @@ def domain_mixture(
         # Whether the pair needs its `b`: not if its weight is known to be 0.
         own = not isinstance(weight, float) or weight != 0
         ups, apply = [up(leaves, UNIVERSAL, weight)] if own else [], None
+        there = float(folded)  # of the universal expert, in the kernel
+        if rows is not None and not behind:
+            apply = weighing(None, False, (rank_universal,))
+            apply = Partial(apply, leaves["temperature"], None, rows - there)
         if behind:
             downs = _joined([leaves[f"a.{e}"] for e in behind], 1)
             # b_u a_i of all domains, [r_u, sum of ranks]: once a call, not a token.
@@ -283,7 +287,6 @@ def domain_mixture(
             ups += [up(leaves, e, weights[e]) for e in behind]
             ranks = tuple(leaves[f"b.{e}"].shape[0] for e in behind)
             numbers = leaves["temperature"], leaves.get("slope")
-            there = float(folded)  # of the universal expert, in the kernel
             apply = Partial(_residual(rule, ranks, own, there), *numbers, mixing, rows)
         return ((leaves["a.universal"], _joined(ups, 0)) if ups else ()), apply
 
@@ -313,14 +316,13 @@ def _numbers(key, experts, size: int, dtype):
     return jax.vmap(draw)(keys)
 
 
-def _trained(stage: str, columns, domains) -> tuple[str, ...]:
+def _trained(stage: str, columns, experts) -> tuple[str, ...]:
     """Names of the leaves that train in a stage."""
     pair = lambda expert: (f"a.{expert}", f"b.{expert}")
     column = tuple(f"router.{expert}" for expert in columns)
     if stage == "router":
         return column
     if stage == "all":
-        experts = (UNIVERSAL, *domains)
         return sum(map(pair, experts), ()) + column
     return pair(domain_of(stage) or UNIVERSAL)
 

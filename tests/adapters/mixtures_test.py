@@ -19,7 +19,7 @@ from mixtures_toolbox import (
 )
 
 import jaxpeft as jp
-from jaxpeft.tree import with_call, with_options
+from jaxpeft.tree import fold_base, with_call, with_options
 
 ALIKE = {
     "soft": jp.molora(rank=2, experts=3),
@@ -212,6 +212,20 @@ def test_gates_by_row():
     wrong = with_call(adapted, gates=rows[:2])
     with pytest.raises(ValueError, match="`gates` are for a batch of 2 rows.*3, 4"):
         adapted_use(wrong, x)
+
+
+def test_a_universal_expert_without_domains_has_gates_by_row():
+    x, adapted = numbers(3, 4, 5, seed=4), stirred(jp.modula_res((), 2, 3))
+    gates = jnp.array([[1.0], [0.0], [0.5]])
+    whole, base = adapted_use(adapted, x), jax.jit(use)({"w": adapted["w"].base}, x)
+    got = adapted_use(with_call(adapted, gates=gates), x)
+    assert np.array_equal(got[1], base[1])
+    assert distance(got[0], whole[0]) < 1e-6
+    assert distance(got[2], (whole[2] + base[2]) / 2) < 1e-6
+    folded = with_options(adapted["w"], stage="router", folded=True)
+    folded = {"w": folded.replace(base=fold_base(folded))}
+    again = adapted_use(with_call(folded, gates=gates), x)
+    assert distance(again, got) < 1e-5
 
 
 def test_in_axes_may_change_places_but_not_under_a_tap():
