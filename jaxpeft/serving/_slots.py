@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
 from jaxpeft.numerics import target_of
+from jaxpeft.serving._slotted import WAYS, is_slotted, is_taken, slotted, take_rows
 from jaxpeft.serving._write import cleared, misfits, pairs, written
-from jaxpeft.transform import WAYS, is_slotted, is_taken, slotted, take_rows
 from jaxpeft.tree import (
     ModuleName,
     Targets,

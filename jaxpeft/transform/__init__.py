@@ -12,8 +12,4 @@ from jaxpeft.transform._rule import rule as rule
 from jaxpeft.transform.rules._contraction import UNSCALED as UNSCALED
 from jaxpeft.transform.rules._contraction import contract as contract
 from jaxpeft.transform.rules._contraction import look_up as look_up
-from jaxpeft.transform.rules._rows import WAYS as WAYS
-from jaxpeft.transform.rules._rows import is_slotted as is_slotted
-from jaxpeft.transform.rules._rows import is_taken as is_taken
-from jaxpeft.transform.rules._rows import slotted as slotted
-from jaxpeft.transform.rules._rows import take_rows as take_rows
+from jaxpeft.transform.rules._rows import in_slots as in_slots

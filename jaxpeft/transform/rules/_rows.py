@@ -1,52 +1,16 @@
 """Many low-rank pairs beside one kernel, a different one for each row of a batch.
 
-The pairs lie in slots of fixed size. What each row adds is computed in one of two
-ways: "gather" takes each row's pair out of the slots, "ragged" sorts the rows by slot
-and gives every pair the rows that are its own. A third, "taken", is "gather" whose
-pairs were taken out beforehand.
+What each row adds is computed in one of two ways (``Rows.how``): "gather" takes each
+row's pair out of the slots, "ragged" sorts the rows by slot and gives every pair the
+rows that are its own. A third, "taken", is "gather" whose pairs were taken out
+beforehand.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpeft.tree import Adapter, Factors, Rows, Term, Where, cached, wider
-
-WAYS = ("gather", "ragged")
-
-
-@cached
-def slotted(slots: int, rank: int, how: str, dtype: str | None = None) -> Adapter:
-    """Returns the method of a kernel with slots: all of them empty, none trained.
-
-    Args:
-        slots: S, with slot 0, which stands for the base alone.
-        rank: r, the most that an adapter may have.
-        how: one of ``WAYS``, or ``"taken"``, with a slot for each row.
-        dtype: of the pairs; ``None``: the working dtype of the kernel.
-
-    Returns:
-        An ``Adapter`` with the frozen leaves of a term with ``Rows``; what each row of
-        a batch takes comes with the call.
-    """
-
-    def init(key, kernel, rank, alpha):
-        del key, alpha
-        d_in, d_out = kernel.shape
-        own = kernel.dtype if dtype is None else dtype
-        return {
-            "a": jnp.zeros((slots, d_in, rank), own),
-            "b": jnp.zeros((slots, rank, d_out), own),
-            "scale": jnp.zeros((slots,), kernel.dtype),
-        }, {}
-
-    def factors(kernel, frozen, trainable, call):
-        del kernel, trainable
-        unknown = jnp.zeros((0,), jnp.int32)  # what each row takes has not been said
-        rows = Rows(unknown if call.rows is None else call.rows, frozen["scale"], how)
-        return Factors((Term(frozen["a"], frozen["b"], rows=rows),))
-
-    return Adapter(init=init, factors=factors, where=Where(rank=rank))
+from jaxpeft.tree import Rows, wider
 
 
 def check_rows(index: jax.Array, shape: tuple[int, ...], path: str) -> None:
@@ -82,7 +46,7 @@ def row_changes(a, b, rows: Rows, x, precision):
     """
     how, scale, index = rows.how, rows.scale, rows.index
     if how != "taken":
-        index, scale = _checked(scale, index)
+        index, scale = in_slots(scale, index)
     if how == "gather":
         a, b = (jnp.take(pairs, index, 0, mode="clip") for pairs in (a, b))
     scale = scale.reshape(-1, 1, 1)
@@ -110,7 +74,7 @@ def looked_up_changes(a, b, chosen: Rows, index_ndim: int):
     if chosen.how == "taken":  # a slot is a row's own
         slot = jnp.arange(rows)
     else:
-        slot, scale = _checked(scale, slot)
+        slot, scale = in_slots(scale, slot)
         b = jnp.take(b, slot, 0)
     own = slot.reshape(rows, *(1,) * (index_ndim + 1))
     h = jnp.take_along_axis(a, own, index_ndim).reshape(rows, -1, a.shape[-1])
@@ -119,7 +83,7 @@ def looked_up_changes(a, b, chosen: Rows, index_ndim: int):
     return delta.reshape(*index, *out)
 
 
-def _checked(scale, index):
+def in_slots(scale, index):
     """``index`` within the slots, and each row's scale: NaN where it was not."""
     inside = jnp.clip(index, 0, scale.shape[0] - 1)
     return inside, jnp.where(inside == index, scale[inside], jnp.nan)
@@ -148,24 +112,3 @@ def _ragged(a, b, scale, index, x, precision):
     y = lax.ragged_dot(h, b.astype(wide), sizes, precision)
     back = jnp.argsort(order)
     return y.reshape(rows, tokens, b.shape[-1])[back]
-
-
-def is_slotted(node) -> bool:
-    """Whether an adapted kernel has slots."""
-    return node.adapter.name == slotted.__name__
-
-
-def is_taken(node) -> bool:
-    """Whether a node with slots holds one for each row of a batch."""
-    return node.adapter.options["how"] == "taken"
-
-
-@jax.jit
-def take_rows(node, index: jax.Array):
-    """The node with each row's own pair in place of the slots."""
-    frozen, axis = node.frozen, node.frozen["scale"].ndim - 1
-    taken = {name: jnp.take(frozen[name], index, axis, mode="clip") for name in "ab"}
-    own = lambda scale: _checked(scale, index)[1]
-    taken["scale"] = jnp.apply_along_axis(own, axis, frozen["scale"])
-    options = dict(node.adapter.options) | {"slots": index.shape[0], "how": "taken"}
-    return node.replace(adapter=slotted(**options), frozen=frozen | taken)
