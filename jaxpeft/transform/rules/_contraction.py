@@ -114,12 +114,13 @@ def contract(
     ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
     precision, given = precision_of(eqn.params), (x, x_labels)
     product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
+    spelled = x_labels
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
         x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
         x = times(x, spread_along(w.c, batch + ins, spelled))
-    if w.c is None or spelled == x_labels:
+    if spelled == x_labels:
         y = run(x, w.base)
     else:
         x_labels = spelled
@@ -247,10 +248,11 @@ def record(uses: Uses, w: Kernel, x, x_labels, batch, ins, known: list[Read]):
     for term, (_, seen) in zip(w.terms, known, strict=True):
         if term.gate is not None and term.gate.report is not None:
             uses.record(w.path, _by_layer(term.gate.report, len(batch), seen))
-    if w.leaves is None:
+    tap = uses.tap
+    if w.leaves is None or not callable(tap):
         return
     rows, present = _rows(x, x_labels, batch, ins)
-    apply = lambda x, leaves: uses.tap(x, *leaves)
+    apply = lambda x, leaves: tap(x, *leaves)
     for here, size in reversed(list(zip(present, w.dims(BATCH), strict=True))):
         in_axes = (0 if here else None, 0)
         apply = jax.vmap(apply, in_axes=in_axes, axis_size=size)
