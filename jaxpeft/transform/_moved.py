@@ -96,6 +96,7 @@ class Kernel(Bound):
         moved = self.replace(base=self.base.transpose(permutation), names=names)
 
         def permute(x, layout):
+            # Axes of the rank and the slots stay; each other one follows the kernel's.
             old, new = self.positions(layout), moved.positions(layout)
             order = [
                 k if i is None else old.index(permutation[i]) for k, i in enumerate(new)
