@@ -235,15 +235,16 @@ def domain_mixture(
         return dict.fromkeys((*always, *routed), 1.0), rule
 
     def factors(kernel, frozen, trainable, call):
-        # One look-up for all: the stage moves leaves between frozen and trained.
-        leaves, rows = {**frozen, **trainable}, call.gates
+        # One look-up for all: the stage moves leaves between frozen and trained. The
+        # mask is asked for in every stage: only who asks sees 0 in padding.
+        leaves, rows, mask = {**frozen, **trainable}, call.gates, call.mask
         weights, rule = weights_of(leaves, rows)
         make = _behind if residual else _beside
         pair, apply = make(leaves, weights, rule, rows)
         reads = report = None
         if rule is not None:
             reads = _joined([leaves[f"router.{e}"] for e in routed], 1)
-            report = rule.report(leaves["temperature"], None, call.mask)
+            report = rule.report(leaves["temperature"], None, mask)
         gate = Gate(reads, apply, report, names=experts)
         pair = pair or empty_pair(*kernel.shape, kernel.dtype)
         return Factors((Term(*pair, drop=dropout, gate=gate),))
