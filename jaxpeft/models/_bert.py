@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxpeft.models._config import BertConfig, write_config
 from jaxpeft.models._families import bert_names
 from jaxpeft.models._layers import Embeddings, Encoder
+from jaxpeft.models._names import ModuleName, with_uses
 from jaxpeft.models._parts import REMAT, Part, at_least_float32, check_known, dense
-from jaxpeft.tree import ModuleName
+from jaxpeft.tree import Axes
 
 HEADS = (None, "classification", "regression")
 
@@ -55,11 +56,11 @@ class Bert(nn.Module):
         super().__post_init__()
 
     @property
-    def axes(self) -> dict[str, str]:
-        """Roles of the axes of kernels with more than two, for ``jp.attach``."""
-        if not self.scan_layers:
-            return {}
-        return {".*encoder/layer/.*kernel": "layer in out"}
+    def axes(self) -> Axes:
+        """Roles of kernels with more than two axes, and uses, for ``jp.attach``."""
+        stack = {".*encoder/layer/.*kernel": "layer in out"}
+        roles = stack if self.scan_layers else {}
+        return with_uses(roles, self.names, self.config.num_hidden_layers)
 
     @property
     def names(self) -> tuple[ModuleName, ...]:

@@ -19,6 +19,7 @@ from jaxpeft.models._cache import advance, poison
 from jaxpeft.models._decoder_config import DecoderConfig, write_decoder_config
 from jaxpeft.models._decoder_layers import Stack, is_mixed, norm
 from jaxpeft.models._decoder_names import decoder_names
+from jaxpeft.models._names import ModuleName, with_uses
 from jaxpeft.models._parts import (
     REMAT,
     Embedding,
@@ -27,7 +28,7 @@ from jaxpeft.models._parts import (
     dense,
     wide,
 )
-from jaxpeft.tree import ModuleName
+from jaxpeft.tree import Axes
 
 HEADS = (None, "causal_lm", "classification", "regression")
 
@@ -89,11 +90,11 @@ class Decoder(nn.Module):
         super().__post_init__()
 
     @property
-    def axes(self) -> dict[str, str]:
-        """Roles of the axes of kernels with more than two, for ``jp.attach``."""
-        if not self.scan_layers:
-            return {}
-        return {".*(layers|h)/layer/.*kernel": "layer in out"}
+    def axes(self) -> Axes:
+        """Roles of kernels with more than two axes, and uses, for ``jp.attach``."""
+        stack = {".*(layers|h)/layer/.*kernel": "layer in out"}
+        roles = stack if self.scan_layers else {}
+        return with_uses(roles, self.names, self.config.num_hidden_layers)
 
     @property
     def names(self) -> tuple[ModuleName, ...]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from jaxpeft.console import SlowWork
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._begin import (
     initialise,
@@ -36,7 +37,6 @@ from jaxpeft.tree._node import (
 )
 from jaxpeft.tree._paths import Targets
 from jaxpeft.tree._per_layer import per_layer_values
-from jaxpeft.tree._progress import Progress
 from jaxpeft.tree._roles import roles_of
 from jaxpeft.tree._targets import choose
 from jaxpeft.tree._terms import BATCH, IN
@@ -174,7 +174,8 @@ def attach(
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key, name)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
-    made, show = {}, Progress(adapter.name or "adapter", sum(layers))
+    made = {}
+    show = SlowWork(f"attach {adapter.name or 'adapter'}", sum(layers), "kernels")
     for path in paths:
         site = Site(path, roles[path], ranks[path], chosen[path], alphas[path])
         own = alphas[path], site_key(key, path, name)

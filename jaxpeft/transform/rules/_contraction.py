@@ -21,7 +21,6 @@ from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses, only_kernel, rule
 from jaxpeft.transform._thin import (
     Read,
-    joins_axes,
     labelled_dot,
     precision_of,
     read,
@@ -113,7 +112,7 @@ def contract(
 
     ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
     precision, given = precision_of(eqn.params), (x, x_labels)
-    product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
+    product = functools.partial(labelled_dot, target=uses.target)
     spelled = x_labels
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
@@ -310,9 +309,8 @@ def look_up(
             return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        b_labels, joined = batch + rank + rest, joins_axes(eqn.uses.target)
-        out = index + rest
-        changes.append(labelled_dot(a, index + rank, b, b_labels, out, joined=joined))
+        up = functools.partial(labelled_dot, target=eqn.uses.target)
+        changes.append(up(a, index + rank, b, batch + rank + rest, index + rest))
     return finish(y, changes, spread_along(rows.o, batch + rest, index + rest))
 
 

@@ -1,6 +1,9 @@
 """What a module is called in a checkpoint, and where it lies in a parameter tree."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from jaxpeft.tree import Axes
 
 # What lies beside the weights of a checkpoint and belongs to it: how texts become
 # tokens, how a chat is written, how writing ends. Patterns of whole paths.
@@ -49,3 +52,31 @@ class ModuleName(NamedTuple):
     interleaved: int = 0
     saved: str = ""
     called: bool = True
+
+
+# kind -> (the leaf of its weight, what the model does with it)
+_USED = {
+    "linear": ("kernel", "contracted"),
+    "conv1d": ("kernel", "contracted"),
+    "embedding": ("embedding", "looked up"),
+}
+
+
+def with_uses(
+    roles: Mapping[str, str], names: Sequence[ModuleName], layers: int
+) -> Axes:
+    """Roles of axes, and what the model does with each weight, by its kind.
+
+    Args:
+        roles: of kernels with more than two axes, by pattern.
+        names: rows of the model.
+        layers: how many layers ``{i}`` counts.
+    """
+    uses = {}
+    for row in names:
+        if row.kind in _USED:
+            leaf, use = _USED[row.kind]
+            for i in range(layers if "{i}" in row.ours else 1):
+                path = f"{row.ours.format(i=i)}/{leaf}"
+                uses[path] = "tied" if row.tied else use
+    return Axes(roles, uses)
