@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpeft.tree._lift import axes_of
 from jaxpeft.tree._paths import module_path
+from jaxpeft.tree._places import on_mesh, replicated
 from jaxpeft.tree._terms import BATCH
 
 
@@ -49,15 +50,12 @@ def check_finite(kernels: Mapping[str, Any], roles: Mapping[str, tuple]) -> None
 
 def _finite(kernel, batch: tuple[int, ...]):
     """Whether each layer is finite, ``[*batch]``, on every device and process."""
-    sharding = getattr(kernel, "sharding", None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        where = sharding.update(spec=jax.sharding.PartitionSpec())
-        return _reduction(where)(kernel, batch)
-    return _reduction()(kernel, batch)
+    where = on_mesh(kernel)
+    return _reduction(where and replicated(where))(kernel, batch)
 
 
 @functools.cache
-def _reduction(where=None):
+def _reduction(where):
     def finite(kernel, batch):
         rest = tuple(i for i in range(kernel.ndim) if i not in batch)
         return jnp.all(jnp.isfinite(kernel), rest)

@@ -23,15 +23,6 @@ def _scales(adapter: Adapter, rank: int, alphas):
     return jax.lax.map(one, alphas)
 
 
-def scale_of(
-    adapter: Adapter, rank: int, alphas: tuple[float, ...], dtype: str = "float32"
-) -> np.ndarray:
-    """The scale that a method makes of each alpha at a rank."""
-    with jax.ensure_compile_time_eval():
-        given = np.asarray(alphas, dtype)
-        return np.asarray(_scales(adapter, rank, given)["scale"])
-
-
 @functools.cache
 def unit_scale(adapter: Adapter, rank: int, leaf: str = "scale") -> float:
     """The scale that a method makes of alpha 1; 1 without one, 0 at rank 0."""
@@ -52,7 +43,9 @@ def alpha_of(adapter: Adapter, rank: int, scale: np.floating) -> float:
     about = float(scale) / unit_scale(adapter, rank)
     # From few digits to many; 17 give every float64 back.
     tries = [float(f"{about:.{digits}g}") for digits in range(1, 18)]
-    given = scale_of(adapter, rank, tuple(tries), scale.dtype.name)
+    with jax.ensure_compile_time_eval():
+        scales = _scales(adapter, rank, np.asarray(tries, scale.dtype))["scale"]
+        given = np.asarray(scales)
     near = np.abs(given - scale) <= 2 * np.spacing(np.abs(scale))
     fits = [x for x, it_is in zip(tries, near, strict=True) if it_is]
     return fits[0] if fits else about  # a scale that no alpha gives, say an average
