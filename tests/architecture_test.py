@@ -10,11 +10,11 @@ import tomllib
 
 import pytest
 
-from jaxpeft.numerics._optional import EXTRAS
+from jaxpeft.console import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1] / "jaxpeft"
 ORDER = [
-    ["numerics"],
+    ["console", "numerics"],
     ["tree", "dimension"],
     ["transform"],
     ["lowrank"],
@@ -112,7 +112,16 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize(
     "room",
-    ["numerics", "tree", "transform", "lowrank", "parts", "adapters", "mixtures"],
+    [
+        "console",
+        "numerics",
+        "tree",
+        "transform",
+        "lowrank",
+        "parts",
+        "adapters",
+        "mixtures",
+    ],
 )
 def test_the_core_needs_nothing_heavy(room):
     for path in (ROOT / room).rglob("*.py"):

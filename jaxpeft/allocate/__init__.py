@@ -21,8 +21,6 @@ from jaxpeft.allocate._importance import budgets as budgets
 from jaxpeft.allocate._importance import importance as importance
 from jaxpeft.allocate._importance import most_important as most_important
 from jaxpeft.allocate._importance import scores as scores
-from jaxpeft.allocate._peft_patterns import from_peft as from_peft
-from jaxpeft.allocate._peft_patterns import to_peft as to_peft
 from jaxpeft.allocate._uniform import uniform as uniform
 from jaxpeft.numerics import Moments as Moments
 from jaxpeft.numerics import Spectrum as Spectrum

@@ -13,7 +13,7 @@ from jaxpeft.cli import (
     _predict,
     _ranks,
 )
-from jaxpeft.tree import Parser, ended
+from jaxpeft.console import Parser, ended
 
 COMMANDS = (
     *(_describe, _merge, *_convert.DIRECTIONS),

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Integer
 from numpy import ndarray
 
+from jaxpeft.console import optional
 from jaxpeft.data._encoded import Encoded, Mixed
-from jaxpeft.numerics import optional
 
 # One batch of a plan: the rows in it and the length they are padded to.
 _Planned = tuple[Integer[ndarray, " _"], int]

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 
 # A file that begins with one of these says its encoding; the longer ones come first.
 _BOMS = {

@@ -7,10 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.console import optional
 from jaxpeft.data._lines import bare_name, read_lines
 from jaxpeft.data._records import read_records
 from jaxpeft.data._task import Rows
-from jaxpeft.numerics import optional
 
 
 def read_jsonl(

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxpeft.console import optional
 from jaxpeft.dimension._estimate import IdEstimate
 from jaxpeft.dimension._fit import twonn_points
 from jaxpeft.dimension._profile import dims_of, normalized_auc, normalized_auc_sd
-from jaxpeft.numerics import optional
 
 Profile = Sequence[IdEstimate | float]
 Score = float | tuple[float, float]  # and its standard deviation

@@ -18,6 +18,10 @@ from jaxpeft.interop._tensors import on_host as on_host
 from jaxpeft.interop._tensors import write_tensors as write_tensors
 from jaxpeft.interop._untie import untie as untie
 from jaxpeft.interop._untie import untied_for as untied_for
+from jaxpeft.interop.peft._allocation import (
+    allocation_from_peft as allocation_from_peft,
+)
+from jaxpeft.interop.peft._allocation import allocation_to_peft as allocation_to_peft
 from jaxpeft.interop.peft._config import PREFIX as PREFIX
 from jaxpeft.interop.peft._config import TENSORS as TENSORS
 from jaxpeft.interop.peft._load import load_peft as load_peft

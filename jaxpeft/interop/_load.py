@@ -19,13 +19,13 @@ from jaxpeft.interop._format import (
 from jaxpeft.interop._save import leaf_name
 from jaxpeft.interop._tensors import TensorFile
 from jaxpeft.interop._untie import untied_for
+from jaxpeft.models import ModuleName
 from jaxpeft.numerics import PROJECTION_TOLERANCE, checksum, projection
 from jaxpeft.tree import (
     BATCH,
     DEFAULT,
     AdaptedKernel,
     Adapter,
-    ModuleName,
     Site,
     axes_of,
     find_method,

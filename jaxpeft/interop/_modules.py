@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpeft.models import ModuleName
 from jaxpeft.tree import (
     BATCH,
     IN,
     OUT,
     AdaptedKernel,
-    ModuleName,
     matrix_shape,
     matrix_words,
     module_path,

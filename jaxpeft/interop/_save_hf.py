@@ -16,11 +16,10 @@ from jaxpeft.interop._labels import REGRESSION, is_head, named_head
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
 from jaxpeft.interop._tensors import is_finite, on_host
+from jaxpeft.models import BESIDE, ModuleName
 from jaxpeft.tree import (
     BATCH,
-    BESIDE,
     AdaptedKernel,
-    ModuleName,
     detach,
     is_node,
     leaves_with_path,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 
 
 def on_host(x: Any) -> np.ndarray:

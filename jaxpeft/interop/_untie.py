@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
-from jaxpeft.tree import ModuleName, is_node, leaves_with_path
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import is_node, leaves_with_path
 
 
 class Tie(NamedTuple):
@@ -61,7 +62,7 @@ def untie(params: PyTree, *, names: Sequence[ModuleName]) -> PyTree:
             ``params`` has no such leaf, or it carries an adapter: that acts on both.
 
     Example:
-        >>> from jaxpeft.tree import ModuleName
+        >>> from jaxpeft.models import ModuleName
         >>> names = [
         ...     ModuleName("model.embed_tokens", "embed", "embedding", tied="lm_head"),
         ...     ModuleName("model.embed_tokens", "embed/lookup", "embedding"),

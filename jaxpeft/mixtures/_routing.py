@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, PyTree
 from numpy import ndarray
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.tree import AdaptedKernel, nodes, parts_of, structure_of
 
 DEAD = 0.01  # a share of the load that is this part of an even one is none

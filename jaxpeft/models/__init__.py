@@ -18,6 +18,8 @@ from jaxpeft.models._generate import generate as generate
 from jaxpeft.models._load import find_checkpoint as find_checkpoint
 from jaxpeft.models._load import load as load
 from jaxpeft.models._load import read_model_config as read_model_config
+from jaxpeft.models._names import BESIDE as BESIDE
+from jaxpeft.models._names import ModuleName as ModuleName
 from jaxpeft.models._outline import outline as outline
 from jaxpeft.models._packaged import fetch_packaged as fetch_packaged
 from jaxpeft.models._packaged import packaged as packaged

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxpeft.models._config import BertConfig, write_config
 from jaxpeft.models._families import bert_names
 from jaxpeft.models._layers import Embeddings, Encoder
+from jaxpeft.models._names import ModuleName
 from jaxpeft.models._parts import REMAT, Part, at_least_float32, check_known, dense
-from jaxpeft.tree import ModuleName
 
 HEADS = (None, "classification", "regression")
 

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft.console import optional
 from jaxpeft.models._prompts import opened
-from jaxpeft.numerics import optional
 
 _LOG = logging.getLogger("jaxpeft.models")
 

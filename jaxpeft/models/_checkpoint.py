@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.console import optional
 from jaxpeft.models._families import Source
 from jaxpeft.models._gguf import GgufFile, is_readable
-from jaxpeft.numerics import optional
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxpeft.models._deberta_config import DebertaConfig, write_deberta_config
 from jaxpeft.models._families import deberta_names
 from jaxpeft.models._layers import Output, run_layers
+from jaxpeft.models._names import ModuleName
 from jaxpeft.models._parts import (
     ACTIVATIONS,
     REMAT,
@@ -30,7 +31,6 @@ from jaxpeft.models._parts import (
     keep,
     wide,
 )
-from jaxpeft.tree import ModuleName
 
 HEADS = (None, "classification", "regression")
 

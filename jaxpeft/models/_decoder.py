@@ -19,6 +19,7 @@ from jaxpeft.models._cache import advance, poison
 from jaxpeft.models._decoder_config import DecoderConfig, write_decoder_config
 from jaxpeft.models._decoder_layers import Stack, is_mixed, norm
 from jaxpeft.models._decoder_names import decoder_names
+from jaxpeft.models._names import ModuleName
 from jaxpeft.models._parts import (
     REMAT,
     Embedding,
@@ -27,7 +28,6 @@ from jaxpeft.models._parts import (
     dense,
     wide,
 )
-from jaxpeft.tree import ModuleName
 
 HEADS = (None, "causal_lm", "classification", "regression")
 

@@ -2,8 +2,8 @@
 
 from jaxpeft.models._decoder_config import DecoderConfig
 from jaxpeft.models._families import module_names
+from jaxpeft.models._names import ModuleName
 from jaxpeft.models._parts import LOOKUP
-from jaxpeft.tree import ModuleName
 
 
 def decoder_names(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jaxpeft.models._deberta_config import DebertaConfig
 from jaxpeft.models._decoder_families import PART, TRAITS, WHOLES
-from jaxpeft.tree import ModuleName
+from jaxpeft.models._names import ModuleName
 
 # kind -> (tensor on disk, our leaf, whether ours is its transpose)
 KINDS = {

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.console import optional
 from jaxpeft.models._build import vocabulary_size
-from jaxpeft.numerics import optional
 
 WHOLE = "tokenizer.json"  # everything in one file
 

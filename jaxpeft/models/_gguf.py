@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpeft.console import optional
 from jaxpeft.models._decoder_families import TRAITS
 from jaxpeft.models._rope import Rope, frequencies
-from jaxpeft.numerics import optional
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # checked against transformers' reader
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft.console import optional
 from jaxpeft.models._gguf import GgufFile
-from jaxpeft.numerics import optional
 
 # Types of tokens. Those of control (<|im_end|>) and those a user defined (<think>) stay
 # whole in a text; the others (normal, unknown, unused, byte) are found by merging.

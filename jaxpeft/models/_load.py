@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxpeft.console import optional
 from jaxpeft.models._build import (
     abstract,
     draw_leaves,
@@ -37,9 +38,8 @@ from jaxpeft.models._decoder import Decoder
 from jaxpeft.models._families import FAMILIES, Source, sources
 from jaxpeft.models._gguf import gguf_config
 from jaxpeft.models._match import match
+from jaxpeft.models._names import BESIDE
 from jaxpeft.models._packaged import fetch_packaged, packaged
-from jaxpeft.numerics import optional
-from jaxpeft.tree import BESIDE
 
 AT_ONCE = 1 << 28  # bytes of a stack that may be on the host as a whole
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.console import optional
 from jaxpeft.models._chat_templates import ASKED, MORE, SAID
 from jaxpeft.models._chat_templates import chat_template as _chat_template
 from jaxpeft.models._checkpoint import GGUF
@@ -14,7 +15,6 @@ from jaxpeft.models._decoder_config import text_part
 from jaxpeft.models._folder_tokenizer import folder_tokenizer
 from jaxpeft.models._gguf_tokenizer import gguf_tokenizer
 from jaxpeft.models._load import find_checkpoint, named_ends, read_model_config
-from jaxpeft.numerics import optional
 
 _LOG = logging.getLogger("jaxpeft.models")
 

@@ -40,8 +40,6 @@ from jaxpeft.numerics._norm import frobenius_norm as frobenius_norm
 from jaxpeft.numerics._norm import gram_distance as gram_distance
 from jaxpeft.numerics._norm import outer_gram_distance as outer_gram_distance
 from jaxpeft.numerics._norm import safe_sqrt as safe_sqrt
-from jaxpeft.numerics._optional import import_message as import_message
-from jaxpeft.numerics._optional import optional as optional
 from jaxpeft.numerics._shown import where_shown as where_shown
 from jaxpeft.numerics._start import bottom_factors as bottom_factors
 from jaxpeft.numerics._start import qr_factors as qr_factors

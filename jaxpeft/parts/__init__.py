@@ -17,14 +17,6 @@ from jaxpeft.parts._peft import has_native_form as has_native_form
 from jaxpeft.parts._peft import lora_form as lora_form
 from jaxpeft.parts._peft import peft_form as peft_form
 from jaxpeft.parts._peft import read_lora as read_lora
-from jaxpeft.parts._peft_rules import NO_TARGETS as NO_TARGETS
-from jaxpeft.parts._peft_rules import by_pattern as by_pattern
-from jaxpeft.parts._peft_rules import fitting_pattern as fitting_pattern
-from jaxpeft.parts._peft_rules import is_saved_whole as is_saved_whole
-from jaxpeft.parts._peft_rules import is_target as is_target
-from jaxpeft.parts._peft_rules import listed as listed
-from jaxpeft.parts._peft_rules import target_entries as target_entries
-from jaxpeft.parts._peft_rules import with_tied as with_tied
 from jaxpeft.parts._residual import residual_form as residual_form
 from jaxpeft.parts._residual import residual_pair as residual_pair
 from jaxpeft.parts._router import NUMBERS as NUMBERS

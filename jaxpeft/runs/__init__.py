@@ -1,10 +1,14 @@
 """What a run is besides its step: config, folder, ranks, stages, progress, report."""
 
-from jaxpeft.numerics import optional as _optional
+from jaxpeft.console import optional as _optional
 
 with _optional("Runs"):
     import ml_collections as _ml_collections  # noqa: F401
 
+from jaxpeft.console import INTERRUPTED as INTERRUPTED
+from jaxpeft.console import NOT_FINITE as NOT_FINITE
+from jaxpeft.console import REFUSED as REFUSED
+from jaxpeft.console import ended as ended
 from jaxpeft.runs._check import check_run as check_run
 from jaxpeft.runs._check import load_base as load_base
 from jaxpeft.runs._check import load_start as load_start
@@ -57,7 +61,3 @@ from jaxpeft.training import config_differences as config_differences
 from jaxpeft.training import config_from_json as config_from_json
 from jaxpeft.training import config_to_json as config_to_json
 from jaxpeft.training import flat_config as flat_config
-from jaxpeft.tree import INTERRUPTED as INTERRUPTED
-from jaxpeft.tree import NOT_FINITE as NOT_FINITE
-from jaxpeft.tree import REFUSED as REFUSED
-from jaxpeft.tree import ended as ended

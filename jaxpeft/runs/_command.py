@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import ml_collections
 
+from jaxpeft.console import Parser
 from jaxpeft.runs._config import load_config
 from jaxpeft.training import WorkdirError, as_folder
-from jaxpeft.tree import Parser
 
 
 class Command(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.training import Checkpointer, NonFiniteError, TrainState, check_finite
 
 METRICS_FILE = "metrics.jsonl"

@@ -16,7 +16,7 @@ import ml_collections
 import rich.console
 import rich.table
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.runs._metrics import METRICS_FILE, compile_seconds, memory, read_metrics
 from jaxpeft.runs._progress import clock
 

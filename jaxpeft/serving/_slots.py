@@ -16,11 +16,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxpeft.models import ModuleName
 from jaxpeft.numerics import target_of
 from jaxpeft.serving._write import cleared, misfits, pairs, written
 from jaxpeft.transform import WAYS, is_slotted, is_taken, slotted, take_rows
 from jaxpeft.tree import (
-    ModuleName,
     Targets,
     attach,
     detach,

@@ -1,6 +1,6 @@
 """Learning paradigms compared by the intrinsic dimension of what a model thinks."""
 
-from jaxpeft.numerics import optional as _optional
+from jaxpeft.console import optional as _optional
 
 with _optional("Studies"):
     import ml_collections as _ml_collections  # noqa: F401

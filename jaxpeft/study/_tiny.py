@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxpeft import models
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 
 TINY = "tiny"
 _CONFIG = {

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from jaxpeft import adapters, interop
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.testing._compare import CLOSE, FAR, distance, numbers, perturb
 from jaxpeft.testing._fixtures import params as params
 from jaxpeft.testing._net import (

@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import Parser, ended, optional
 from jaxpeft.testing import _named
 from jaxpeft.testing._settings import use_strict_settings
-from jaxpeft.tree import Parser, ended
 
 PROGRAM = "python -m jaxpeft.testing"
 SUITE = ("_contract.py", "_edges.py", "_beside.py")

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.testing._compare import (
     CLOSE,
     distance,

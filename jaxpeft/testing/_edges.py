@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import interop
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.testing._compare import CLOSE, FAR, distance, perturb
 from jaxpeft.testing._fixtures import params as params
 from jaxpeft.testing._fixtures import x as x

@@ -1,6 +1,6 @@
 """What the tests of the contract suite are given: an input, and a net's parameters."""
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.testing._compare import numbers
 from jaxpeft.testing._net import D, make_params
 

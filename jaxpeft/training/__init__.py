@@ -1,4 +1,4 @@
-from jaxpeft.numerics import optional as _optional
+from jaxpeft.console import optional as _optional
 
 with _optional("Runs"):
     import ml_collections as _ml_collections  # noqa: F401

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxpeft.numerics import optional
+from jaxpeft.console import optional
 from jaxpeft.training._config_json import config_differences, with_new_names
 from jaxpeft.training._folder import as_folder
 from jaxpeft.training._state import TrainState, check_finite

@@ -29,11 +29,6 @@ from jaxpeft.tree._change import structure as structure
 from jaxpeft.tree._change import structure_of as structure_of
 from jaxpeft.tree._describe import Description as Description
 from jaxpeft.tree._describe import describe as describe
-from jaxpeft.tree._ending import INTERRUPTED as INTERRUPTED
-from jaxpeft.tree._ending import NOT_FINITE as NOT_FINITE
-from jaxpeft.tree._ending import REFUSED as REFUSED
-from jaxpeft.tree._ending import Parser as Parser
-from jaxpeft.tree._ending import ended as ended
 from jaxpeft.tree._grouped import grouped as grouped
 from jaxpeft.tree._kept import only_adds as only_adds
 from jaxpeft.tree._kept import take_components as take_components
@@ -51,8 +46,6 @@ from jaxpeft.tree._lift import padded as padded
 from jaxpeft.tree._lift import shared_names as shared_names
 from jaxpeft.tree._lift import to_matrices as to_matrices
 from jaxpeft.tree._lift import unpadded_layers as unpadded_layers
-from jaxpeft.tree._names import BESIDE as BESIDE
-from jaxpeft.tree._names import ModuleName as ModuleName
 from jaxpeft.tree._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.tree._node import Site as Site
 from jaxpeft.tree._node import check_key as check_key

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from jaxpeft.console import SlowWork
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._begin import initialise
 from jaxpeft.tree._change import refolded
@@ -33,7 +34,6 @@ from jaxpeft.tree._node import (
 from jaxpeft.tree._paths import Targets
 from jaxpeft.tree._per_layer import per_layer_values
 from jaxpeft.tree._places import gathered, on_mesh, place_like, replicated
-from jaxpeft.tree._progress import Progress
 from jaxpeft.tree._roles import roles_of
 from jaxpeft.tree._targets import choose
 from jaxpeft.tree._terms import IN, OUT
@@ -170,7 +170,8 @@ def attach(
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key, name)
     layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in chosen]
-    made, show = {}, Progress(adapter.name or "adapter", sum(layers))
+    made = {}
+    show = SlowWork(f"attach {adapter.name or 'adapter'}", sum(layers), "kernels")
     for path, entry in chosen.items():
         site = Site(path, roles[path], ranks[path], entry, alphas[path])
         own = alphas[path], site_key(key, path, name)

@@ -394,7 +394,7 @@ def test_the_chosen_alone_in_peft(tmp_path):
         "b": node.trainable["b"] + 0.3 * mask[:, :, None],
     }
     adapted = {"layers": {"kernel": node.replace(trainable=moved)}}
-    names = [jp.tree.ModuleName("layers.{i}", "layers", "linear")]
+    names = [jp.models.ModuleName("layers.{i}", "layers", "linear")]
     saved = interop.save_peft(
         allocate.compact(adapted, chosen), tmp_path / "p", names=names
     )

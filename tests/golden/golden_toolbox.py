@@ -33,7 +33,8 @@ from jax import lax
 import jaxpeft as jp
 from benchmarks.hlo import parse
 from jaxpeft import interop, mixtures, serving
-from jaxpeft.tree import AdaptedKernel, ModuleName
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import AdaptedKernel
 
 HERE = pathlib.Path(__file__).parent
 CASES = HERE / "cases"

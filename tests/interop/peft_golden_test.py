@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import jaxpeft as jp
 from jaxpeft.interop import load_peft, save_hf, save_peft
-from jaxpeft.tree import ModuleName
+from jaxpeft.models import ModuleName
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if (p / "adapter_config.json").exists())

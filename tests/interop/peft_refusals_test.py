@@ -22,7 +22,7 @@ from trees_toolbox import (
 
 import jaxpeft as jp
 from jaxpeft.interop import load_peft, save_peft
-from jaxpeft.tree import ModuleName
+from jaxpeft.models import ModuleName
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from families_toolbox import Family, quiet
 from jaxpeft import allocate, interop
 from jaxpeft.interop._modules import MATRICES, Table
 from jaxpeft.interop.peft._config import DEFAULTS, target_names
-from jaxpeft.parts import by_pattern, is_target
-from jaxpeft.tree import ModuleName, is_node, leaves_with_path
+from jaxpeft.interop.peft._rules import by_pattern, is_target
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import is_node, leaves_with_path
 
 pytestmark = [
     pytest.mark.interop,
@@ -156,7 +157,7 @@ def test_both_doors_and_peft_mean_the_same(case, llama, oracle, tmp_path):
     names, axes = llama.model.names, llama.model.axes
     everything = lambda path, leaf: path.rpartition("/")[2] in ("kernel", "embedding")
     shapes = allocate.kernel_shapes(llama.params, everything, axes=axes)
-    found = allocate.from_peft(read, names, shapes)
+    found = interop.allocation_from_peft(read, names, shapes)
     table = Table(names, dict(leaves_with_path(llama.params)))
     (modules, alone) = table.by_leaf, lambda path, site: (site.rank, site.alpha)
     assert all(len(each) == 1 for each in modules.values())  # no stacks here
@@ -183,10 +184,10 @@ def test_tied_modules_are_added_for_an_allocation_too():
     shapes = {"lm_head/kernel": allocate.KernelShape(None, 4, 9)}
     shapes["embed/embedding"] = allocate.KernelShape(None, 9, 4)
     config = {"r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens"]}
-    apart = allocate.from_peft(config, names, shapes).ranks()
+    apart = interop.allocation_from_peft(config, names, shapes).ranks()
     assert apart == {"lm_head/kernel": 0, "embed/embedding": 2}
     config["ensure_weight_tying"] = True
-    both = allocate.from_peft(config, names, shapes).ranks()
+    both = interop.allocation_from_peft(config, names, shapes).ranks()
     assert both == {"lm_head/kernel": 2, "embed/embedding": 2}
 
 
@@ -195,6 +196,6 @@ def test_a_config_without_targets_is_refused():
     names = [ModuleName("q", "q", "linear")]
     for config in ({"r": 2}, {"r": 2, "target_modules": None}):
         with pytest.raises(ValueError, match="`config` has no target_modules"):
-            allocate.from_peft(config, names, shapes)
+            interop.allocation_from_peft(config, names, shapes)
     none = {"r": 2, "target_modules": "dummy-target-modules"}
-    assert allocate.from_peft(none, names, shapes).ranks() == {"q/kernel": 0}
+    assert interop.allocation_from_peft(none, names, shapes).ranks() == {"q/kernel": 0}

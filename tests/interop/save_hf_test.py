@@ -127,8 +127,8 @@ def test_shards_and_stacks_are_the_same_tensors(family, tmp_path):
 # --- without PyTorch: one small tree
 
 ROWS = [
-    jp.tree.ModuleName("model.layers.{i}.up", "layers/up", "linear"),
-    jp.tree.ModuleName("model.norm", "norm", "norm"),
+    jp.models.ModuleName("model.layers.{i}.up", "layers/up", "linear"),
+    jp.models.ModuleName("model.norm", "norm", "norm"),
 ]
 CONFIG = {"model_type": "mine"}
 

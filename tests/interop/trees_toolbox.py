@@ -6,7 +6,7 @@ import numpy as np
 from families_toolbox import scrambled
 
 import jaxpeft as jp
-from jaxpeft.tree import ModuleName
+from jaxpeft.models import ModuleName
 
 L, D, H, F, V = 3, 8, 2, 12, 11
 PART = "base_model.model.model.layers"

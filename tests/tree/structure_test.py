@@ -11,7 +11,8 @@ from adapt_toolbox import distance, numbers, perturb
 
 import jaxpeft as jp
 from jaxpeft import interop, mixtures
-from jaxpeft.tree import Adapter, Factors, ModuleName, alphas_of, nodes, options_of
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import Adapter, Factors, alphas_of, nodes, options_of
 
 PARAMS = {"query": {"kernel": numbers(6, 5, seed=1)}}
 X = numbers(2, 3, 6, seed=2)

@@ -11,7 +11,8 @@ from adapt_toolbox import distance, numbers, perturb
 
 import jaxpeft as jp
 from jaxpeft import interop, serving, training
-from jaxpeft.tree import ModuleName, flat
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import flat
 
 PARAMS = {
     "query": {"kernel": numbers(6, 5, seed=1)},

@@ -5,9 +5,9 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxpeft.console import optional
 from jaxpeft.data._task import near_misses
 from jaxpeft.data._texts import TextTask, make_text_task
-from jaxpeft.numerics import optional
 
 # Rows of one seed. A generator makes its row i from the sum of its seed and i: with
 # seeds 0 and 1 all rows but one would be the same.

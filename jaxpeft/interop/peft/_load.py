@@ -20,6 +20,13 @@ from jaxpeft.interop.peft._config import (
     TENSORS,
     read_config,
 )
+from jaxpeft.interop.peft._rules import (
+    NO_TARGETS,
+    by_pattern,
+    is_target,
+    listed,
+    with_tied,
+)
 from jaxpeft.interop.peft._sites import NOT_CALLED
 from jaxpeft.interop.peft._tied import bound, settle, tables
 from jaxpeft.interop.peft._whole import (
@@ -29,23 +36,9 @@ from jaxpeft.interop.peft._whole import (
     partial,
     whole_leaves,
 )
-from jaxpeft.parts import (
-    NO_TARGETS,
-    by_pattern,
-    form_of,
-    is_target,
-    listed,
-    with_tied,
-)
-from jaxpeft.tree import (
-    Adapter,
-    ModuleName,
-    grouped,
-    init_shapes,
-    is_node,
-    matrix_shape,
-    nearest,
-)
+from jaxpeft.models import ModuleName
+from jaxpeft.parts import form_of
+from jaxpeft.tree import Adapter, grouped, init_shapes, is_node, matrix_shape, nearest
 
 
 def load_peft(
@@ -95,7 +88,7 @@ def load_peft(
         >>> from jaxpeft import interop
         >>> params = {"q": {"kernel": jax.numpy.ones((4, 6))}}
         >>> adapted = jp.attach(params, jp.lora(2), ["q"], key=jax.random.key(0))
-        >>> names = [jp.tree.ModuleName("attention.q_proj", "q", "linear")]
+        >>> names = [jp.models.ModuleName("attention.q_proj", "q", "linear")]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     saved = interop.save_peft(adapted, folder, names=names)
         ...     again = load_peft(folder, params, names=names)

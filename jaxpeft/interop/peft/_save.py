@@ -21,10 +21,11 @@ from jaxpeft.interop.peft._config import (
     TASKS,
     TENSORS,
 )
+from jaxpeft.interop.peft._rules import NO_TARGETS, is_saved_whole
 from jaxpeft.interop.peft._sites import AdaptedModule, choose_form, collect, is_whole
 from jaxpeft.interop.peft._tensors import native, plain
-from jaxpeft.parts import NO_TARGETS, is_saved_whole
-from jaxpeft.tree import AdaptedKernel, ModuleName, grouped, leaves_with_path, nodes
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import AdaptedKernel, grouped, leaves_with_path, nodes
 
 FORMS = ("auto", "native", "portable")
 
@@ -116,7 +117,7 @@ def save_peft(
 
     Example:
         >>> import tempfile, jax, jaxpeft as jp
-        >>> from jaxpeft.tree import ModuleName
+        >>> from jaxpeft.models import ModuleName
         >>> params = {"q": {"kernel": jax.numpy.ones((4, 6))}}
         >>> adapted = jp.attach(params, jp.lora(2), ["q"], key=jax.random.key(0))
         >>> names = [ModuleName("attention.q_proj", "q", "linear")]

@@ -13,12 +13,12 @@ from jaxtyping import Array
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import is_finite, on_host
 from jaxpeft.lowrank import is_plain
+from jaxpeft.models import ModuleName
 from jaxpeft.parts import PeftForm, form_of
 from jaxpeft.tree import (
     OUT,
     AdaptedKernel,
     Adapter,
-    ModuleName,
     alphas_of,
     change,
     layer_leaves,

@@ -16,8 +16,9 @@ from jaxpeft.interop.peft._attach import Found, read_leaf
 from jaxpeft.interop.peft._sites import decomposed_tie
 from jaxpeft.interop.peft._whole import Keys, Whole
 from jaxpeft.lowrank import is_plain
+from jaxpeft.models import ModuleName
 from jaxpeft.parts import form_of
-from jaxpeft.tree import ModuleName, is_node, leaves_with_path, resolve_pattern
+from jaxpeft.tree import is_node, leaves_with_path, resolve_pattern
 
 
 def tables(

@@ -9,7 +9,8 @@ import numpy as np
 from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import TensorFile, on_host
 from jaxpeft.interop.peft._config import PREFIX
-from jaxpeft.parts import form_of, is_saved_whole
+from jaxpeft.interop.peft._rules import is_saved_whole
+from jaxpeft.parts import form_of
 from jaxpeft.tree import OUTPUT_HEADS, is_node
 
 Keys = dict[str, dict[str, str]]  # module: {end of the key: key}

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.tree import OUTPUT_HEADS, ModuleName
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import OUTPUT_HEADS
 
 ALL_LINEAR = "all-linear"  # PEFT reads it in capitals, too
 NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an empty list

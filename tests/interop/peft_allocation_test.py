@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 
-from jaxpeft import allocate
+from jaxpeft import interop
 from jaxpeft.allocate import Allocation, KernelShape, SiteRank
-from jaxpeft.tree import ModuleName
+from jaxpeft.models import ModuleName
 
 APART = [
     ModuleName("layers.{i}.q", "layer_{i}/q", "linear"),
@@ -53,7 +53,7 @@ def test_round_trip_through_peft(tmp_path):
 
     for sites, shapes, names in allocations():
         allocation = Allocation.of(sites)
-        fields = allocate.to_peft(allocation, names)
+        fields = interop.allocation_to_peft(allocation, names)
         assert json.loads(json.dumps(fields)) == fields
         assert (fields["r"], fields["lora_alpha"]) == (4, 4)
         model = peft.get_peft_model(Net(), peft.LoraConfig(**fields))
@@ -67,9 +67,9 @@ def test_round_trip_through_peft(tmp_path):
             assert model.base_model.model.layers[i].v.scaling["default"] == 1
         model.save_pretrained(tmp_path)
         read = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert allocate.from_peft(read, names, shapes) == allocation
+        assert interop.allocation_from_peft(read, names, shapes) == allocation
         read["alpha_pattern"] = {}  # control: PEFT's scale would be another
-        assert allocate.from_peft(read, names, shapes) != allocation
+        assert interop.allocation_from_peft(read, names, shapes) != allocation
 
 
 def test_short_keys_by_pefts_rule():
@@ -78,9 +78,9 @@ def test_short_keys_by_pefts_rule():
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["q"]}
     config["rank_pattern"] = {r"layers\.1\.q": 3, r"1\.q": 5}
     with pytest.raises(ValueError, match=r"`config` names \['1\\\\.q'\]"):
-        allocate.from_peft(config, names, shapes)
+        interop.allocation_from_peft(config, names, shapes)
     config["rank_pattern"] = {r"layers\.1\.q": 3, r"1.*q": 5}
-    found = allocate.from_peft(config, names, shapes).ranks()
+    found = interop.allocation_from_peft(config, names, shapes).ranks()
     assert [found[f"layer_{i}/q/kernel"] for i in (0, 1, 10, 11)] == [2, 3, 5, 5]
     assert found["layer_0/v/kernel"] == 0
 
@@ -119,7 +119,7 @@ def test_chosen_layers_are_pefts(chosen):
     _, shapes, names = allocations()[0]
     names = [row._replace(theirs=f"enc.{row.theirs}") for row in names]
     fields = json.loads(json.dumps(config.to_dict(), default=list))
-    found = allocate.from_peft(fields, names, shapes).ranks()
+    found = interop.allocation_from_peft(fields, names, shapes).ranks()
     assert {path: rank for path, rank in found.items() if rank} == theirs
     assert 0 < len(theirs) < len(shapes)
 
@@ -128,10 +128,10 @@ def test_refusals():
     sites, shapes, names = allocations()[0]
     allocation = Allocation.of(sites)
     with pytest.raises(ValueError, match="'layer_0/v/kernel' is in no row of `names`"):
-        allocate.to_peft(allocation, names[:1])
-    fields = allocate.to_peft(allocation, names)
+        interop.allocation_to_peft(allocation, names[:1])
+    fields = interop.allocation_to_peft(allocation, names)
     with pytest.raises(ValueError, match="use_rslora"):
-        allocate.from_peft(fields | {"use_rslora": True}, names, shapes)
+        interop.allocation_from_peft(fields | {"use_rslora": True}, names, shapes)
     with pytest.raises(ValueError, match="every site rank 0"):
         none = Allocation.of({"layer_0/q/kernel": SiteRank(0, 0.0)})
-        allocate.to_peft(none, names)
+        interop.allocation_to_peft(none, names)

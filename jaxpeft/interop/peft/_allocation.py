@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.allocate._allocation import Allocation, KernelShape, SiteRank
-from jaxpeft.parts import (
+from jaxpeft.allocate import Allocation, KernelShape, SiteRank
+from jaxpeft.interop.peft._rules import (
     NO_TARGETS,
     by_pattern,
     fitting_pattern,
@@ -14,10 +14,13 @@ from jaxpeft.parts import (
     target_entries,
     with_tied,
 )
-from jaxpeft.tree import ModuleName, module_path
+from jaxpeft.models import ModuleName
+from jaxpeft.tree import module_path
 
 
-def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, Any]:
+def allocation_to_peft(
+    allocation: Allocation, names: Sequence[ModuleName]
+) -> dict[str, Any]:
     """Returns the fields of a ``LoraConfig`` of these ranks.
 
     Every module is named by its whole path, so that layer 1 is not layer 11. (PEFT's
@@ -36,7 +39,8 @@ def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, An
 
     Example:
         >>> allocation = Allocation.of({"layer_1/q/kernel": SiteRank(2, 4.0)})
-        >>> to_peft(allocation, [ModuleName("h.{i}.q", "layer_{i}/q", "linear")])
+        >>> names = [ModuleName("h.{i}.q", "layer_{i}/q", "linear")]
+        >>> allocation_to_peft(allocation, names)
         {'r': 2, 'lora_alpha': 4, 'target_modules': ['h.1.q'], 'rank_pattern': \
 {'h.1.q': 2}, 'alpha_pattern': {'h.1.q': 4}, 'use_rslora': False}
     """
@@ -64,7 +68,7 @@ def to_peft(allocation: Allocation, names: Sequence[ModuleName]) -> dict[str, An
     }
 
 
-def from_peft(
+def allocation_from_peft(
     config: Mapping[str, Any],
     names: Sequence[ModuleName],
     shapes: Mapping[str, KernelShape],

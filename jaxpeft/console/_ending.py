@@ -6,7 +6,7 @@ import traceback as tracebacks
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jaxpeft.numerics import import_message
+from jaxpeft.console._optional import import_message
 
 # Python's own status of an uncaught exception is 1: that is a fault of the program.
 REFUSED = 2  # what was asked for cannot be done

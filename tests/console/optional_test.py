@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpeft import data, dimension, interop, models, training
-from jaxpeft.numerics import import_message, optional
+from jaxpeft.console import import_message, optional
 
 
 def one_row():
