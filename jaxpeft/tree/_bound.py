@@ -6,7 +6,6 @@ and to the factors alike.
 """
 
 import dataclasses
-import itertools
 from typing import Any, TypeVar
 
 import jax
@@ -101,11 +100,8 @@ def bind(node: AdaptedKernel, taps: Any = None):
     tapped = callable(taps) and node.adapter.where.leaf == "kernel"
     if not terms and f.c is None and f.o is None and not tapped:
         return base
-    leaves = None
-    if tapped:
-        leaves = jax.tree.map(
-            lambda x: x.reshape(batch + x.shape[1:]), layer_leaves(node)
-        )
+    own = lambda x: x.reshape(batch + x.shape[1:])
+    leaves = jax.tree.map(own, layer_leaves(node)) if tapped else None
     return Bound(
         base=base,
         factors=Factors(terms, f.c, f.o),
@@ -144,9 +140,9 @@ def _joined(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
     wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
     a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
     b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
-    before = list(itertools.takewhile(lambda t: not agree(t), terms))
-    after = [t for t in terms[len(before) :] if not agree(t)]
-    return (*before, Term(a, b), *after)
+    first = terms.index(alike[0])
+    after = [t for t in terms[first:] if not agree(t)]
+    return (*terms[:first], Term(a, b), *after)
 
 
 def materialise(w: Bound):

@@ -32,20 +32,20 @@ def check_finite(kernels: Mapping[str, Any], roles: Mapping[str, tuple]) -> None
             for path, kernel in kernels.items()
             if not isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer)
         }
-    bad = []
-    for path, each in found.items():
-        each = np.asarray(each)
-        if not np.all(each):
-            layers = np.argwhere(~each)
-            layers = (layers[:, 0] if each.ndim == 1 else layers).tolist()
-            bad.append(f"{path!r}" + f", layers {layers}" * bool(each.ndim))
+    bad = {path: x for path, x in jax.device_get(found).items() if not np.all(x)}
     if bad:
-        names = [module_path(path) for path, x in found.items() if not np.all(x)]
+        places = "; ".join(_place(path, each) for path, each in bad.items())
         raise ValueError(
             "`params` holds NaN or infinite values, of which an adapter would make "
-            f"others, at: {'; '.join(bad)}. Load the weights again, or leave these "
-            f"sites out with exclude={names!r}."
+            f"others, at: {places}. Load the weights again, or leave these "
+            f"sites out with exclude={[module_path(path) for path in bad]!r}."
         )
+
+
+def _place(path: str, finite: np.ndarray) -> str:
+    layers = np.argwhere(~finite)
+    layers = (layers[:, 0] if finite.ndim == 1 else layers).tolist()
+    return f"{path!r}" + f", layers {layers}" * bool(finite.ndim)
 
 
 def _finite(kernel, batch: tuple[int, ...]):

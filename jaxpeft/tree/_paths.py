@@ -74,10 +74,7 @@ def names_leaf(pattern: str, path: str) -> bool:
 
 def in_module(pattern: str, path: str) -> bool:
     """Whether a list entry names this leaf or any module that it lies in."""
-    parts = path.split("/")
-    return any(
-        suffix_match(pattern, "/".join(parts[: i + 1])) for i in range(len(parts))
-    )
+    return f"/{pattern}/" in f"/{path}/"
 
 
 def pattern_match(pattern: str, path: str) -> bool:

@@ -58,11 +58,9 @@ def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
             return None
         return x.replace(base=None, call=None, frozen=dict.fromkeys(x.frozen))
 
-    def fixed(x):
-        return x.replace(trainable=dict.fromkeys(x.trainable)) if is_node(x) else x
-
+    fixed = lambda node: node.replace(trainable=dict.fromkeys(node.trainable))
     trainable = jax.tree.map(trained, adapted, is_leaf=is_node)
-    return trainable, jax.tree.map(fixed, adapted, is_leaf=is_node)
+    return trainable, map_nodes(fixed, adapted)
 
 
 def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
