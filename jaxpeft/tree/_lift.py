@@ -80,10 +80,7 @@ def shared_names(adapter: Adapter) -> tuple[str, ...]:
 
 
 def shared_shapes(adapter: Adapter, rank: int | None) -> dict:
-    """Shapes of the leaves that sites share, of the size that ``leaf_axes`` is read at.
-
-    Empty for methods without such leaves.
-    """
+    """Shapes of the leaves that sites share, beside a kernel of the shape ``PROBE``."""
     shared = adapter.shared
     if shared is None:
         return {}
@@ -129,7 +126,7 @@ def number_leaves(adapter: Adapter, dtype) -> dict:
 
 
 def site_numbers(adapter: Adapter, kernel, roles: tuple[str, ...]) -> dict:
-    """The same for a whole kernel, its batch axes in front."""
+    """The numbers of a method that are leaves, for a kernel with its batch axes."""
     batch = dims_of(kernel.shape, roles, BATCH)
     each = number_leaves(adapter, working_dtype(kernel.dtype))
     return {name: jnp.broadcast_to(x, batch + x.shape) for name, x in each.items()}

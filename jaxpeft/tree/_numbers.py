@@ -62,16 +62,15 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
             raise ValueError(f"`{name}` must be finite, got {value}")
 
     def change(part):
-        made = {}
-        for name in numbers.keys() & _names(part):
-            _check_shape(part, name, np.shape(numbers[name]))
-            made |= _leaves(part, name, numbers[name])
+        own, made = _names(part), {}
+        for name, value in numbers.items():
+            if name in own:
+                _check_shape(part, name, np.shape(value))
+                made |= _leaves(part, name, value)
         return part.replace(frozen=part.frozen | made)
 
-    return map_nodes(
-        lambda node: together({n: change(x) for n, x in parts_of(node).items()}),
-        adapted,
-    )
+    each = lambda node: {n: change(part) for n, part in parts_of(node).items()}
+    return map_nodes(lambda node: together(each(node)), adapted)
 
 
 def _check_shape(node: AdaptedKernel, name: str, shape: tuple[int, ...]) -> None:

@@ -22,6 +22,8 @@ def replicated(sharding: NamedSharding) -> NamedSharding:
 
 def gathered(kernel):
     """A kernel in one piece, if it is on an explicit mesh: SVDs have no rule there."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
     where = on_mesh(kernel)
     if where is None or AxisType.Explicit not in where.mesh.axis_types:
         return kernel

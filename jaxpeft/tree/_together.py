@@ -100,8 +100,8 @@ def several(parts: tuple[Part, ...]) -> Adapter:
         del rank
         made = {}
         for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
-            if (each := part.adapter.shared) is not None:
-                made |= part.named(each(own, d_in, d_out, part.rank, dtype))
+            if (draw := part.adapter.shared) is not None:
+                made |= part.named(draw(own, d_in, d_out, part.rank, dtype))
         return made
 
     def factors(kernel, frozen, trainable, call):

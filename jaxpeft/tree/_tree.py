@@ -193,7 +193,7 @@ def seen_penalty(adapted: PyTree, seen: Mapping[str, Any]) -> Array:
         A scalar, as ``penalty`` does.
     """
 
-    def of_seen(node):
+    def of_seen(node):  # for each layer and each use of the kernel
         f = node.adapter.penalty.of_seen
         if f is None or node.site.path not in seen:
             return None
