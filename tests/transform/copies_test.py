@@ -7,6 +7,7 @@ The compiler for CPUs lays a product that sums over two axes out anew: the gradi
 import collections
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,25 @@ def test_dropout_adds_no_copy():
     trainable, frozen = jp.partition(dropping)
     args = trainable, numbers(B, T, D, seed=9), frozen
     assert not copied(gradients(), *args) - own_copies()
+
+
+def layouts(target, rank):
+    """Of each product that is a gradient of ``a [128, rank]``, a tall factor."""
+    kernel = {"kernel": numbers(128, 96, scale=0.1)}
+    tree = jp.attach({"q": kernel}, jp.lora(rank), ["q"], key=jax.random.key(0))
+    trainable, frozen = jp.partition(tree)
+    forward = jp.adapt(lambda p, x: x @ p["q"]["kernel"], target=target)
+    loss = lambda t, f, x: jnp.sum(forward(jp.combine(t, f), x) ** 2)
+    args = trainable, frozen, numbers(B, T, 128)
+    text = jax.jit(jax.grad(loss)).lower(*args).compile().as_text()
+    return re.findall(rf"= f32\[128,{rank}\]\{{(\S*)\}} dot\(", text)
+
+
+def test_the_gradient_of_a_tall_factor_is_a_wide_product():
+    """Rows of ``d_in`` numbers, not of ``r``: products of few columns are slow."""
+    assert layouts("cpu", 4) == ["0,1"]
+    assert layouts("tpu", 4) == ["1,0"]  # as the compiler has it
+    assert layouts("cpu", 64) == ["1,0"]  # not tall
 
 
 def test_a_look_up_copies_nothing():

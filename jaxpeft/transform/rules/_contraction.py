@@ -20,7 +20,6 @@ from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses, only_kernel, rule
 from jaxpeft.transform._thin import (
     Read,
-    joins_axes,
     labelled_dot,
     precision_of,
     read,
@@ -114,7 +113,7 @@ def contract(
         for role in (IN, OUT, BATCH)
     )
     precision, given = precision_of(eqn.params), (x, x_labels)
-    product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
+    product = functools.partial(labelled_dot, target=uses.target)
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
@@ -323,9 +322,8 @@ def look_up(
             return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        b_labels, joined = batch + rank + rest, joins_axes(eqn.uses.target)
-        out = index + rest
-        changes.append(labelled_dot(a, index + rank, b, b_labels, out, joined=joined))
+        up = functools.partial(labelled_dot, target=eqn.uses.target)
+        changes.append(up(a, index + rank, b, batch + rank + rest, index + rest))
     return finish(
         y, changes, rows.o, lambda o: spread_along(o, batch + rest, index + rest)
     )

@@ -17,7 +17,6 @@ from jaxpeft.transform._rule import Equation, only_kernel, rule
 from jaxpeft.transform._thin import (
     HIGHEST,
     Read,
-    joins_axes,
     labelled_dot,
     precision_of,
     shown,
@@ -62,7 +61,7 @@ def _convolution(eqn: Equation, x, w):
     ins = [("w", i) for i, role in enumerate(w.roles) if role == IN]
     rank, out = [("r", 0)], [("o", 0)]
     precision = precision_of(params)
-    product = functools.partial(labelled_dot, joined=joins_axes(uses.target))
+    product = functools.partial(labelled_dot, target=uses.target)
     widths = (groups,) * len(group) + (w.base.shape[out_axis] // groups,)
 
     def rows(z):
