@@ -19,7 +19,7 @@ from jaxpeft.tree._node import AdaptedKernel, made_like, map_nodes
 from jaxpeft.tree._paths import nearest
 from jaxpeft.tree._terms import BATCH
 from jaxpeft.tree._together import is_several, named_parts, parts_of, together
-from jaxpeft.tree._unit import alpha_of, unit_scale
+from jaxpeft.tree._unit import alpha_of, is_scale, unit_scale
 
 
 def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
@@ -93,13 +93,8 @@ def _names(node: AdaptedKernel) -> list[str]:
     """The numbers that a site has: alpha, and those with a leaf."""
     options = node.adapter.options
     has_alpha = node.adapter.where.alpha is not None
-    scaled = ["alpha"] if has_alpha and any(map(_is_scale, node.frozen)) else []
+    scaled = ["alpha"] if has_alpha and any(map(is_scale, node.frozen)) else []
     return scaled + [n for n in options.numbers if n in node.frozen]
-
-
-def _is_scale(name: str) -> bool:
-    """Whether a frozen leaf is proportional to alpha, by its name."""
-    return name.startswith("scale")
 
 
 def _leaves(node: AdaptedKernel, number: str, value: Any) -> dict[str, Array]:
@@ -110,7 +105,7 @@ def _leaves(node: AdaptedKernel, number: str, value: Any) -> dict[str, Array]:
         return {number: spread.astype(like.dtype)}
     made = {}
     for name, like in node.frozen.items():
-        if _is_scale(name):
+        if is_scale(name):
             # What the method makes of alpha 1 at the rank of each layer that there is:
             # a slice has fewer than its site.
             ranks = (node.site.ranks or ())[: math.prod(like.shape)]

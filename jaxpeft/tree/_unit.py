@@ -10,6 +10,11 @@ import numpy as np
 from jaxpeft.tree._adapter import Adapter
 
 
+def is_scale(name: str) -> bool:
+    """Whether a frozen leaf is proportional to alpha, by its name."""
+    return name.startswith("scale")
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scales(adapter: Adapter, rank: int, alphas):
     """The leaves that are proportional to alpha, for several alphas."""
@@ -18,7 +23,7 @@ def _scales(adapter: Adapter, rank: int, alphas):
         # Larger than the rank, and of a size that blocks and groups divide.
         kernel = jnp.eye(math.lcm(2 * rank, 48), dtype=alphas.dtype)
         frozen, _ = adapter.init(jax.random.key(0), kernel, rank, alpha)
-        return {name: x for name, x in frozen.items() if name.startswith("scale")}
+        return {name: x for name, x in frozen.items() if is_scale(name)}
 
     return jax.lax.map(one, alphas)
 
