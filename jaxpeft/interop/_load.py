@@ -292,12 +292,7 @@ def _expected_shapes(kernel, adapter: Adapter, site: Site) -> dict[str, dict]:
         warnings.simplefilter("ignore")
         parts = jax.eval_shape(
             lambda key, kernel: initialise(
-                key,
-                kernel,
-                adapter=adapter,
-                roles=site.roles,
-                ranks=site.ranks,
-                alphas=alphas,
+                key, kernel, adapter=adapter, site=site, alphas=alphas
             ),
             jax.eval_shape(lambda: jax.random.key(0)),
             jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),

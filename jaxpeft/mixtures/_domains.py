@@ -50,9 +50,7 @@ def add_domain(adapted: PyTree, name: str, *, key: Key[Array, ""]) -> PyTree:
             site_key(key, node.site.path),
             node.base,
             adapter=alone,
-            roles=node.roles,
-            ranks=node.site.ranks,
-            alphas=None,  # of leaves that are not taken
+            site=node.site,  # without alphas: their leaves are not taken
         )
         leaves = {**parts[0], **parts[1]}
         return {n: x for n, x in leaves.items() if n.partition(".")[2] == name}

@@ -179,15 +179,8 @@ def _check_order(found, domains, name: str) -> None:
 
 
 def _drawn_router(node: AdaptedKernel, key) -> AdaptedKernel:
-    site = node.site
-    _, drawn = initialise(
-        site_key(key, site.path),
-        node.base,
-        adapter=node.adapter,
-        roles=node.roles,
-        ranks=site.ranks,
-        alphas=None,
-    )
+    own = site_key(key, node.site.path)
+    _, drawn = initialise(own, node.base, adapter=node.adapter, site=node.site)
     return node.replace(trainable=drawn)
 
 

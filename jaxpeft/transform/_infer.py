@@ -33,7 +33,7 @@ class _Origins(str):
         return self
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 class _Track(Kernel):
     """A kernel whose roles are still to be learnt: it has origins in their place."""
 

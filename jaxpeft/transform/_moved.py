@@ -29,7 +29,7 @@ class NoRule(Exception):
 _OWN = (RANK, SLOT)  # axes that no axis of the kernel lies behind
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 class Kernel(Bound):
     """What a rule is handed in place of a kernel's array.
 

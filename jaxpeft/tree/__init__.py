@@ -12,8 +12,6 @@ from jaxpeft.tree._adapter import methods as methods
 from jaxpeft.tree._adapter import rebuild as rebuild
 from jaxpeft.tree._attach import attach as attach
 from jaxpeft.tree._attach import fold_base as fold_base
-from jaxpeft.tree._attach import gathered as gathered
-from jaxpeft.tree._attach import place_like as place_like
 from jaxpeft.tree._attach import site_key as site_key
 from jaxpeft.tree._axes import USES as USES
 from jaxpeft.tree._axes import Axes as Axes
@@ -26,7 +24,6 @@ from jaxpeft.tree._bound import join_terms as join_terms
 from jaxpeft.tree._bound import materialise as materialise
 from jaxpeft.tree._call import with_call as with_call
 from jaxpeft.tree._call import with_dropout as with_dropout
-from jaxpeft.tree._call import without_keys as without_keys
 from jaxpeft.tree._change import Change as Change
 from jaxpeft.tree._change import change as change
 from jaxpeft.tree._change import structure as structure
@@ -39,7 +36,6 @@ from jaxpeft.tree._kept import take_components as take_components
 from jaxpeft.tree._lift import axes_of as axes_of
 from jaxpeft.tree._lift import dims_of as dims_of
 from jaxpeft.tree._lift import expand_leaf as expand_leaf
-from jaxpeft.tree._lift import from_matrices as from_matrices
 from jaxpeft.tree._lift import init_shapes as init_shapes
 from jaxpeft.tree._lift import layer_leaves as layer_leaves
 from jaxpeft.tree._lift import leaf_axes as leaf_axes
@@ -71,6 +67,8 @@ from jaxpeft.tree._paths import module_path as module_path
 from jaxpeft.tree._paths import names_leaf as names_leaf
 from jaxpeft.tree._paths import nearest as nearest
 from jaxpeft.tree._paths import resolve_pattern as resolve_pattern
+from jaxpeft.tree._places import gathered as gathered
+from jaxpeft.tree._places import place_like as place_like
 from jaxpeft.tree._roles import parse_roles as parse_roles
 from jaxpeft.tree._roles import roles_of as roles_of
 from jaxpeft.tree._several import extract as extract
@@ -87,7 +85,6 @@ from jaxpeft.tree._terms import Rows as Rows
 from jaxpeft.tree._terms import Term as Term
 from jaxpeft.tree._terms import map_axes as map_axes
 from jaxpeft.tree._together import DEFAULT as DEFAULT
-from jaxpeft.tree._together import is_several as is_several
 from jaxpeft.tree._together import parts_of as parts_of
 from jaxpeft.tree._together import together as together
 from jaxpeft.tree._tree import combine as combine

@@ -122,9 +122,8 @@ class Options(Mapping[str, Any]):
 
     @functools.cached_property
     def start(self) -> Any:
-        """The options that initial leaves follow from, beside alpha and numbers."""
-        drawn = tuple((n, v) for n, v in self.given if n in self.drawn)
-        return self.structure, drawn
+        """What initial leaves follow from beside ``structure``, alpha and numbers."""
+        return tuple((n, v) for n, v in self.given if n in self.drawn)
 
 
 def _is_there(value: Any) -> Any:

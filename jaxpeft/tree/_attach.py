@@ -13,33 +13,30 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.console import SlowWork
 from jaxpeft.tree._adapter import Adapter
-from jaxpeft.tree._begin import (
-    initialise,
-    initialise_layer,
-    joined_layers,
-    layer_settings,
-    with_number_leaves,
-)
+from jaxpeft.tree._begin import initialise
 from jaxpeft.tree._change import refolded
 from jaxpeft.tree._finite import check_finite
 from jaxpeft.tree._grouped import some
 from jaxpeft.tree._kept import only_adds, take_components
 from jaxpeft.tree._layers import site_methods
-from jaxpeft.tree._lift import init_shapes, leaf_axes, leaf_entries, matrix_shape
+from jaxpeft.tree._lift import init_shapes, leaf_axes, matrix_shape
 from jaxpeft.tree._node import (
     AdaptedKernel,
     Site,
     check_key,
     is_node,
     leaves_with_path,
+    made_like,
     wider,
+    with_leaves,
     working_dtype,
 )
 from jaxpeft.tree._paths import Targets
 from jaxpeft.tree._per_layer import per_layer_values
+from jaxpeft.tree._places import gathered, on_mesh, place_like, replicated
 from jaxpeft.tree._roles import roles_of
 from jaxpeft.tree._targets import choose
-from jaxpeft.tree._terms import BATCH, IN
+from jaxpeft.tree._terms import IN, OUT
 from jaxpeft.tree._together import (
     DEFAULT,
     check_name,
@@ -155,44 +152,36 @@ def attach(
             "into the kernel; write residual='separate' (base='separate' of KaSA)"
         )
     chosen = choose(leaves, adapter, targets, exclude, name, axes)
-    there = {path: x for path, x in leaves if path in chosen and is_node(x)}
-    for path, node in there.items():
-        check_sharing(path, {**_methods(node), name: (adapter, adapter.where.rank)})
+    there = {p: parts_of(x) for p, x in leaves if p in chosen and is_node(x)}
+    for path, parts in there.items():
+        others = {n: (part.adapter, part.site.rank) for n, part in parts.items()}
+        check_sharing(path, {**others, name: (adapter, adapter.where.rank)})
     by_path = {path: x.base if is_node(x) else x for path, x in leaves}
-    paths = list(chosen)
-    roles = {p: ("out",) * by_path[p].ndim for p in paths}
+    roles = {path: (OUT,) * by_path[path].ndim for path in chosen}
     if adapter.where.leaf == "kernel":
-        had = {path: node.site.roles for path, node in there.items()}
-        roles = had | roles_of(by_path, [p for p in paths if p not in had], axes)
-        roles = {path: roles[path] for path in paths}
+        had = {path: x.site.roles for path, x in leaves if path in there}
+        roles = had | roles_of(by_path, [p for p in chosen if p not in had], axes)
     ranks = per_layer_values("rank", rank_pattern, adapter.where.rank, by_path, roles)
     alphas = per_layer_values(
         "alpha", alpha_pattern, adapter.where.alpha, by_path, roles, ranks
     )
     _check(adapter, by_path, roles, ranks)
-    check_finite({path: by_path[path] for path in paths}, roles)
+    check_finite({path: by_path[path] for path in chosen}, roles)
     methods = site_methods(adapter, by_path, roles)
     shared = _shared(adapter, by_path, roles, ranks, key, name)
-    layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in paths]
+    layers = [matrix_shape(by_path[p].shape, roles[p])[0] for p in chosen]
     made = {}
     show = SlowWork(f"attach {adapter.name or 'adapter'}", sum(layers), "kernels")
-    for path in paths:
-        site = Site(path, roles[path], ranks[path], chosen[path], alphas[path])
+    for path, entry in chosen.items():
+        site = Site(path, roles[path], ranks[path], entry, alphas[path])
         own = alphas[path], site_key(key, path, name)
         made[path] = _make(by_path[path], methods[path], site, *own, shared, show)
     show.close()
     for path, each in kept.items():
         made[path] = take_components(made[path], each)
     for path, node in made.items():
-        others = parts_of(there[path]) if path in there else {}
-        made[path] = together(others | {name: node})
-    _, treedef = jax.tree.flatten(params, is_leaf=is_node)
-    return treedef.unflatten([made.get(p, leaf) for p, leaf in leaves])
-
-
-def _methods(node: AdaptedKernel) -> dict[str, tuple[Adapter, int | None]]:
-    ranks = lambda part: part.site.ranks and max(part.site.ranks)
-    return {n: (part.adapter, ranks(part)) for n, part in parts_of(node).items()}
+        made[path] = together(there.get(path, {}) | {name: node})
+    return with_leaves(params, made)
 
 
 def site_key(key, path: str, name: str = DEFAULT):
@@ -207,9 +196,7 @@ def site_key(key, path: str, name: str = DEFAULT):
 def _check(adapter: Adapter, by_path, roles, ranks) -> None:
     """Raises what a method objects to, with the site, before anything is computed."""
     # By shapes: `init` is traced once for all sites of one shape, rank and dtype.
-    said: dict[tuple, list] = {}
     sites: dict[tuple, list[str]] = {}
-    large: dict[tuple, list[str]] = {}
     for path, site_roles in roles.items():
         kernel = by_path[path]
         _, d_in, d_out = matrix_shape(kernel.shape, site_roles)
@@ -217,34 +204,31 @@ def _check(adapter: Adapter, by_path, roles, ranks) -> None:
             if rank == 0:
                 _check_none(adapter, path)
                 continue
-            if rank is not None and rank > min(d_in, d_out):
-                large.setdefault((rank, d_in, d_out), []).append(path)
             like = (d_in, d_out, rank, working_dtype(kernel.dtype))
             sites.setdefault(like, []).append(path)
-            if like in said:
-                continue
-            try:
-                with warnings.catch_warnings(record=True) as heard:
-                    warnings.simplefilter("always")
-                    # Past the cache: a trace that is not made warns of nothing.
-                    init_shapes.__wrapped__(adapter, *like)
-            except ValueError as e:
-                shape = tuple(kernel.shape)
-                raise ValueError(f"site {path!r}, shape {shape}: {e}") from e
-            said[like] = heard
-    for like, heard in said.items():
+    for like, (path, *_) in sites.items():
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                # Past the cache: a trace that is not made warns of nothing.
+                init_shapes.__wrapped__(adapter, *like)
+        except ValueError as e:
+            shape = tuple(by_path[path].shape)
+            raise ValueError(f"site {path!r}, shape {shape}: {e}") from e
         for warning in heard:
             warnings.warn(
                 f"sites {some(sites[like])}: {warning.message}",
                 warning.category,
                 stacklevel=3,
             )
-    _warn_of_rank(adapter, large)
+    _warn_of_rank(adapter, sites)
 
 
-def _warn_of_rank(adapter: Adapter, large: dict[tuple, list[str]]) -> None:
+def _warn_of_rank(adapter: Adapter, sites: dict[tuple, list[str]]) -> None:
     """Warns of ranks that the method allows, and that a kernel has no use for."""
-    for (rank, d_in, d_out), paths in large.items():
+    for (d_in, d_out, rank, _), paths in sites.items():
+        if rank is None or rank <= min(d_in, d_out):
+            continue
         trained = leaf_axes(adapter, rank)[1].values()
         # Of an `a` that does not train, each column is one more direction to weigh.
         if any({IN, None} <= set(axes) for axes in trained):
@@ -281,78 +265,24 @@ def _shared(adapter: Adapter, by_path, roles, ranks, key, name) -> dict[str, Any
     )
     own = site_key(key, f"shared by {adapter.name}", name)
     first = by_path[next(iter(roles))]
-    if isinstance(first, jax.ShapeDtypeStruct):
-        return jax.eval_shape(make, own)
-    shared, sharding = make(own), getattr(first, "sharding", None)
-    if isinstance(first, jax.core.Tracer) or not isinstance(
-        sharding, jax.sharding.NamedSharding
-    ):
-        return shared
-    return jax.device_put(shared, sharding.update(spec=jax.sharding.PartitionSpec()))
+    shared, where = made_like(first, make, own), on_mesh(first)
+    return shared if where is None else jax.device_put(shared, replicated(where))
 
 
 def _make(
     kernel, adapter: Adapter, site: Site, alphas, key, shared, show
 ) -> AdaptedKernel:
-    abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+    init = functools.partial(
+        initialise, adapter=adapter, site=site, alphas=alphas, done=show
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
-        if abstract or isinstance(kernel, jax.core.Tracer) or BATCH not in site.roles:
-            init = functools.partial(
-                initialise,
-                adapter=adapter,
-                roles=site.roles,
-                ranks=site.ranks,
-                alphas=alphas,
-            )
-            init = functools.partial(jax.eval_shape, init) if abstract else init
-            frozen, trainable = init(key, gathered(kernel))
-            show(matrix_shape(kernel.shape, site.roles)[0])
-        else:
-            frozen, trainable = _by_layer(
-                gathered(kernel), adapter, site, alphas, key, show
-            )
+        frozen, trainable = made_like(kernel, init, key, gathered(kernel))
     node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
-    if adapter.folded is not None:
-        node = node.replace(base=kernel if abstract else fold_base(node))
+    if adapter.folded is not None and not isinstance(kernel, jax.ShapeDtypeStruct):
+        node = node.replace(base=fold_base(node))
     node = place_like(node, kernel)
     return node.replace(frozen=node.frozen | shared)
-
-
-def _by_layer(kernel, adapter: Adapter, site: Site, alphas, key, show):
-    """A stack's leaves, made layer by layer: workspace for one, and progress shown."""
-    layers = matrix_shape(kernel.shape, site.roles)[0]
-    keys, each = jax.random.split(key, layers), []
-    settings = layer_settings(adapter, layers, site.ranks)
-    for i, (method, rank) in enumerate(settings):
-        made = initialise_layer(
-            keys[i],
-            kernel,
-            i,
-            adapter=method,
-            roles=site.roles,
-            rank=rank,
-            alpha=None if alphas is None else alphas[i],
-        )
-        each.append(jax.block_until_ready(made))
-        show(1)
-    parts = joined_layers(
-        each, kernel, adapter=adapter, roles=site.roles, ranks=site.ranks
-    )
-    return with_number_leaves(parts, kernel, adapter, site.roles)
-
-
-def gathered(kernel):
-    """A kernel in one piece, if it is on an explicit mesh: SVDs have no rule there."""
-    sharding = getattr(kernel, "sharding", None)
-    explicit = jax.sharding.AxisType.Explicit
-    if isinstance(kernel, jax.core.Tracer) or not isinstance(
-        sharding, jax.sharding.NamedSharding
-    ):
-        return kernel
-    if explicit not in sharding.mesh.axis_types:
-        return kernel
-    return jax.device_put(kernel, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
 def fold_base(node: AdaptedKernel, warn: bool = True):
@@ -375,25 +305,3 @@ def fold_base(node: AdaptedKernel, warn: bool = True):
             stacklevel=5,
         )
     return folded
-
-
-def place_like(node: AdaptedKernel, kernel) -> AdaptedKernel:
-    """Puts each leaf where its kernel lies, sharded along the same axes."""
-    sharding = getattr(kernel, "sharding", None)
-    if isinstance(kernel, jax.core.Tracer) or not isinstance(
-        sharding, jax.sharding.NamedSharding
-    ):
-        return node
-    entries = leaf_entries(node)
-    spec = tuple(sharding.spec) + (None,) * (kernel.ndim - len(sharding.spec))
-
-    def place(name, leaf):
-        along = tuple(None if i is None else spec[i] for i in entries[name])
-        return jax.device_put(
-            leaf, sharding.update(spec=jax.sharding.PartitionSpec(*along))
-        )
-
-    return node.replace(
-        frozen={n: place(n, x) for n, x in node.frozen.items()},
-        trainable={n: place(n, x) for n, x in node.trainable.items()},
-    )

@@ -22,19 +22,13 @@ def scaled_biases(tree: Any) -> dict[str, AdaptedKernel]:
     Raises:
         ValueError: such a bias has not the shape of the kernel's output.
     """
-    leaves = leaves_with_path(tree)
-    if not any(is_node(x) and x.adapter.where.bias == "scaled" for _, x in leaves):
-        return {}
-    by_path, found = dict(leaves), {}
-    for path, node in leaves:
-        module = module_path(path)
+    by_path, found = dict(leaves_with_path(tree)), {}
+    for path, node in by_path.items():
         if not is_node(node) or node.adapter.where.bias != "scaled":
             continue
-        if module == path:
-            continue
-        for bias in (f"{module}/{name}" for name in BIASES):
-            if bias not in by_path or bias == path:
-                continue
+        module = module_path(path)
+        beside = [f"{module}/{name}" for name in BIASES if module != path]
+        for bias in (p for p in beside if p in by_path and p != path):
             scale = jax.eval_shape(lifted_factors, node).o
             if scale is None:
                 continue

@@ -6,21 +6,25 @@ and to the factors alike.
 """
 
 import dataclasses
-import itertools
-import math
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.tree._lift import dims_of, layer_leaves, lifted_factors
+from jaxpeft.tree._lift import (
+    dims_of,
+    from_matrices,
+    layer_leaves,
+    lifted_factors,
+    to_matrices,
+)
 from jaxpeft.tree._node import AdaptedKernel, trailing, wider
-from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, Term
+from jaxpeft.tree._terms import BATCH, Factors, Term
 
 _BoundT = TypeVar("_BoundT", bound="Bound")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bound:
     """A kernel and its factors at one place of a program.
@@ -43,16 +47,8 @@ class Bound:
     key: Any
     leaves: Any
     mask: Any
-    names: tuple[str, ...]
-    path: str
-
-    def tree_flatten(self):
-        arrays = (self.base, self.factors, self.key, self.leaves, self.mask)
-        return arrays, (self.names, self.path)
-
-    @classmethod
-    def tree_unflatten(cls, static, arrays):
-        return cls(*arrays, *static)
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -104,11 +100,8 @@ def bind(node: AdaptedKernel, taps: Any = None):
     tapped = callable(taps) and node.adapter.where.leaf == "kernel"
     if not terms and f.c is None and f.o is None and not tapped:
         return base
-    leaves = None
-    if tapped:
-        leaves = jax.tree.map(
-            lambda x: x.reshape(batch + x.shape[1:]), layer_leaves(node)
-        )
+    own = lambda x: x.reshape(batch + x.shape[1:])
+    leaves = jax.tree.map(own, layer_leaves(node)) if tapped else None
     return Bound(
         base=base,
         factors=Factors(terms, f.c, f.o),
@@ -147,9 +140,9 @@ def join_terms(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
     wide = wider(*(x.dtype for t in alike for x in (t.a, t.b)))
     a = jnp.concatenate([t.a.astype(wide) for t in alike], -1)
     b = jnp.concatenate([t.b.astype(wide) for t in alike], rank_axis)
-    before = list(itertools.takewhile(lambda t: not agree(t), terms))
-    after = [t for t in terms[len(before) :] if not agree(t)]
-    return (*before, Term(a, b), *after)
+    first = terms.index(alike[0])
+    after = [t for t in terms[first:] if not agree(t)]
+    return (*terms[:first], Term(a, b), *after)
 
 
 def materialise(w: Bound):
@@ -160,24 +153,14 @@ def materialise(w: Bound):
     """
     arrays = [w.base, w.c, w.o, *(term.b for term in w.terms)]
     dtype = wider(*(x.dtype for x in arrays if x is not None))
-    batch, d_in, d_out = w.dims(BATCH), w.dims(IN), w.dims(OUT)
-    rows, columns = math.prod(d_in), math.prod(d_out)
-    order = _order(w.roles)
-    matrix = w.base.transpose(order).reshape(*batch, rows, columns).astype(dtype)
+    matrices = to_matrices(w.base, w.roles).astype(dtype)
+    layers, rows, columns = matrices.shape
     for term in w.terms:
-        a = term.a.reshape(*batch, rows, term.a.shape[-1]).astype(dtype)
-        b = term.b.reshape(*batch, a.shape[-1], columns).astype(dtype)
-        matrix = matrix + jnp.matmul(a, b, precision="highest")
+        a = term.a.reshape(layers, rows, term.a.shape[-1]).astype(dtype)
+        b = term.b.reshape(layers, a.shape[-1], columns).astype(dtype)
+        matrices = matrices + jnp.matmul(a, b, precision="highest")
     if w.c is not None:
-        matrix = matrix * w.c.reshape(*batch, rows, 1).astype(dtype)
+        matrices = matrices * w.c.reshape(layers, rows, 1).astype(dtype)
     if w.o is not None:
-        matrix = matrix * w.o.reshape(*batch, 1, columns).astype(dtype)
-    matrix = matrix.reshape(batch + d_in + d_out).astype(w.base.dtype)
-    return matrix.transpose(tuple(order.index(i) for i in range(len(order))))
-
-
-def _order(roles) -> tuple[int, ...]:
-    """The base's axes, batch first, then in, then out."""
-    return sum(
-        (tuple(i for i, r in enumerate(roles) if r == x) for x in (BATCH, IN, OUT)), ()
-    )
+        matrices = matrices * w.o.reshape(layers, 1, columns).astype(dtype)
+    return from_matrices(matrices.astype(w.base.dtype), w.base.shape, w.roles)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from jaxpeft.tree._adapter import Call
 from jaxpeft.tree._attach import site_key
 from jaxpeft.tree._change import structure_of
-from jaxpeft.tree._lift import axes_of, matrix_shape
+from jaxpeft.tree._lift import dims_of
 from jaxpeft.tree._node import AdaptedKernel, check_key, map_nodes, nodes
 from jaxpeft.tree._terms import BATCH
 
@@ -65,9 +65,8 @@ def with_call(
     """
     if step_key is ... and key is not ...:
         step_key = key
-    given = {"key": key, "step_key": step_key, "mask": mask}
-    given |= {"gates": gates, "rows": rows}
-    given = {name: x for name, x in given.items() if x is not ...}
+    call = Call(key, step_key, mask, gates, rows)._asdict()
+    given = {name: x for name, x in call.items() if x is not ...}
     for name in ("key", "step_key"):
         if given.get(name) is not None:
             check_key(given[name])
@@ -82,23 +81,18 @@ def with_call(
             for name, x in given.items()
             if x is not None and name in reads
         }
-        return node.replace(
-            call={n: call[n] for n in Call._fields if n in call} or None
-        )
+        return node.replace(call=call or None)
 
     return map_nodes(add, adapted)
 
 
 def _for_layers(node: AdaptedKernel, name: str, x):
     """An entry with a site's batch axes in front: a key for each layer, or copies."""
-    batch = tuple(node.base.shape[i] for i in axes_of(node.roles, BATCH))
+    batch = dims_of(node.base.shape, node.roles, BATCH)
     if name not in ("key", "step_key"):
         return jnp.broadcast_to(x, batch + x.shape)
     own = site_key(x, node.site.path)
-    if not batch:
-        return own
-    layers = matrix_shape(node.base.shape, node.roles)[0]
-    return jax.random.split(own, layers).reshape(batch)
+    return jax.random.split(own, batch) if batch else own
 
 
 def with_dropout(
@@ -117,13 +111,5 @@ def with_dropout(
     Returns:
         The tree with keys where a method has dropout.
     """
-    return with_call(
-        adapted, key=key, step_key=key if leaves_key is None else leaves_key
-    )
-
-
-def without_keys(node: AdaptedKernel) -> AdaptedKernel:
-    """The node in evaluation mode."""
-    call = node.call or {}
-    kept = {n: x for n, x in call.items() if n not in ("key", "step_key")}
-    return node.replace(call=kept or None)
+    step_key = key if leaves_key is None else leaves_key
+    return with_call(adapted, key=key, step_key=step_key)

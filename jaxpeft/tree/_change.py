@@ -17,12 +17,14 @@ from jaxpeft.tree._lift import (
     from_matrices,
     init_shapes,
     layer_leaves,
+    shared_shapes,
     to_matrices,
 )
 from jaxpeft.tree._node import AdaptedKernel, working_dtype
 from jaxpeft.tree._terms import Factors, Term
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Change:
     """What becomes of an original kernel ``W``.
@@ -35,7 +37,9 @@ class Change:
 
     factors: Factors
     folded: tuple[Term, ...] = ()
-    reads: frozenset[str] = frozenset()
+    reads: frozenset[str] = dataclasses.field(
+        default=frozenset(), metadata={"static": True}
+    )
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -67,11 +71,6 @@ class Change:
         """Names of the experts that gates weigh, in the order of the gates."""
         gates = (term.gate for term in self.factors.terms if term.gate is not None)
         return sum((gate.names for gate in gates), ())
-
-
-def _parts(found: Change):
-    """The arrays of a change, as a pytree."""
-    return found.factors, found.folded
 
 
 NO_CALL = Call()
@@ -115,27 +114,18 @@ def structure(adapter: Adapter, rank: int | None) -> Change:
         adapter: the method.
         rank: its rank; ``None`` for methods without one.
     """
-    (d_in, d_out), dtype = PROBE, jnp.dtype(jnp.float32)
-    frozen, trainable = init_shapes(adapter, d_in, d_out, rank, dtype)
-    shared, asked = {}, _Asked()
-    if adapter.shared is not None:
-        make = functools.partial(
-            adapter.shared, d_in=d_in, d_out=d_out, rank=rank, dtype=dtype
-        )
-        shared = jax.eval_shape(lambda: make(jax.random.key(0)))
-    found = jax.eval_shape(
-        lambda *arrays: _parts(change(adapter, *arrays, asked)),
-        jax.ShapeDtypeStruct((d_in, d_out), dtype),
-        frozen | shared,
-        trainable,
-    )
-    return Change(*found, frozenset(asked.names))
+    dtype, asked = jnp.dtype(jnp.float32), _Asked()
+    kernel = jax.ShapeDtypeStruct(PROBE, dtype)
+    frozen, trainable = init_shapes(adapter, *PROBE, rank, dtype)
+    frozen = frozen | shared_shapes(adapter, rank)
+    made = lambda *arrays: change(adapter, *arrays, asked)
+    found = jax.eval_shape(made, kernel, frozen, trainable)
+    return dataclasses.replace(found, reads=frozenset(asked.names))
 
 
 def structure_of(node: AdaptedKernel) -> Change:
     """What a site's method does to its kernel, whatever values its leaves have."""
-    ranks = node.site.ranks
-    return structure(node.adapter, None if ranks is None else max(ranks))
+    return structure(node.adapter, node.site.rank)
 
 
 def refolded(node: AdaptedKernel, sign: float = 1.0):

@@ -4,13 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from jaxpeft.tree._lift import per_layer
-from jaxpeft.tree._node import AdaptedKernel, nodes
-from jaxpeft.tree._numbers import alphas_of
-from jaxpeft.tree._together import DEFAULT, parts_of
+from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._numbers import alphas_of, is_concrete
+from jaxpeft.tree._together import DEFAULT, named_parts
 from jaxpeft.tree._tree import count, trainable_size
 
 
@@ -77,7 +76,7 @@ def describe(adapted: PyTree) -> Description:
         A ``Description``; print it.
     """
     rows, patterns, report = [], {}, []
-    each = [pair for node in nodes(adapted) for pair in parts_of(node).items()]
+    each = named_parts(adapted)
     named = any(name != DEFAULT for name, _ in each)
     for name, node in each:
         site = node.site
@@ -106,9 +105,7 @@ def describe(adapted: PyTree) -> Description:
 
 def _report(node: AdaptedKernel, name: dict[str, str]) -> list[dict[str, Any]]:
     """The method's facts for each layer; ``name`` is said where adapters have one."""
-    arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(node))
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(node))
-    if node.adapter.report is None or not arrays or traced:
+    if node.adapter.report is None or not all(map(is_concrete, jax.tree.leaves(node))):
         return []
     facts = jax.device_get(per_layer(node, node.adapter.report))
     ranks, layers = node.site.ranks or (), range(len(next(iter(facts.values()))))

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpeft.tree._lift import axes_of
 from jaxpeft.tree._paths import module_path
+from jaxpeft.tree._places import on_mesh, replicated
 from jaxpeft.tree._terms import BATCH
 
 
@@ -31,33 +32,30 @@ def check_finite(kernels: Mapping[str, Any], roles: Mapping[str, tuple]) -> None
             for path, kernel in kernels.items()
             if not isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer)
         }
-    bad = []
-    for path, each in found.items():
-        each = np.asarray(each)
-        if not np.all(each):
-            layers = np.argwhere(~each)
-            layers = (layers[:, 0] if each.ndim == 1 else layers).tolist()
-            bad.append(f"{path!r}" + f", layers {layers}" * bool(each.ndim))
+    bad = {path: x for path, x in jax.device_get(found).items() if not np.all(x)}
     if bad:
-        names = [module_path(path) for path, x in found.items() if not np.all(x)]
+        places = "; ".join(_place(path, each) for path, each in bad.items())
         raise ValueError(
             "`params` holds NaN or infinite values, of which an adapter would make "
-            f"others, at: {'; '.join(bad)}. Load the weights again, or leave these "
-            f"sites out with exclude={names!r}."
+            f"others, at: {places}. Load the weights again, or leave these "
+            f"sites out with exclude={[module_path(path) for path in bad]!r}."
         )
+
+
+def _place(path: str, finite: np.ndarray) -> str:
+    layers = np.argwhere(~finite)
+    layers = (layers[:, 0] if finite.ndim == 1 else layers).tolist()
+    return f"{path!r}" + f", layers {layers}" * bool(finite.ndim)
 
 
 def _finite(kernel, batch: tuple[int, ...]):
     """Whether each layer is finite, ``[*batch]``, on every device and process."""
-    sharding = getattr(kernel, "sharding", None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        where = sharding.update(spec=jax.sharding.PartitionSpec())
-        return _reduction(where)(kernel, batch)
-    return _reduction()(kernel, batch)
+    where = on_mesh(kernel)
+    return _reduction(where and replicated(where))(kernel, batch)
 
 
 @functools.cache
-def _reduction(where=None):
+def _reduction(where):
     def finite(kernel, batch):
         rest = tuple(i for i in range(kernel.ndim) if i not in batch)
         return jnp.all(jnp.isfinite(kernel), rest)

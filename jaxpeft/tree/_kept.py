@@ -1,7 +1,6 @@
 """Fewer components of a low-rank site: a smaller node that computes the same."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,8 +9,8 @@ import numpy as np
 
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._change import structure
-from jaxpeft.tree._lift import leaf_axes
-from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._lift import leaf_entries, shared_names
+from jaxpeft.tree._node import AdaptedKernel, made_like
 from jaxpeft.tree._terms import BATCH
 
 
@@ -47,49 +46,38 @@ def take_components(
     real = np.zeros((len(kept), width), bool)
     for layer, each in enumerate(kept):
         index[layer, : len(each)], real[layer, : len(each)] = each, True
-    batch, parts = site.roles.count(BATCH), []
-    top = max(site.ranks or (0,))
-    axes = leaf_axes(node.adapter, top)
-    for part, names in zip((node.frozen, node.trainable), axes, strict=True):
-        leaves = {}
-        for name, x in part.items():
-            roles = names.get(name, ())
-            if roles.count(None) > 1:
-                raise ValueError(
-                    f"site {site.path!r}: leaf {name!r} of {node.adapter.name!r} mixes "
-                    "components, which cannot be cut off one by one"
-                )
-            if None not in roles:
-                leaves[name] = x
-                continue
-            # `at`: the axis of components, behind the kernel's own axes.
-            before = roles[: roles.index(None)]
-            at = batch + sum(site.roles.count(role) for role in before)
-            if x.shape[at] != top:
-                raise ValueError(
-                    f"site {site.path!r}: leaf {name!r} of {node.adapter.name!r} has "
-                    f"{x.shape[at]} columns for {top} components"
-                )
-            shape = x.shape[:batch] + (1,) * (at - batch) + (width,)
-            shape += (1,) * (x.ndim - at - 1)
-            cut = functools.partial(
-                _cut, index=index.reshape(shape), real=real.reshape(shape), at=at
+    batch, axes = site.roles.count(BATCH), leaf_entries(node)
+    common = shared_names(node.adapter)
+
+    def own(name, x):
+        behind = () if name in common else axes[name]
+        if behind.count(None) > 1:
+            raise ValueError(
+                f"site {site.path!r}: leaf {name!r} of {node.adapter.name!r} mixes "
+                "components, which cannot be cut off one by one"
             )
-            if isinstance(x, jax.ShapeDtypeStruct):
-                leaves[name] = jax.eval_shape(cut, x)
-            elif isinstance(x, jax.core.Tracer):
-                leaves[name] = cut(x)
-            else:
-                leaves[name] = jax.device_put(cut(x), getattr(x, "sharding", None))
-        parts.append(leaves)
+        if None not in behind:
+            return x
+        at = behind.index(None)  # the axis of components
+        if x.shape[at] != site.rank:
+            raise ValueError(
+                f"site {site.path!r}: leaf {name!r} of {node.adapter.name!r} has "
+                f"{x.shape[at]} columns for {site.rank} components"
+            )
+        shape = x.shape[:batch] + (1,) * (at - batch) + (width,)
+        shape += (1,) * (x.ndim - at - 1)
+        return made_like(
+            x, lambda x: _cut(x, index.reshape(shape), real.reshape(shape), at), x
+        )
+
     ranks = tuple(map(len, kept))
-    return node.replace(
-        frozen=parts[0],
-        trainable=parts[1],
-        site=dataclasses.replace(site, ranks=ranks),
-    )
+    return node.map_leaves(own).replace(site=dataclasses.replace(site, ranks=ranks))
 
 
 def _cut(x, index, real, at: int):
+    """The leaf with other entries along ``at``, where it lies."""
     taken = jnp.take_along_axis(x, jnp.asarray(index), at)
-    return jnp.where(real, taken, jnp.zeros((), x.dtype))
+    made = jnp.where(real, taken, jnp.zeros((), x.dtype))
+    if isinstance(x, jax.core.Tracer):
+        return made
+    return jax.device_put(made, getattr(x, "sharding", None))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.tree._adapter import Adapter, Call, rebuild
-from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._node import AdaptedKernel, working_dtype
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
 
 # [d_in, d_out] that no real kernel has. `init` is traced on an abstract kernel of this
@@ -39,23 +39,21 @@ def matrix_shape(shape: tuple[int, ...], roles: tuple[str, ...]):
     return tuple(math.prod(dims_of(shape, roles, role)) for role in (BATCH, IN, OUT))
 
 
+def _order(roles: tuple[str, ...]) -> tuple[int, ...]:
+    """A kernel's axes, batch first, then in, then out."""
+    return sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
+
+
 def to_matrices(kernel, roles: tuple[str, ...]):
     """A kernel as ``[layers, d_in, d_out]``."""
-    order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
-    sizes = matrix_shape(kernel.shape, roles)
-    if order != tuple(range(kernel.ndim)):
-        kernel = kernel.transpose(order)
-    return kernel.reshape(sizes)
+    return kernel.transpose(_order(roles)).reshape(matrix_shape(kernel.shape, roles))
 
 
 def from_matrices(matrices, shape: tuple[int, ...], roles: tuple[str, ...]):
     """The inverse of ``to_matrices``."""
-    order = sum((axes_of(roles, role) for role in (BATCH, IN, OUT)), ())
-    ordered = matrices.reshape(tuple(shape[i] for i in order))
-    if order == tuple(range(len(order))):
-        return ordered
+    order = _order(roles)
     inverse = tuple(order.index(i) for i in range(len(order)))
-    return ordered.transpose(inverse)
+    return matrices.reshape(tuple(shape[i] for i in order)).transpose(inverse)
 
 
 @functools.cache
@@ -78,11 +76,16 @@ def leaf_axes(adapter: Adapter, rank: int | None):
 @functools.cache
 def shared_names(adapter: Adapter) -> tuple[str, ...]:
     """Names of the frozen leaves that all sites of an adapter have in common."""
-    if adapter.shared is None:
-        return ()
+    return tuple(shared_shapes(adapter, adapter.where.rank))
+
+
+def shared_shapes(adapter: Adapter, rank: int | None) -> dict:
+    """Shapes of the leaves that sites share, beside a kernel of the shape ``PROBE``."""
     shared = adapter.shared
-    probe = lambda key: shared(key, 2, 2, adapter.where.rank, jnp.float32)
-    return tuple(jax.eval_shape(lambda: probe(jax.random.key(0))))
+    if shared is None:
+        return {}
+    probe = lambda key: shared(key, *PROBE, rank, jnp.dtype(jnp.float32))
+    return jax.eval_shape(lambda: probe(jax.random.key(0)))
 
 
 @functools.cache
@@ -93,27 +96,25 @@ def init_shapes(adapter: Adapter, d_in: int, d_out: int, rank, dtype):
     size 0.
     """
     if rank == 0:  # which no method is asked for
+
+        def empty(x, roles):
+            sizes = zip(x.shape, roles, strict=True)
+            shape = tuple(0 if role is None else size for size, role in sizes)
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
         parts = init_shapes(adapter, d_in, d_out, 1, dtype)
         return tuple(
-            {
-                name: jax.ShapeDtypeStruct(
-                    tuple(
-                        0 if role is None else size
-                        for size, role in zip(x.shape, names[name], strict=True)
-                    ),
-                    x.dtype,
-                )
-                for name, x in part.items()
-            }
-            for part, names in zip(parts, leaf_axes(adapter, 1), strict=True)
+            {name: empty(x, axes[name]) for name, x in part.items()}
+            for part, axes in zip(parts, leaf_axes(adapter, 1), strict=True)
         )
-    kernel = jax.ShapeDtypeStruct((d_in, d_out), dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    # Shapes do not depend on alpha, so the method's own serves for every site.
-    init = functools.partial(adapter.init, rank=rank, alpha=adapter.where.alpha)
-    frozen, trainable = jax.eval_shape(lambda k, w: init(k, w), key, kernel)
-    numbers = jax.eval_shape(lambda: number_leaves(adapter, dtype))
-    return frozen | numbers, trainable
+
+    def init(kernel):
+        # Shapes do not depend on alpha, so the method's own serves for every site.
+        key, alpha = jax.random.key(0), adapter.where.alpha
+        frozen, trainable = adapter.init(key, kernel, rank=rank, alpha=alpha)
+        return frozen | number_leaves(adapter, dtype), trainable
+
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((d_in, d_out), dtype))
 
 
 def number_leaves(adapter: Adapter, dtype) -> dict:
@@ -122,6 +123,13 @@ def number_leaves(adapter: Adapter, dtype) -> dict:
     # One that is exactly 0 has no leaf: what it weighs is left out of the program.
     there = {n: v for n, v in given.items() if v is not None and np.any(v)}
     return {name: jnp.asarray(value, dtype) for name, value in there.items()}
+
+
+def site_numbers(adapter: Adapter, kernel, roles: tuple[str, ...]) -> dict:
+    """The numbers of a method that are leaves, for a kernel with its batch axes."""
+    batch = dims_of(kernel.shape, roles, BATCH)
+    each = number_leaves(adapter, working_dtype(kernel.dtype))
+    return {name: jnp.broadcast_to(x, batch + x.shape) for name, x in each.items()}
 
 
 def expand_leaf(leaf, axes, batch, in_dims, out_dims):
@@ -133,7 +141,7 @@ def expand_leaf(leaf, axes, batch, in_dims, out_dims):
     # The last axes are the method's own; the one in front of them is the layers'.
     for size, role in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
         shape += {IN: in_dims, OUT: out_dims}.get(role, (size,))
-    return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
+    return leaf.reshape(tuple(shape))
 
 
 def _flatten(leaf, axes, roles, layers=True):
@@ -149,7 +157,7 @@ def _flatten(leaf, axes, roles, layers=True):
         width = counts.get(role, 1)
         shape.append(math.prod(leaf.shape[at : at + width]))
         at += width
-    return leaf if leaf.shape == tuple(shape) else leaf.reshape(tuple(shape))
+    return leaf.reshape(tuple(shape))
 
 
 def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
@@ -161,20 +169,14 @@ def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
     roles = node.roles
     where = {r: axes_of(roles, r) for r in (BATCH, IN, OUT)}
     entries = {"base": tuple(range(len(roles)))}
-    for names in leaf_axes(node.adapter, _top_rank(node)):
+    for names in leaf_axes(node.adapter, node.site.rank):
         for name, axes in names.items():
-            entry = where[BATCH]
-            for role in axes:
-                entry += where.get(role, (None,))
-            entries[name] = entry
+            own = (where.get(role, (None,)) for role in axes)
+            entries[name] = sum(own, where[BATCH])
     for name in shared_names(node.adapter):
         if name in node.frozen:
             entries[name] = (None,) * node.frozen[name].ndim
     return entries
-
-
-def _top_rank(node: AdaptedKernel) -> int | None:
-    return None if node.site.ranks is None else max(node.site.ranks)
 
 
 def layer_leaves(node: AdaptedKernel, layers: bool = True):
@@ -182,7 +184,7 @@ def layer_leaves(node: AdaptedKernel, layers: bool = True):
 
     Leaves that sites share are not among them. Without ``layers`` see ``_flatten``.
     """
-    axes = leaf_axes(node.adapter, _top_rank(node))
+    axes = leaf_axes(node.adapter, node.site.rank)
     return tuple(
         {
             name: _flatten(x, names[name], node.roles, layers)
@@ -207,18 +209,19 @@ def layer_methods(adapter: Adapter, layers: int) -> tuple[Adapter, ...]:
     return tuple(rebuild(adapter, **its) for its in adapter.where.layers(layers))
 
 
+def layer_settings(adapter: Adapter, layers: int, ranks) -> list[tuple]:
+    """``(method, rank)`` of each layer; rank ``None`` for methods without one."""
+    methods = layer_methods(adapter, layers)
+    return list(zip(methods, ranks or (None,) * layers, strict=True))
+
+
 def padded(node: AdaptedKernel) -> bool:
     """Whether leaves hold padding: layers have unequal ranks, or differ otherwise.
 
     At a site with several adapters it says no: ask each part of ``parts_of``.
     """
     ranks = node.site.ranks
-    return ranks is not None and len(set(_methods(node, ranks))) > 1
-
-
-def _methods(node: AdaptedKernel, ranks) -> list[tuple]:
-    """``(method, rank)`` of each layer that the node was attached to."""
-    return list(zip(layer_methods(node.adapter, len(ranks)), ranks, strict=True))
+    return bool(ranks) and len(set(layer_settings(node.adapter, len(ranks), ranks))) > 1
 
 
 def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
@@ -233,8 +236,8 @@ def unpadded_layers(node: AdaptedKernel) -> list[tuple[dict, dict]]:
             f"unequal sizes and now has {layers}: which ones they are is not known. "
             "Take penalties and counts of the whole stack."
         )
-    result = []
-    for i, (adapter, rank) in enumerate(_methods(node, ranks)):
+    result, settings = [], layer_settings(node.adapter, layers, ranks)
+    for i, (adapter, rank) in enumerate(settings):
         shapes = init_shapes(adapter, d_in, d_out, rank, jnp.dtype(jnp.float32))
         # Padding is at the end of each axis, so a layer's own part is the corner.
         frozen, trainable = (
@@ -271,10 +274,8 @@ def per_layer_factors(node: AdaptedKernel) -> Factors:
         matrices = to_matrices(node.base, node.roles)
         return jax.vmap(factors)(matrices, *layer_leaves(node), layer_call(node))
     # Nothing to map over: a plain kernel and its leaves go in without a reshape.
-    _, d_in, d_out = matrix_shape(node.base.shape, node.roles)
-    matrix = node.base
-    if node.roles != (IN, OUT):
-        matrix = to_matrices(matrix, node.roles).reshape(d_in, d_out)
+    sides = matrix_shape(node.base.shape, node.roles)[1:]
+    matrix = node.base.transpose(_order(node.roles)).reshape(sides)
     return factors(matrix, *layer_leaves(node, False), layer_call(node, False))
 
 
@@ -288,11 +289,8 @@ def lifted_factors(node: AdaptedKernel) -> Factors:
     flat, layers = per_layer_factors(node), BATCH in roles
 
     def expand(x, axes):
-        sizes = list(batch)
-        for i, size in enumerate(x.shape[layers:]):  # behind the axis of layers
-            role = axes[i] if i < len(axes) else None
-            sizes += {IN: in_dims, OUT: out_dims}.get(role, (size,))
-        return x if x.shape == tuple(sizes) else x.reshape(sizes)
+        more = x.ndim - layers - len(axes)  # axes of its own behind the declared ones
+        return expand_leaf(x, (*axes, *(None,) * more), batch, in_dims, out_dims)
 
     kernel = flat.kernel  # apart from the rest: its axes may be in any order
     if kernel is not None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,6 +41,11 @@ class Site:
     alphas: tuple[float, ...] | None = dataclasses.field(default=None, compare=False)
     each: Mapping[str, "Site"] = dataclasses.field(default_factory=dict, compare=False)
 
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of its layers, to which the leaves of a stack are padded."""
+        return None if self.ranks is None else max(self.ranks)
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,13 +73,11 @@ class AdaptedKernel:
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.DictKey  # which Orbax and others know
-        names = (sorted(self.frozen), sorted(self.trainable))
-        children = (
-            [(key("base"), self.base), (key("call"), self.call)]
-            + [(key(n), self.frozen[n]) for n in names[0]]
-            + [(key(n), self.trainable[n]) for n in names[1]]
-        )
-        return children, (tuple(names[0]), tuple(names[1]), self.adapter, self.site)
+        frozen, trainable = sorted(self.frozen), sorted(self.trainable)
+        children = [(key("base"), self.base), (key("call"), self.call)]
+        children += [(key(n), self.frozen[n]) for n in frozen]
+        children += [(key(n), self.trainable[n]) for n in trainable]
+        return children, (tuple(frozen), tuple(trainable), self.adapter, self.site)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -92,6 +95,14 @@ class AdaptedKernel:
     def replace(self, **changes) -> "AdaptedKernel":
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
+
+    def map_leaves(self, f: Callable[[str, Any], Any]) -> "AdaptedKernel":
+        """A copy with ``f(name, leaf)`` in place of each of the adapter's leaves."""
+        frozen, trainable = (
+            {name: f(name, x) for name, x in part.items()}
+            for part in (self.frozen, self.trainable)
+        )
+        return self.replace(frozen=frozen, trainable=trainable)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -196,6 +207,18 @@ def leaves_with_path(tree: Any, is_leaf=is_node) -> list[tuple[str, Any]]:
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise ValueError(f"two leaves of the tree have the same path: {twice}")
     return [(path, leaf) for path, (_, leaf) in zip(paths, pairs, strict=True)]
+
+
+def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree with other leaves, or nodes, at some paths."""
+    structure = jax.tree.structure(tree, is_leaf=is_node)
+    return structure.unflatten([leaves.get(p, x) for p, x in leaves_with_path(tree)])
+
+
+def made_like(kernel: Any, f: Callable[..., Any], *args: Any) -> Any:
+    """``f(*args)``, or its shapes beside a kernel that is a shape itself."""
+    abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+    return jax.eval_shape(f, *args) if abstract else f(*args)
 
 
 def check_key(key: Any) -> None:

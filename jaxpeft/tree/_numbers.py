@@ -4,6 +4,7 @@ Alpha has no leaf of its own. A method makes a scale of it (``alpha / r``, or an
 whose leaf begins with ``scale``; here alpha is read off it, and written to it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxpeft.tree._adapter import rebuild
-from jaxpeft.tree._lift import axes_of, leaf_axes, matrix_shape, number_leaves
-from jaxpeft.tree._node import AdaptedKernel, map_nodes, nodes, working_dtype
+from jaxpeft.tree._lift import leaf_axes, site_numbers
+from jaxpeft.tree._node import AdaptedKernel, made_like, map_nodes
 from jaxpeft.tree._paths import nearest
 from jaxpeft.tree._terms import BATCH
-from jaxpeft.tree._together import is_several, parts_of, together
-from jaxpeft.tree._unit import alpha_of, unit_scale
+from jaxpeft.tree._together import is_several, named_parts, parts_of, together
+from jaxpeft.tree._unit import alpha_of, is_scale, unit_scale
 
 
 def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
@@ -47,7 +48,7 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
         >>> float(with_numbers(adapted, alpha=1)["query"]["kernel"].frozen["scale"])
         0.5
     """
-    parts = [part for node in nodes(adapted) for part in parts_of(node).values()]
+    parts = [part for _, part in named_parts(adapted)]
     there = {name for part in parts for name in _names(part)}
     for name in numbers:
         if name not in there:
@@ -56,33 +57,25 @@ def with_numbers(adapted: PyTree, **numbers: Any) -> PyTree:
                 f"{nearest(name, sorted(there), 1)}. A number that is 0 or None when "
                 "an adapter is made is left out: make it with another value"
             )
-
     for name, value in numbers.items():
         if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
             raise ValueError(f"`{name}` must be finite, got {value}")
-    for part in parts:
-        for name in numbers.keys() & _names(part):
-            _check_shape(part, name, np.shape(numbers[name]))
 
-    def change(node):
-        if is_several(node):
-            return together({n: change(part) for n, part in parts_of(node).items()})
-        frozen = dict(node.frozen)
+    def change(part):
+        own, made = _names(part), {}
         for name, value in numbers.items():
-            if name == "alpha" and name in _names(node):
-                frozen |= _scales(node, value)
-            elif name in frozen:
-                like = frozen[name]
-                value = jnp.asarray(value)
-                frozen[name] = jnp.broadcast_to(value, like.shape).astype(like.dtype)
-        return node.replace(frozen=frozen)
+            if name in own:
+                _check_shape(part, name, np.shape(value))
+                made |= _leaves(part, name, value)
+        return part.replace(frozen=part.frozen | made)
 
-    return map_nodes(change, adapted)
+    each = lambda node: {n: change(part) for n, part in parts_of(node).items()}
+    return map_nodes(lambda node: together(each(node)), adapted)
 
 
 def _check_shape(node: AdaptedKernel, name: str, shape: tuple[int, ...]) -> None:
     """Raises unless a site's number may have a value of this shape."""
-    own = () if name == "alpha" else node.frozen[name].shape[_batch(node) :]
+    own = () if name == "alpha" else _own_shape(node, node.frozen[name])
     if shape not in ((), own):
         allowed = f"{own[0]} numbers or one" if own else "one number"
         raise ValueError(
@@ -91,38 +84,35 @@ def _check_shape(node: AdaptedKernel, name: str, shape: tuple[int, ...]) -> None
         )
 
 
-def _batch(node: AdaptedKernel) -> int:
-    return node.roles.count(BATCH)
+def _own_shape(node: AdaptedKernel, leaf) -> tuple[int, ...]:
+    """The shape of a number's leaf for one layer: ``()``, or how many there are."""
+    return leaf.shape[node.roles.count(BATCH) :]
 
 
 def _names(node: AdaptedKernel) -> list[str]:
     """The numbers that a site has: alpha, and those with a leaf."""
     options = node.adapter.options
     has_alpha = node.adapter.where.alpha is not None
-    scaled = ["alpha"] if has_alpha and any(map(_is_scale, node.frozen)) else []
+    scaled = ["alpha"] if has_alpha and any(map(is_scale, node.frozen)) else []
     return scaled + [n for n in options.numbers if n in node.frozen]
 
 
-def _is_scale(name: str) -> bool:
-    """Whether a frozen leaf is proportional to alpha, by its name."""
-    return name.startswith("scale")
-
-
-def _scales(node: AdaptedKernel, alpha: Any) -> dict[str, Array]:
-    """The leaves that are proportional to alpha, for a new alpha."""
+def _leaves(node: AdaptedKernel, number: str, value: Any) -> dict[str, Array]:
+    """The leaves that follow from a number, for another value of it."""
+    if number != "alpha":
+        like = node.frozen[number]
+        spread = jnp.broadcast_to(jnp.asarray(value), like.shape)
+        return {number: spread.astype(like.dtype)}
     made = {}
     for name, like in node.frozen.items():
-        if _is_scale(name):
-            # What the method makes of alpha 1 at the rank of each layer.
-            units = np.array([unit_scale(node.adapter, r, name) for r in _ranks(node)])
+        if is_scale(name):
+            # What the method makes of alpha 1 at the rank of each layer that there is:
+            # a slice has fewer than its site.
+            ranks = (node.site.ranks or ())[: math.prod(like.shape)]
+            units = np.array([unit_scale(node.adapter, r, name) for r in ranks])
             units = jnp.asarray(units.reshape(like.shape), like.dtype)
-            made[name] = jnp.asarray(alpha, like.dtype) * units
+            made[name] = jnp.asarray(value, like.dtype) * units
     return made
-
-
-def _ranks(node: AdaptedKernel) -> tuple[int, ...]:
-    """The rank of each layer that the node has now; a slice has fewer than its site."""
-    return (node.site.ranks or ())[: matrix_shape(node.base.shape, node.roles)[0]]
 
 
 def alphas_of(node: AdaptedKernel) -> tuple[float, ...] | None:
@@ -162,7 +152,7 @@ def options_of(node: AdaptedKernel) -> dict[str, Any]:
         leaf = node.frozen.get(name)
         if leaf is None or not is_concrete(leaf):
             continue
-        own = leaf.shape[_batch(node) :]  # one number, or several
+        own = _own_shape(node, leaf)
         each = np.asarray(jax.device_get(leaf)).reshape(-1, *own)
         if (each != each[0]).any():
             raise ValueError(
@@ -193,14 +183,11 @@ def with_options(
         )
     adapter = rebuild(node.adapter, **changes)
     have = dict({**node.frozen, **node.trainable} if leaves is None else leaves)
-    batch = tuple(node.base.shape[i] for i in axes_of(node.roles, BATCH))
-    for name, x in number_leaves(adapter, working_dtype(node.base.dtype)).items():
-        if name in changes or name not in have:  # else the leaf's own value stays
-            have[name] = jnp.broadcast_to(x, (*batch, *x.shape))
-            if isinstance(node.base, jax.ShapeDtypeStruct):
-                have[name] = jax.ShapeDtypeStruct(have[name].shape, x.dtype)
-    rank = None if node.site.ranks is None else max(node.site.ranks)
+    own = made_like(node.base, lambda: site_numbers(adapter, node.base, node.roles))
+    # Of numbers that do not change, the leaf's own value stays.
+    have |= {n: x for n, x in own.items() if n in changes or n not in have}
     frozen, trainable = (
-        {name: have[name] for name in part} for part in leaf_axes(adapter, rank)
+        {name: have[name] for name in part}
+        for part in leaf_axes(adapter, node.site.rank)
     )
     return node.replace(adapter=adapter, frozen=frozen, trainable=trainable)

@@ -33,8 +33,6 @@ def _joined(key_path: tuple, children: dict[tuple, set]) -> str:
     names = []
     for i, key in enumerate(key_path):
         match key:
-            case jax.tree_util.DictKey(key=name):
-                names.append(str(name))
             case jax.tree_util.SequenceKey(idx=index):
                 names.append(str(index))
             case jax.tree_util.GetAttrKey(name=name):
@@ -43,8 +41,6 @@ def _joined(key_path: tuple, children: dict[tuple, set]) -> str:
                 box = name == "value" and last and len(children[key_path[:i]]) == 1
                 if not box:
                     names.append(name)
-            case jax.tree_util.FlattenedIndexKey(key=index):
-                names.append(str(index))
             case _:
                 names.append(str(getattr(key, "key", key)))
     return "/".join(names)
@@ -78,10 +74,7 @@ def names_leaf(pattern: str, path: str) -> bool:
 
 def in_module(pattern: str, path: str) -> bool:
     """Whether a list entry names this leaf or any module that it lies in."""
-    parts = path.split("/")
-    return any(
-        suffix_match(pattern, "/".join(parts[: i + 1])) for i in range(len(parts))
-    )
+    return f"/{pattern}/" in f"/{path}/"
 
 
 def pattern_match(pattern: str, path: str) -> bool:

@@ -83,13 +83,11 @@ def _is_list(value: Any) -> bool:
 
 def _check_value(what: str, v: Any, path: str) -> None:
     if what == "rank":
-        fits, kind = (
-            isinstance(v, int | np.integer) and v >= 1,
-            "an integer of at least 1",
-        )
+        kind = "an integer of at least 1"
+        fits = isinstance(v, int | np.integer) and v >= 1
     else:
-        number = isinstance(v, int | float | np.number)
-        fits, kind = number and 0 < v < float("inf"), "a finite number > 0"
+        kind = "a finite number > 0"
+        fits = isinstance(v, int | float | np.number) and 0 < v < float("inf")
     if isinstance(v, bool) or not fits:
         raise ValueError(
             f"{what} of site {path!r} must be {kind}, got {v!r}; for no adapter leave "

@@ -6,14 +6,20 @@ Adapters of one base need no container but a dictionary:
 
 from collections.abc import Mapping
 
-import jax
 from jaxtyping import PyTree
 
-from jaxpeft.tree._attach import fold_base, place_like
+from jaxpeft.tree._attach import fold_base
 from jaxpeft.tree._grouped import grouped
 from jaxpeft.tree._lift import leaf_entries
-from jaxpeft.tree._node import AdaptedKernel, is_node, leaves_with_path, nodes
+from jaxpeft.tree._node import (
+    AdaptedKernel,
+    is_node,
+    leaves_with_path,
+    nodes,
+    with_leaves,
+)
 from jaxpeft.tree._paths import nearest
+from jaxpeft.tree._places import place_like
 from jaxpeft.tree._together import is_several, parts_of, together
 
 
@@ -97,18 +103,15 @@ def graft(
             attached.
     """
     leaves = dict(leaves_with_path(params))
-    problems: list[str] = []
     adapter = {path: _named(node, name) for path, node in adapter.items()}
-    for path, node in adapter.items():
-        problems += _misfits(path, node, leaves)
+    problems = sum((_misfits(p, node, leaves) for p, node in adapter.items()), [])
     if problems:
         raise ValueError(
             "`adapter` does not fit `params`; nothing was attached:\n  "
             + grouped(problems)
         )
     made = {path: _grafted(node, leaves[path]) for path, node in adapter.items()}
-    treedef = jax.tree.structure(params, is_leaf=is_node)
-    return treedef.unflatten([made.get(path, x) for path, x in leaves.items()])
+    return with_leaves(params, made)
 
 
 def _misfits(path: str, node: AdaptedKernel, leaves) -> list[str]:
@@ -152,11 +155,9 @@ def _named(node: AdaptedKernel, name: str | None) -> AdaptedKernel:
 
 
 def _grafted(node: AdaptedKernel, kernel) -> AdaptedKernel:
-    if is_node(kernel):
-        base = kernel.base
-        own = {n: x.replace(base=base) for n, x in parts_of(node).items()}
-        return place_like(together(parts_of(kernel) | own), base)
-    node = node.replace(base=kernel)
-    if node.adapter.folded is not None:
+    there = parts_of(kernel) if is_node(kernel) else {}
+    base = kernel.base if there else kernel
+    node = together(there | parts_of(node.replace(base=base)))
+    if node.adapter.folded is not None:  # such a one is alone on its kernel
         node = node.replace(base=fold_base(node, warn=False))
-    return place_like(node, kernel)
+    return place_like(node, base)

@@ -58,7 +58,8 @@ def choose(
 ) -> dict[str, str]:
     """``{path: the entry that found it}``, or an error that shows the way."""
     paths = {p for p, _ in leaves}
-    if not any(_is_weight(p, leaf, adapter, paths) for p, leaf in leaves):
+    weights = {p: x for p, x in leaves if _is_weight(p, x, adapter, paths)}
+    if not weights:
         what = "biases" if adapter.where.leaf == "bias" else "weights"
         raise ValueError(
             f"`params` has no {what}: none of its {len(leaves)} leaves is an array "
@@ -67,18 +68,19 @@ def choose(
     if isinstance(targets, str) and targets == "all-linear":
         found = {
             p: targets
-            for p, leaf in leaves
+            for p, leaf in weights.items()
             if not (is_node(leaf) and leaf.adapter.where.leaf != "kernel")
-            and _is_weight(p, leaf, adapter, paths)
             and leaf.ndim >= 2
             and _floating(leaf)
             and _is_linear(p, axes)
             and module_path(p).rpartition("/")[2] not in NOT_ADAPTED
         }
     else:
-        found = _match("targets", targets, leaves, adapter)
+        # A method on any leaf sits on all that lies in a module that is named.
+        names = names_leaf if adapter.where.leaf == "kernel" else in_module
+        found = _match("targets", targets, weights, names)
     if exclude is not None:
-        out = _match("exclude", exclude, leaves, adapter, inside=True)
+        out = _match("exclude", exclude, weights, in_module)
         found = {p: entry for p, entry in found.items() if p not in out}
         if not found:
             raise ValueError(f"`exclude` {exclude!r} leaves nothing of `targets`")
@@ -87,9 +89,8 @@ def choose(
             f"`targets` {targets!r} matched none of the {len(leaves)} leaves; they are "
             f"named like {nearest('', [p for p, _ in leaves])}"
         )
-    for path, leaf in leaves:
-        if path not in found:
-            continue
+    for path in found:
+        leaf = weights[path]
         if is_node(leaf) and (had := parts_of(leaf).get(name)) is not None:
             raise ValueError(
                 f"site {path!r} already carries {had.adapter.name!r} (attached as "
@@ -105,13 +106,19 @@ def choose(
     return found
 
 
-def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
-    every = {p for p, _ in leaves}
-    eligible = [(p, leaf) for p, leaf in leaves if _is_weight(p, leaf, adapter, every)]
-    paths = [p for p, _ in eligible]
+def _match(argument, patterns, weights, names) -> dict[str, str]:
+    """``{path: the entry that found it}`` of one argument.
+
+    Args:
+        argument: its name, for errors.
+        patterns: what the user gave.
+        weights: the leaves that may be meant, by path.
+        names: ``(entry of a list, path) -> bool``.
+    """
+    paths = list(weights)
     if callable(patterns):
         name = getattr(patterns, "__name__", "callable")
-        return {p: name for p, leaf in eligible if patterns(p, leaf)}
+        return {p: name for p, leaf in weights.items() if patterns(p, leaf)}
     if isinstance(patterns, str):
         expression = compiled(patterns, argument)
         found = {
@@ -135,11 +142,10 @@ def _match(argument, patterns, leaves, adapter, inside=False) -> dict[str, str]:
             f"`{argument}` must be a list of module names, a regular expression, "
             f'"all-linear" or a callable, got {patterns!r}'
         )
-    matches = in_module if inside or adapter.where.leaf != "kernel" else names_leaf
     for entry in patterns:
         if not isinstance(entry, str):
             raise ValueError(f"`{argument}` entry {entry!r} is not a string")
-        hits = [p for p in paths if matches(entry.strip("/"), p)]
+        hits = [p for p in paths if names(entry.strip("/"), p)]
         if not hits:
             near = nearest(entry, paths)
             raise ValueError(

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxpeft.tree._adapter import Adapter, Options, Where
+from jaxpeft.tree._adapter import Adapter, Call, Options, Where
 from jaxpeft.tree._change import structure
-from jaxpeft.tree._lift import number_leaves
-from jaxpeft.tree._node import AdaptedKernel, Site
-from jaxpeft.tree._terms import Factors
+from jaxpeft.tree._lift import init_shapes
+from jaxpeft.tree._node import AdaptedKernel, Site, nodes
 
 DEFAULT = "default"
 
@@ -43,45 +43,38 @@ class Part(NamedTuple):
         """The largest rank of its layers, to which the leaves of a stack are padded."""
         return None if self.ranks is None else max(self.ranks)
 
+    @property
+    def start(self) -> str:
+        """What the names of this part's leaves begin with."""
+        return "" if self.name == DEFAULT else f"{self.name}:"
+
     def own(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """This part's leaves, by the names that its method knows."""
-        if self.name == DEFAULT:
-            return {n: x for n, x in leaves.items() if ":" not in n}
-        start = f"{self.name}:"
-        return {n[len(start) :]: x for n, x in leaves.items() if n.startswith(start)}
+        mine = lambda n: n[: n.find(":") + 1] == self.start  # "" without a colon
+        return {n.removeprefix(self.start): x for n, x in leaves.items() if mine(n)}
 
     def named(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of ``own``: leaves by the names that the joined node has."""
-        if self.name == DEFAULT:
-            return dict(leaves)
-        return {f"{self.name}:{n}": x for n, x in leaves.items()}
+        return {self.start + n: x for n, x in leaves.items()}
 
     @property
     def salt(self) -> int:
         """A number that makes this part's random draws differ from other parts'."""
-        # 0 for the default, which draws as it would alone.
-        return 0 if self.name == DEFAULT else _digest(self.name)
+        if self.name == DEFAULT:
+            return 0  # it draws as it would alone
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "little")
 
 
-def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-
-
-class _OwnCall:
+def _own_call(call: Any, salt: int) -> Any:
     """A call as one part sees it, with a ``step_key`` of its own.
 
     Dropout on inputs has ``key``, which is the site's; there ``Term.salt`` tells the
     parts' masks apart.
     """
-
-    def __init__(self, call: Any, salt: int) -> None:
-        self._call, self._salt = call, salt
-
-    def __getattr__(self, name: str) -> Any:
-        x = getattr(self._call, name)
-        if name != "step_key" or x is None or not self._salt:
-            return x
-        return jax.random.fold_in(x, self._salt)
+    # In place of a `Call` there may be what notes the entries that a part reads.
+    if not salt or not isinstance(call, Call) or call.step_key is None:
+        return call
+    return call._replace(step_key=jax.random.fold_in(call.step_key, salt))
 
 
 @functools.cache
@@ -92,16 +85,24 @@ def several(parts: tuple[Part, ...]) -> Adapter:
     as a method of its own.
     """
 
+    # The first two are traced for shapes alone: leaves come from each part's own.
     def init(key, kernel, rank, alpha):
-        # Traced for shapes alone: leaves come from the parts, as each is attached.
-        del rank, alpha
+        del key, rank, alpha
         frozen, trainable = {}, {}
+        for part in parts:
+            own = init_shapes(part.adapter, *kernel.shape, part.rank, kernel.dtype)
+            frozen |= part.named(own[0])
+            trainable |= part.named(own[1])
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+        return jax.tree.map(zeros, (frozen, trainable))
+
+    def shared(key, d_in, d_out, rank, dtype):
+        del rank
+        made = {}
         for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
-            made = part.adapter.init(own, kernel, part.rank, part.adapter.where.alpha)
-            numbers = number_leaves(part.adapter, kernel.dtype)
-            frozen |= part.named({**made[0], **numbers})
-            trainable |= part.named(made[1])
-        return frozen, trainable
+            if (draw := part.adapter.shared) is not None:
+                made |= part.named(draw(own, d_in, d_out, part.rank, dtype))
+        return made
 
     def factors(kernel, frozen, trainable, call):
         each = [
@@ -109,53 +110,39 @@ def several(parts: tuple[Part, ...]) -> Adapter:
                 kernel,
                 part.own(frozen),
                 part.own(trainable),
-                _OwnCall(call, part.salt),
+                _own_call(call, part.salt),
             )
             for part in parts
         ]
-        # At most one part scales or has a kernel, see `check_sharing`, and then alone.
-        terms = sum((_salted(f, p.salt) for f, p in zip(each, parts, strict=True)), ())
-        scales = {
-            name: next((x for f in each if (x := getattr(f, name)) is not None), None)
-            for name in ("c", "o", "kernel")
-        }
-        return Factors(terms, **scales)
-
-    def shared(key, d_in, d_out, rank, dtype):
-        del rank
-        made = {}
-        for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
-            if part.adapter.shared is not None:
-                sizes = {"d_in": d_in, "d_out": d_out, "rank": part.rank}
-                made |= part.named(part.adapter.shared(own, dtype=dtype, **sizes))
-        return made
-
-    def folded(frozen):
-        (part,) = parts  # what folds does not share a kernel
-        terms = part.adapter.folded
-        return () if terms is None else terms(part.own(frozen))
+        terms = tuple(
+            dataclasses.replace(term, salt=part.salt)
+            for part, made in zip(parts, each, strict=True)
+            for term in made.terms
+        )
+        # What scales, or has a kernel, is the only part: see `check_sharing`.
+        return dataclasses.replace(each[0], terms=terms)
 
     first = parts[0].adapter
+    fold = first.folded  # what folds does not share a kernel
     return Adapter(
         init=init,
         factors=factors,
         where=Where(leaf=first.where.leaf, bias=first.where.bias),
-        folded=None if first.folded is None else folded,
+        folded=None if fold is None else lambda frozen: fold(parts[0].own(frozen)),
         shared=shared if any(p.adapter.shared for p in parts) else None,
         name="several",
         options=Options((("parts", parts),), constructor=several),
     )
 
 
-def _salted(factors: Factors, salt: int):
-    if not salt:
-        return factors.terms
-    return tuple(dataclasses.replace(term, salt=salt) for term in factors.terms)
-
-
 def is_several(node: AdaptedKernel) -> bool:
     """Whether a site has adapters with names, be it only one."""
     return node.adapter.options.constructor is several
+
+
+def named_parts(tree: Any) -> list[tuple[str, AdaptedKernel]]:
+    """``parts_of`` every site of a tree: ``(name, node)`` of each adapter."""
+    return [pair for node in nodes(tree) for pair in parts_of(node).items()]
 
 
 def parts_of(node: AdaptedKernel) -> dict[str, AdaptedKernel]:
@@ -180,27 +167,27 @@ def _site_of(part: Part, site: Site) -> Site:
     return dataclasses.replace(told, path=site.path, roles=site.roles, ranks=part.ranks)
 
 
-def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
+def together(each: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
     """Joins adapters of one kernel in one node; the inverse of ``parts_of``.
 
     Args:
-        nodes: each adapter's node by its name, all of one kernel. The kernel, and what
+        each: every adapter's node by its name, all of one kernel. The kernel, and what
             a call added, are taken from the first.
 
     Raises:
         ValueError: a name that cannot be one, or adapters that cannot share a kernel.
     """
-    first = next(iter(nodes.values()))
-    for name in nodes:
+    first = next(iter(each.values()))
+    for name in each:
         check_name(name)
     # An adapter alone, without a name: its leaves have no prefix, as in older trees.
-    if list(nodes) == [DEFAULT]:
+    if list(each) == [DEFAULT]:
         return first
-    parts = tuple(Part(n, x.adapter, x.site.ranks) for n, x in nodes.items())
+    parts = tuple(Part(n, x.adapter, x.site.ranks) for n, x in each.items())
     check_sharing(first.site.path, {p.name: (p.adapter, p.rank) for p in parts})
     merged = lambda field: {
         name: x
-        for part, node in zip(parts, nodes.values(), strict=True)
+        for part, node in zip(parts, each.values(), strict=True)
         for name, x in part.named(getattr(node, field)).items()
     }
     return first.replace(
@@ -208,7 +195,7 @@ def together(nodes: Mapping[str, AdaptedKernel]) -> AdaptedKernel:
         trainable=merged("trainable"),
         adapter=several(parts),
         site=dataclasses.replace(
-            first.site, ranks=None, each={name: x.site for name, x in nodes.items()}
+            first.site, ranks=None, each={name: x.site for name, x in each.items()}
         ),
     )
 

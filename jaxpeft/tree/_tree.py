@@ -1,7 +1,7 @@
 """Functions that split, join, fold and measure adapted trees."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._biases import scale_bias, scaled_biases
 from jaxpeft.tree._bound import Bound, bind, materialise
-from jaxpeft.tree._call import without_keys
+from jaxpeft.tree._call import with_call
 from jaxpeft.tree._change import refolded
 from jaxpeft.tree._lift import (
     layer_leaves,
-    leaf_entries,
     lifted_factors,
     padded,
     per_layer,
@@ -29,8 +27,10 @@ from jaxpeft.tree._node import (
     map_nodes,
     nodes,
     wider,
+    with_leaves,
 )
-from jaxpeft.tree._together import is_several, parts_of
+from jaxpeft.tree._places import leaf_specs
+from jaxpeft.tree._together import is_several, named_parts, parts_of
 
 
 def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
@@ -58,11 +58,9 @@ def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
             return None
         return x.replace(base=None, call=None, frozen=dict.fromkeys(x.frozen))
 
-    def fixed(x):
-        return x.replace(trainable=dict.fromkeys(x.trainable)) if is_node(x) else x
-
+    fixed = lambda node: node.replace(trainable=dict.fromkeys(node.trainable))
     trainable = jax.tree.map(trained, adapted, is_leaf=is_node)
-    return trainable, jax.tree.map(fixed, adapted, is_leaf=is_node)
+    return trainable, map_nodes(fixed, adapted)
 
 
 def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
@@ -118,12 +116,9 @@ def merge(adapted: PyTree) -> PyTree:
     merged = map_nodes(_merge_node, adapted)
     if not scaled:
         return merged
-    paths = [path for path, _ in leaves_with_path(adapted)]
-    leaves, treedef = jax.tree.flatten(merged)
-    return treedef.unflatten(
-        _scale_bias(x, scaled[p]) if p in scaled else x
-        for p, x in zip(paths, leaves, strict=True)
-    )
+    plain = dict(leaves_with_path(merged))
+    scaled = {path: _scale_bias(plain[path], node) for path, node in scaled.items()}
+    return with_leaves(merged, scaled)
 
 
 _scale_bias = jax.jit(scale_bias)
@@ -131,7 +126,7 @@ _scale_bias = jax.jit(scale_bias)
 
 @jax.jit
 def _merge_node(node: AdaptedKernel):
-    bound = bind(without_keys(node))
+    bound = bind(with_call(node, key=None))  # in evaluation mode
     if not isinstance(bound, Bound):
         return bound
     if bound.reads_input:
@@ -176,14 +171,12 @@ def penalty(adapted: PyTree, seen: Mapping[str, Any] | None = None) -> Array:
         sites, or their mean where its ``Penalty`` says so. Each layer of a stack is
         a site, and the padding of layers of unequal rank is never seen.
     """
-    found = [
-        (name, part)
-        for name, part in _parts(adapted)
-        if part.adapter.penalty.of_leaves is not None
-    ]
-    total = _over_sites(
-        [(n, x.adapter, per_layer(x, x.adapter.penalty.of_leaves)) for n, x in found]
-    )
+
+    def of_leaves(node):
+        f = node.adapter.penalty.of_leaves
+        return None if f is None else per_layer(node, f)
+
+    total = _over_sites(adapted, of_leaves)
     return total if not seen else total + seen_penalty(adapted, seen)
 
 
@@ -199,41 +192,33 @@ def seen_penalty(adapted: PyTree, seen: Mapping[str, Any]) -> Array:
     Returns:
         A scalar, as ``penalty`` does.
     """
-    found = {
-        part.site.path: (name, part)
-        for name, part in _parts(adapted)
-        if part.adapter.penalty.of_seen is not None
-    }
-    seen = {path: sums for path, sums in seen.items() if path in found}
-    each = [(*found[path], sums) for path, sums in seen.items()]
-    return _over_sites([(n, part.adapter, _of_seen(part, x)) for n, part, x in each])
+
+    def of_seen(node):  # for each layer and each use of the kernel
+        f = node.adapter.penalty.of_seen
+        if f is None or node.site.path not in seen:
+            return None
+        first = {name: x[0] for name, x in layer_leaves(node)[0].items()}
+        return jnp.ravel(f(first, seen[node.site.path]))
+
+    return _over_sites(adapted, of_seen)
 
 
-def _parts(adapted: PyTree) -> list[tuple[str, AdaptedKernel]]:
-    """Every adapter of every site, with its name."""
-    return [pair for node in nodes(adapted) for pair in parts_of(node).items()]
-
-
-def _over_sites(each: list[tuple[str, Adapter, Array]]) -> Array:
+def _over_sites(
+    adapted: PyTree, penalty_of: Callable[[AdaptedKernel], Array | None]
+) -> Array:
     """Joins the penalties of sites, for each adapter's name and method by itself."""
-    sums: dict[tuple[str, str, str], list] = {}
-    for name, adapter, x in each:
-        sums.setdefault((name, adapter.name, adapter.penalty.joined), []).append(x)
+    found: dict[tuple[str, str, str], list[Array]] = {}
+    for name, part in named_parts(adapted):
+        if (x := penalty_of(part)) is not None:
+            like = name, part.adapter.name, part.adapter.penalty.joined
+            found.setdefault(like, []).append(x)
     result = jnp.zeros((), jnp.float32)
-    for (_, _, joined), each in sums.items():
+    for (_, _, joined), each in found.items():
         dtype = wider(result.dtype, *(x.dtype for x in each))
         sites = jnp.concatenate([x.astype(dtype) for x in each])
         total = jnp.mean(sites) if joined == "mean" else jnp.sum(sites)
         result = result.astype(dtype) + total
     return result
-
-
-def _of_seen(node: AdaptedKernel, seen: Any) -> Array:
-    """The penalty of what a site's gate reported, for each layer and each use."""
-    frozen = {name: x[0] for name, x in layer_leaves(node)[0].items()}
-    of_seen = node.adapter.penalty.of_seen
-    assert of_seen is not None, "sites without one are left out"
-    return jnp.ravel(of_seen(frozen, seen))
 
 
 def count(adapted: PyTree) -> tuple[int, int]:
@@ -247,11 +232,8 @@ def count(adapted: PyTree) -> tuple[int, int]:
         trained ones.
     """
     trained = sum(trainable_size(node) for node in nodes(adapted))
-    base = sum(
-        math.prod(x.base.shape if is_node(x) else x.shape)
-        for x in jax.tree.leaves(adapted, is_leaf=is_node)
-        if is_node(x) or hasattr(x, "shape")
-    )
+    leaves = jax.tree.leaves(adapted, is_leaf=is_node)
+    base = sum(math.prod(x.shape) for x in leaves if hasattr(x, "shape"))
     return trained, base + trained
 
 
@@ -281,22 +263,13 @@ def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
     """
     is_spec = lambda x: isinstance(x, PartitionSpec)
 
-    def leaf_specs(node, spec):
+    def each(node, spec):
         if not is_node(node):
             return spec
-        entries = leaf_entries(node)
-        full = tuple(spec) + (None,) * (node.base.ndim - len(spec))
-        along = lambda name: PartitionSpec(
-            *(None if i is None else full[i] for i in entries[name])
-        )
-        return node.replace(
-            base=spec,
-            call=jax.tree.map(lambda _: PartitionSpec(), node.call),
-            frozen={n: None if x is None else along(n) for n, x in node.frozen.items()},
-            trainable={
-                n: None if x is None else along(n) for n, x in node.trainable.items()
-            },
-        )
+        along = leaf_specs(node, spec)
+        call = jax.tree.map(lambda _: PartitionSpec(), node.call)
+        own = node.map_leaves(lambda n, x: None if x is None else along[n])
+        return own.replace(base=spec, call=call)
 
     flat, treedef = jax.tree.flatten(adapted, is_leaf=is_node)
     flat_specs = jax.tree.leaves(specs, is_leaf=is_spec)
@@ -305,7 +278,7 @@ def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
             f"`specs` has {len(flat_specs)} leaves, the tree has {len(flat)}; give one "
             "PartitionSpec per parameter"
         )
-    return treedef.unflatten(map(leaf_specs, flat, flat_specs))
+    return treedef.unflatten(map(each, flat, flat_specs))
 
 
 def flat(tree: PyTree) -> dict[str, Any]:
@@ -324,10 +297,8 @@ def unflat(like: PyTree, leaves: dict[str, Any]) -> PyTree:
         ValueError: names are missing or left over; all of them are listed.
     """
     names = list(flat(like))
-    missing, surplus = (
-        sorted(set(names) - set(leaves)),
-        sorted(set(leaves) - set(names)),
-    )
+    missing = sorted(set(names) - set(leaves))
+    surplus = sorted(set(leaves) - set(names))
     if missing or surplus:
         raise ValueError(
             f"`leaves` does not fit the tree: missing {missing}, left over {surplus}"

@@ -10,6 +10,11 @@ import numpy as np
 from jaxpeft.tree._adapter import Adapter
 
 
+def is_scale(name: str) -> bool:
+    """Whether a frozen leaf is proportional to alpha, by its name."""
+    return name.startswith("scale")
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scales(adapter: Adapter, rank: int, alphas):
     """The leaves that are proportional to alpha, for several alphas."""
@@ -18,18 +23,9 @@ def _scales(adapter: Adapter, rank: int, alphas):
         # Larger than the rank, and of a size that blocks and groups divide.
         kernel = jnp.eye(math.lcm(2 * rank, 48), dtype=alphas.dtype)
         frozen, _ = adapter.init(jax.random.key(0), kernel, rank, alpha)
-        return {name: x for name, x in frozen.items() if name.startswith("scale")}
+        return {name: x for name, x in frozen.items() if is_scale(name)}
 
     return jax.lax.map(one, alphas)
-
-
-def scale_of(
-    adapter: Adapter, rank: int, alphas: tuple[float, ...], dtype: str = "float32"
-) -> np.ndarray:
-    """The scale that a method makes of each alpha at a rank."""
-    with jax.ensure_compile_time_eval():
-        given = np.asarray(alphas, dtype)
-        return np.asarray(_scales(adapter, rank, given)["scale"])
 
 
 @functools.cache
@@ -52,7 +48,9 @@ def alpha_of(adapter: Adapter, rank: int, scale: np.floating) -> float:
     about = float(scale) / unit_scale(adapter, rank)
     # From few digits to many; 17 give every float64 back.
     tries = [float(f"{about:.{digits}g}") for digits in range(1, 18)]
-    given = scale_of(adapter, rank, tuple(tries), scale.dtype.name)
+    with jax.ensure_compile_time_eval():
+        scales = _scales(adapter, rank, np.asarray(tries, scale.dtype))["scale"]
+        given = np.asarray(scales)
     near = np.abs(given - scale) <= 2 * np.spacing(np.abs(scale))
     fits = [x for x, it_is in zip(tries, near, strict=True) if it_is]
     return fits[0] if fits else about  # a scale that no alpha gives, say an average

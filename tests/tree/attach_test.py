@@ -297,6 +297,20 @@ def test_attach_under_jit_equals_eager(params, keys):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("adapter", [jp.lora(2), jp.vera(2), jp.pissa(2)])
+def test_shapes_on_a_mesh_get_leaves_like_other_shapes(adapter, keys):
+    where = jax.sharding.NamedSharding(
+        jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec("x")
+    )
+    made = []
+    for sharding in (None, where):
+        kernel = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=sharding)
+        tree = jp.attach({"q": {"kernel": kernel}}, adapter, ["q"], key=next(keys))
+        (node,) = jp.tree.nodes(tree)
+        made.append({**node.frozen, **node.trainable})
+    assert made[0] == made[1]
+
+
 def test_equal_calls_make_equal_structures(params, keys):
     one, two = (
         jp.attach(params, jp.lora(rank=2), ["query"], key=next(keys)) for _ in range(2)
