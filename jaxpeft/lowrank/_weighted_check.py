@@ -18,7 +18,8 @@ def check_settings(trees, weights, how, *, rank, density, election, key) -> None
         raise ValueError(f"`how` must be one of {', '.join(JOINS)}, got {how!r}")
     if not trees:
         raise ValueError("`adapters` is empty; give a list of adapted trees")
-    shape = tuple(getattr(weights, "shape", None) or (len(weights),))
+    listed = isinstance(weights, list | tuple)
+    shape = (len(weights),) if listed else np.shape(weights)
     if shape != (len(trees),):
         raise ValueError(
             f"`weights` must be {len(trees)} numbers, one for each of `adapters`, got "

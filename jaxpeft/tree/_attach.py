@@ -294,14 +294,16 @@ def fold_base(node: AdaptedKernel, warn: bool = True):
     """
     kernel, changed = node.base, refolded(node)
     folded = changed.astype(kernel.dtype)
-    loses = kernel.dtype != changed.dtype and not isinstance(folded, jax.core.Tracer)
-    if warn and loses:
-        moved = jnp.linalg.norm(changed - kernel.astype(changed.dtype))
-        lost = jnp.linalg.norm(folded.astype(changed.dtype) - changed)
+    rounds = kernel.dtype != changed.dtype and not isinstance(folded, jax.core.Tracer)
+    if not warn or not rounds:
+        return folded
+    moved = float(jnp.linalg.norm(changed - kernel.astype(changed.dtype)))
+    lost = float(jnp.linalg.norm(folded.astype(changed.dtype) - changed))
+    if moved:  # of a kernel of zeros nothing is folded
         warnings.warn(
             f"site {node.site.path!r}: folding into a {kernel.dtype} kernel rounds; "
-            f"the rounding error is {float(lost / moved):.2f} of the norm of what was "
-            "folded. Keep base='separate', or fold a float32 kernel.",
+            f"the rounding error is {lost / moved:.2f} of the norm of what was folded. "
+            "Keep base='separate', or fold a float32 kernel.",
             stacklevel=5,
         )
     return folded

@@ -153,6 +153,8 @@ def test_folding_into_half_precision_says_what_is_lost(method, params):
     low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
     with pytest.warns(UserWarning, match=r"'up/kernel'.*rounding error is 0\.\d+"):
         jp.attach(low, method(rank=3, residual="folded"), ["up"], key=jax.random.key(0))
+    none = jax.tree.map(jnp.zeros_like, low)  # loses nothing, and nothing is said
+    jp.attach(none, method(rank=3, residual="folded"), ["up"], key=jax.random.key(0))
 
 
 # --- in use

@@ -325,6 +325,8 @@ def test_everything_that_differs_is_listed(params):
         jp.weighted([one, params], WEIGHTS)
     with pytest.raises(ValueError, match="'new' is not in both"):
         jp.weighted([one, one | {"new": jnp.ones(2)}], WEIGHTS)
+    with pytest.raises(ValueError, match="`weights` must be 2 numbers.*shape"):
+        jp.weighted([one, other], jnp.ones(()))
 
 
 @pytest.mark.parametrize("how", FACTORS)
