@@ -79,6 +79,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         ValueError: a field of the config that does not fit.
         training.WorkdirError: the folder is in use, or of another run.
         training.NonFiniteError: an update was not finite; it says what is kept.
+        training.NoRoomError: the disk is full; it says by how much.
         runs.Stopped: SIGTERM came; all is saved.
     """
     runs.check_fields(config)
@@ -207,6 +208,7 @@ def _run(config, workdir, stack):
             folder / "checkpoints", config=config.to_dict(), free=FREE, **task.best
         )
     )
+    stack.enter_context(checkpoints.told_of_room())
     first_step, carried = 0, {"seconds": 0.0}
     if checkpoints.latest is not None:
         restored = checkpoints.restore(state, frozen)

@@ -119,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tell = lambda number, _: [p.send_signal(number) for p in started]
     try:
         started = start(given.program, given.processes)
-        signal.signal(signal.SIGTERM, tell)
+        before = signal.signal(signal.SIGTERM, tell)
         first = _wait(started)
+        signal.signal(signal.SIGTERM, before)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The command line of a run."""
 
 import contextlib
+import logging
 import re
 import sys
 import traceback as tracebacks
@@ -107,6 +108,10 @@ def obey(
         where another process has gone. One of several that has failed ends the program
         here.
     """
+    if not command.traceback:
+        # Orbax writes down with a stack what it raises later, and each signal.
+        said = lambda record: record.levelno >= logging.ERROR and not record.exc_info
+        logging.getLogger("absl").addFilter(said)
 
     def start() -> None:
         with contextlib.ExitStack() as stack:

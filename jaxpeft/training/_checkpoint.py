@@ -1,5 +1,6 @@
 """Checkpoints: all of a run but the base, whole or not at all, through Orbax."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,11 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxpeft.numerics import optional
-from jaxpeft.training._config_json import config_differences, with_new_names
 from jaxpeft.training._contents import (
+    Restored,
     base_of,
     below,
     differences,
@@ -22,6 +22,7 @@ from jaxpeft.training._contents import (
     manifest,
 )
 from jaxpeft.training._folder import as_folder
+from jaxpeft.training._room import told_of_room
 from jaxpeft.training._sealed import (
     CheckpointError,
     Damaged,
@@ -33,27 +34,7 @@ from jaxpeft.training._sealed import (
     seal,
 )
 from jaxpeft.training._state import TrainState, check_finite
-from jaxpeft.tree import flat, grouped, unflat
-
-
-class Restored(NamedTuple):
-    """What ``Checkpointer.restore`` returns.
-
-    Attributes:
-        state: the state, on the shardings of the one that was given.
-        frozen: the frozen tree with the adapters' fixed leaves of the checkpoint.
-        data_state: this process's ``data_state``, as it was saved.
-        extra: ``extra``, as it was saved.
-        scores: the scores at that step.
-        step: the number of updates done.
-    """
-
-    state: TrainState
-    frozen: Any
-    data_state: Any
-    extra: Any
-    scores: dict[str, float]
-    step: int
+from jaxpeft.tree import flat, unflat
 
 
 class Checkpointer:
@@ -108,6 +89,7 @@ class Checkpointer:
         self._metric, self._sign = metric, -1.0 if mode == "min" else 1.0
         self._free = tuple(free)
         self._checksums: dict[str, int] | None = None
+        self._bytes = 0  # of one, at most
         self._metas: dict[int, dict[str, Any] | None] = {}  # of each step
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
@@ -159,6 +141,7 @@ class Checkpointer:
             ValueError: ``scores`` lack the metric, or the step is there already with
                 other scores.
             CheckpointError: there is a checkpoint of a later step.
+            NoRoomError: this one, or the one before it, did not fit on the disk.
         """
         check_finite(state)
         if scores is not None and self._metric not in (None, *scores):
@@ -191,13 +174,15 @@ class Checkpointer:
         }
         meta = self._metas[step] = json.loads(json.dumps(meta))  # as it will be read
         meta["kept"] = self._kept([*self._manager.all_steps(), step])
+        self._bytes = sum(x.nbytes for x in leaves.values()) + len(json.dumps(meta))
         args = self._ocp.args
-        written = self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(leaves), meta=args.JsonSave(seal(meta))
-            ),
-        )
+        with self.told_of_room():
+            written = self._manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(leaves), meta=args.JsonSave(seal(meta))
+                ),
+            )
         if not written:  # Orbax writes nothing before the last one
             raise CheckpointError(
                 f"`state` is of step {step}, and {self.folder} has a checkpoint of "
@@ -264,7 +249,20 @@ class Checkpointer:
             key_shape.shape, key_shape.dtype, sharding=state.key.sharding
         )
         like = leaves_of(state, frozen, key_data)
-        self._compare(meta, like, state, frozen, number)
+        lines = differences(
+            meta,
+            config=self._config,
+            free=self._free,
+            leaves=like,
+            key=state.key,
+            base=lambda: self._base_checksums(frozen),
+        )
+        if lines:
+            raise CheckpointError(
+                f"checkpoint {folder} is of another run:\n  "
+                + "\n  ".join(lines)
+                + "\nUse another folder, or put these back."
+            )
         abstract = {
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for n, x in like.items()
@@ -326,12 +324,33 @@ class Checkpointer:
         self._metas.clear()
 
     def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved so far is complete on disk.
+
+        Raises:
+            NoRoomError: it did not fit.
+        """
+        with self.told_of_room():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then ends the background threads."""
-        self._manager.close()
+        """Waits, then ends the background threads.
+
+        Raises:
+            NoRoomError: what was saved last did not fit.
+        """
+        with self.told_of_room():
+            self._manager.close()
+
+    def told_of_room(self) -> contextlib.AbstractContextManager[None]:
+        """A context for whatever else is written beside the checkpoints.
+
+        Raises:
+            NoRoomError: the disk is full or read-only; it says how much room a
+                checkpoint takes, how much is missing, and what is kept.
+        """
+        names = lambda: (p.name for p in self.folder.iterdir() if p.is_dir())
+        whole = lambda: sorted(int(name) for name in names() if name.isdigit())
+        return told_of_room(self.folder, lambda: self._bytes, whole)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -377,28 +396,6 @@ class Checkpointer:
         if self._checksums is None:
             self._checksums = checksums(base_of(frozen))
         return self._checksums
-
-    def _compare(self, meta, like, state, frozen, number: int) -> None:
-        """Lists everything in which a checkpoint is not this run's."""
-        before = with_new_names(ConfigDict(meta["config"]))
-        own = ConfigDict(self._config)
-        lines = config_differences(before, own, free=self._free)
-        lines = [f"config field {line}" for line in lines]
-        leaves = differences("leaf", meta["leaves"], manifest(like))
-        impl = str(jax.random.key_impl(state.key))
-        if meta["key"] != impl:
-            lines.append(f"key implementation {meta['key']!r}, now {impl!r}")
-        if not lines and not leaves:  # these cost a pass over the base: last
-            now = set(self._base_checksums(frozen).items())
-            changed = dict(now ^ set(meta["base"].items()))
-            leaves = [f"base leaf {n}: its values differ" for n in sorted(changed)]
-        lines += [grouped(leaves)] if leaves else []
-        if lines:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(number)} is of another run:\n  "
-                + "\n  ".join(lines)
-                + "\nUse another folder, or put these back."
-            )
 
 
 class _Policy(NamedTuple):

@@ -1,0 +1,82 @@
+"""A disk that is full, or cannot be written any more: said in numbers."""
+
+import contextlib
+import errno
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXT = re.compile("No space left on device|Disk quota exceeded|File too large")
+_READ_ONLY_TEXT = re.compile("Read-only file system")
+
+
+class NoRoomError(OSError):
+    """What a run wanted to write could not be written; the message says how much."""
+
+
+@contextlib.contextmanager
+def told_of_room(
+    folder: Path, needed: Callable[[], int], whole: Callable[[], list[int]]
+) -> Iterator[None]:
+    """Makes one message of whatever a library says of a full disk.
+
+    Args:
+        folder: of the checkpoints.
+        needed: the bytes that a checkpoint takes at most, 0 if that is not known.
+        whole: the steps of the checkpoints that are whole.
+
+    Raises:
+        NoRoomError: something inside could not be written for lack of room, or as the
+            disk cannot be written any more.
+    """
+    try:
+        yield
+    except NoRoomError:
+        raise
+    except Exception as error:
+        told = list(_chain(error))
+        numbers = {x.errno for x in told if isinstance(x, OSError)}
+        says = lambda text: any(text.search(str(x)) for x in told)
+        if errno.EROFS in numbers or says(_READ_ONLY_TEXT):
+            lack = "cannot be written any more: its file system is read-only now"
+        elif numbers & _FULL or says(_FULL_TEXT):
+            lack = _lack(folder, needed())
+        else:
+            raise
+        kept = (
+            f"checkpoints {steps} are whole" if (steps := whole()) else "none is kept"
+        )
+        raise NoRoomError(
+            f"{str(folder)!r} {lack}. Of what was saved {kept}; once that is mended, "
+            "the same command goes on"
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _lack(folder: Path, needed: int) -> str:
+    # What an interrupted save has left is removed before the next one.
+    rests = [p for rest in folder.glob("*tmp*") for p in rest.rglob("*")]
+    free = shutil.disk_usage(folder).free
+    free += sum(p.stat().st_size for p in rests if p.is_file())
+    takes = f"a checkpoint takes {_size(needed)}"
+    text = f"has no room left: {_size(free)} are free"
+    if needed > free:
+        return f"{text}, {takes}: {_size(needed - free)} are missing"
+    return f"{text}, {takes}: a quota or a limit is reached" if needed else text
+
+
+def _size(count: int) -> str:
+    """A number of bytes as people write it, never less than there are.
+
+    Example:
+        >>> _size(700), _size(1_234_567)
+        ('0.1 MB', '1.3 MB')
+    """
+    return f"{-(-count // 100_000) / 10:,.1f} MB"
