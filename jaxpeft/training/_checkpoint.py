@@ -22,7 +22,7 @@ from jaxpeft.training._contents import (
     manifest,
 )
 from jaxpeft.training._folder import as_folder
-from jaxpeft.training._room import told_of_room
+from jaxpeft.training._room import check_writable, told_of_room
 from jaxpeft.training._sealed import (
     CheckpointError,
     Damaged,
@@ -160,6 +160,8 @@ class Checkpointer:
                     "step"
                 )
             return False
+        with self.told_of_room():
+            check_writable(self.folder)
         leaves = leaves_of(state, frozen, jax.random.key_data(state.key))
         meta = {
             "step": step,

@@ -2,14 +2,22 @@
 
 import contextlib
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+
+from jaxpeft.training._sealed import from_all_processes
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = re.compile("No space left on device|Disk quota exceeded|File too large")
 _READ_ONLY_TEXT = re.compile("Read-only file system")
+
+
+_PROBE = 65_536  # bytes
 
 
 class NoRoomError(OSError):
@@ -52,6 +60,32 @@ def told_of_room(
             f"{str(folder)!r} {lack}. Of what was saved {kept}; once that is mended, "
             "the same command goes on"
         ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raises where not even a small file can be written; all processes call it.
+
+    Orbax would wait minutes for a folder that it could not make.
+
+    Args:
+        folder: where the first process tries.
+
+    Raises:
+        OSError: on every process.
+    """
+    fault = None
+    if jax.process_index() == 0:
+        probe = folder / ".probe"
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        except OSError as error:
+            fault = error.errno
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+    fault = from_all_processes(fault)[0]
+    if fault is not None:
+        raise OSError(fault, os.strerror(fault), str(folder))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,14 +1,19 @@
 """Processes that are started together and end together; what they say is tested."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from jaxpeft import launch
 from jaxpeft.launch import _quiet, _start
+
+ROOT = Path(__file__).parents[2]
 
 
 def file(tmp_path, text):
@@ -117,3 +122,61 @@ def test_a_lost_process_is_told_from_other_faults(monkeypatch):
         monkeypatch.setattr(distributed, "is_initialized", lambda j=joined: j)
         with pytest.raises(expected), launch.lost():
             raise ValueError(said)
+
+
+# One of two processes, the last of which is no more after a moment.
+TOGETHER = """
+import logging, os, signal, sys, time
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jaxpeft import launch
+from jaxpeft.launch import _join
+
+_join.SILENT = 5
+index, coordinator, computes = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "computes"
+launch.join(coordinator, 2, index)
+try:
+    with launch.lost():
+        for step in range(300):
+            if step < 3 or computes:
+                multihost_utils.process_allgather(np.ones(2))
+            if (step, index) == (3, 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.1)
+    status = 0
+except launch.LostError as error:
+    print(f"train.py: error: {error}", file=sys.stderr)
+    status = launch.LOST
+sys.exit(launch.leave(status))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("does", "status"), [("computes", launch.LOST), ("waits", -signal.SIGABRT)]
+)
+def test_a_process_ends_when_the_other_has_been_killed(tmp_path, does, status):
+    """In Python where it computes with the other, and by the service where not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(index), place, does],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = both[0].communicate(timeout=60)[1]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+    assert [process.returncode for process in both] == [status, -signal.SIGKILL]
+    lines = [line for line in said.splitlines() if "error" in line]
+    assert lines == [f"train.py: error: {_quiet.GONE}"]
+    assert "Traceback" not in said and "***" not in said and "@ 0x" not in said

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,22 +73,19 @@ def test_sigterm_to_one_of_two_stops_both(start, all_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
-def test_sigkill_of_one_of_two_ends_the_other(start, all_of, tmp_path, who):
+def test_sigkill_of_the_first_of_two_ends_the_other(start, all_of, tmp_path):
     """With one line: C++ prints a stack, but nobody sees it."""
-    file = program(tmp_path, "SIGKILL", step=5, who=who)
+    file = program(tmp_path, "SIGKILL", step=5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = (f"--coordinator=127.0.0.1:{port}", "--processes=2")
     given = (f"--workdir={tmp_path / 'run'}", *SHORT, *place)
     both = [start(*given, f"--process-id={i}", script=(file,)) for i in range(2)]
-    both[who].wait(timeout=200)
-    since = time.monotonic()
+    both[0].wait(timeout=200)
     done = all_of(both, timeout=60)
-    assert time.monotonic() - since < 60
-    assert done[who].returncode == -signal.SIGKILL
-    other = done[1 - who]
+    assert done[0].returncode == -signal.SIGKILL
+    other = done[1]
     assert other.returncode not in (0, None)
     last = other.stderr.splitlines()[-1]
     assert last.startswith("train.py: error: another process of this run has stopped")
