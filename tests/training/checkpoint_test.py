@@ -102,6 +102,32 @@ def test_another_mesh_reads_the_same_numbers(
     advance(many, restored.state, make_batch, 2, 3)
 
 
+@jax.jit
+def moved(tree):
+    """Other numbers for every entry: factors that start at 0 are all alike."""
+    drawn = lambda x: x + jax.random.normal(jax.random.key(7), x.shape, x.dtype)
+    return jax.tree.map(drawn, tree)
+
+
+def test_from_mesh_to_mesh_to_mesh(tmp_path, make_run, numpy_leaves):
+    """Bit for bit, each leaf where the next mesh has it."""
+    expected, found = None, None
+    for number, mesh in enumerate([(8, 1, 1), (1, 1, 1), (2, 2, 2), (1, 4, 2)]):
+        run = make_run(jp.lora(rank=2), mesh=mesh)
+        options = dict(config={**CONFIG, "mesh": mesh}, free=["mesh"])
+        if number == 0:
+            found = run.state._replace(trainable=moved(run.state.trainable))
+            expected = numpy_leaves(found)
+        else:
+            with training.Checkpointer(tmp_path / str(number - 1), **options) as before:
+                found = before.restore(run.state, run.frozen).state
+            same(numpy_leaves(found), expected)
+            where = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]
+            assert where(found) == where(run.state)
+        with training.Checkpointer(tmp_path / str(number), **options) as checkpoints:
+            checkpoints.save(found, run.frozen)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path, make_run, make_batch):
     run = make_run()
     options = dict(config=CONFIG, metric="accuracy", mode="max")
