@@ -6,6 +6,7 @@ small process of its own, which lives a moment longer and says the one line. Wha
 Python writes does not.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def quieten(program: str) -> None:
         program: who says it.
     """
     said = f"{program}: error: {GONE}"
-    sys.stderr.flush()
+    before = sys.stderr
+    before.flush()
     own = os.dup(2)
     command = [sys.executable, "-S", "-E", "-c", _FILTER, said]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -53,6 +55,9 @@ def quieten(program: str) -> None:
     reader.stdin.close()
     _READERS.append(reader)
     sys.stderr = os.fdopen(own, "w", buffering=1, errors="backslashreplace")
+    for handler in logging.getLogger().handlers:
+        if getattr(handler, "stream", None) is before:
+            handler.setStream(sys.stderr)
 
 
 _READERS: list[subprocess.Popen] = []  # one that nobody holds would be warned of

@@ -1,7 +1,6 @@
 """Checkpoints: all of a run but the base, whole or not at all, through Orbax."""
 
 import contextlib
-import itertools
 import json
 import math
 import warnings
@@ -29,6 +28,7 @@ from jaxpeft.training._sealed import (
     checksums,
     from_all_processes,
     of_this_process,
+    put_aside,
     read_sealed,
     reading,
     seal,
@@ -109,7 +109,7 @@ class Checkpointer:
     @property
     def best(self) -> int | None:
         """The step of the checkpoint with the best score (of equals, the latest)."""
-        return next(iter(self._by_score(self._manager.all_steps())), None)
+        return (self._by_score(self._manager.all_steps()) or [None])[0]
 
     def save(
         self,
@@ -233,7 +233,8 @@ class Checkpointer:
             except Damaged as fault:
                 faults[number] = str(fault)
                 continue
-            self._put_aside(faults, number)
+            if faults:
+                self._put_aside(faults, number)
             return restored
         raise CheckpointError(
             f"`step` {step!r}: no such checkpoint in {self.folder} is whole:"
@@ -276,9 +277,9 @@ class Checkpointer:
             found = handler.restore(
                 folder / "state", args=self._ocp.args.StandardRestore(abstract)
             )
-        values = checksums(found) if meta["values"] is not None else None
-        if values != meta["values"]:
-            changed = [n for n, value in values.items() if value != meta["values"][n]]
+        values = meta["values"] or {}  # none before they were sealed
+        now = checksums({n: found[n] for n in values})
+        if changed := [n for n, value in now.items() if value != values[n]]:
             raise Damaged(f"values have changed: {', '.join(changed[:5])}")
         key = jax.random.wrap_key_data(found.pop("key"), impl=meta["key"])
         names = ("trainable", "opt_state", "allocation", "fixed")
@@ -303,18 +304,9 @@ class Checkpointer:
 
     def _put_aside(self, faults: Mapping[int, str], instead: int) -> None:
         """Says which checkpoints were stepped over, and takes them out of the way."""
-        if not faults:
-            return
         if jax.process_index() == 0:
             for number, fault in faults.items():
-                names = (f"-{n}" if n > 1 else "" for n in itertools.count(1))
-                places = (self.folder / f"damaged-{number}{n}" for n in names)
-                place = next(p for p in places if not p.exists())
-                try:
-                    (self.folder / str(number)).rename(place)
-                    where = f"is kept as {str(place)!r}"
-                except OSError as error:
-                    where = f"cannot be moved away ({error.strerror})"
+                where = put_aside(self.folder / str(number))
                 warnings.warn(
                     f"checkpoint {number} in {str(self.folder)!r} is damaged "
                     f"({fault}); it is stepped over and {where}. Checkpoint {instead} "
@@ -350,8 +342,8 @@ class Checkpointer:
             NoRoomError: the disk is full or read-only; it says how much room a
                 checkpoint takes, how much is missing, and what is kept.
         """
-        names = lambda: (p.name for p in self.folder.iterdir() if p.is_dir())
-        whole = lambda: sorted(int(name) for name in names() if name.isdigit())
+        numbers = lambda: (p.name for p in self.folder.iterdir() if p.name.isdigit())
+        whole = lambda: sorted(map(int, numbers()))
         return told_of_room(self.folder, lambda: self._bytes, whole)
 
     def __enter__(self) -> "Checkpointer":

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import sys
@@ -84,6 +85,22 @@ def _unsealed_scores(folder: Path) -> dict[str, float]:
         return json.loads((folder / "metrics/metrics").read_bytes())
     except (OSError, ValueError):
         return {}
+
+
+def put_aside(folder: Path) -> str:
+    """Renames a damaged checkpoint, so that its step can be saved anew.
+
+    Returns:
+        what became of it, for a sentence that begins with "it".
+    """
+    numbers = (f"-{n}" if n > 1 else "" for n in itertools.count(1))
+    places = (folder.with_name(f"damaged-{folder.name}{n}") for n in numbers)
+    place = next(p for p in places if not p.exists())
+    try:
+        folder.rename(place)
+    except OSError as error:
+        return f"cannot be moved away ({error.strerror})"
+    return f"is kept as {str(place)!r}"
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
