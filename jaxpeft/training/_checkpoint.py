@@ -4,9 +4,10 @@ import contextlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,7 +98,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 create=True,
                 cleanup_tmp_directories=True,
-                preservation_policy=_Policy(self._kept),
+                preservation_policy=SimpleNamespace(should_preserve=self._stays),
             ),
         )
 
@@ -367,6 +368,11 @@ class Checkpointer:
         """Steps that stay: the best, and the last two, as one may come to harm."""
         return sorted({*sorted(steps)[-2:], *self._by_score(steps)[:1]})
 
+    def _stays(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """The same, as Orbax asks for it."""
+        kept = self._kept([each.step for each in checkpoints])
+        return [each.step in kept for each in checkpoints]
+
     def _lost(self, steps: Sequence[int]) -> list[int]:
         """Steps that cannot be read, but for what a kill has left of a deletion."""
         read = [s for s in steps if self._meta_of(s) is not None]
@@ -390,13 +396,3 @@ class Checkpointer:
         if self._checksums is None:
             self._checksums = checksums(base_of(frozen))
         return self._checksums
-
-
-class _Policy(NamedTuple):
-    """Which checkpoints stay, as Orbax asks for it."""
-
-    kept: Callable[[list[int]], list[int]]
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [each.step for each in checkpoints]
-        return [step in self.kept(steps) for step in steps]

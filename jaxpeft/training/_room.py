@@ -32,7 +32,8 @@ def told_of_room(
 
     Args:
         folder: of the checkpoints.
-        needed: the bytes that a checkpoint takes at most, 0 if that is not known.
+        needed: the bytes of what a checkpoint holds, 0 if that is not known; one that
+            is whole shows what it takes on the disk.
         whole: the steps of the checkpoints that are whole.
 
     Raises:
@@ -50,7 +51,7 @@ def told_of_room(
         if errno.EROFS in numbers or says(_READ_ONLY_TEXT):
             lack = "cannot be written any more: its file system is read-only now"
         elif numbers & _FULL or says(_FULL_TEXT):
-            lack = _lack(folder, needed())
+            lack = _lack(folder, needed(), whole())
         else:
             raise
         kept = (
@@ -94,11 +95,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _lack(folder: Path, needed: int) -> str:
+def _taken(folder: Path) -> int:
+    """Bytes of the disk that a folder takes: files come in whole blocks."""
+    with contextlib.suppress(FileNotFoundError):  # it may just be renamed
+        return sum(p.lstat().st_blocks * 512 for p in folder.rglob("*"))
+    return 0
+
+
+def _lack(folder: Path, needed: int, steps: list[int]) -> str:
+    needed = max([needed, *(_taken(folder / str(step)) for step in steps)])
     # What an interrupted save has left is removed before the next one.
-    rests = [p for rest in folder.glob("*tmp*") for p in rest.rglob("*")]
-    free = shutil.disk_usage(folder).free
-    free += sum(p.stat().st_size for p in rests if p.is_file())
+    free = shutil.disk_usage(folder).free + sum(map(_taken, folder.glob("*tmp*")))
     takes = f"a checkpoint takes {_size(needed)}"
     text = f"has no room left: {_size(free)} are free"
     if needed > free:
