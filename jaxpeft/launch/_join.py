@@ -110,6 +110,10 @@ def lost() -> Iterator[None]:
 
     Raises:
         LostError: as said; with one process everything passes.
+
+    Example:
+        >>> with lost():
+        ...     total = jax.numpy.ones(3).sum()
     """
     try:
         yield
@@ -129,6 +133,10 @@ def leave(status: int) -> int:
 
     Returns:
         ``status``, where it is 0 or this process has not joined others.
+
+    Example:
+        >>> leave(2)
+        2
     """
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -30,6 +30,10 @@ def start(command: Sequence[str], processes: int) -> list[subprocess.Popen]:
 
     Raises:
         ValueError: GPUs cannot be dealt out evenly.
+
+    Example:
+        >>> [process.wait() for process in start(["-c", "pass"], 1)]
+        [0]
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -54,6 +58,8 @@ def start(command: Sequence[str], processes: int) -> list[subprocess.Popen]:
 
 
 def _gpus() -> int:
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([x for x in visible.split(",") if x.strip() not in ("", "-1")])
@@ -116,16 +122,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument -n: got {given.processes}; give 1 or more")
     if not given.program or not Path(given.program[0]).is_file():
         parser.error(f"no file {' '.join(given.program[:1])!r} to start")
-    tell = lambda number, _: [p.send_signal(number) for p in started]
+    started: list[subprocess.Popen] = []
+    told: list[int] = []
+
+    def tell(*_):
+        told.append(1)
+        for process in started:
+            process.send_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, tell)
     try:
-        started = start(given.program, given.processes)
-        before = signal.signal(signal.SIGTERM, tell)
+        started += start(given.program, given.processes)
+        if told:  # while they were being started
+            tell()
         first = _wait(started)
-        signal.signal(signal.SIGTERM, before)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if first is None:
         return 0
     status = started[first].returncode

@@ -137,4 +137,9 @@ def obey(
             tracebacks.print_exception(error)
         print(f"train.py: error: {error}", file=sys.stderr)
         status = launch.LOST
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        tracebacks.print_exc()  # a fault of the program
+        status = 1
     return launch.leave(status)

@@ -36,6 +36,12 @@ def stop_asked() -> Iterator[Callable[[int], bool]]:
     Yields:
         ``asked(step)``, to be called after every update: whether to save and stop
         after this one.
+
+    Example:
+        >>> with stop_asked() as asked:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print(asked(7))
+        True
     """
     if jax.distributed.is_initialized():  # its service has taken the signal
         yield multihost_utils.reached_preemption_sync_point

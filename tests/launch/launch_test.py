@@ -80,6 +80,7 @@ def test_a_mistake_ends_it_with_one_line(capsys, arguments, said):
 def test_gpus_are_dealt_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,5,6")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     text = INDEX + "open(f'{index}', 'w').write(os.environ['JAX_LOCAL_DEVICE_IDS'])"
     assert launch.main(["-n", "2", file(tmp_path, text)]) == 0
     assert [(tmp_path / str(i)).read_text() for i in range(2)] == ["0,1", "2,3"]
