@@ -12,6 +12,10 @@ import pytest
 from jaxpeft import training
 from jaxpeft.training import CheckpointError
 
+# What is left of reads that Orbax breaks off is let go of at any later moment.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 MESH = training.make_mesh(devices=jax.devices()[:1])
 OPTIONS = dict(config={"seed": 0}, metric="accuracy", mode="max")
 KEY = jax.random.key(0)
