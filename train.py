@@ -22,7 +22,7 @@ import ml_collections
 import optax
 
 import jaxpeft as jp
-from jaxpeft import data, interop, mixtures, runs, training
+from jaxpeft import data, interop, launch, mixtures, runs, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
@@ -79,11 +79,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         ValueError: a field of the config that does not fit.
         training.WorkdirError: the folder is in use, or of another run.
         training.NonFiniteError: an update was not finite; it says what is kept.
+        training.NoRoomError: the disk is full; it says by how much.
+        runs.Stopped: SIGTERM came; all is saved.
     """
     runs.check_fields(config)
     if config.stages:
         return runs.run_stages(config, workdir, run, free=FREE)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(launch.lost())
         return _run(config, workdir, stack)
 
 
@@ -205,6 +208,7 @@ def _run(config, workdir, stack):
             folder / "checkpoints", config=config.to_dict(), free=FREE, **task.best
         )
     )
+    stack.enter_context(checkpoints.told_of_room())
     first_step, carried = 0, {"seconds": 0.0}
     if checkpoints.latest is not None:
         restored = checkpoints.restore(state, frozen)
@@ -250,7 +254,8 @@ def _run(config, workdir, stack):
         bar.note(f"Resuming after step {first_step}.")
     else:
         carried["before"] = _before(parts, state, frozen)
-    state = _train(parts, state, frozen, first_step, carried)
+    with runs.stop_asked() as stop_asked:
+        state = _train(parts, state, frozen, first_step, carried, stop_asked)
     return _finish(parts, state, frozen, carried["before"])
 
 
@@ -265,7 +270,7 @@ def _before(parts, state, frozen):
     return scores
 
 
-def _train(parts, state, frozen, first_step, carried):
+def _train(parts, state, frozen, first_step, carried, stop_asked):
     """The train loop: returns the state after the last step."""
     config, inputs, checkpoints = parts.config, parts.inputs, parts.checkpoints
     writer, bar, allocator = parts.writer, parts.bar, parts.allocator
@@ -286,7 +291,8 @@ def _train(parts, state, frozen, first_step, carried):
                 allocator, state, frozen, parts.folder, writer, bar
             )
         evaluates = step % inputs.evaluate_every == 0 or step == inputs.total_steps
-        saves = evaluates or step % inputs.save_every == 0
+        stops = stop_asked(step)  # all processes after the same one
+        saves = evaluates or stops or step % inputs.save_every == 0
         if not saves and step % config.log.every:
             continue
         for number, values in jax.device_get(waiting):
@@ -318,6 +324,9 @@ def _train(parts, state, frozen, first_step, carried):
                 scores=scores if step >= settled else None,
             )
         bar.show(step, **shown)
+        if stops:
+            checkpoints.wait()
+            raise runs.Stopped(f"after step {step}, which is saved")
         watch.restart()
     return state
 
@@ -374,25 +383,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Reads the command line and runs.
 
     Returns:
-        the exit status: 0; 2 where something is refused, with one message and, but
-        after ``--traceback``, nothing else; 3 where a NaN or an infinity stopped the
-        run; 130 after Ctrl-C.
+        the exit status: 0, also after SIGTERM; 2 where something is refused, with one
+        message and, but after ``--traceback``, nothing else; 3 where a NaN or an
+        infinity stopped the run; 4 where another process has gone; 130 after Ctrl-C.
     """
     quickstart = Path(__file__).parent / "configs/quickstart.py"
     command = runs.parse_command(argv, quickstart, description=__doc__)
     logging.basicConfig(format="%(message)s")  # before a library chooses another
 
-    def start():
-        if command.distributed:
-            jax.distributed.initialize()
-        run(command.config, command.workdir)
-
-    return runs.ended(
-        "train.py",
-        start,
-        traceback=command.traceback,
-        interrupted="stopped; the same command goes on after the last checkpoint",
-    )
+    return runs.obey(command, run)
 
 
 if __name__ == "__main__":

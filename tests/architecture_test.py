@@ -23,7 +23,7 @@ ORDER = [
     ["mixtures"],
     ["models"],
     ["interop"],
-    ["data", "training", "testing"],
+    ["data", "launch", "training", "testing"],
     ["serving"],
     ["runs"],
     ["study"],

@@ -15,6 +15,7 @@ from jaxpeft.runs._check import load_start as load_start
 from jaxpeft.runs._check import outline as outline
 from jaxpeft.runs._check import rehearse as rehearse
 from jaxpeft.runs._command import Command as Command
+from jaxpeft.runs._command import obey as obey
 from jaxpeft.runs._command import parse_command as parse_command
 from jaxpeft.runs._config import call as call
 from jaxpeft.runs._config import call_named as call_named
@@ -54,6 +55,9 @@ from jaxpeft.runs._run_ranks import ranks_report as ranks_report
 from jaxpeft.runs._stages import enter_stage as enter_stage
 from jaxpeft.runs._stages import run_stages as run_stages
 from jaxpeft.runs._stages import save_routing as save_routing
+from jaxpeft.runs._stop import Stopped as Stopped
+from jaxpeft.runs._stop import stop_asked as stop_asked
+from jaxpeft.runs._stop import stops_at_sigterm as stops_at_sigterm
 from jaxpeft.runs._workdir import check_workdir as check_workdir
 from jaxpeft.runs._workdir import open_workdir as open_workdir
 from jaxpeft.training import WorkdirError as WorkdirError

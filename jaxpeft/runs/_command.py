@@ -1,15 +1,21 @@
 """The command line of a run."""
 
+import contextlib
+import logging
 import re
+import sys
 import traceback as tracebacks
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import ml_collections
 
-from jaxpeft.console import Parser
+from jaxpeft import launch
+from jaxpeft.console import Parser, ended
 from jaxpeft.runs._config import load_config
+from jaxpeft.runs._stop import Stopped, stops_at_sigterm
 from jaxpeft.training import WorkdirError, as_folder
 
 
@@ -20,12 +26,14 @@ class Command(NamedTuple):
         config: the locked config, overrides applied.
         workdir: the run's folder.
         distributed: whether this is one of several processes.
+        place: ``(coordinator, processes, process id)`` of it; None: to be found.
         traceback: whether a refusal shows where it was raised.
     """
 
     config: ml_collections.ConfigDict
     workdir: Path
     distributed: bool
+    place: tuple[str | None, int | None, int | None]
     traceback: bool
 
 
@@ -61,8 +69,11 @@ def parse_command(
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="one of several processes, which jax.distributed.initialize() finds",
+        help="one of several processes, found on TPU pods, under SLURM and MPI",
     )
+    parser.add_argument("--coordinator", help="elsewhere: HOST:PORT of process 0")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process-id", type=int, help="which one this is, from 0")
     given, others = parser.parse_known_args(argv)
     prefix = "--config."
     for item in others:
@@ -78,4 +89,57 @@ def parse_command(
         if given.traceback:
             tracebacks.print_exception(error)
         parser.error(str(error).removesuffix("."))
-    return Command(config, Path(folder), given.distributed, given.traceback)
+    place = (given.coordinator, given.processes, given.process_id)
+    several = given.distributed or any(x is not None for x in place)
+    return Command(config, Path(folder), several, place, given.traceback)
+
+
+def obey(
+    command: Command, run: Callable[[ml_collections.ConfigDict, Path], object]
+) -> int:
+    """Joins the other processes, where there are any, and runs; returns the status.
+
+    Args:
+        command: what was asked for.
+        run: ``(config, workdir)``, what to do.
+
+    Returns:
+        as of ``ended``; 0 also where SIGTERM stopped the run, and ``launch.LOST`` (4)
+        where another process has gone. One of several that has failed ends the program
+        here.
+    """
+    if not command.traceback:
+        # Orbax writes down with a stack what it raises later, and each signal.
+        said = lambda record: record.levelno >= logging.ERROR and not record.exc_info
+        logging.getLogger("absl").addFilter(said)
+
+    def start() -> None:
+        with contextlib.ExitStack() as stack:
+            if command.distributed:
+                launch.join(*command.place, quiet=not command.traceback)
+            else:
+                stack.enter_context(stops_at_sigterm())
+            run(command.config, command.workdir)
+
+    try:
+        status = ended(
+            "train.py",
+            start,
+            traceback=command.traceback,
+            interrupted="stopped; the same command goes on after the last checkpoint",
+        )
+    except Stopped as stopped:
+        if jax.process_index() == 0:
+            print(f"train.py: {stopped}", file=sys.stderr)
+        status = 0
+    except launch.LostError as error:
+        if command.traceback:
+            tracebacks.print_exception(error)
+        print(f"train.py: error: {error}", file=sys.stderr)
+        status = launch.LOST
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        tracebacks.print_exc()  # a fault of the program
+        status = 1
+    return launch.leave(status)

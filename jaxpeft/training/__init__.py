@@ -37,6 +37,7 @@ from jaxpeft.training._optimizer import PARAMETER_KINDS as PARAMETER_KINDS
 from jaxpeft.training._optimizer import Optimizer as Optimizer
 from jaxpeft.training._optimizer import adamw as adamw
 from jaxpeft.training._optimizer import schedule as schedule
+from jaxpeft.training._room import NoRoomError as NoRoomError
 from jaxpeft.training._state import NonFiniteError as NonFiniteError
 from jaxpeft.training._state import TrainState as TrainState
 from jaxpeft.training._state import advance as advance

@@ -1,56 +1,54 @@
 """Checkpoints: all of a run but the base, whole or not at all, through Orbax."""
 
+import contextlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from jaxpeft.console import optional
-from jaxpeft.training._config_json import config_differences, with_new_names
+from jaxpeft.training._contents import (
+    Restored,
+    base_of,
+    below,
+    differences,
+    leaves_of,
+    manifest,
+)
 from jaxpeft.training._folder import as_folder
+from jaxpeft.training._room import check_writable, told_of_room
+from jaxpeft.training._sealed import (
+    CheckpointError,
+    Damaged,
+    checksums,
+    from_all_processes,
+    of_this_process,
+    put_aside,
+    read_sealed,
+    reading,
+    seal,
+)
 from jaxpeft.training._state import TrainState, check_finite
-from jaxpeft.tree import flat, grouped, is_node, unflat
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used for what it was asked for."""
-
-
-class Restored(NamedTuple):
-    """What ``Checkpointer.restore`` returns.
-
-    Attributes:
-        state: the state, on the shardings of the one that was given.
-        frozen: the frozen tree with the adapters' fixed leaves of the checkpoint.
-        data_state: this process's ``data_state``, as it was saved.
-        extra: ``extra``, as it was saved.
-        scores: the scores at that step.
-        step: the number of updates done.
-    """
-
-    state: TrainState
-    frozen: Any
-    data_state: Any
-    extra: Any
-    scores: dict[str, float]
-    step: int
+from jaxpeft.tree import flat, unflat
 
 
 class Checkpointer:
-    """The checkpoints of one run: the last one, and the best one.
+    """The checkpoints of one run: the last two, and the best one.
 
     A checkpoint holds the adapters (trained leaves and fixed ones, so that no SVD is
-    taken again), the optimiser, the step, the key, the state of the data, and the
-    config; never the base, of which it keeps a checksum. It is written in the
+    taken again), the optimiser, the step, the key, the state of the data, the scores
+    and the config; never the base, of which it keeps a checksum. It is written in the
     background to a temporary folder and renamed when complete, and older ones are
     deleted after that: a process killed at any moment leaves the last complete one.
+
+    All that it holds has checksums. A checkpoint that a disk or a copy has damaged is
+    stepped over, with a warning, and put aside as ``damaged-<step>``.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class Checkpointer:
                 save are removed.
             config: what the run was asked for, JSON-able.
             metric: the score that says which checkpoint is best; ``None``: only the
-                last one is kept.
+                last two are kept.
             mode: ``"max"`` if a larger score is better, ``"min"`` if a smaller one
                 (``data.metric_mode``); needed with ``metric``.
             free: fields of ``config`` (``"mesh"``, ``"log.every"``) that may differ
@@ -81,11 +79,6 @@ class Checkpointer:
         """
         with optional("Checkpoints"):
             import orbax.checkpoint as ocp
-            from orbax.checkpoint.checkpoint_managers import (
-                AnyPreservationPolicy,
-                BestN,
-                LatestN,
-            )
 
         if mode not in ("max", "min") and (metric, mode) != (None, None):
             raise ValueError(
@@ -97,23 +90,15 @@ class Checkpointer:
         self._metric, self._sign = metric, -1.0 if mode == "min" else 1.0
         self._free = tuple(free)
         self._checksums: dict[str, int] | None = None
+        self._bytes = 0  # of one, at most
+        self._metas: dict[int, dict[str, Any] | None] = {}  # of each step
         self._ocp = ocp
-        policies: list[Any] = [LatestN(1)]
-        if metric is not None:
-            policies.append(
-                BestN(
-                    get_metric_fn=self._rank,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=True,
                 cleanup_tmp_directories=True,
-                best_fn=self._rank,  # without one, no scores are written
-                preservation_policy=AnyPreservationPolicy(policies),
+                preservation_policy=SimpleNamespace(should_preserve=self._stays),
             ),
         )
 
@@ -125,9 +110,7 @@ class Checkpointer:
     @property
     def best(self) -> int | None:
         """The step of the checkpoint with the best score (of equals, the latest)."""
-        steps = {s: self._manager.metrics(s) for s in self._manager.all_steps()}
-        scored = [s for s, m in steps.items() if m and self._metric in m]
-        return max(scored, key=lambda s: (self._rank(steps[s]), s), default=None)
+        return (self._by_score(self._manager.all_steps()) or [None])[0]
 
     def save(
         self,
@@ -158,6 +141,8 @@ class Checkpointer:
                 last checkpoint stays.
             ValueError: ``scores`` lack the metric, or the step is there already with
                 other scores.
+            CheckpointError: there is a checkpoint of a later step.
+            NoRoomError: this one, or the one before it, did not fit on the disk.
         """
         check_finite(state)
         if scores is not None and self._metric not in (None, *scores):
@@ -166,33 +151,46 @@ class Checkpointer:
                 "checkpoint is kept"
             )
         step = int(state.step)
-        metrics = {name: float(value) for name, value in (scores or {}).items()}
+        scores = {name: float(value) for name, value in (scores or {}).items()}
         if step in self._manager.all_steps():
-            there = self._manager.metrics(step)
-            if metrics and there != metrics:
+            there = self._scores_of(step)
+            if scores and there != scores:
                 raise ValueError(
                     f"step {step} is already saved, with scores {there}; it cannot be "
-                    f"saved again with {metrics}. Pass `scores` at the first save of a "
+                    f"saved again with {scores}. Pass `scores` at the first save of a "
                     "step"
                 )
             return False
-        leaves = _leaves(state, frozen, jax.random.key_data(state.key))
+        with self.told_of_room():
+            check_writable(self.folder)
+        leaves = leaves_of(state, frozen, jax.random.key_data(state.key))
         meta = {
+            "step": step,
             "config": self._config,
-            "leaves": _manifest(leaves),
+            "leaves": manifest(leaves),
+            "values": checksums(leaves),
             "base": self._base_checksums(frozen),
             "key": str(jax.random.key_impl(state.key)),
-            "data_state": _from_all_processes(data_state),
+            "data_state": from_all_processes(data_state),
             "extra": extra,
+            "scores": scores,
         }
+        meta = self._metas[step] = json.loads(json.dumps(meta))  # as it will be read
+        meta["kept"] = self._kept([*self._manager.all_steps(), step])
+        self._bytes = sum(x.nbytes for x in leaves.values()) + len(json.dumps(meta))
         args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(leaves), meta=args.JsonSave(meta)
-            ),
-            metrics=metrics,
-        )
+        with self.told_of_room():
+            written = self._manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(leaves), meta=args.JsonSave(seal(meta))
+                ),
+            )
+        if not written:  # Orbax writes nothing before the last one
+            raise CheckpointError(
+                f"`state` is of step {step}, and {self.folder} has a checkpoint of "
+                f"step {self.latest}: restore that one, or use another folder"
+            )
         return True
 
     def restore(
@@ -207,40 +205,86 @@ class Checkpointer:
             step: ``"last"``, ``"best"``, or the number of one.
 
         Returns:
-            Everything needed to go on bit for bit.
+            Everything needed to go on bit for bit. A checkpoint that is damaged is
+            warned of by name and put aside, and the next one, or the next best, takes
+            its place.
 
         Raises:
             CheckpointError: there is no such checkpoint; or its config, leaves or base
-                differ from the run's (all differences are listed).
+                differ from the run's (all differences are listed); or it is damaged,
+                of ``"last"`` and ``"best"`` where all are (all are named).
         """
         self.wait()
-        number = {"last": self.latest, "best": self.best}.get(step, step)
-        steps = sorted(self._manager.all_steps())
-        if number not in steps:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if step in ("last", "best"):
+            lost = self._lost(steps)  # it might be either: it is told in any case
+            order = steps if step == "last" else self._by_score(steps)
+            wanted = [*lost, *(s for s in order if s not in lost)]
+        else:
+            wanted = [step] if step in steps else []
+        if not wanted:
             raise CheckpointError(
                 f"`step` {step!r}: there is no such checkpoint in {self.folder}; there "
-                f"are {steps or 'none'}"
+                f"are {steps[::-1] or 'none'}"
             )
-        args = self._ocp.args
-        meta = self._manager.restore(
-            number, args=args.Composite(meta=args.JsonRestore())
-        ).meta
+        faults: dict[int, str] = {}
+        for number in wanted:
+            try:
+                restored = self._read(number, state, frozen)
+            except Damaged as fault:
+                faults[number] = str(fault)
+                continue
+            if faults:
+                self._put_aside(faults, number)
+            return restored
+        raise CheckpointError(
+            f"`step` {step!r}: no such checkpoint in {self.folder} is whole:"
+            + "".join(f"\n  {n}: {fault}" for n, fault in faults.items())
+            + "\nPut a copy of one of them back, or delete the folder to start anew."
+        )
+
+    def _read(self, number: int, state: TrainState, frozen: Any) -> Restored:
+        """Reads one; raises ``Damaged`` on all processes where any finds it so."""
+        folder = self.folder / str(number)
+        with reading():
+            meta = read_sealed(folder)
         key_shape = jax.eval_shape(jax.random.key_data, state.key)
         key_data = jax.ShapeDtypeStruct(
             key_shape.shape, key_shape.dtype, sharding=state.key.sharding
         )
-        like = _leaves(state, frozen, key_data)
-        self._compare(meta, like, state, frozen, number)
+        like = leaves_of(state, frozen, key_data)
+        lines = differences(
+            meta,
+            config=self._config,
+            free=self._free,
+            leaves=like,
+            key=state.key,
+            base=lambda: self._base_checksums(frozen),
+        )
+        if lines:
+            raise CheckpointError(
+                f"checkpoint {folder} is of another run:\n  "
+                + "\n  ".join(lines)
+                + "\nUse another folder, or put these back."
+            )
         abstract = {
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for n, x in like.items()
         }
-        found = self._manager.restore(
-            number, args=args.Composite(state=args.StandardRestore(abstract))
-        ).state
+        # Not the manager's own: it ends at a barrier, which a process that cannot
+        # read its part does not reach.
+        handler = self._ocp.StandardCheckpointHandler()
+        with reading():
+            found = handler.restore(
+                folder / "state", args=self._ocp.args.StandardRestore(abstract)
+            )
+        values = meta["values"] or {}  # none before they were sealed
+        now = checksums({n: found[n] for n in values})
+        if changed := [n for n, value in now.items() if value != values[n]]:
+            raise Damaged(f"values have changed: {', '.join(changed[:5])}")
         key = jax.random.wrap_key_data(found.pop("key"), impl=meta["key"])
         names = ("trainable", "opt_state", "allocation", "fixed")
-        parts = {n: _below(n, found) for n in names}
+        parts = {n: below(n, found) for n in names}
         new_state = TrainState(
             trainable=unflat(state.trainable, parts["trainable"]),
             opt_state=unflat(state.opt_state, parts["opt_state"]),
@@ -253,19 +297,55 @@ class Checkpointer:
         return Restored(
             state=new_state,
             frozen=unflat(frozen, {**kept, **parts["fixed"]}),
-            data_state=_of_this_process(meta["data_state"]),
+            data_state=of_this_process(meta["data_state"]),
             extra=meta["extra"],
-            scores=self._manager.metrics(number) or {},
+            scores=meta["scores"],
             step=number,
         )
 
+    def _put_aside(self, faults: Mapping[int, str], instead: int) -> None:
+        """Says which checkpoints were stepped over, and takes them out of the way."""
+        if jax.process_index() == 0:
+            for number, fault in faults.items():
+                where = put_aside(self.folder / str(number))
+                warnings.warn(
+                    f"checkpoint {number} in {str(self.folder)!r} is damaged "
+                    f"({fault}); it is stepped over and {where}. Checkpoint {instead} "
+                    "is used.",
+                    stacklevel=3,
+                )
+        from_all_processes(None)  # nobody looks before it is done
+        self._manager.reload()
+        self._metas.clear()
+
     def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved so far is complete on disk.
+
+        Raises:
+            NoRoomError: it did not fit.
+        """
+        with self.told_of_room():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then ends the background threads."""
-        self._manager.close()
+        """Waits, then ends the background threads.
+
+        Raises:
+            NoRoomError: what was saved last did not fit.
+        """
+        with self.told_of_room():
+            self._manager.close()
+
+    def told_of_room(self) -> contextlib.AbstractContextManager[None]:
+        """A context for whatever else is written beside the checkpoints.
+
+        Raises:
+            NoRoomError: the disk is full or read-only; it says how much room a
+                checkpoint takes, how much is missing, and what is kept.
+        """
+        numbers = lambda: (p.name for p in self.folder.iterdir() if p.name.isdigit())
+        whole = lambda: sorted(map(int, numbers()))
+        return told_of_room(self.folder, lambda: self._bytes, whole)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -273,122 +353,46 @@ class Checkpointer:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _rank(self, metrics: Mapping[str, float]) -> float:
-        score = metrics.get(self._metric, math.nan)
-        return -math.inf if math.isnan(score) else self._sign * score
+    def _by_score(self, steps: Sequence[int]) -> list[int]:
+        """Steps that have a score, the best first, of equals the latest."""
+        scores = {s: self._scores_of(s).get(self._metric) for s in steps}
+
+        def rank(step: int) -> tuple[float, int]:
+            score = scores[step]
+            return (-math.inf if math.isnan(score) else self._sign * score, step)
+
+        scored = [s for s in steps if scores[s] is not None]
+        return sorted(scored, key=rank, reverse=True)
+
+    def _kept(self, steps: Sequence[int]) -> list[int]:
+        """Steps that stay: the best, and the last two, as one may come to harm."""
+        return sorted({*sorted(steps)[-2:], *self._by_score(steps)[:1]})
+
+    def _stays(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """The same, as Orbax asks for it."""
+        kept = self._kept([each.step for each in checkpoints])
+        return [each.step in kept for each in checkpoints]
+
+    def _lost(self, steps: Sequence[int]) -> list[int]:
+        """Steps that cannot be read, but for what a kill has left of a deletion."""
+        read = [s for s in steps if self._meta_of(s) is not None]
+        newest = max(read, default=-1)
+        kept = self._metas[newest]["kept"] if read else []
+        return [s for s in steps if s not in read and (s > newest or s in kept)]
+
+    def _meta_of(self, step: int) -> dict[str, Any] | None:
+        if step not in self._metas:
+            try:
+                self._metas[step] = read_sealed(self.folder / str(step))
+            except Damaged:
+                self._metas[step] = None
+        return self._metas[step]
+
+    def _scores_of(self, step: int) -> dict[str, float]:
+        meta = self._meta_of(step)
+        return {} if meta is None else meta["scores"]
 
     def _base_checksums(self, frozen: Any) -> dict[str, int]:
         if self._checksums is None:
-            self._checksums = {n: int(_checksum(x)) for n, x in _base(frozen).items()}
+            self._checksums = checksums(base_of(frozen))
         return self._checksums
-
-    def _compare(self, meta, like, state, frozen, number: int) -> None:
-        """Lists everything in which a checkpoint is not this run's."""
-        before = with_new_names(ConfigDict(meta["config"]))
-        own = ConfigDict(self._config)
-        lines = config_differences(before, own, free=self._free)
-        lines = [f"config field {line}" for line in lines]
-        leaves = _differences("leaf", meta["leaves"], _manifest(like))
-        impl = str(jax.random.key_impl(state.key))
-        if meta["key"] != impl:
-            lines.append(f"key implementation {meta['key']!r}, now {impl!r}")
-        if not lines and not leaves:  # these cost a pass over the base: last
-            now = set(self._base_checksums(frozen).items())
-            changed = dict(now ^ set(meta["base"].items()))
-            leaves = [f"base leaf {n}: its values differ" for n in sorted(changed)]
-        lines += [grouped(leaves)] if leaves else []
-        if lines:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(number)} is of another run:\n  "
-                + "\n  ".join(lines)
-                + "\nUse another folder, or put these back."
-            )
-
-
-def _leaves(state: TrainState, frozen: Any, key_data: Any) -> dict[str, Any]:
-    """Everything a checkpoint holds, by name."""
-    named = {f"trainable/{n}": x for n, x in flat(state.trainable).items()}
-    named |= {f"opt_state/{n}": x for n, x in flat(state.opt_state).items()}
-    named |= {f"allocation/{n}": x for n, x in flat(state.allocation).items()}
-    named |= {f"fixed/{n}": x for n, x in _fixed(frozen).items()}
-    return {**named, "step": state.step, "key": key_data}
-
-
-def _below(prefix: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    start = prefix + "/"
-    return {n.removeprefix(start): x for n, x in leaves.items() if n.startswith(start)}
-
-
-def _fixed(frozen: Any) -> dict[str, Any]:
-    """The adapters' own frozen leaves."""
-    own = lambda x: x.replace(base=None, call=None) if is_node(x) else None
-    return flat(jax.tree.map(own, frozen, is_leaf=is_node))
-
-
-def _base(frozen: Any) -> dict[str, Any]:
-    """The frozen tree without the adapters' own leaves."""
-    return flat(
-        jax.tree.map(lambda x: x.base if is_node(x) else x, frozen, is_leaf=is_node)
-    )
-
-
-def _manifest(leaves: Mapping[str, Any]) -> dict[str, str]:
-    return {n: f"{x.dtype}{list(x.shape)}" for n, x in leaves.items()}
-
-
-def _differences(
-    what: str, old: Mapping[str, Any], new: Mapping[str, Any]
-) -> list[str]:
-    show = lambda table, name: table.get(name, "absent")
-    return [
-        f"{what} {n}: {show(old, n)}, now {show(new, n)}"
-        for n in sorted({*old, *new})
-        if old.get(n) != new.get(n)
-    ]
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """A number that changes with any bit or any move of an entry; the same anywhere.
-
-    Integer arithmetic modulo 2^32: no order of summation, no mesh, changes it.
-    """
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        bits = min(jnp.finfo(x.dtype).bits, 32)
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
-    mixed = x.astype(jnp.uint32)
-    for axis in range(x.ndim):
-        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        mixed = mixed * jnp.uint32(31) + along
-    # The last step of MurmurHash3: without it the top bits of a sum are all that the
-    # signs change, and an even number of changes cancels.
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed, dtype=jnp.uint32)
-
-
-def _from_all_processes(value: Any) -> list[Any]:
-    """Each process's JSON-able value, in the order of the processes."""
-    text = json.dumps(value)
-    if jax.process_count() == 1:
-        return [json.loads(text)]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(data), np.int32))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [
-        json.loads(row[:size].tobytes().decode())
-        for row, size in zip(rows, sizes, strict=True)
-    ]
-
-
-def _of_this_process(values: list[Any]) -> Any:
-    if len(values) == jax.process_count():
-        return values[jax.process_index()]
-    if all(value == values[0] for value in values):
-        return values[0]
-    raise CheckpointError(
-        f"the checkpoint has the data states of {len(values)} processes, which differ, "
-        f"and cannot be shared out to {jax.process_count()}: resume on {len(values)}"
-    )

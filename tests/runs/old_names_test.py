@@ -91,8 +91,13 @@ def test_a_folder_from_before_is_resumed(tiny_config, tmp_path):
     assert len(files) > 1
     for file in files:
         found = json.loads(file.read_text())
-        if "config" in found:
-            found["config"] = renamed(found["config"])
+        if "meta" in found:  # nor was it sealed
+            found = found["meta"] | {"config": renamed(found["meta"]["config"])}
+            (file.parents[1] / "metrics").mkdir()
+            scores = json.dumps(found.pop("scores"))
+            (file.parents[1] / "metrics/metrics").write_text(scores)
+            for name in ("step", "kept", "values"):
+                del found[name]
         else:
             found = renamed(found)
         file.write_text(json.dumps(found))

@@ -102,6 +102,32 @@ def test_another_mesh_reads_the_same_numbers(
     advance(many, restored.state, make_batch, 2, 3)
 
 
+@jax.jit
+def moved(tree):
+    """Other numbers for every entry: factors that start at 0 are all alike."""
+    drawn = lambda x: x + jax.random.normal(jax.random.key(7), x.shape, x.dtype)
+    return jax.tree.map(drawn, tree)
+
+
+def test_from_mesh_to_mesh_to_mesh(tmp_path, make_run, numpy_leaves):
+    """Bit for bit, each leaf where the next mesh has it."""
+    expected, found = None, None
+    for number, mesh in enumerate([(8, 1, 1), (1, 1, 1), (2, 2, 2), (1, 4, 2)]):
+        run = make_run(jp.lora(rank=2), mesh=mesh)
+        options = dict(config={**CONFIG, "mesh": mesh}, free=["mesh"])
+        if number == 0:
+            found = run.state._replace(trainable=moved(run.state.trainable))
+            expected = numpy_leaves(found)
+        else:
+            with training.Checkpointer(tmp_path / str(number - 1), **options) as before:
+                found = before.restore(run.state, run.frozen).state
+            same(numpy_leaves(found), expected)
+            where = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]
+            assert where(found) == where(run.state)
+        with training.Checkpointer(tmp_path / str(number), **options) as checkpoints:
+            checkpoints.save(found, run.frozen)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path, make_run, make_batch):
     run = make_run()
     options = dict(config=CONFIG, metric="accuracy", mode="max")
@@ -113,14 +139,14 @@ def test_the_last_and_the_best_are_kept(tmp_path, make_run, make_batch):
             checkpoints.save(state, run.frozen, scores={"accuracy": score})
         checkpoints.wait()
         assert (checkpoints.best, checkpoints.latest) == (3, 5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4", "5"]
     with training.Checkpointer(tmp_path, **options) as checkpoints:
         assert (checkpoints.best, checkpoints.latest) == (3, 5)
         best = checkpoints.restore(state, run.frozen, step="best")
         assert (best.step, best.scores) == (3, {"accuracy": 0.9})
         assert checkpoints.restore(state, run.frozen).step == 5
-        with pytest.raises(training.CheckpointError, match=r"there are \[3, 5\]"):
-            checkpoints.restore(state, run.frozen, step=4)
+        with pytest.raises(training.CheckpointError, match=r"there are \[3, 4, 5\]"):
+            checkpoints.restore(state, run.frozen, step=2)
         # A step is saved once; the same again is no new information.
         assert not checkpoints.save(state, run.frozen)
         with pytest.raises(ValueError, match="step 5 is already saved"):
@@ -190,16 +216,16 @@ def test_another_base_is_refused(tmp_path, make_run):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_the_checksum_is_of_bits_and_does_not_depend_on_the_mesh(dtype):
-    from jaxpeft.training._checkpoint import _checksum
+    from jaxpeft.training._sealed import checksum
 
     values = np.random.default_rng(0).normal(size=(8, 16)) * 9
     x = jnp.asarray(values).astype(dtype)
     mesh = training.make_mesh(2, 2, 2)
     spec = jax.sharding.PartitionSpec("fsdp", "tensor")
     spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-    assert int(_checksum(x)) == int(_checksum(spread))
-    assert int(_checksum(x)) != int(_checksum(-x))
-    assert int(_checksum(x)) != int(_checksum(x[::-1]))
+    assert int(checksum(x)) == int(checksum(spread))
+    assert int(checksum(x)) != int(checksum(-x))
+    assert int(checksum(x)) != int(checksum(x[::-1]))
 
 
 def test_left_overs_of_a_killed_save_do_no_harm(tmp_path, make_run, make_batch):
@@ -215,10 +241,10 @@ def test_left_overs_of_a_killed_save_do_no_harm(tmp_path, make_run, make_batch):
     shutil.copytree(tmp_path / "2", half)
     for file in [p for p in half.rglob("*") if p.is_file()][::2]:
         file.unlink()
-    # Killed while deleting step 1: a folder without part of its files.
-    for gone in ("_CHECKPOINT_METADATA", "metrics", "state", "meta"):
-        shutil.copytree(tmp_path / "2", tmp_path / "1")
-        victim = tmp_path / "1" / gone
+    # Killed while deleting step 0: a folder without part of its files.
+    for gone in ("_CHECKPOINT_METADATA", "state", "meta"):
+        shutil.copytree(tmp_path / "2", tmp_path / "0")
+        victim = tmp_path / "0" / gone
         shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
         with training.Checkpointer(tmp_path, **options) as checkpoints:
             assert checkpoints.latest == 2
@@ -229,7 +255,7 @@ def test_left_overs_of_a_killed_save_do_no_harm(tmp_path, make_run, make_batch):
             checkpoints.wait()
             assert checkpoints.latest == 3
         shutil.rmtree(tmp_path / "3")
-        shutil.rmtree(tmp_path / "1", ignore_errors=True)
+        shutil.rmtree(tmp_path / "0", ignore_errors=True)
     assert not half.exists()
 
 
