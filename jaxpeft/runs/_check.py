@@ -24,7 +24,8 @@ from jaxpeft.tree import matrix_shape, nodes, partition
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
 Attach = Callable[..., Any]
 
-_BUILD = ("dtype", "param_dtype", "scan_layers", "remat")  # of config.model
+# Of config.model, for models.load.
+_BUILD = ("dtype", "param_dtype", "scan_layers", "remat", "attention")
 LONG = 10**6  # steps of an epoch, while the rows have not been counted
 
 

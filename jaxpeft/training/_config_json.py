@@ -9,6 +9,8 @@ import ml_collections
 # What fields were called in configs and folders of runs from before. A config that is
 # read has the new names.
 _RENAMED = {"allocation": "ranks.before", "allocate": "ranks.during"}
+# Fields of a section that came later: the value of before.
+_ADDED = {("model", "attention"): None}
 
 
 def new_name(field: str) -> str:
@@ -25,11 +27,13 @@ def new_name(field: str) -> str:
 def with_new_names(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a config from before with the names that its fields have now.
 
+    A field that its sections did not have yet says what was done without it.
+
     Args:
         config: a run's, with old names or new ones.
 
     Returns:
-        the config that was given where no name is old, else a copy, as locked as it.
+        the config that was given where nothing of it is old, else a copy, as locked.
 
     Raises:
         ValueError: a field is there under both names, with two values.
@@ -40,9 +44,11 @@ def with_new_names(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
           during: null
         <BLANKLINE>
     """
-    if not _old_names(config):
+    if not _old_names(config) and not _lacking(config):
         return config
     changed = config.copy_and_resolve_references().unlock()
+    for (section, field), value in _lacking(config).items():
+        changed[section][field] = value
     for part, old in _old_names(changed):
         section, _, field = _RENAMED[old].partition(".")
         value = part[old]
@@ -68,6 +74,17 @@ def _old_names(config: ml_collections.ConfigDict) -> list[tuple[Any, str]]:
     return [
         (x, old) for x in filter(is_section, sections) for old in _RENAMED if old in x
     ]
+
+
+def _lacking(config: ml_collections.ConfigDict) -> dict[tuple[str, str], Any]:
+    """``{(section, field): value}`` of what a run's config from before lacks."""
+    return {
+        (section, field): value
+        for (section, field), value in _ADDED.items()
+        if isinstance(there := config.get(section), ml_collections.ConfigDict)
+        and "remat" in there
+        and field not in there
+    }
 
 
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
