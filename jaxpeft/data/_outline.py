@@ -74,7 +74,7 @@ def outline(config: str | Mapping[str, Any] | Any, **options: Any) -> TaskOutlin
     Example:
         >>> outline("asdiv").head
         'causal_lm'
-        >>> outline({"name": "files", "train": "x.csv", "labels": ("a", "b")}).num_labels
+        >>> outline({"name": "files", "labels": ("bad", "good")}).num_labels
         2
     """
     if isinstance(config, str):

@@ -4,6 +4,7 @@ from jaxpeft.hlo._counts import copies as copies
 from jaxpeft.hlo._counts import made_of_shape as made_of_shape
 from jaxpeft.hlo._counts import matmul_flops as matmul_flops
 from jaxpeft.hlo._kernels import kernel_flops as kernel_flops
+from jaxpeft.hlo._kernels import traced_flops as traced_flops
 from jaxpeft.hlo._read import parse as parse
 from jaxpeft.hlo._traffic import Array as Array
 from jaxpeft.hlo._traffic import Collective as Collective

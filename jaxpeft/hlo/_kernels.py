@@ -28,12 +28,31 @@ def kernel_flops(jaxpr: Any) -> dict[str, float]:
     for equation in _equations(getattr(jaxpr, "jaxpr", jaxpr)):
         if equation.primitive.name != "pallas_call":
             continue
-        grid = equation.params["grid_mapping"].grid
-        cells = math.prod(n for n in grid if isinstance(n, int))
-        flops = cells * _flops(equation.params["jaxpr"])
+        flops = _cells(equation) * _flops(equation.params["jaxpr"])
         name = _name(equation.params)
         found[name] = max(flops, found.get(name, 0.0))
     return found
+
+
+def traced_flops(jaxpr: Any) -> float:
+    """Returns the FLOPs of all matmuls in a traced function, on all devices together.
+
+    As they are written, before a compiler leaves anything out or computes it twice.
+
+    Args:
+        jaxpr: as for ``kernel_flops``.
+
+    Returns:
+        The count: loops of known length count as often as they run, others once, of
+        branches the dearest.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> f = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)
+        >>> traced_flops(jax.make_jaxpr(f)(jnp.ones((2, 2))))
+        48.0
+    """
+    return _flops(getattr(jaxpr, "jaxpr", jaxpr))
 
 
 def _name(params: Any) -> str:
@@ -58,7 +77,7 @@ def _inner(equation: Any) -> list[Any]:
 
 
 def _flops(jaxpr: Any) -> float:
-    """Of the matmuls of a kernel's body; of branches the dearest."""
+    """Of the matmuls of a function, loops counted out; of branches the dearest."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -67,9 +86,19 @@ def _flops(jaxpr: Any) -> float:
             width = math.prod(left[i] for i in summed)
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * width
             continue
-        inner = [_flops(one) for one in _inner(equation)]
+        inner, times = [_flops(one) for one in _inner(equation)], 1
         if equation.primitive.name == "cond":
-            total += max(inner)
-        else:
-            total += equation.params.get("length", 1) * sum(inner)
+            inner = [max(inner)]
+        elif equation.primitive.name == "scan":
+            times = equation.params["length"]
+        elif equation.primitive.name == "shard_map":
+            times = equation.params["mesh"].size
+        elif equation.primitive.name == "pallas_call":
+            times = _cells(equation)
+        total += times * sum(inner)
     return total
+
+
+def _cells(equation: Any) -> int:
+    grid = equation.params["grid_mapping"].grid
+    return math.prod(n for n in grid if isinstance(n, int))

@@ -21,12 +21,16 @@ class Command(NamedTuple):
         workdir: the run's folder.
         distributed: whether this is one of several processes.
         traceback: whether a refusal shows where it was raised.
+        dry_run: whether the step is compiled and told of, and nothing is run.
+        target: the machine that it is then compiled for; None: this one.
     """
 
     config: ml_collections.ConfigDict
     workdir: Path
     distributed: bool
     traceback: bool
+    dry_run: bool = False
+    target: str | None = None
 
 
 def parse_command(
@@ -63,7 +67,15 @@ def parse_command(
         action="store_true",
         help="one of several processes, which jax.distributed.initialize() finds",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what a step needs (jaxpeft estimate); nothing is read or run",
+    )
+    parser.add_argument("--target", help="with --dry-run: for which machine, v5e:4x4")
     given, others = parser.parse_known_args(argv)
+    if given.target and not given.dry_run:
+        parser.error("--target is for --dry-run; write both")
     prefix = "--config."
     for item in others:
         if not item.startswith(prefix):
@@ -78,4 +90,11 @@ def parse_command(
         if given.traceback:
             tracebacks.print_exception(error)
         parser.error(str(error).removesuffix("."))
-    return Command(config, Path(folder), given.distributed, given.traceback)
+    return Command(
+        config,
+        Path(folder),
+        given.distributed,
+        given.traceback,
+        given.dry_run,
+        given.target,
+    )
