@@ -21,6 +21,7 @@ def kernel_flops(jaxpr: Any) -> dict[str, float]:
         ``shard_map``. Of kernels that share a name, the dearest.
 
     Example:
+        >>> import jax
         >>> kernel_flops(jax.make_jaxpr(lambda x: x + 1)(1.0))
         {}
     """
@@ -47,7 +48,7 @@ def traced_flops(jaxpr: Any) -> float:
         branches the dearest.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> f = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)
         >>> traced_flops(jax.make_jaxpr(f)(jnp.ones((2, 2))))
         48.0

@@ -169,7 +169,7 @@ def memory_traffic(text: str) -> float:
             continue
         by_name = {one.name: one for one in instructions}
         moved = (_moved(one, by_name, computations) for one in instructions)
-        total += times[name] * sum(moved)
+        total += times[name] * sum(moved, 0.0)
     return total
 
 
@@ -185,9 +185,7 @@ def _callees(computations: dict[str, list[Instruction]]) -> set[str]:
 
 
 def _in_memory(parts: list[Part]) -> float:
-    return sum(
-        part.bytes for part in parts if part.space == 0 and part.dtype != "token"
-    )
+    return sum((part.bytes for part in parts if part.space == 0), 0.0)
 
 
 def _moved(one: Instruction, by_name: dict, computations: dict) -> float:
@@ -196,13 +194,14 @@ def _moved(one: Instruction, by_name: dict, computations: dict) -> float:
     read_parts = lambda name: by_name[name].parts if name in by_name else []
     if one.opcode == "fusion":
         inside = computations[one.called[0]]
-        return _made_inside(one, inside) + sum(
-            _read_inside(index, read_parts(name), inside)
-            for index, name in enumerate(one.operands)
-        )
+        whole = enumerate(map(read_parts, one.operands))
+        reads = (_read_inside(index, parts, inside) for index, parts in whole)
+        return _made_inside(one, inside) + sum(reads)
     if one.opcode in ("dynamic-slice", "gather", "slice"):
-        near = sum(_in_memory(read_parts(name)) > 0 for name in one.operands[:1])
-        return _in_memory(one.parts) + near * sum(part.bytes for part in one.parts)
+        made = _in_memory(one.parts)
+        if not _in_memory(read_parts(one.operands[0])):
+            return made
+        return made + sum((part.bytes for part in one.parts), 0.0)
     if one.opcode in ("dynamic-update-slice", "scatter"):
         update = one.operands[1] if one.opcode[0] == "d" else one.operands[-1]
         return 2 * _in_memory(read_parts(update))

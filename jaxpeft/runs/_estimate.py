@@ -76,10 +76,8 @@ def estimate(
         ImportError: libtpu is needed, and is not installed.
 
     Example:
-        >>> import train  # doctest: +SKIP
-        >>> parts = {"attach": train.attach_all, "make_step": train.make_step}
-        >>> config = load_config("configs/quickstart.py")  # doctest: +SKIP
-        >>> estimate(config, target="v5e:2x2", **parts).peak  # doctest: +SKIP
+        ``estimate(config, target="v5e:2x2", attach=train.attach_all,
+        make_step=train.make_step).peak``, of the project's ``train.py``.
     """
     check_fields(config)
     if not isinstance(target, Target):

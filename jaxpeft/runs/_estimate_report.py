@@ -137,9 +137,7 @@ def _rows(found: StepEstimate) -> list[tuple[str, str, str] | None]:
     rows: list[tuple[str, str, str] | None] = []
     for name, words in PARTS.items():
         size = getattr(found, name)
-        if size is None or found.temporaries is None and name in ("outputs", "code"):
-            rows.append((words, "", "the compiler gave up"))
-        elif size or name in ("base", "adapters", "temporaries"):
+        if size or name in ("base", "adapters"):
             rows.append((words, _size(size), ""))
     of = "memory unknown" if found.memory is None else f"of {_size(found.memory)}"
     rows.append(("peak of a device", _size(found.peak), of))
@@ -147,7 +145,7 @@ def _rows(found: StepEstimate) -> list[tuple[str, str, str] | None]:
     for one in largest[:3]:
         rows.append(("  a large array", _size(one.bytes), f"{one.what}, {one.source}"))
     if found.flops is None:
-        return rows
+        return [*rows, None, ("", "", "the compiler gave up: no more is known")]
     rows += [None, ("matmuls", f"{found.flops / 1e12:.3f} TFLOP", "a device and step")]
     rows.append(("memory traffic", f"{found.traffic / 1e9:.2f} GB", ""))
     for one in found.collectives:
@@ -164,7 +162,7 @@ def _rows(found: StepEstimate) -> list[tuple[str, str, str] | None]:
     return rows + [("assumed", "", note) for note in found.notes]
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit, size in (("GiB", GIB), ("MiB", 2**20)):
         if count >= size / 10:
             return f"{count / size:.2f} {unit}"
@@ -229,9 +227,7 @@ def plot_memory(tries: Sequence[Try], file: str | Path) -> Path:
     axes = figure.subplots()
     for place, one in enumerate(tries):
         left = 0.0
-        sizes = {words: getattr(one.estimate, n) or 0 for n, words in PARTS.items()}
-        if one.estimate.temporaries is None:  # the compiler told the sum alone
-            sizes["temporaries"] = one.estimate.peak - sum(sizes.values())
+        sizes = {words: getattr(one.estimate, n) for n, words in PARTS.items()}
         for index, (words, size) in enumerate(sizes.items()):
             label = words if place == 0 else None
             color = f"C{index}"

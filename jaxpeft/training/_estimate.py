@@ -30,14 +30,14 @@ class StepEstimate(NamedTuple):
         batch: bytes of a batch.
         padding: bytes that the layouts of these need in addition.
         temporaries: bytes of activations, gradients, gathered kernels; the most that
-            are alive at a time. ``None`` where the compiler gave up.
+            are alive at a time, or what the compiler gave up at.
         outputs: bytes of results that take no argument's place (metrics).
         code: bytes of the program.
         peak: the sum of all these, or what the compiler said that it would need.
         memory: what a device has; ``None``: not known.
         largest: the largest arrays among the temporaries.
         flops: of matmuls in a step, loops multiplied out, what is computed again
-            counted again; ``None`` as for ``temporaries``.
+            counted again; ``None`` where the compiler gave up.
         traffic: bytes to and from the device's memory (``hlo.memory_traffic``).
         collectives: what devices exchange (``hlo.collectives``).
         tokens: of a step, of all devices together, padding included.
@@ -58,7 +58,7 @@ class StepEstimate(NamedTuple):
     optimizer: int
     batch: int
     padding: int
-    temporaries: int | None
+    temporaries: int
     outputs: int
     code: int
     peak: int
@@ -172,17 +172,17 @@ def estimate_step(
             traced = step.trace(state, frozen, batch)
             compiled = traced.lower().compile()
     except RuntimeError as error:  # JAX's own kind is one
-        needed = out_of_memory(str(error))
+        needed = out_of_memory(str(error), sum(held.values()))
         if needed is None:
             raise
-        used, capacity = needed
+        peak, capacity = needed
         return StepEstimate(
             **shared | {"memory": capacity},
             padding=0,
-            temporaries=None,
+            temporaries=peak - sum(held.values()),
             outputs=0,
             code=0,
-            peak=used,
+            peak=peak,
             largest=[],
             flops=None,
             traffic=None,
@@ -261,14 +261,18 @@ def _no_cache(target: Target) -> Iterator[None]:
 
 
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)")
+_TOO_LARGE = (
+    re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds .*\(([\d.]+)([KMGT]?)\)"),
+    re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)"),
+)
 
 
-def out_of_memory(text: str) -> tuple[int, int] | None:
+def out_of_memory(text: str, held: int = 0) -> tuple[int, int] | None:
     """Reads a compiler's complaint that a program is too large.
 
     Args:
         text: of the error.
+        held: bytes of the program's arguments, where the text may be about all else.
 
     Returns:
         ``(bytes that it needs, bytes that there are)``; ``None``: it is about something
@@ -278,8 +282,9 @@ def out_of_memory(text: str) -> tuple[int, int] | None:
         >>> out_of_memory("Ran out of memory. Used 20.00G of 15.75G hbm.")
         (21474836480, 16911433728)
     """
-    found = _USED.search(text)
-    if found is None or "memory" not in text:
-        return None
-    used, of = (float(found[i]) * _SIZES[found[i + 1]] for i in (1, 3))
-    return int(used), int(of)
+    for pattern, more in zip(_TOO_LARGE, (held, 0), strict=True):
+        found = pattern.search(text)
+        if found is not None and "memory" in text:
+            used, of = (float(found[i]) * _SIZES[found[i + 1]] for i in (1, 3))
+            return int(used) + more, int(of)
+    return None

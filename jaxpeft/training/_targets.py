@@ -107,7 +107,7 @@ def find_target(name: str | None = None, *, slices: int = 1) -> Target:
         'cpu'
         >>> find_target("v5:4x4")
         Traceback (most recent call last):
-        ValueError: `target` 'v5:4x4': there is no such machine; nearest: v5p:4x4x4...
+        ValueError: `target` 'v5:4x4': there is no such machine; nearest: v5e:4x4, ...
     """
     if slices < 1:
         raise ValueError(f"`slices` must be at least 1, got {slices}.")

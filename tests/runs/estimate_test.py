@@ -1,0 +1,252 @@
+"""Estimates: the program of a run, what is refused before it is compiled, what fits."""
+
+import json
+
+import jax
+import pytest
+from refusal_toolbox import COMPILES, assert_refused
+
+import train
+from jaxpeft import runs, training
+from jaxpeft.cli import main
+
+PARTS = {"attach": train.attach_all, "make_step": train.make_step}
+
+
+@pytest.fixture
+def llama_config(tiny_config, tiny_llama):
+    """The tiny Llama on packed sums; with a folder, only its config is read."""
+
+    def make(folder=tiny_llama, **changes):
+        config, path = tiny_config(), str(tiny_llama / "sums.jsonl")
+        with config.unlocked():
+            config.model.name = str(folder)
+            config.data = dict(
+                name="texts",
+                train=path,
+                validation=path,
+                prompt="q",
+                completion="a",
+                pack=True,
+            )
+            config.max_length, config.lengths = 28, (28,)
+            config.targets, config.head = ("q_proj", "v_proj", "down_proj"), ()
+            config.adapter = dict(name="lora", rank=4, alpha=16.0)
+            config.train_for = config.evaluate_every = "1 step"
+            config.save_every = "1 step"
+            config.log.tensorboard = False
+            for name, value in changes.items():
+                holder, _, field = name.rpartition("__")
+                setattr(config[holder] if holder else config, field, value)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def bare(tiny_llama, tmp_path):
+    """A folder with the tiny Llama's config.json alone."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_llama / "config.json").read_text())
+    return folder
+
+
+class Seen(Exception):
+    """A run has come to its first step."""
+
+
+def measured(config, workdir, monkeypatch):
+    """What the step that a run compiles needs, read when the run calls it."""
+    found = []
+    made = train.make_step
+
+    def make_step(*arguments, **options):
+        *others, step = made(*arguments, **options)
+
+        def call(state, frozen, batch):
+            compiled = step.lower(state, frozen, batch).compile()
+            found.append(training.memory_report(compiled))
+            raise Seen
+
+        return *others, call
+
+    monkeypatch.setattr(train, "make_step", make_step)
+    with pytest.raises(Seen):
+        train.run(config, workdir)
+    return found[0]
+
+
+@pytest.mark.slow
+def test_it_is_what_the_run_of_a_classifier_needs(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config("train_for=1 step", "evaluate_every=1 step")
+    found = runs.estimate(config, **PARTS)
+    assert found.notes == () and found.tokens == 8 * 16
+    real = measured(config, tmp_path / "run", monkeypatch)
+    assert found.peak == pytest.approx(real["total"], rel=0.05)
+    assert found.temporaries == pytest.approx(real["temporaries"], rel=0.05)
+    held = found.base + found.adapters + found.optimizer + found.batch
+    assert held == pytest.approx(real["arguments"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_it_is_what_a_sharded_run_needs(llama_config, bare, tmp_path, monkeypatch):
+    sizes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "accumulate": 2}
+    found = runs.estimate(llama_config(bare, **sizes), **PARTS)
+    assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2} and found.devices == 8
+    real = measured(llama_config(**sizes), tmp_path / "run", monkeypatch)
+    assert found.peak == pytest.approx(real["total"], rel=0.05)
+    assert found.temporaries == pytest.approx(real["temporaries"], rel=0.05)
+    assert {one.kind for one in found.collectives} >= {"all-reduce", "all-gather"}
+
+
+def test_loops_are_multiplied_out(llama_config, bare):
+    """Per token the same: micro-batches, and layers in a scan, are loops."""
+    mesh = {"mesh__data": 1, "mesh__tensor": 1, "mesh__fsdp": 1}
+    flops = {
+        loops: runs.estimate(
+            llama_config(bare, model__scan_layers=loops, accumulate=1 + loops, **mesh),
+            target="cpu",
+            **PARTS,
+        ).flops
+        for loops in (False, True)
+    }
+    # Unrolled, the first layer's inputs need no gradient: at most three of six matmuls.
+    assert flops[False] < flops[True] < 1.5 * flops[False]
+
+
+def test_refused_before_anything_is_compiled(llama_config, tiny_config, bare):
+    def refused(match, config=None, **options):
+        begun = len(COMPILES)
+        with pytest.raises(ValueError, match=match):
+            runs.estimate(config or llama_config(bare), **options, **PARTS)
+        assert len(COMPILES) == begun
+
+    refused(r"`target` 'v5:4x4'.*no such machine; nearest: v5e:4x4", target="v5:4x4")
+    refused("nearest: v5e:1x1, v5e:2x2", target="v5e:3x3")
+    refused("nearest: .*v5e", target="v5litepod-16")
+    refused("no such machine", target="cpu:0")
+    refused("`slices` is 2", target="cpu:8", slices=2)
+    refused("`slices` must be", slices=0)
+    refused("JAX has begun with 8 CPU", target="cpu:9")
+    refused("computer has none", target="gpu")
+    mesh = {"mesh__fsdp": 3}
+    refused(r"`config.mesh`.*8 devices", llama_config(bare, **mesh))
+    refused(r"`config.batch_size` 9 .* multiple of 8", llama_config(bare, batch_size=9))
+    refused(
+        r"`config.mesh.tensor` 4 .* 2 heads .*\[1, 2\]",
+        llama_config(bare, mesh__tensor=4),
+    )
+    refused("`config.model.name`|`config.model`", llama_config("./nowhere"))
+    refused("`attention` is 'splash'", tiny_config("model.attention=splash"))
+
+
+def test_a_tpu_needs_libtpu(llama_config, bare, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "jaxpeft\[tpu\]"'):
+        runs.estimate(llama_config(bare), target="v5e:4x4", **PARTS)
+
+
+def test_figures_of_all_chips():
+    assert {chip.name for chip in training.CHIPS.values()} >= training.LAYOUTS.keys()
+    for chip in training.CHIPS.values():
+        assert min(chip[1:5]) > 0 and chip.source.startswith("https://")
+
+
+def toy_target(memory):
+    chip = training.Chip("toy", 1e12, memory, 1e11, 1e10, "https://none")
+    return training.Target("toy", "cpu", jax.devices()[:1], chip)
+
+
+def test_the_roofline(llama_config, bare):
+    found = runs.estimate(llama_config(bare), target=toy_target(1e9), **PARTS)
+    bounds = (found.flops / 1e12, found.traffic / 1e11)
+    assert found.seconds == pytest.approx(
+        {"compute": bounds[0], "memory": bounds[1], "links": 0.0}
+    )
+    assert found.step_seconds == max(bounds)
+    useful = 4 * found.parameters * found.tokens
+    assert found.mfu == pytest.approx(useful / max(bounds) / 1e12)
+    assert found.fits and found.to_dict()["fits"]
+
+
+def test_what_would_fit_is_tried_in_order(llama_config, bare, tmp_path, monkeypatch):
+    config = llama_config(bare, batch_size=16)
+    full = runs.estimate(config, target=toy_target(1e9), **PARTS)
+    tried = []
+
+    def pretended(config, **options):  # half for remat, half for each two micro-batches
+        tried.append((config.model.remat, config.accumulate))
+        size = full.peak / (1 + (config.model.remat is not None)) / config.accumulate
+        return full._replace(peak=int(size), memory=int(full.peak / 3))
+
+    monkeypatch.setattr("jaxpeft.runs._estimate.estimate", pretended)
+    lines = []
+    found = runs.fit(config, target=toy_target(1e9), tell=lines.append, **PARTS)
+    expected = [(None, 1), ("names", 1), ("unscaled", 1), ("full", 1), ("full", 2)]
+    assert tried == expected and len(lines) == 5
+    assert found[-1].estimate.fits and not found[-2].estimate.fits
+    flags = "--config.model.remat=full --config.accumulate=2"
+    assert runs.as_flags(found[-1].changes) == flags
+    picture = runs.plot_memory(found, tmp_path / "memory.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert runs.record(config, found)["tries"][-1]["fits"]
+
+
+def test_a_step_that_is_too_large_says_by_how_much(llama_config, bare, capsys):
+    config = llama_config(bare)
+    for memory, advice in ((1e5, "mesh.fsdp"), (1e6, "model.remat=full")):
+        found = runs.estimate(config, target=toy_target(memory), **PARTS)
+        assert not found.fits
+        assert advice in runs.too_large(config, found)
+        assert "more than the" in runs.too_large(config, found)
+    runs.show(runs.Try({}, found))
+    assert "peak of a device" in capsys.readouterr().out
+
+
+def test_a_compilers_complaint_is_read():
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (335.82G) exceeds available HBM (15.75G)."
+    )
+    needs, has = training.out_of_memory(text, held=2**30)
+    assert (needs / 2**30, has / 2**30) == pytest.approx((336.82, 15.75))
+    assert training.out_of_memory("INTERNAL: something else") is None
+
+
+def test_the_command(tiny, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    argv = ["estimate", str(tiny), "--target=cpu:2", f"--json={file}"]
+    argv += [f"--train={train.__file__}", f"--plot={tmp_path / 'memory.png'}"]
+    assert main([*argv, "--config.adapter.rank=2"]) == 0
+    assert "matmuls" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["config"]["adapter"]["rank"] == 2 and "jax" in found["versions"]
+    (one,) = found["tries"]
+    assert one["devices"] == 2 and one["temporaries"] > 0 and one["changes"] == {}
+    assert (tmp_path / "memory.png").is_file()
+
+
+def test_the_command_refuses(tiny, tmp_path, capsys):
+    def refused(*argv, named):
+        argv = ["estimate", *argv]
+        assert_refused(main, argv, named, folder=tmp_path, capsys=capsys)
+
+    program = f"--train={train.__file__}"
+    refused(tiny, program, "--target=v5:4x4", named="--target")
+    refused(tiny, "--target=cpu", named="--train")
+    refused(tiny, program, "--slices=0", named="--slices")
+    refused(tiny, program, "--config.nothing=1", named="config.nothing")
+    refused(tiny, program, "--nothing", named="--nothing")
+
+
+def test_a_dry_run_leaves_nothing(tiny, tmp_path, capsys):
+    argv = [f"--config={tiny}", f"--workdir={tmp_path / 'run'}"]
+    assert train.main([*argv, "--dry-run", "--target=cpu:2"]) == 0
+    assert "peak of a device" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--target=cpu:2"])
+    assert "--dry-run" in capsys.readouterr().err
