@@ -16,6 +16,7 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_INDEX = re.compile(r"\bindex=(\d+)")
 _NUMBER = re.compile(r"^(-?\d+)\)")
 
 
@@ -168,31 +169,62 @@ def trip_count(loop: Instruction, computations: dict[str, list]) -> int | None:
     """How often a loop's body runs; None where the program does not say.
 
     XLA's CPU compiler writes it down. In a TPU's program the condition still compares
-    a counter, from 0, with a constant.
+    a counter with a constant, and the body adds one to it, or two where it was
+    unrolled.
     """
     known = _TRIPS.search(loop.rest)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    if condition is None:
+    body = re.search(r"body=%?([\w.\-]+)", loop.rest)
+    if condition is None or body is None:
         return None
     lines = {one.name: one for one in computations[condition[1]]}
     root = computations[condition[1]][-1]
-    if root.opcode == "fusion":  # the comparison alone, its operands in order
-        inner = computations[root.called[0]][-1]
-        operands, rest = root.operands, inner.rest
-    else:
-        operands, rest = root.operands, root.rest
-    bounds = [
-        int(found[1])
-        for name in operands
-        if name in lines
-        and lines[name].opcode == "constant"
-        and (found := _NUMBER.match(lines[name].rest))
-    ]
-    if len(bounds) != 1 or not re.search("direction=(LT|GT|NE)", rest):
+    inner = computations[root.called[0]][-1] if root.opcode == "fusion" else root
+    if not re.search("direction=(LT|GT|NE)", inner.rest):
         return None
-    return bounds[0]
+    read = [lines[name] for name in root.operands if name in lines]
+    bounds = [n for one in read if (n := _constant(one)) is not None]
+    counters = [_INDEX.search(x.rest) for x in read if x.opcode == "get-tuple-element"]
+    if len(bounds) != 1 or len(counters) != 1:
+        return None
+    step = _added(computations[body[1]], int(counters[0][1]), computations)
+    return -(-bounds[0] // step) if step else None
+
+
+def _constant(one: Instruction) -> int | None:
+    found = _NUMBER.match(one.rest) if one.opcode == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _added(body: list[Instruction], index: int, computations: dict) -> int:
+    """What a loop's body adds to the counter at a place of its tuple; 0: not known."""
+    root = body[-1]
+    if root.opcode != "tuple" or index >= len(root.operands):
+        return 1
+
+    def value(name: str, lines: dict, given: list) -> int | None:
+        """A constant, or what was added to the counter."""
+        one = lines[name]
+        read = lambda name: value(name, lines, given)
+        if one.opcode == "constant":
+            return _constant(one)
+        if one.opcode == "parameter" and given:
+            return given[int(one.rest.partition(")")[0])]
+        if one.opcode == "get-tuple-element" and not given:
+            return 0 if f"index={index}" in one.rest.split(", ") else None
+        if one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+            return read(one.operands[0])
+        parts = [read(name) for name in one.operands] if one.opcode != "tuple" else []
+        if one.opcode == "fusion":
+            inside = computations[one.called[0]]
+            return value(inside[-1].name, {x.name: x for x in inside}, parts)
+        if one.opcode == "add" and None not in parts:
+            return sum(parts)
+        return None
+
+    return value(root.operands[index], {one.name: one for one in body}, []) or 0
 
 
 def executions(text: str) -> dict[str, int]:

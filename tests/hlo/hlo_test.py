@@ -47,7 +47,9 @@ kind=kCustom, calls=%fused_start
   %dot = f32[128,64]{1,0} fusion(%gte.2, %gte.3), kind=kOutput, calls=%fused_dot
   %attend.2 = f32[128,64]{1,0:S(1)} custom-call(%dot), \
 custom_call_target="tpu_custom_call"
-  ROOT %out = (s32[]{:T(128)}) tuple(%gte.0)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%gte.0, %one)
+  ROOT %out = (s32[]{:T(128)}) tuple(%next)
 }
 
 %condition (arg.1: (s32[], bf16[1,32,64], bf16[128,512], bf16[512,64])) -> pred[] {
@@ -77,6 +79,11 @@ def test_a_tpus_loops_and_convolutions_are_counted():
     assert hlo.matmul_flops(TPU) == batched + 5 * dot
     kernels = {"attend": 1000.0, "other": 7.0}
     assert hlo.matmul_flops(TPU, kernels) == batched + 5 * (dot + 1000)
+    # An unrolled loop's body takes two steps, and so has run after three times.
+    unrolled = TPU.replace(
+        "%one = s32[]{:T(128)} constant(1)", "%one = s32[] constant(2)"
+    )
+    assert hlo.matmul_flops(unrolled) == batched + 3 * dot
     endless = TPU.replace("direction=LT", "direction=EQ")
     with pytest.raises(ValueError, match="known trip count"):
         hlo.matmul_flops(endless)
@@ -94,7 +101,7 @@ def test_what_stays_near_the_cores_is_no_traffic():
     dot = 512 * 64 * 2 + 128 * 64 * 4
     gathered = 32 * 64 * 2  # what each of its two pieces reads
     attend = 128 * 64 * 4
-    counter = 4 + 4 + 1  # of the loop's condition
+    counter = 3 * 4 + (4 + 4 + 1)  # one more, and the loop's condition
     each = dot + 2 * gathered + attend + counter
     assert hlo.memory_traffic(TPU) == batched + 5 * each
 

@@ -13,12 +13,21 @@ from jaxpeft.cli import main
 PARTS = {"attach": train.attach_all, "make_step": train.make_step}
 
 
-@pytest.fixture
-def llama_config(tiny_config, tiny_llama):
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Programs that are hardly run: LLVM's passes would be most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def llama_config(tiny, tiny_llama):
     """The tiny Llama on packed sums; with a folder, only its config is read."""
 
     def make(folder=tiny_llama, **changes):
-        config, path = tiny_config(), str(tiny_llama / "sums.jsonl")
+        config, path = runs.load_config(tiny), str(tiny_llama / "sums.jsonl")
         with config.unlocked():
             config.model.name = str(folder)
             config.data = dict(
@@ -43,13 +52,25 @@ def llama_config(tiny_config, tiny_llama):
     return make
 
 
-@pytest.fixture
-def bare(tiny_llama, tmp_path):
+@pytest.fixture(scope="module")
+def bare(tiny_llama, tmp_path_factory):
     """A folder with the tiny Llama's config.json alone."""
-    folder = tmp_path / "bare"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("bare")
     (folder / "config.json").write_text((tiny_llama / "config.json").read_text())
     return folder
+
+
+def toy_target(memory):
+    chip = training.Chip("toy", 1e12, memory, 1e11, 1e10, "https://none")
+    return training.Target("toy", "cpu", jax.devices()[:1], chip)
+
+
+@pytest.fixture(scope="module")
+def one(llama_config, bare):
+    """The estimate of one step, of two micro-batches and scanned layers."""
+    loops = {"model__scan_layers": True, "accumulate": 2, "batch_size": 16}
+    target = toy_target(2**30)
+    return runs.estimate(llama_config(bare, **loops), target=target, **PARTS)
 
 
 class Seen(Exception):
@@ -79,7 +100,8 @@ def measured(config, workdir, monkeypatch):
 
 @pytest.mark.slow
 def test_it_is_what_the_run_of_a_classifier_needs(tiny_config, tmp_path, monkeypatch):
-    config = tiny_config("train_for=1 step", "evaluate_every=1 step")
+    quick = ["targets=query", "model.scan_layers=true", "mesh.data=8"]
+    config = tiny_config("train_for=1 step", "evaluate_every=1 step", *quick)
     found = runs.estimate(config, **PARTS)
     assert found.notes == () and found.tokens == 8 * 16
     real = measured(config, tmp_path / "run", monkeypatch)
@@ -100,19 +122,14 @@ def test_it_is_what_a_sharded_run_needs(llama_config, bare, tmp_path, monkeypatc
     assert {one.kind for one in found.collectives} >= {"all-reduce", "all-gather"}
 
 
-def test_loops_are_multiplied_out(llama_config, bare):
-    """Per token the same: micro-batches, and layers in a scan, are loops."""
-    mesh = {"mesh__data": 1, "mesh__tensor": 1, "mesh__fsdp": 1}
-    flops = {
-        loops: runs.estimate(
-            llama_config(bare, model__scan_layers=loops, accumulate=1 + loops, **mesh),
-            target="cpu",
-            **PARTS,
-        ).flops
-        for loops in (False, True)
-    }
-    # Unrolled, the first layer's inputs need no gradient: at most three of six matmuls.
-    assert flops[False] < flops[True] < 1.5 * flops[False]
+def test_loops_are_multiplied_out(one):
+    """Layers are one loop, micro-batches another: all products count."""
+    tokens, width, hidden = 16 * 28, 32, 48
+    linears = 2 * tokens * (width * (2 * width + width) + 3 * width * hidden)
+    head = 2 * tokens * width * 26
+    attention = 2 * 2 * 16 * 28**2 * width
+    frozen = 2 * (2 * linears + head) + (1 + 2) * 2 * attention
+    assert frozen < one.flops < 1.15 * frozen  # and pairs of rank 4
 
 
 def test_refused_before_anything_is_compiled(llama_config, tiny_config, bare):
@@ -155,35 +172,35 @@ def test_figures_of_all_chips():
         assert min(chip[1:5]) > 0 and chip.source.startswith("https://")
 
 
-def toy_target(memory):
-    chip = training.Chip("toy", 1e12, memory, 1e11, 1e10, "https://none")
-    return training.Target("toy", "cpu", jax.devices()[:1], chip)
-
-
-def test_the_roofline(llama_config, bare):
-    found = runs.estimate(llama_config(bare), target=toy_target(1e9), **PARTS)
-    bounds = (found.flops / 1e12, found.traffic / 1e11)
-    assert found.seconds == pytest.approx(
+def test_the_roofline(one):
+    bounds = (one.flops / 1e12, one.traffic / 1e11)
+    assert one.seconds == pytest.approx(
         {"compute": bounds[0], "memory": bounds[1], "links": 0.0}
     )
-    assert found.step_seconds == max(bounds)
-    useful = 4 * found.parameters * found.tokens
-    assert found.mfu == pytest.approx(useful / max(bounds) / 1e12)
-    assert found.fits and found.to_dict()["fits"]
+    assert one.step_seconds == max(bounds)
+    useful = 4 * one.parameters * one.tokens
+    assert one.mfu == pytest.approx(useful / max(bounds) / 1e12)
+    assert one.fits and one.to_dict()["fits"]
 
 
-def test_what_would_fit_is_tried_in_order(llama_config, bare, tmp_path, monkeypatch):
-    config = llama_config(bare, batch_size=16)
-    full = runs.estimate(config, target=toy_target(1e9), **PARTS)
-    tried = []
+def pretend(monkeypatch, one, tried):
+    """Half for a remat policy, half for each two micro-batches, no compiler."""
 
-    def pretended(config, **options):  # half for remat, half for each two micro-batches
+    def pretended(config, **options):
         tried.append((config.model.remat, config.accumulate))
-        size = full.peak / (1 + (config.model.remat is not None)) / config.accumulate
-        return full._replace(peak=int(size), memory=int(full.peak / 3))
+        size = one.peak / (1 + (config.model.remat is not None)) / config.accumulate
+        return one._replace(peak=int(size), memory=int(one.peak / 3))
 
-    monkeypatch.setattr("jaxpeft.runs._estimate.estimate", pretended)
-    lines = []
+    for module in ("_estimate", "_estimate_report"):
+        monkeypatch.setattr(f"jaxpeft.runs.{module}.estimate", pretended)
+
+
+def test_what_would_fit_is_tried_in_order(
+    llama_config, bare, one, tmp_path, monkeypatch
+):
+    config = llama_config(bare, batch_size=16)
+    tried, lines = [], []
+    pretend(monkeypatch, one, tried)
     found = runs.fit(config, target=toy_target(1e9), tell=lines.append, **PARTS)
     expected = [(None, 1), ("names", 1), ("unscaled", 1), ("full", 1), ("full", 2)]
     assert tried == expected and len(lines) == 5
@@ -195,13 +212,30 @@ def test_what_would_fit_is_tried_in_order(llama_config, bare, tmp_path, monkeypa
     assert runs.record(config, found)["tries"][-1]["fits"]
 
 
-def test_a_step_that_is_too_large_says_by_how_much(llama_config, bare, capsys):
+def test_mesh_splits_come_last_and_keep_their_rows(
+    llama_config, bare, one, monkeypatch
+):
+    config = llama_config(bare, batch_size=16, model__remat="full")
+    eight = toy_target(1e9)._replace(devices=jax.devices()[:8])
+    never = lambda config, **options: one._replace(memory=1)
+    monkeypatch.setattr("jaxpeft.runs._estimate.estimate", never)
+    found = [tried.changes for tried in runs.fit(config, target=eight, **PARTS)]
+    splits = [
+        {"accumulate": most, "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+        for most, fsdp, tensor in ((2, 8, 1), (4, 4, 2), (8, 2, 4), (16, 1, 8))
+    ]
+    assert found == [{}, {"accumulate": 2}, *splits]
+
+
+def test_a_step_that_is_too_large_says_by_how_much(llama_config, bare, one, capsys):
     config = llama_config(bare)
-    for memory, advice in ((1e5, "mesh.fsdp"), (1e6, "model.remat=full")):
-        found = runs.estimate(config, target=toy_target(memory), **PARTS)
+    for part, advice in ((1.1, "mesh.fsdp"), (3.0, "model.remat=full")):
+        held = one.base + one.adapters + one.optimizer
+        found = one._replace(memory=int(part * held), peak=int(4 * held))
         assert not found.fits
         assert advice in runs.too_large(config, found)
         assert "more than the" in runs.too_large(config, found)
+        assert "--fit tries is enough" in runs.too_large(config, found, looked=True)
     runs.show(runs.Try({}, found))
     assert "peak of a device" in capsys.readouterr().out
 
@@ -219,6 +253,7 @@ def test_a_compilers_complaint_is_read():
 def test_the_command(tiny, tmp_path, capsys):
     file = tmp_path / "found.json"
     argv = ["estimate", str(tiny), "--target=cpu:2", f"--json={file}"]
+    argv += ["--config.targets=query", "--config.model.scan_layers=true"]
     argv += [f"--train={train.__file__}", f"--plot={tmp_path / 'memory.png'}"]
     assert main([*argv, "--config.adapter.rank=2"]) == 0
     assert "matmuls" in capsys.readouterr().out
@@ -242,11 +277,16 @@ def test_the_command_refuses(tiny, tmp_path, capsys):
     refused(tiny, program, "--nothing", named="--nothing")
 
 
-def test_a_dry_run_leaves_nothing(tiny, tmp_path, capsys):
+def test_a_dry_run_leaves_nothing(tiny, one, tmp_path, capsys, monkeypatch):
     argv = [f"--config={tiny}", f"--workdir={tmp_path / 'run'}"]
+    tried = []
+    pretend(monkeypatch, one._replace(peak=9 * 2**20), tried)
+    assert train.main([*argv, "--dry-run", "--target=cpu:2"]) == 2
+    shown = capsys.readouterr()
+    assert "peak of a device" in shown.out and "6.00 MiB more" in shown.err
+    argv += ["--config.model.remat=full", "--config.accumulate=2"]
     assert train.main([*argv, "--dry-run", "--target=cpu:2"]) == 0
-    assert "peak of a device" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+    assert tried == [(None, 1), ("full", 2)] and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         train.main([*argv, "--target=cpu:2"])
     assert "--dry-run" in capsys.readouterr().err
