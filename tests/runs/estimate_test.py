@@ -54,9 +54,11 @@ def llama_config(tiny, tiny_llama):
 
 @pytest.fixture(scope="module")
 def bare(tiny_llama, tmp_path_factory):
-    """A folder with the tiny Llama's config.json alone."""
+    """A folder with the tiny Llama's config.json alone, which names a dtype."""
     folder = tmp_path_factory.mktemp("bare")
-    (folder / "config.json").write_text((tiny_llama / "config.json").read_text())
+    content = json.loads((tiny_llama / "config.json").read_text())
+    text = json.dumps(content | {"torch_dtype": "bfloat16"})
+    (folder / "config.json").write_text(text)
     return folder
 
 
@@ -69,8 +71,10 @@ def toy_target(memory):
 def one(llama_config, bare):
     """The estimate of one step, of two micro-batches and scanned layers."""
     loops = {"model__scan_layers": True, "accumulate": 2, "batch_size": 16}
-    target = toy_target(2**30)
-    return runs.estimate(llama_config(bare, **loops), target=target, **PARTS)
+    config = llama_config(bare, **loops)
+    with config.unlocked(), config.model.ignore_type():
+        config.model.param_dtype = None
+    return runs.estimate(config, target=toy_target(2**30), **PARTS)
 
 
 class Seen(Exception):
@@ -170,6 +174,10 @@ def test_figures_of_all_chips():
     assert {chip.name for chip in training.CHIPS.values()} >= training.LAYOUTS.keys()
     for chip in training.CHIPS.values():
         assert min(chip[1:5]) > 0 and chip.source.startswith("https://")
+
+
+def test_the_base_is_in_the_dtype_of_its_files(one):
+    assert one.base == 2 * one.parameters and one.parameters > 10_000
 
 
 def test_the_roofline(one):
