@@ -170,7 +170,7 @@ def trip_count(loop: Instruction, computations: dict[str, list]) -> int | None:
 
     XLA's CPU compiler writes it down. In a TPU's program the condition still compares
     a counter with a constant, and the body adds one to it, or two where it was
-    unrolled.
+    unrolled; the counter begins at 1 where the first time was taken out of the loop.
     """
     known = _TRIPS.search(loop.rest)
     if known:
@@ -189,13 +189,28 @@ def trip_count(loop: Instruction, computations: dict[str, list]) -> int | None:
     counters = [_INDEX.search(x.rest) for x in read if x.opcode == "get-tuple-element"]
     if len(bounds) != 1 or len(counters) != 1:
         return None
-    step = _added(computations[body[1]], int(counters[0][1]), computations)
-    return -(-bounds[0] // step) if step else None
+    index = int(counters[0][1])
+    step = _added(computations[body[1]], index, computations)
+    left = bounds[0] - _start(loop, index, computations)
+    return -(-left // step) if step else None
 
 
 def _constant(one: Instruction) -> int | None:
     found = _NUMBER.match(one.rest) if one.opcode == "constant" else None
     return int(found[1]) if found else None
+
+
+def _start(loop: Instruction, index: int, computations: dict) -> int:
+    """What a loop's counter begins at; 0 where the program does not say."""
+    around = next(lines for lines in computations.values() if loop in lines)
+    lines = {one.name: one for one in around}
+    given = lines.get(loop.operands[0])
+    if given is None or given.opcode != "tuple" or index >= len(given.operands):
+        return 0
+    one = lines[given.operands[index]]
+    while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        one = lines[one.operands[0]]
+    return _constant(one) or 0
 
 
 def _added(body: list[Instruction], index: int, computations: dict) -> int:

@@ -63,10 +63,11 @@ bf16[512,64]{1,0}) parameter(0)
 ENTRY %main (x: f32[2,8,32], w: f32[2,8,32], start: s32[]) -> s32[] {
   %x = f32[2,8,32]{2,1,0} parameter(0)
   %w = f32[2,8,32]{2,1,0} parameter(1)
+  %first = s32[]{:T(128)} constant(0)
   %batched = f32[2,8,8]{2,1,0:S(1)} convolution(%x, %w), \
 window={size=2 lhs_dilate=2}, dim_labels=0bf_0oi->0bf
   %t = (s32[]{:T(128)}, bf16[1,32,64]{2,1,0}, bf16[128,512]{1,0:S(1)}, \
-bf16[512,64]{1,0}) tuple()
+bf16[512,64]{1,0}) tuple(%first, %x)
   %while = (s32[]{:T(128)}) while(%t), condition=%condition, body=%body
   ROOT %end = s32[]{:T(128)} get-tuple-element(%while), index=0
 }
@@ -80,10 +81,11 @@ def test_a_tpus_loops_and_convolutions_are_counted():
     kernels = {"attend": 1000.0, "other": 7.0}
     assert hlo.matmul_flops(TPU, kernels) == batched + 5 * (dot + 1000)
     # An unrolled loop's body takes two steps, and so has run after three times.
-    unrolled = TPU.replace(
-        "%one = s32[]{:T(128)} constant(1)", "%one = s32[] constant(2)"
-    )
-    assert hlo.matmul_flops(unrolled) == batched + 3 * dot
+    one, two = ("%one = s32[]{:T(128)} constant(" + n for n in ("1)", "2)"))
+    assert hlo.matmul_flops(TPU.replace(one, two)) == batched + 3 * dot
+    first = "%first = s32[]{:T(128)} constant("
+    peeled = TPU.replace(first + "0)", first + "1)")
+    assert hlo.matmul_flops(peeled) == batched + 4 * dot
     endless = TPU.replace("direction=LT", "direction=EQ")
     with pytest.raises(ValueError, match="known trip count"):
         hlo.matmul_flops(endless)

@@ -33,7 +33,7 @@ def test_a_toy_on_two_pods(tmp_path):
         "model.remat": "full",
         "lengths": f"{LENGTH},",
         "batch_size": ROWS,
-        "accumulate": 2,
+        "targets": ".*(q|v)_proj",  # fewer compile faster
         "mesh.data": 2,
         "mesh.fsdp": 64,
         "mesh.tensor": 4,
@@ -54,19 +54,19 @@ def test_a_toy_on_two_pods(tmp_path):
     (found,) = json.loads(file.read_text())["tries"]
     assert found["devices"] == 512 and found["target"] == "2 slices of v5e:16x16"
     assert found["fits"] and found["memory"] == 16 * 2**30
-    # Each slice has the base once.
+    # Each slice has the base once, but for what its chips hold whole.
     width, layers = LLAMA["hidden_size"], LLAMA["num_hidden_layers"]
     kernels = layers * width * (3 * width + 3 * LLAMA["intermediate_size"])
     kernels += 2 * LLAMA["vocab_size"] * width
-    assert found["base"] == pytest.approx(2 * kernels / 256, rel=0.05)
-    # Layers and micro-batches are loops that a TPU's program has no lengths of. The
-    # attention is the TPU's: its kernels alone are a tenth of these products.
+    assert 2 * kernels / 256 < found["base"] < 4 * kernels / 256
+    # A TPU's program does not tell how long the loop over layers is. The attention is
+    # a TPU's: without its kernels, these products are fewer than the least.
     tokens = ROWS * LENGTH / 512
     linears = 2 * tokens * layers * width * (3 * width + 3 * LLAMA["intermediate_size"])
     head = 2 * tokens * width * LLAMA["vocab_size"]
     attention = 11 * 2 * tokens * LENGTH * width * layers
     least = 3 * linears - 2 * tokens * layers * width * 512 + 3 * head + attention
-    assert least < found["flops"] < 1.2 * least
+    assert least < found["flops"] < 1.06 * least  # and pairs of rank 8
     assert {one["kind"] for one in found["collectives"]} >= {"all-reduce", "all-gather"}
     assert set(found["seconds"]) == {"compute", "memory", "links"}
     assert 0 < found["mfu"] < 1
