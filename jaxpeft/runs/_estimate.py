@@ -13,6 +13,7 @@ from jaxpeft import data, models
 from jaxpeft.runs._check import LONG, Attach, outline, stated_ranks
 from jaxpeft.runs._config import call, count_steps, said_of
 from jaxpeft.runs._fields import check_fields
+from jaxpeft.runs._stages import stage_config
 from jaxpeft.training import (
     StepEstimate,
     Target,
@@ -53,8 +54,9 @@ def estimate(
 ) -> StepEstimate:
     """Compiles the step of a config for a machine, from shapes alone.
 
-    No weights and no rows are read: of the model its config is enough. The rows are as
-    long as ``config.lengths`` allows.
+    No weights and no rows are read: of the model its config is enough. (A packaged
+    model is fetched, which brings its weights.) The rows are as long as
+    ``config.lengths`` allows.
 
     Args:
         config: of ``load_config``. With stages, the first one's step is meant.
@@ -80,10 +82,16 @@ def estimate(
         make_step=train.make_step).peak``, of the project's ``train.py``.
     """
     check_fields(config)
+    staged: tuple[str, ...] = ()
+    if config.stages:
+        staged = (f"of the stages the first, {config.stages[0]!r}",)
+        config = stage_config(config, 0, Path())
+        check_fields(config)
     if not isinstance(target, Target):
         target = find_target(target, slices=slices)
     mesh = call(make_mesh, config.mesh.to_dict(), "mesh", devices=target.devices)
     form, notes = _form(config, num_labels)
+    notes += staged
     _check_rows(config, mesh)
     config = _with_dtype(config)
     classes = form.num_labels if form.head == "classification" else None
@@ -91,8 +99,6 @@ def estimate(
     check_heads(model.config, mesh)
     if config.ranks.before and not _is_file(config):
         notes += ("ranks found before training are not known: config.adapter's",)
-    if config.stages:
-        notes += (f"of the stages the first, {config.stages[0]!r}",)
     total_steps = count_steps(config.train_for, LONG, field="train_for")
     adapted = _adapted(config, model, attach)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -186,13 +192,18 @@ def _adapted(config: ml_collections.ConfigDict, model: Any, attach: Attach) -> A
     """The adapted tree of a config, as shapes."""
     params = models.abstract(model)
     ranks = stated_ranks(config, model, params)
-    keys = jax.random.split(jax.random.key(0))
-    make = lambda params, keys: attach(config, model, params, keys, ranks)
-    if not config.start:
-        return jax.eval_shape(make, params, keys)
-    # A saved adapter draws nothing, and its values are looked at.
+    made = []
+
+    def make() -> None:  # here keys are traced: they need no program
+        keys = jax.random.split(jax.random.key(0))
+        made.append(attach(config, model, params, keys, ranks))
+
+    if config.start:  # a saved adapter draws nothing, and its values are looked at
+        make()
+    else:
+        jax.eval_shape(make)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.tree.map(shape, make(params, keys))
+    return jax.tree.map(shape, made[0])
 
 
 def fit(

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxpeft.training._slices import over_slices
 from jaxpeft.tree import (
     inherit_specs,
     leaves_with_path,
@@ -112,29 +112,10 @@ def make_mesh(
     kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1:
-        arranged = _over_slices(sizes, slices, devices)
+        arranged = over_slices(sizes, (DATA, FSDP), slices, devices)
         return Mesh(arranged, tuple(sizes), axis_types=kinds)
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
-    )
-
-
-def _over_slices(sizes: dict[str, int], slices: int, devices: list[Any]) -> np.ndarray:
-    """Devices of slices joined by a slower network, over which one axis alone goes."""
-    axis = next((name for name in (DATA, FSDP) if sizes[name] % slices == 0), None)
-    if axis is None:
-        raise ValueError(
-            f"the devices are {slices} slices, joined by a slower network: `data` or "
-            f"`fsdp` must be a multiple of {slices}, got data={sizes[DATA]}, "
-            f"fsdp={sizes[FSDP]}"
-        )
-    outer = {name: slices if name == axis else 1 for name in sizes}
-    inner = {name: size // outer[name] for name, size in sizes.items()}
-    return mesh_utils.create_hybrid_device_mesh(
-        tuple(inner.values()),
-        tuple(outer.values()),
-        devices=devices,
-        allow_split_physical_axes=True,  # as jax.make_mesh
     )
 
 

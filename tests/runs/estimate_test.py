@@ -7,7 +7,7 @@ import pytest
 from refusal_toolbox import COMPILES, assert_refused
 
 import train
-from jaxpeft import runs, training
+from jaxpeft import data, runs, training
 from jaxpeft.cli import main
 
 PARTS = {"attach": train.attach_all, "make_step": train.make_step}
@@ -100,6 +100,19 @@ def measured(config, workdir, monkeypatch):
     with pytest.raises(Seen):
         train.run(config, workdir)
     return found[0]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_batch_is_as_the_data_make_it(writes, llama_config, tiny_config):
+    config = llama_config() if writes else tiny_config()
+    batch = next(runs.read_inputs(config).batches)
+    batch = training.put_batch(batch, training.make_mesh(devices=jax.devices()[:1]))
+    form = data.outline(config.data)
+    expected = form.batch(8, max(config.lengths), types=not writes)
+    kinds = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}
+    assert kinds(expected) == kinds(batch)
+    assert form.head == ("causal_lm" if writes else "classification")
+    assert form.num_labels == (None if writes else 3)
 
 
 @pytest.mark.slow
