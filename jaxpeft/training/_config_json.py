@@ -27,13 +27,11 @@ def new_name(field: str) -> str:
 def with_new_names(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a config from before with the names that its fields have now.
 
-    A field that its sections did not have yet says what was done without it.
-
     Args:
         config: a run's, with old names or new ones.
 
     Returns:
-        the config that was given where nothing of it is old, else a copy, as locked.
+        the config that was given where no name is old, else a copy, as locked as it.
 
     Raises:
         ValueError: a field is there under both names, with two values.
@@ -44,11 +42,9 @@ def with_new_names(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
           during: null
         <BLANKLINE>
     """
-    if not _old_names(config) and not _lacking(config):
+    if not _old_names(config):
         return config
     changed = config.copy_and_resolve_references().unlock()
-    for (section, field), value in _lacking(config).items():
-        changed[section][field] = value
     for part, old in _old_names(changed):
         section, _, field = _RENAMED[old].partition(".")
         value = part[old]
@@ -116,7 +112,8 @@ def config_to_json(config: ml_collections.ConfigDict) -> str:
 def config_from_json(text: str) -> ml_collections.ConfigDict:
     """Returns the locked config that :func:`config_to_json` wrote, lists as tuples.
 
-    Fields have the names of now (``with_new_names``).
+    Fields have the names of now (``with_new_names``), and those of a run from before
+    they were there say what was done without them.
 
     Example:
         >>> config = ml_collections.ConfigDict({"targets": ("query", "key")}).lock()
@@ -124,6 +121,8 @@ def config_from_json(text: str) -> ml_collections.ConfigDict:
         True
     """
     read = ml_collections.ConfigDict(_with_tuples(json.loads(text)))
+    for (section, field), value in _lacking(read).items():
+        read[section][field] = value
     return with_new_names(read).lock()
 
 
