@@ -3,6 +3,7 @@
     python train.py                                       # configs/quickstart.py
     python train.py --config configs/lora_trec.py --workdir runs/lora
     python train.py --config.adapter.rank=16 --workdir runs/rank16
+    python train.py --dry-run --target v5e:4x4            # what would it need there?
 
 The same command again resumes a run that was stopped, bit for bit. Everything that
 this file calls can be imported; ``run(config, workdir)`` is the whole of it.
@@ -120,6 +121,29 @@ def attach_all(config, model, params, keys, ranks=None, folder=None):
     return runs.enter_stage(adapted, config)
 
 
+def make_step(config, model, adapted, key, *, mesh, total_steps):
+    """Puts a tree on a mesh and makes its update; shapes do in place of arrays.
+
+    Returns ``(specs, state, frozen, forward, loss, allocator, step)``.
+    """
+    # An adapter read from PEFT may have untied the head from the embedding.
+    plain = jax.eval_shape(jp.detach, adapted)
+    specs = training.param_specs(plain, mesh, axes=model.axes)
+    trainable, frozen = jp.partition(training.place(adapted, mesh, specs))
+    optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
+    allocator = runs.ranks_during(config, total_steps)
+    state = training.init_state(
+        trainable, optimizer, key=key, mesh=mesh, allocator=allocator
+    )
+    forward, loss = training.objective(model, mesh=mesh, dropout=config.model.dropout)
+    cuts = dict(accumulate=config.accumulate, clip_norm=config.clip_norm)
+    update = make_update(
+        forward, loss, optimizer, mesh=mesh, allocator=allocator, **cuts
+    )
+    step = training.compile_step(update, state, frozen, mesh=mesh)
+    return specs, state, frozen, forward, loss, allocator, step
+
+
 class Parts(NamedTuple):
     """What a run is made of, once it stands."""
 
@@ -177,28 +201,16 @@ def _run(config, workdir, stack):
     if not config.start:
         ranks = runs.ranks_before(config, folder, model, params, inputs.sample)
         adapted = attach_all(config, model, params, both, ranks, folder)
-    # An adapter read from PEFT may have untied the head from the embedding.
-    specs = training.param_specs(jp.detach(adapted), mesh, axes=model.axes)
-    adapted = training.place(adapted, mesh, specs)
-    trainable, frozen = jp.partition(adapted)
     sizes = jp.count(adapted)
     if jax.process_index() == 0:
         (folder / "sites.txt").write_text(f"{jp.describe(adapted)}\n")
-    del params, adapted  # the base lives on in `frozen`; nothing is held twice
 
     # ------------------------------ Update and evaluation -----------------------------
 
-    optimizer = training.adamw(trainable, total_steps=total_steps, **config.optimizer)
-    allocator = runs.ranks_during(config, total_steps)
-    state = training.init_state(
-        trainable, optimizer, key=next(keys), mesh=mesh, allocator=allocator
+    specs, state, frozen, forward, loss, allocator, step_fn = make_step(
+        config, model, adapted, next(keys), mesh=mesh, total_steps=total_steps
     )
-    forward, loss = training.objective(model, mesh=mesh, dropout=config.model.dropout)
-    cuts = dict(accumulate=config.accumulate, clip_norm=config.clip_norm)
-    update = make_update(
-        forward, loss, optimizer, mesh=mesh, allocator=allocator, **cuts
-    )
-    step_fn = training.compile_step(update, state, frozen, mesh=mesh)
+    del params, adapted  # the base lives on in `frozen`; nothing is held twice
     eval_fn = training.eval_step(forward, loss, state, frozen, mesh=mesh)
 
     # ----------------------------- Resume, or start anew ------------------------------
@@ -391,6 +403,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = runs.parse_command(argv, quickstart, description=__doc__)
     logging.basicConfig(format="%(message)s")  # before a library chooses another
 
+    if command.dry_run:
+        step = dict(attach=attach_all, make_step=make_step, target=command.target)
+        return runs.obey(command, lambda config, _: runs.dry_run(config, **step))
     return runs.obey(command, run)
 
 

@@ -54,6 +54,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
         param_dtype="float32",
         scan_layers=True,
         remat=None,
+        attention=None,
         dropout=True,
     )
     config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)

@@ -61,6 +61,7 @@ def get_config(method: str = "res") -> ml_collections.ConfigDict:
         param_dtype="float32",  # of the base; the adapters are always float32
         scan_layers=False,  # one compiled layer for all: compiles faster when deep
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
+        attention=None,
         dropout=False,  # the model's own dropout, in training
     )
     config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)

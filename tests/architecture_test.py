@@ -14,7 +14,7 @@ from jaxpeft.console import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1] / "jaxpeft"
 ORDER = [
-    ["console", "numerics"],
+    ["console", "numerics", "hlo"],
     ["tree", "dimension"],
     ["transform"],
     ["lowrank"],

@@ -8,6 +8,7 @@ from jaxpeft.cli import (
     _convert,
     _describe,
     _dimension,
+    _estimate,
     _generate,
     _merge,
     _predict,
@@ -17,7 +18,7 @@ from jaxpeft.console import Parser, ended
 
 COMMANDS = (
     *(_describe, _merge, *_convert.DIRECTIONS),
-    *(_generate, _predict, _ranks, _dimension),
+    *(_generate, _predict, _ranks, _dimension, _estimate),
 )
 
 EPILOG = """\
@@ -64,7 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 where what was given cannot be done (one message on standard error, with a
         traceback after ``--traceback`` alone); 130 after Ctrl-C.
     """
-    given = parser().parse_args(argv)
+    top = parser()
+    given, others = top.parse_known_args(argv)
+    fields = [item for item in others if item.startswith("--config.")]
+    if others and (fields != others or "overrides" not in given):
+        top.error(f"unrecognized arguments: {' '.join(others)}")
+    if fields:
+        given.overrides = [item.removeprefix("--config.") for item in fields]
     return ended(
         "jaxpeft",
         lambda: given.run(given),

@@ -16,6 +16,8 @@ from jaxpeft.data._mixed import held_out as held_out
 from jaxpeft.data._mixed import mix as mix
 from jaxpeft.data._mixed import mixture_shares as mixture_shares
 from jaxpeft.data._notes import notes as notes
+from jaxpeft.data._outline import TaskOutline as TaskOutline
+from jaxpeft.data._outline import outline as outline
 from jaxpeft.data._pack import pack as pack
 from jaxpeft.data._prompts import DEMONSTRATIONS as DEMONSTRATIONS
 from jaxpeft.data._prompts import PromptSet as PromptSet

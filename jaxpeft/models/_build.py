@@ -28,6 +28,7 @@ def from_config(
     param_dtype: Any = None,
     scan_layers: bool = False,
     remat: str | None = None,
+    attention: str | None = None,
 ) -> nn.Module:
     """Returns the model of a Hugging Face config, without weights.
 
@@ -41,6 +42,8 @@ def from_config(
       scan_layers: whether the layers are one scanned stack.
       remat: what a layer keeps for its backward pass; see ``Bert`` and
         ``Decoder``.
+      attention: how a decoder attends; see ``Decoder``. ``None``: what suits the
+        machine that the program is for.
 
     Returns:
       A Linen module. ``models.init(model, key)`` draws its parameters,
@@ -72,7 +75,14 @@ def from_config(
     if num_labels < 1:
         raise ValueError(f"`num_labels` is {num_labels}; write at least 1.")
     param_dtype = floating("param_dtype", param_dtype, jnp.float32)
-    more = {"stop_tokens": end_ids(raw)} if build is Decoder else {}
+    more = {}
+    if build is Decoder:
+        more = {"stop_tokens": end_ids(raw), "attention": attention}
+    elif attention is not None:
+        raise ValueError(
+            f"`attention` is {attention!r}, but a {build.__name__} has one program for "
+            "it; write attention=None."
+        )
     return build(
         known,
         head=head,

@@ -69,6 +69,7 @@ def load(
     sharding: Any = None,
     scan_layers: bool = False,
     remat: str | None = None,
+    attention: str | None = None,
     key: jax.Array | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the model of a Hugging Face checkpoint and its parameters.
@@ -94,6 +95,7 @@ def load(
       scan_layers: whether the layers are one scanned stack.
       remat: what a layer keeps for its backward pass; see ``Bert`` and
         ``Decoder``.
+      attention: as for ``from_config``.
       key: a typed key, needed only if the checkpoint lacks a classification head.
 
     Returns:
@@ -107,7 +109,7 @@ def load(
     """
     folder = find_checkpoint(folder_or_name)
     config = read_model_config(folder)
-    sketch = from_config(config, head=head, num_labels=num_labels)
+    sketch = from_config(config, head=head, num_labels=num_labels, attention=attention)
     tensors = list_tensors(folder)
     stored = _stored_dtype(tensors)
     model = sketch.clone(
@@ -158,7 +160,8 @@ def load(
     return model, unflatten_dict(ordered, sep="/")
 
 
-def find_checkpoint(folder_or_name: str | Path) -> Path:
+def find_checkpoint(folder_or_name: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a model; off the hub without ``weights`` its config alone."""
     folder = Path(folder_or_name).expanduser()
     if folder.is_dir() or (folder.suffix == GGUF and folder.is_file()):
         return folder
@@ -172,7 +175,8 @@ def find_checkpoint(folder_or_name: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        files = list(HUB_FILES) if weights else ["config.json"]
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub's client raises a dozen kinds
         raise ValueError(
             f"`folder_or_name` {name!r} is no folder, no packaged model "

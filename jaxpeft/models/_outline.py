@@ -13,9 +13,9 @@ def outline(folder_or_name: str | Path, **settings: Any) -> nn.Module:
     """Returns the model that ``load`` would, without looking at any weight.
 
     Args:
-      folder_or_name: as for ``load``.
-      **settings: ``head``, ``num_labels``, ``dtype``, ``param_dtype``, ``scan_layers``
-        and ``remat``, as for ``from_config``.
+      folder_or_name: as for ``load``; a folder with ``config.json`` alone will do.
+      **settings: ``head``, ``num_labels``, ``dtype``, ``param_dtype``, ``scan_layers``,
+        ``remat`` and ``attention``, as for ``from_config``.
 
     Returns:
       A Linen module. ``models.abstract(model)`` gives the shapes of its parameters.
@@ -27,4 +27,5 @@ def outline(folder_or_name: str | Path, **settings: Any) -> nn.Module:
     Example:
       >>> outline("minilm", head="classification")  # doctest: +SKIP
     """
-    return from_config(read_model_config(find_checkpoint(folder_or_name)), **settings)
+    folder = find_checkpoint(folder_or_name, weights=False)
+    return from_config(read_model_config(folder), **settings)

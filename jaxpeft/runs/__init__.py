@@ -23,6 +23,16 @@ from jaxpeft.runs._config import count_steps as count_steps
 from jaxpeft.runs._config import load_config as load_config
 from jaxpeft.runs._config import make_adapter as make_adapter
 from jaxpeft.runs._config import said_of as said_of
+from jaxpeft.runs._estimate import Try as Try
+from jaxpeft.runs._estimate import as_flags as as_flags
+from jaxpeft.runs._estimate import check_heads as check_heads
+from jaxpeft.runs._estimate import estimate as estimate
+from jaxpeft.runs._estimate import fit as fit
+from jaxpeft.runs._estimate_report import dry_run as dry_run
+from jaxpeft.runs._estimate_report import plot_memory as plot_memory
+from jaxpeft.runs._estimate_report import record as record
+from jaxpeft.runs._estimate_report import show as show
+from jaxpeft.runs._estimate_report import too_large as too_large
 from jaxpeft.runs._fields import FIELDS as FIELDS
 from jaxpeft.runs._fields import check_fields as check_fields
 from jaxpeft.runs._inputs import Inputs as Inputs

@@ -24,7 +24,8 @@ from jaxpeft.tree import matrix_shape, nodes, partition
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
 Attach = Callable[..., Any]
 
-_BUILD = ("dtype", "param_dtype", "scan_layers", "remat")  # of config.model
+# Of config.model, for models.load.
+_BUILD = ("dtype", "param_dtype", "scan_layers", "remat", "attention")
 LONG = 10**6  # steps of an epoch, while the rows have not been counted
 
 
@@ -179,14 +180,7 @@ def rehearse(
     with said_of("lengths"):
         drawn = lambda tokens: model.init(jax.random.key(0), tokens)
         shapes = jax.eval_shape(drawn, tokens)["params"]
-    setting, ranks = config.ranks.before, None
-    if setting:
-        sites = {"targets": config.targets, "exclude": config.exclude or None}
-        if isinstance(setting, str) and Path(setting).is_file():
-            ranks = read_allocation(setting, shapes, axes=model.axes, **sites)
-        else:
-            named = {"name": setting} if isinstance(setting, str) else setting.to_dict()
-            check_estimate(named)
+    ranks = stated_ranks(config, model, shapes)
     if config.start and not head_known:
         return  # its own head may be of any width
     made = []
@@ -216,6 +210,23 @@ def rehearse(
     if allocator := ranks_during(config, total_steps):
         with said_of("ranks.during"):
             jax.eval_shape(allocator.init, trainable)
+
+
+def stated_ranks(
+    config: ml_collections.ConfigDict, model: nn.Module, shapes: PyTree
+) -> Any:
+    """Returns the ranks of the file that ``config.ranks.before`` names, if it is one.
+
+    Ranks that are estimated need data: of these only the options are checked.
+    """
+    setting = config.ranks.before
+    if not setting:
+        return None
+    sites = {"targets": config.targets, "exclude": config.exclude or None}
+    if isinstance(setting, str) and Path(setting).is_file():
+        return read_allocation(setting, shapes, axes=model.axes, **sites)
+    check_estimate({"name": setting} if isinstance(setting, str) else setting.to_dict())
+    return None
 
 
 def _check_ranks(adapted: Any, field: str) -> None:

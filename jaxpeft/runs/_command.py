@@ -28,6 +28,8 @@ class Command(NamedTuple):
         distributed: whether this is one of several processes.
         place: ``(coordinator, processes, process id)`` of it; None: to be found.
         traceback: whether a refusal shows where it was raised.
+        dry_run: whether the step is compiled and told of, and nothing is run.
+        target: the machine that it is then compiled for; None: this one.
     """
 
     config: ml_collections.ConfigDict
@@ -35,6 +37,8 @@ class Command(NamedTuple):
     distributed: bool
     place: tuple[str | None, int | None, int | None]
     traceback: bool
+    dry_run: bool = False
+    target: str | None = None
 
 
 def parse_command(
@@ -74,7 +78,15 @@ def parse_command(
     parser.add_argument("--coordinator", help="elsewhere: HOST:PORT of process 0")
     parser.add_argument("--processes", type=int, help="how many there are")
     parser.add_argument("--process-id", type=int, help="which one this is, from 0")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what a step needs (jaxpeft estimate); nothing is read or run",
+    )
+    parser.add_argument("--target", help="with --dry-run: for which machine, v5e:4x4")
     given, others = parser.parse_known_args(argv)
+    if given.target and not given.dry_run:
+        parser.error("--target is for --dry-run; write both")
     prefix = "--config."
     for item in others:
         if not item.startswith(prefix):
@@ -91,7 +103,20 @@ def parse_command(
         parser.error(str(error).removesuffix("."))
     place = (given.coordinator, given.processes, given.process_id)
     several = given.distributed or any(x is not None for x in place)
-    return Command(config, Path(folder), several, place, given.traceback)
+    if several and given.dry_run:
+        parser.error(
+            "--dry-run compiles for all devices in one process; leave out "
+            "what makes it one of several"
+        )
+    return Command(
+        config,
+        Path(folder),
+        several,
+        place,
+        given.traceback,
+        given.dry_run,
+        given.target,
+    )
 
 
 def obey(

@@ -79,6 +79,7 @@ FIELDS: dict[str, _Field] = {
     "model.param_dtype": _DTYPE,
     "model.scan_layers": _BOOL,
     "model.remat": _or_none(_TEXT),
+    "model.attention": _or_none(_TEXT),
     "model.dropout": _BOOL,
     "tokenizer.pad_token": _or_none(_TEXT),
     "tokenizer.eos_token": _or_none(_TEXT),

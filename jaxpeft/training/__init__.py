@@ -15,6 +15,10 @@ from jaxpeft.training._config_json import config_to_json as config_to_json
 from jaxpeft.training._config_json import flat_config as flat_config
 from jaxpeft.training._config_json import new_name as new_name
 from jaxpeft.training._config_json import with_new_names as with_new_names
+from jaxpeft.training._estimate import StepEstimate as StepEstimate
+from jaxpeft.training._estimate import device_bytes as device_bytes
+from jaxpeft.training._estimate import estimate_step as estimate_step
+from jaxpeft.training._estimate import out_of_memory as out_of_memory
 from jaxpeft.training._evaluate import EvalOutput as EvalOutput
 from jaxpeft.training._evaluate import Predictions as Predictions
 from jaxpeft.training._evaluate import eval_step as eval_step
@@ -50,5 +54,11 @@ from jaxpeft.training._step import cross_entropy as cross_entropy
 from jaxpeft.training._step import loss_and_gradient as loss_and_gradient
 from jaxpeft.training._step import model_forward as model_forward
 from jaxpeft.training._step import squared_error as squared_error
+from jaxpeft.training._targets import CHIPS as CHIPS
+from jaxpeft.training._targets import LAYOUTS as LAYOUTS
+from jaxpeft.training._targets import Chip as Chip
+from jaxpeft.training._targets import Target as Target
+from jaxpeft.training._targets import chip_of as chip_of
+from jaxpeft.training._targets import find_target as find_target
 from jaxpeft.training._topology import memory_report as memory_report
 from jaxpeft.training._topology import topology_devices as topology_devices

@@ -9,6 +9,8 @@ import ml_collections
 # What fields were called in configs and folders of runs from before. A config that is
 # read has the new names.
 _RENAMED = {"allocation": "ranks.before", "allocate": "ranks.during"}
+# Fields of a section that came later: the value of before.
+_ADDED = {("model", "attention"): None}
 
 
 def new_name(field: str) -> str:
@@ -70,6 +72,17 @@ def _old_names(config: ml_collections.ConfigDict) -> list[tuple[Any, str]]:
     ]
 
 
+def _lacking(config: ml_collections.ConfigDict) -> dict[tuple[str, str], Any]:
+    """``{(section, field): value}`` of what a run's config from before lacks."""
+    return {
+        (section, field): value
+        for (section, field), value in _ADDED.items()
+        if isinstance(there := config.get(section), ml_collections.ConfigDict)
+        and "remat" in there
+        and field not in there
+    }
+
+
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns ``{"adapter.rank": 8, ...}``, one entry for each value of the config.
 
@@ -99,7 +112,8 @@ def config_to_json(config: ml_collections.ConfigDict) -> str:
 def config_from_json(text: str) -> ml_collections.ConfigDict:
     """Returns the locked config that :func:`config_to_json` wrote, lists as tuples.
 
-    Fields have the names of now (``with_new_names``).
+    Fields have the names of now (``with_new_names``), and those of a run from before
+    they were there say what was done without them.
 
     Example:
         >>> config = ml_collections.ConfigDict({"targets": ("query", "key")}).lock()
@@ -107,6 +121,8 @@ def config_from_json(text: str) -> ml_collections.ConfigDict:
         True
     """
     read = ml_collections.ConfigDict(_with_tuples(json.loads(text)))
+    for (section, field), value in _lacking(read).items():
+        read[section][field] = value
     return with_new_names(read).lock()
 
 

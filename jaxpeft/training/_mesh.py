@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxpeft.training._slices import over_slices
 from jaxpeft.tree import (
     inherit_specs,
     leaves_with_path,
@@ -61,7 +62,8 @@ def make_mesh(
     """Returns a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
 
     Batches are cut over ``data`` and ``fsdp``; frozen kernels are cut over ``fsdp``
-    and ``tensor``; ``tensor`` is innermost, on the nearest neighbours.
+    and ``tensor``; ``tensor`` is innermost, on the nearest neighbours. Over slices of
+    TPUs that a slower network joins goes ``data``, or else ``fsdp``.
 
     Args:
         data: devices along the data axis; -1 takes all that the other axes leave.
@@ -74,8 +76,9 @@ def make_mesh(
         The mesh.
 
     Raises:
-        ValueError: a size is not positive, more than one is -1, or the sizes do not
-            use every device exactly once.
+        ValueError: a size is not positive, more than one is -1, the sizes do not
+            use every device exactly once, or neither ``data`` nor ``fsdp`` is a
+            multiple of the number of slices.
 
     Example:
         >>> dict(make_mesh(data=-1, devices=jax.devices()[:1]).shape)
@@ -106,11 +109,13 @@ def make_mesh(
             f"{[d for d in range(1, len(devices) + 1) if len(devices) % d == 0]}; "
             "one axis may be -1 (all that is left)"
         )
+    kinds = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:
+        arranged = over_slices(sizes, (DATA, FSDP), slices, devices)
+        return Mesh(arranged, tuple(sizes), axis_types=kinds)
     return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
+        tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
     )
 
 

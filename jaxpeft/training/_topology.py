@@ -1,18 +1,30 @@
 """Compiling for a TPU pod on any computer."""
 
+import os
+import re
 from typing import Any
 
+# What the drivers of a TPU make, and what tells libtpu that there is none to look for.
+_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
-def topology_devices(name: str, *, platform: str = "tpu") -> list[Any]:
+
+def topology_devices(name: str, *, platform: str = "tpu", slices: int = 1) -> list[Any]:
     """Returns the devices of a topology, to compile for, not to run on.
 
-    Needs libtpu (``pip install "jaxpeft[tpu]"``), no TPU. Set these environment
-    variables before JAX is imported, so that libtpu does not look for a chip:
-    ``JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1``.
+    Needs libtpu (``pip install "jaxpeft[tpu]"``), no TPU: where there is none, libtpu
+    is told so by environment variables that are not set yet. Set ``JAX_PLATFORMS=cpu``
+    before JAX is imported, or JAX itself looks for one.
 
     Args:
         name: chips and their layout: ``"v5e:16x16"``, ``"v5p:4x4x8"``.
         platform: the kind of device.
+        slices: how many such slices, joined by the slower network.
 
     Returns:
         The devices, for ``make_mesh(devices=...)``.
@@ -24,8 +36,19 @@ def topology_devices(name: str, *, platform: str = "tpu") -> list[Any]:
     """
     from jax.experimental import topologies
 
+    if platform == "tpu" and not any(map(os.path.exists, _TPU_FILES)):
+        for variable, value in _NO_TPU.items():
+            os.environ.setdefault(variable, value)
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    sizes = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
+    if len(sizes) == 2 and min(sizes) == 1:  # less than a host
+        options["chips_per_host_bounds"] = [*sizes, 1]
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # a chip is one device
     return list(
-        topologies.get_topology_desc(platform=platform, topology_name=name).devices
+        topologies.get_topology_desc(
+            platform=platform, topology_name=name, **options
+        ).devices
     )
 
 

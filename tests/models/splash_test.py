@@ -141,3 +141,12 @@ def test_where_it_is_taken_and_where_refused(monkeypatch):
     assert not flash(mixed, params=models.abstract(mixed))
     apart = mixed.clone(scan_layers=False)
     assert flash(apart, params=models.abstract(apart))
+
+
+def test_a_model_is_made_with_it():
+    config = content("llama")
+    assert models.from_config(config, attention="splash").attention == "splash"
+    with pytest.raises(ValueError, match="`attention` is 'flash'; known are"):
+        models.from_config(config, attention="flash")
+    with pytest.raises(ValueError, match="a Bert has one program for it"):
+        models.from_config({"model_type": "bert"}, attention="splash")

@@ -50,6 +50,16 @@ def test_a_config_that_has_both_names_is_refused(tmp_path):
         runs.load_config(tmp_path / "both.py")
 
 
+def test_a_config_from_before_a_field_attends_as_it_did(tiny_config):
+    config = tiny_config()
+    fields = config.to_dict()
+    del fields["model"]["attention"]
+    old = runs.config_from_json(json.dumps(fields))
+    assert old.model.attention is None and old.is_locked
+    assert runs.config_differences(ml_collections.ConfigDict(fields), config) == []
+    runs.check_fields(old)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
