@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,12 +245,17 @@ def plot_routing(
         if layer not in known:
             raise ValueError(f"`layers` has {layer}; there are routers in {known}.")
     names = max(report.experts, key=len)
-    of_layer = {
-        layer: np.nanmean(
-            report.gates[:, [i for i, n in enumerate(numbers) if n == layer]], axis=1
-        )
-        for layer in known
-    }
+    # The mean over a layer's routers. An expert that a layer lacks is NaN in each of
+    # them, of which numpy warns, and stays NaN: an empty field.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        of_layer = {
+            layer: np.nanmean(
+                report.gates[:, [i for i, n in enumerate(numbers) if n == layer]],
+                axis=1,
+            )
+            for layer in known
+        }
     tasks = list(report.tasks)
     columns = max(len(layers), len(tasks))
     height = 1.6 + 0.32 * len(tasks) + 0.32 * len(known)

@@ -158,6 +158,11 @@ def test_a_picture_is_drawn(adapted, tmp_path):
     assert imread(drawn).std() > 0.05
     with pytest.raises(ValueError, match="`layers` has 7; there are routers in"):
         mixtures.plot_routing(report, tmp_path / "r.png", layers=[7])
+    # Layers of fewer experts have empty fields, and numpy's warning is no user's.
+    fewer = report._replace(
+        gates=np.where(np.arange(EXPERTS) < 3, report.gates, np.nan)
+    )
+    mixtures.plot_routing(fewer, tmp_path / "r.png")
 
 
 def test_what_cannot_be_reported_is_refused(adapted):
