@@ -14,9 +14,9 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -114,9 +114,7 @@ def attach_all(config, model, params, keys, ranks=None, folder=None):
             adapted = runs.start_at_inputs(adapted, ranks, folder / "allocation.npz")
         if config.head:  # trained whole: no pre-trained one fits the new task
             with runs.said_of("head"):
-                adapted = jp.attach(
-                    adapted, jp.full(), targets=config.head, key=keys[1]
-                )
+                adapted = jp.attach(adapted, jp.full(), config.head, key=keys[1])
     adapted = runs.attach_biases(adapted, config)
     return runs.enter_stage(adapted, config)
 
@@ -144,27 +142,6 @@ def make_step(config, model, adapted, key, *, mesh, total_steps):
     return specs, state, frozen, forward, loss, allocator, step
 
 
-class Parts(NamedTuple):
-    """What a run is made of, once it stands."""
-
-    title: str
-    config: ml_collections.ConfigDict
-    inputs: runs.Inputs
-    folder: Path
-    mesh: jax.sharding.Mesh
-    specs: Any  # where on the mesh the parameters lie
-    sizes: tuple[int, int]  # parameters that train, and all
-    ranks: Any  # found before training; None: those of the adapter
-    load_base: Callable[[], tuple[Any, Any]]  # (model, parameters)
-    allocator: Any  # changes ranks in training; None: nothing does
-    step_fn: Callable[..., Any]  # one update
-    evaluate: Callable[..., Any]  # (trainable, frozen, split) -> (scores, routing)
-    checkpoints: training.Checkpointer
-    writer: runs.MetricsWriter
-    bar: runs.Progress
-    seconds: Callable[[], float]  # of this run and of those that it resumes
-
-
 def _run(config, workdir, stack):
     started = time.perf_counter()
 
@@ -180,9 +157,8 @@ def _run(config, workdir, stack):
 
     inputs = runs.read_inputs(config)
     task, total_steps = inputs.task, inputs.total_steps
-    runs.rehearse(
-        config, inputs.outline, attach_all, total_steps
-    )  # now that it is known
+    # Once more, now that the task is known.
+    runs.rehearse(config, inputs.outline, attach_all, total_steps)
 
     # ------------------------------------ The model -----------------------------------
 
@@ -233,7 +209,7 @@ def _run(config, workdir, stack):
     )
     bar = stack.enter_context(runs.progress(total_steps, done=first_step))
     title = f"{config.adapter.name} on {config.model.name}, {task.name}"
-    parts = Parts(
+    parts = runs.Parts(
         title=title,
         config=config,
         inputs=inputs,
@@ -402,7 +378,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     quickstart = Path(__file__).parent / "configs/quickstart.py"
     command = runs.parse_command(argv, quickstart, description=__doc__)
     logging.basicConfig(format="%(message)s")  # before a library chooses another
-
     if command.dry_run:
         step = dict(attach=attach_all, make_step=make_step, target=command.target)
         return runs.obey(command, lambda config, _: runs.dry_run(config, **step))

@@ -44,6 +44,7 @@ from jaxpeft.runs._metrics import compile_seconds as compile_seconds
 from jaxpeft.runs._metrics import memory as memory
 from jaxpeft.runs._metrics import read_metrics as read_metrics
 from jaxpeft.runs._metrics import stop_if_not_finite as stop_if_not_finite
+from jaxpeft.runs._parts import Parts as Parts
 from jaxpeft.runs._progress import Progress as Progress
 from jaxpeft.runs._progress import clock as clock
 from jaxpeft.runs._progress import progress as progress

@@ -3,6 +3,8 @@ from jaxpeft.console import optional as _optional
 with _optional("Runs"):
     import ml_collections as _ml_collections  # noqa: F401
 
+from jaxpeft.training._batch import check_rows as check_rows
+from jaxpeft.training._batch import put_batch as put_batch
 from jaxpeft.training._causal import causal_forward as causal_forward
 from jaxpeft.training._causal import causal_loss as causal_loss
 from jaxpeft.training._causal import objective as objective
@@ -29,12 +31,10 @@ from jaxpeft.training._folder import WorkdirError as WorkdirError
 from jaxpeft.training._folder import as_folder as as_folder
 from jaxpeft.training._mesh import TENSOR_RULES as TENSOR_RULES
 from jaxpeft.training._mesh import batch_sharding as batch_sharding
-from jaxpeft.training._mesh import check_rows as check_rows
 from jaxpeft.training._mesh import leaf_spec as leaf_spec
 from jaxpeft.training._mesh import make_mesh as make_mesh
 from jaxpeft.training._mesh import param_specs as param_specs
 from jaxpeft.training._mesh import place as place
-from jaxpeft.training._mesh import put_batch as put_batch
 from jaxpeft.training._mesh import replicated as replicated
 from jaxpeft.training._mesh import shardings as shardings
 from jaxpeft.training._optimizer import PARAMETER_KINDS as PARAMETER_KINDS

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft import numerics
-from jaxpeft.training._mesh import batch_sharding, put_batch, replicated
+from jaxpeft.training._batch import put_batch
+from jaxpeft.training._mesh import batch_sharding, replicated
 from jaxpeft.training._routed import add_sums, sum_rows
 from jaxpeft.training._state import TrainState
 from jaxpeft.training._step import Batch, Forward, Loss
