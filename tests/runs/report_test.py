@@ -62,9 +62,8 @@ def test_the_best_that_is_drawn_is_the_checkpoint_that_is_kept(
         tmp_path / "checkpoints", config={}, metric=metric, mode=mode
     ) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: list(scores))
-        monkeypatch.setattr(
-            checkpoints._manager, "metrics", lambda step: {metric: scores[step]}
-        )
+        score_of = lambda step: {metric: scores[step]}
+        monkeypatch.setattr(checkpoints, "_scores_of", score_of)
         kept = checkpoints.best
     with runs.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
         for step, score in scores.items():
