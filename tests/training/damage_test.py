@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpeft import training
-from jaxpeft.training import CheckpointError
+from jaxpeft.training import CheckpointError, _sealed
 
 # What is left of reads that Orbax breaks off is let go of at any later moment.
 pytestmark = pytest.mark.filterwarnings(
@@ -19,6 +19,13 @@ pytestmark = pytest.mark.filterwarnings(
 MESH = training.make_mesh(devices=jax.devices()[:1])
 OPTIONS = dict(config={"seed": 0}, metric="accuracy", mode="max")
 KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Reads that broke off end here, and not in the test after."""
+    yield
+    _sealed._let_go(30.0)
 
 
 def state_of(step):
