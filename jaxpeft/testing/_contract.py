@@ -16,6 +16,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpeft.console import optional
+from jaxpeft.hlo import made_of_shape
 from jaxpeft.testing._compare import (
     CLOSE,
     distance,
@@ -25,7 +26,6 @@ from jaxpeft.testing._compare import (
 )
 from jaxpeft.testing._fixtures import params as params
 from jaxpeft.testing._fixtures import x as x
-from jaxpeft.testing._hlo import made_of_shape
 from jaxpeft.testing._net import (
     AXES,
     KERNELS,
