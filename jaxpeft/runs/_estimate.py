@@ -209,12 +209,10 @@ def _adapted(config: ml_collections.ConfigDict, model: Any, attach: Attach) -> A
 def fit(
     config: ml_collections.ConfigDict,
     *,
-    attach: Attach,
-    make_step: MakeStep,
     target: str | Target | None = None,
     slices: int = 1,
-    num_labels: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> list[Try]:
     """Looks for changes of a config with which its step fits a machine.
 
@@ -225,12 +223,10 @@ def fit(
 
     Args:
         config: as for ``estimate``.
-        attach: as for ``estimate``.
-        make_step: as for ``estimate``.
         target: as for ``estimate``.
         slices: as for ``estimate``.
-        num_labels: as for ``estimate``.
-        tell: is told what is tried.
+        tell: is told what is tried, and why something cannot be.
+        **options: ``attach``, ``make_step`` and ``num_labels`` of ``estimate``.
 
     Returns:
         What was tried, in order; the first is the config as it is, the last fits, or
@@ -245,17 +241,12 @@ def fit(
     for changes in _changes(config, len(target.devices)):
         changed = _changed(config, changes)
         try:
-            found = estimate(
-                changed,
-                attach=attach,
-                make_step=make_step,
-                target=target,
-                num_labels=num_labels,
-            )
-        except ValueError:
+            found = estimate(changed, target=target, **options)
+        except ValueError as error:  # a split that the model's heads do not allow
             if not changes:
                 raise
-            continue  # a split that the model's heads do not allow
+            tell(f"{as_flags(changes)}: {error}")
+            continue
         tried.append(Try(changes, found))
         tell(f"{as_flags(changes) or 'as it is'}: {found.peak / 2**30:.2f} GiB")
         if found.fits:
