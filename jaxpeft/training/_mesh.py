@@ -158,6 +158,7 @@ def param_specs(
             matches nothing, or has the wrong number of words.
 
     Example:
+        >>> import numpy as np
         >>> mesh = make_mesh(devices=jax.devices()[:1])
         >>> specs = param_specs({"query": {"kernel": np.zeros((4, 4))}}, mesh)
         >>> tuple(specs["query"]["kernel"])
