@@ -70,3 +70,15 @@ class Keys:
 @pytest.fixture
 def keys():
     return Keys(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For files of tiny programs: LLVM's passes would be most of the time.
+
+    A file says ``pytestmark = pytest.mark.usefixtures("quick_compiles")``.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -7,7 +7,6 @@ import pytest
 from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
 from adapters_toolbox import cost
-from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 from jaxpeft.adapters import adalora

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapters_toolbox import quick_compiles as quick_compiles
 from norms_toolbox import dense_bora, dense_dora, made, merged
 
 import jaxpeft as jp

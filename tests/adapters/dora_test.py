@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters_toolbox import as_a_user as as_a_user
-from adapters_toolbox import quick_compiles as quick_compiles
 from norms_toolbox import M_OUT, SCALE, A, B, G, W, dense_dora, made, merged
 
 import jaxpeft as jp

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 

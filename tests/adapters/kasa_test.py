@@ -8,7 +8,6 @@ import pytest
 from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
 from adapters_toolbox import cost
-from adapters_toolbox import quick_compiles as quick_compiles
 
 from jaxpeft.adapters import kasa
 from jaxpeft.tree import Call

@@ -9,7 +9,6 @@ import optax
 import pytest
 from adapt_toolbox import change
 from adapters_toolbox import cost
-from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 from jaxpeft.tree import Call

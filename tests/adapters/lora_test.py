@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from adapt_toolbox import change
 from adapters_toolbox import as_a_user as as_a_user
-from adapters_toolbox import quick_compiles as quick_compiles
 
 import jaxpeft as jp
 from jaxpeft.adapters import lora, rslora

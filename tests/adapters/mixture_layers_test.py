@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from adapt_toolbox import distance, numbers, perturb
-from adapters_toolbox import quick_compiles as quick_compiles
 from mixtures_toolbox import TWO, adapted_use, one, stirred
 
 import jaxpeft as jp

@@ -12,14 +12,7 @@ from jaxpeft import allocate, interop
 from jaxpeft.allocate._choices import node_sites, node_sizes
 from jaxpeft.tree._node import nodes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run a few times: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def numbers(*shape, seed=0):

@@ -18,6 +18,7 @@ from jaxpeft import interop, models
 from jaxpeft.cli import main
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.interop,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
 ]
@@ -33,15 +34,6 @@ SIZES = {
 }
 ROOT = Path(__file__).parents[2]
 IDS = np.random.default_rng(0).integers(3, 64, (2, 7))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run once: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

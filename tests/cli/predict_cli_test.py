@@ -8,7 +8,6 @@ import sys
 import warnings
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from jaxpeft import interop, models
 from jaxpeft.cli import main
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.interop,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
 ]
@@ -31,15 +31,6 @@ SIZES = {
 NLI = ("contradiction", "entailment", "neutral")
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(60))]
 ROWS = [("w1 w2 w3", "w9"), ("w5", "w3 w4 w5"), ("w7 w7", "w8")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run once: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

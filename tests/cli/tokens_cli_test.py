@@ -18,13 +18,7 @@ PROMPT = "w7 w9 w11"
 CHAT, CHAT_IDS = "w4 w7 w9 w11 w5", [4, 7, 9, 11, 5]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run once: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture

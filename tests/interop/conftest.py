@@ -3,7 +3,6 @@
 import warnings
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from peft_toolbox import LAYERS, VOCABULARY
@@ -65,9 +64,5 @@ def weights():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run a few times: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def quick(quick_compiles):
+    """Every file here is of tiny programs, compiled for a call or two."""

@@ -17,12 +17,7 @@ TWO = ("law", "code")
 AXES = {"w": "layer in out"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def net(p, x):

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,12 +20,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny models, each compiled for one call: LLVM's passes are most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def quick(quick_compiles):
+    """Every file here is of tiny programs, compiled for a call or two."""
 
 
 @pytest.fixture

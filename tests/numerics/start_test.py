@@ -10,13 +10,7 @@ from jaxpeft.numerics import bottom_factors, qr_factors, top_factors
 SHAPES = [(9, 5), (6, 6), (5, 9)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run a few times: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def decomposed(matrix):

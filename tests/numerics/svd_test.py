@@ -12,13 +12,7 @@ SHAPES = [(6, 6), (9, 5), (5, 9), (1, 4), (1, 1)]
 WAYS = ["exact", "gram", "inverse"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run a few times: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def product(t):

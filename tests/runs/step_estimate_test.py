@@ -13,13 +13,7 @@ from jaxpeft.cli import main
 PARTS = {"attach": train.attach_all, "make_step": train.make_step}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Programs that are hardly run: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
