@@ -59,7 +59,7 @@ def labelled_dot(x, x_labels, w, w_labels, out_labels, precision=None, *, target
     size = lambda first: math.prod(sizes[l] for l in runs[first])
     x, w = x.reshape(list(map(size, x_labels))), w.reshape(list(map(size, w_labels)))
     if joined:
-        w = _turned(w, w_labels, x_labels)
+        w, w_labels = _turned(w, w_labels, x_labels)
     both = [l for l in x_labels if l in w_labels]
     batch = [l for l in both if l in out_labels]
     summed = [l for l in both if l not in out_labels]
@@ -98,19 +98,22 @@ def _runs(x: list, w: list, out: list) -> dict[Any, list]:
 
 
 def _turned(w, w_labels: list, x_labels: list):
-    """A tall factor ``[..., d_in, r]``, the same numbers, whose gradient is wide.
+    """A tall factor ``[..., d_in, r]`` on its side, where its gradient is wide.
 
     The gradient of ``a`` is ``x^T dh [d_in, r]``. On a CPU a product of few columns
     takes five to ten times as long as the same one turned, ``dh^T x [r, d_in]``. The
-    barrier keeps the compiler from turning it back; it costs two copies of ``a``.
+    barrier keeps the compiler from turning it back; it costs a copy of ``a``.
     """
-    if w.ndim < 2 or w_labels[-2] not in x_labels or w_labels[-1] in x_labels:
-        return w
+    if w.ndim < 2:
+        return w, w_labels
+    *batch, tall, thin = w_labels
+    if tall not in x_labels or thin in x_labels:
+        return w, w_labels
     d_in, rank = w.shape[-2:]
     if d_in < 64 or rank * 4 > d_in:  # nothing is gained
-        return w
-    turn = lambda w: jnp.swapaxes(w, -1, -2)
-    return turn(lax.optimization_barrier(turn(w)))
+        return w, w_labels
+    turned = lax.optimization_barrier(jnp.swapaxes(w, -1, -2))
+    return turned, [*batch, thin, tall]
 
 
 def shown(w: Kernel, x, x_labels):
@@ -174,10 +177,9 @@ def read(
     for (_, how), columns in groups.items():
         parts = list(columns.values())
         wide = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-        whole, at = product(wide, how), 0
-        for name, part in columns.items():
-            end = at + part.shape[-1]
-            made[name] = lax.slice_in_dim(whole, at, end, axis=-1)
-            at = end
+        whole = product(wide, how)
+        widths = [part.shape[-1] for part in parts]
+        own = lax.split(whole, widths, axis=whole.ndim - 1) if parts[1:] else [whole]
+        made.update(zip(columns, own, strict=True))
     of = lambda i, j: Read(*(made.get((i, j, name)) for name in Read._fields))
     return [[of(i, j) for j in range(len(w.terms))] for i, w in enumerate(kernels)]

@@ -157,7 +157,8 @@ def _flatten(leaf, axes, roles, layers=True):
         width = counts.get(role, 1)
         shape.append(math.prod(leaf.shape[at : at + width]))
         at += width
-    return leaf.reshape(tuple(shape))
+    # A reshape to the same shape is an equation all the same where there are no axes.
+    return leaf.reshape(tuple(shape)) if leaf.shape != tuple(shape) else leaf
 
 
 def leaf_entries(node: AdaptedKernel) -> dict[str, tuple]:
