@@ -130,7 +130,7 @@ def several(parts: tuple[Part, ...]) -> Adapter:
         where=Where(leaf=first.where.leaf, bias=first.where.bias),
         folded=None if fold is None else lambda frozen: fold(parts[0].own(frozen)),
         shared=shared if any(p.adapter.shared for p in parts) else None,
-        name="several",
+        name=" and ".join(f"{p.name} ({p.adapter.name})" for p in parts),  # told
         options=Options((("parts", parts),), constructor=several),
     )
 

@@ -209,6 +209,9 @@ def test_a_mixture_beside_a_lora():
     assert distance(y, forward(mixed, X)[0]) > 1e-2
     assert float(jp.penalty(tree, seen)) > 0.1
     assert not jp.mergeable(tree)
+    who = r"'default \(molora\) and french \(lora\)' depends on the input"
+    with pytest.raises(ValueError, match=who):
+        jp.merge(tree)
 
 
 def test_it_is_an_ordinary_tree():
