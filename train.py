@@ -337,7 +337,8 @@ def _finish(parts, state, frozen, before):
     model, fresh = parts.load_base()
     reloaded = interop.load_adapter(saved, fresh, names=model.names)
     reloaded = training.place(reloaded, parts.mesh, parts.specs)
-    again, routing = parts.evaluate(*jp.partition(reloaded), held_out)
+    kept = folder / "predictions.npz"
+    again, routing = parts.evaluate(*jp.partition(reloaded), held_out, keep=kept)
     if again != after:
         raise RuntimeError(f"the saved adapter scores {again} when read, not {after}.")
     parts.writer.write("after", inputs.total_steps, best_step=best.step, **after)

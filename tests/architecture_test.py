@@ -26,7 +26,7 @@ ORDER = [
     ["data", "launch", "training", "testing"],
     ["serving"],
     ["runs"],
-    ["study"],
+    ["study", "compare"],
     ["cli"],
     ["__main__.py"],
 ]

@@ -1,9 +1,8 @@
 """``jaxpeft estimate``: what a config's step needs on a machine that is not here."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
+from jaxpeft.cli._program import program_of
 from jaxpeft.cli._types import ending, whole
 
 NAME = "estimate"
@@ -47,7 +46,7 @@ def run(given: argparse.Namespace) -> None:
     from jaxpeft import runs
 
     config = runs.load_config(given.config, given.overrides)
-    program = _program(given.config, given.train)
+    program = program_of(given.config, given.train)
     runs.dry_run(
         config,
         attach=program.attach_all,
@@ -59,31 +58,3 @@ def run(given: argparse.Namespace) -> None:
         json_file=given.json,
         picture=given.plot,
     )
-
-
-def _program(config: str, given: str | None) -> Any:
-    """The module whose step a config is for."""
-    import importlib.util
-    import sys
-
-    folder = Path(config.partition(":")[0]).absolute().parent
-    places = [given] if given else [folder / "train.py", folder.parent / "train.py"]
-    places = [Path(place) for place in (*places, *([] if given else ["train.py"]))]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"`train` there is no {' nor '.join(map(str, places))}, and the step of a "
-            "config stands in train.py; name it with --train FILE."
-        )
-    spec = importlib.util.spec_from_file_location("jaxpeft_train", file)
-    assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = program
-    spec.loader.exec_module(program)
-    for name in ("attach_all", "make_step"):
-        if not hasattr(program, name):
-            raise ValueError(
-                f"`train` {str(file)!r} has no function {name}, of which a step is "
-                "made; see the project's own train.py."
-            )
-    return program

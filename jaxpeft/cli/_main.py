@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.cli import (
+    _compare,
     _convert,
     _describe,
     _dimension,
@@ -18,7 +19,7 @@ from jaxpeft.console import Parser, ended
 
 COMMANDS = (
     *(_describe, _merge, *_convert.DIRECTIONS),
-    *(_generate, _predict, _ranks, _dimension, _estimate),
+    *(_generate, _predict, _ranks, _dimension, _estimate, _compare),
 )
 
 EPILOG = """\

@@ -1,11 +1,13 @@
 """What a run reads before its model: the task, tokens, the lengths in steps."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft import data, models
@@ -117,6 +119,7 @@ def score_split(
     *,
     mesh: Mesh,
     bar: Progress,
+    keep: Path | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Runs a split of all tasks through the model, and scores it.
 
@@ -129,12 +132,14 @@ def score_split(
         split: ``"validation"`` or ``"test"``.
         mesh: the mesh.
         bar: shows how far it is.
+        keep: a file of numpy arrays (``.npz``) for what was scored, ``outputs`` and
+            ``labels`` of all rows; of a mixture ``trec/outputs`` and so on.
 
     Returns:
         ``(scores, routing)``: the scores by name, and by task the sums of its routers,
         for ``mixtures.routing_report``; empty without routers.
     """
-    rows, scores, routing = config.eval_batch_size, {}, {}
+    rows, scores, routing, kept = config.eval_batch_size, {}, {}, {}
     held_out = data.held_out(inputs.task, inputs.splits, split)
     for name, (encoded, score) in held_out.items():
         with bar.phase(f"{split} {name}".strip(), encoded.rows) as advance:
@@ -148,6 +153,10 @@ def score_split(
                 advance=advance,
             )
         scores[name] = scores_of(found, score)
+        for kind in ("outputs", "labels") if keep else ():
+            kept[f"{name}/{kind}".strip("/")] = getattr(found, kind)
         if found.routing:
             routing[name or inputs.task.name] = found.routing
+    if keep and jax.process_index() == 0:
+        np.savez_compressed(keep, allow_pickle=False, **kept)
     return data.gather_scores(inputs.task, scores), routing

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import train
-from jaxpeft import data, runs
+from jaxpeft import compare, data, runs
 from jaxpeft.data.tasks import _packaged
 
 ROOT = Path(__file__).parents[2]
-PATHS = sorted((ROOT / "configs").glob("*.py"))
+COMPARED = sorted((ROOT / "configs").glob("compare_*.py"))
+PATHS = sorted(set((ROOT / "configs").glob("*.py")) - set(COMPARED))
 QUICKSTART = ROOT / "configs/quickstart.py"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")
 AT_HAND = ("trec", "sms", "movies", "reasoning_gym", "openbookqa", "mixture")
@@ -39,6 +40,19 @@ def test_it_says_how_to_run_it_and_what_came_out(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     command = f"python train.py --config configs/{path.name}"
     assert ("python train.py" if path == QUICKSTART else command) in text
+    assert "(Not run yet.)" in text or re.search(r"Measured: .*\d", text)
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_what_is_compared(path):
+    asked = compare.read_comparison(path)
+    every = [row for rows in asked.rows.values() for row in rows]
+    for row in every:
+        assert row.config.is_locked and row.config.seed == row.seed
+        runs.make_adapter(row.config)
+    assert len({row.name for row in every}) == len(every)
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"jaxpeft compare configs/{path.name}" in text
     assert "(Not run yet.)" in text or re.search(r"Measured: .*\d", text)
 
 

@@ -1,0 +1,45 @@
+"""The train.py that a config is for."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def program_file(config: str, given: str | None) -> Path:
+    """Where the train.py of a config stands.
+
+    Args:
+        config: the config's file, perhaps with arguments behind a colon.
+        given: its place, or ``None``: beside the config, above it, or here.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(config.partition(":")[0]).absolute().parent
+    places = [given] if given else [folder / "train.py", folder.parent / "train.py"]
+    places = [Path(place) for place in (*places, *([] if given else ["train.py"]))]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"`train` there is no {' nor '.join(map(str, places))}, and the step of a "
+            "config stands in train.py; name it with --train FILE."
+        )
+    return file
+
+
+def program_of(config: str, given: str | None) -> Any:
+    """The module whose step a config is for; as ``program_file``."""
+    file = program_file(config, given)
+    spec = importlib.util.spec_from_file_location("jaxpeft_train", file)
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = program
+    spec.loader.exec_module(program)
+    for name in ("attach_all", "make_step"):
+        if not hasattr(program, name):
+            raise ValueError(
+                f"`train` {str(file)!r} has no function {name}, of which a step is "
+                "made; see the project's own train.py."
+            )
+    return program
