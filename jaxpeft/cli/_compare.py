@@ -52,12 +52,12 @@ def run(given: argparse.Namespace) -> None:
 
     from jaxpeft import compare
 
+    name = Path(given.config.partition(":")[0]).stem
+    out = compare.check_out(given.out or Path("runs") / name)
     found = compare.read_comparison(given.config)
     if given.list:
         print("\n".join(row.name for rows in found.rows.values() for row in rows))
         return
-    name = Path(given.config.partition(":")[0]).stem
-    out = Path(given.out or Path("runs") / name)
     made = compare.compare(
         found,
         config=given.config,

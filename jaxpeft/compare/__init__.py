@@ -13,6 +13,7 @@ from jaxpeft.compare._rows import add_test as add_test
 from jaxpeft.compare._rows import read_row as read_row
 from jaxpeft.compare._rows import run_row as run_row
 from jaxpeft.compare._rows import unpacked as unpacked
+from jaxpeft.compare._run import check_out as check_out
 from jaxpeft.compare._run import choose as choose
 from jaxpeft.compare._run import compare as compare
 from jaxpeft.compare._table import difference as difference

@@ -21,6 +21,31 @@ from jaxpeft.compare._table import plot, table
 Found = dict[str, Any]
 
 
+# What a comparison writes into its folder.
+OWN = ("runs", "results", "table.json", "table.png")
+
+
+def check_out(out: str | Path) -> Path:
+    """Returns the folder of a comparison; refuses one with other things in it.
+
+    Args:
+        out: new, empty, or that of a comparison.
+
+    Raises:
+        ValueError: it is a file, or holds something else.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`out` {str(out)!r} is a file; give a folder.")
+    there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if other := sorted(set(there) - set(OWN)):
+        raise ValueError(
+            f"`out` {str(out)!r} holds other things, {other[:3]}; give a folder of its "
+            "own."
+        )
+    return folder
+
+
 def compare(
     comparison: Comparison,
     *,
@@ -53,9 +78,11 @@ def compare(
         ``only`` the rows' results by name.
 
     Raises:
-        ValueError: ``only`` names no row; a row's file is not of this comparison.
+        ValueError: ``out`` holds other things, ``only`` names no row, a task has no
+            test rows; a row's file is not of this comparison.
         RuntimeError: a row failed.
     """
+    out = check_out(out)
     results = out / "results" if results is None else results
     named = {row.name: row for rows in comparison.rows.values() for row in rows}
     make = dict(train=Path(train), results=results, folder=out / "runs")
