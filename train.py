@@ -23,7 +23,7 @@ import ml_collections
 import optax
 
 import jaxpeft as jp
-from jaxpeft import data, interop, launch, mixtures, runs, training
+from jaxpeft import console, data, interop, launch, mixtures, runs, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
 FREE = ("mesh", "log")
@@ -148,9 +148,7 @@ def _run(config, workdir, stack):
     # ----------------- Refused is what can be, before anything is read ----------------
 
     runs.check_run(config, workdir, attach_all, free=FREE)
-    if config.log.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    kept = console.keep_compiled(config.log.compilation_cache)
     mesh = training.make_mesh(**config.mesh)
 
     # ------------------------------- The task, its steps ------------------------------
@@ -234,6 +232,7 @@ def _run(config, workdir, stack):
         f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
         f"of {config.batch_size} rows on {mesh.size} device(s); {folder}"
     )
+    bar.note(kept.said)
     for line in data.notes(task):  # rows held out that were trained on
         bar.note(line)
     if first_step == total_steps:

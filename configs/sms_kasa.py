@@ -69,6 +69,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.log = dict(
         every=10,  # steps between two looks at the device
         tensorboard=True,
-        compilation_cache="",  # a folder that keeps compiled programs; "": none
+        compilation_cache="",  # where programs are kept; "": as usual; "off": nowhere
     )
     return config.lock()
