@@ -37,6 +37,7 @@ SHARED = dict(
     rope_theta=10000.0,
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
+    dtype="bfloat16",
 )
 MODELS = {
     "8b": dict(
@@ -62,6 +63,7 @@ MODELS = {
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
+        dtype="float32",  # CPUs compile and compute it sooner
     ),
 }
 

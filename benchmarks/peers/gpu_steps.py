@@ -100,10 +100,10 @@ def peft_step(row: Any, model: dict, tokens: int, rank: int, remat: str | None):
     gpu = torch.cuda.is_available()
     if not gpu and model["hidden_size"] > 64:
         return "PyTorch sees no GPU"
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    device = "cuda" if gpu else "cpu"
     with torch.device(device):
         base = transformers.AutoModelForCausalLM.from_config(
-            transformers.LlamaConfig(**model), dtype=dtype
+            transformers.LlamaConfig(**model), dtype=getattr(torch, model["dtype"])
         )
     config = peft.LoraConfig(
         r=rank, target_modules=list(LINEARS), use_dora=row.method == "dora"
@@ -138,8 +138,8 @@ def _adapted(row: Any, model: dict, tokens: int, rank: int, way: tuple):
     attention, remat = way
     changes = {
         "data.pack": False,
-        "model.dtype": "bfloat16",
-        "model.param_dtype": "bfloat16",
+        "model.dtype": model["dtype"],
+        "model.param_dtype": model["dtype"],
         "model.remat": remat,
         "model.attention": attention,
         "max_length": tokens,
