@@ -30,8 +30,8 @@ runs.Progress.advance = advance_and_signal
 if __name__ == "__main__":
     sys.exit(train.main())
 """
-# train.py, of which one process sends itself SIGTERM in the evaluation after step 2. All
-# evaluate slowly: the others hear of it a moment later.
+# train.py, of which one process sends itself SIGTERM in the evaluation after step 2.
+# All evaluate slowly: the others hear of it a moment later.
 EVALUATES = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
