@@ -54,7 +54,7 @@ def tokenize(
         out. A held-out row of choices that is too long is an error.
       splits: which to read; None: all.
       progress: whether to show a progress bar over large splits.
-      workers: processes that tokenise, which gains much where rows are many; what they
+      workers: processes that tokenise, which pay where rows are many; what they
         make is the same to the bit. 0: this one alone; None: as many as pay, none for
         less than 40,000 rows. A program that starts processes needs
         `if __name__ == "__main__":`.
