@@ -23,10 +23,10 @@ import ml_collections
 import optax
 
 import jaxpeft as jp
-from jaxpeft import data, interop, launch, mixtures, runs, training
+from jaxpeft import console, data, interop, launch, mixtures, runs, training
 
 # What a resumed run may do differently: where it runs, and what it shows.
-FREE = ("mesh", "log")
+FREE = ("mesh", "input", "log")
 
 
 def make_update(
@@ -148,14 +148,13 @@ def _run(config, workdir, stack):
     # ----------------- Refused is what can be, before anything is read ----------------
 
     runs.check_run(config, workdir, attach_all, free=FREE)
-    if config.log.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.log.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    kept = console.keep_compiled(config.log.compilation_cache)
     mesh = training.make_mesh(**config.mesh)
 
     # ------------------------------- The task, its steps ------------------------------
 
-    inputs = runs.read_inputs(config)
+    inputs = runs.read_inputs(config, mesh)
+    stack.callback(inputs.batches.close)
     task, total_steps = inputs.task, inputs.total_steps
     # Once more, now that the task is known.
     runs.rehearse(config, inputs.outline, attach_all, total_steps)
@@ -197,16 +196,19 @@ def _run(config, workdir, stack):
         )
     )
     stack.enter_context(checkpoints.told_of_room())
-    first_step, carried = 0, {"seconds": 0.0}
+    first_step, carried, due = 0, {"seconds": 0.0}, False
     if checkpoints.latest is not None:
         restored = checkpoints.restore(state, frozen)
         state, frozen, first_step = restored.state, restored.frozen, restored.step
         inputs.batches.set_state(restored.data_state)
         carried = restored.extra
-    after = first_step or -1  # no checkpoint yet: what was written is written anew
+        due = carried.pop("due", False)  # SIGTERM came before it was evaluated
+    # No checkpoint yet: what was written is written anew.
+    there = dict(after=first_step or -1, again="eval" if due else None)
     writer = stack.enter_context(
-        runs.MetricsWriter(folder, after=after, tensorboard=config.log.tensorboard)
+        runs.MetricsWriter(folder, **there, tensorboard=config.log.tensorboard)
     )
+    stop_asked = runs.StopAsked()
     bar = stack.enter_context(runs.progress(total_steps, done=first_step))
     title = f"{config.adapter.name} on {config.model.name}, {task.name}"
     parts = runs.Parts(
@@ -222,11 +224,13 @@ def _run(config, workdir, stack):
         allocator=allocator,
         step_fn=step_fn,
         evaluate=functools.partial(
-            runs.score_split, config, inputs, eval_fn, mesh=mesh, bar=bar
+            *(runs.score_split, config, inputs, eval_fn),
+            **dict(mesh=mesh, bar=bar, stop_asked=stop_asked),
         ),
         checkpoints=checkpoints,
         writer=writer,
         bar=bar,
+        stop_asked=stop_asked,
         seconds=lambda: carried["seconds"] + time.perf_counter() - started,
     )
     writer.write("start", first_step, versions=runs.versions(), command=sys.argv)
@@ -234,6 +238,7 @@ def _run(config, workdir, stack):
         f"{title}: {sizes[0]:,} of {sizes[1]:,} parameters train, {total_steps} steps "
         f"of {config.batch_size} rows on {mesh.size} device(s); {folder}"
     )
+    bar.note(kept.said)
     for line in data.notes(task):  # rows held out that were trained on
         bar.note(line)
     if first_step == total_steps:
@@ -242,8 +247,8 @@ def _run(config, workdir, stack):
         bar.note(f"Resuming after step {first_step}.")
     else:
         carried["before"] = _before(parts, state, frozen)
-    with runs.stop_asked() as stop_asked:
-        state = _train(parts, state, frozen, first_step, carried, stop_asked)
+    with stop_asked.heeded():
+        state = _train(parts, state, frozen, first_step, carried, due)
     return _finish(parts, state, frozen, carried["before"])
 
 
@@ -258,19 +263,26 @@ def _before(parts, state, frozen):
     return scores
 
 
-def _train(parts, state, frozen, first_step, carried, stop_asked):
+def _train(parts, state, frozen, first_step, carried, due):
     """The train loop: returns the state after the last step."""
     config, inputs, checkpoints = parts.config, parts.inputs, parts.checkpoints
     writer, bar, allocator = parts.writer, parts.bar, parts.allocator
     metric = inputs.task.best["metric"]  # decides which checkpoint is the best
     settled = allocator.settled if allocator else 0  # from then on: the best can be
+    if due:
+        scores, _ = parts.evaluate(state.trainable, frozen, "validation")
+        writer.write("eval", first_step, **scores)
+        checkpoints.complete(
+            first_step,
+            extra=carried | {"seconds": parts.seconds()},
+            scores=scores if first_step >= settled else None,
+        )
     watch, waiting = runs.Stopwatch(), []
     for step in range(first_step + 1, inputs.total_steps + 1):
-        batch = next(inputs.batches)
-        tokens = int(batch["attention_mask"].sum()) * jax.process_count()
-        batch = training.put_batch(batch, parts.mesh, accumulate=config.accumulate)
+        with watch.waiting():
+            rows, batch = next(inputs.batches)  # on the host, on the devices
         state, metrics = parts.step_fn(state, frozen, batch)
-        watch.count(tokens=tokens)
+        watch.count(tokens=int(rows["attention_mask"].sum()) * jax.process_count())
         waiting.append((step, metrics))  # still on the device: fetched all at once
         bar.advance()
 
@@ -279,7 +291,7 @@ def _train(parts, state, frozen, first_step, carried, stop_asked):
                 allocator, state, frozen, parts.folder, writer, bar
             )
         evaluates = step % inputs.evaluate_every == 0 or step == inputs.total_steps
-        stops = stop_asked(step)  # all processes after the same one
+        stops = parts.stop_asked()  # all processes after the same one
         saves = evaluates or stops or step % inputs.save_every == 0
         if not saves and step % config.log.every:
             continue
@@ -292,23 +304,22 @@ def _train(parts, state, frozen, first_step, carried, stop_asked):
         rate = max(v for k, v in values.items() if k.startswith("learning_rate/"))
         shown = {"loss": float(values["loss"]), "lr": float(rate)}
         shown["tokens/s"], scores = lap["tokens_per_second"], None
-        if evaluates:
-            scores, _ = parts.evaluate(state.trainable, frozen, "validation")
-            writer.write("eval", step, **scores)
-            shown[metric] = scores[metric]
         if step % inputs.save_every == 0 and inputs.keeps:
-            interop.save_adapter(
-                jp.combine(state.trainable, frozen),
-                parts.folder / f"adapters/{step}",
-                metadata={**inputs.metadata, "step": step},
-                overwrite=True,  # by a run that was stopped right here
-            )
+            runs.keep_adapter(parts, jp.combine(state.trainable, frozen), step)
+        if evaluates and not stops:
+            try:
+                scores, _ = parts.evaluate(state.trainable, frozen, "validation")
+                writer.write("eval", step, **scores)
+                shown[metric] = scores[metric]
+            except runs.Stopped:
+                stops = True  # evaluated when the run goes on
         if saves:
+            due = evaluates and scores is None
             checkpoints.save(
                 state,
                 frozen,
                 data_state=inputs.batches.get_state(),
-                extra=carried | {"seconds": parts.seconds()},
+                extra=carried | {"seconds": parts.seconds(), "due": due},
                 scores=scores if step >= settled else None,
             )
         bar.show(step, **shown)

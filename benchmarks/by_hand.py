@@ -71,12 +71,20 @@ class Row:
     time: tuple[float, float, float]
 
 
-def written_by_hand(size: Size, scan: bool) -> Any:
-    """Returns ``loss(trainable, frozen, ids)`` on flat dictionaries of arrays."""
+def written_by_hand(
+    size: Size, scan: bool, *, attention: str | None = None, remat: bool = False
+) -> Any:
+    """Returns ``loss(trainable, frozen, ids)`` on flat dictionaries of arrays.
+
+    ``attention`` is the implementation of ``jax.nn.dot_product_attention``; with
+    ``remat`` the backward pass computes each layer again.
+    """
     h = size.width // size.heads
 
     def norm(x, scale):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPSILON) * scale
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + EPSILON)
+        return y.astype(x.dtype) * scale
 
     def turn(x, cosines, sines):
         first, second = jnp.split(x, 2, axis=-1)
@@ -87,13 +95,16 @@ def written_by_hand(size: Size, scan: bool) -> Any:
         def linear(x, name):
             part = {leaf: layer[f"{name}/kernel/{leaf}"] for leaf in ("base", "a", "b")}
             scale = layer[f"{name}/kernel/scale"]
-            return x @ part["base"] + (x @ part["a"]) @ (scale * part["b"])
+            a, b = part["a"].astype(x.dtype), (scale * part["b"]).astype(x.dtype)
+            return x @ part["base"] + (x @ a) @ b
 
         y = norm(x, layer["input_layernorm/scale"])
         q, k, v = (linear(y, f"self_attn/{n}_proj") for n in "qkv")
         q, k, v = (t.reshape(*x.shape[:2], -1, h) for t in (q, k, v))
         q, k = turn(q, *angles), turn(k, *angles)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = jax.nn.dot_product_attention(
+            *(q, k, v), is_causal=True, implementation=attention
+        )
         x = x + linear(y.reshape(x.shape), "self_attn/o_proj")
         y = norm(x, layer["post_attention_layernorm/scale"])
         y = jax.nn.silu(linear(y, "mlp/gate_proj")) * linear(y, "mlp/up_proj")
@@ -104,7 +115,7 @@ def written_by_hand(size: Size, scan: bool) -> Any:
         x = jnp.take(frozen["embed_tokens/embedding"], ids, axis=0)
         rates = THETA ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
         angles = jnp.arange(size.length, dtype=jnp.float32)[:, None, None] * rates
-        angles = jnp.cos(angles), jnp.sin(angles)
+        angles = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
         cut = lambda start: {
             name.removeprefix(start): leaf
             for name, leaf in leaves.items()
@@ -112,12 +123,13 @@ def written_by_hand(size: Size, scan: bool) -> Any:
         }
         if scan:
             step = lambda x, layer: (block(x, layer, angles), None)
+            step = jax.checkpoint(step, prevent_cse=False) if remat else step
             x, _ = jax.lax.scan(step, x, cut("layers/layer/"))
         else:
             for i in range(size.layers):
                 x = block(x, cut(f"layers/layer_{i}/"), angles)
         logits = norm(x, frozen["norm/scale"]) @ frozen["lm_head/kernel"]
-        return next_token_loss(logits, ids)
+        return next_token_loss(logits.astype(jnp.float32), ids)
 
     return loss
 

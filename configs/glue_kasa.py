@@ -106,5 +106,9 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
     config.save_every = "1 epoch"
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.input = dict(
+        workers=None,  # processes that tokenise; None: as many as pay; 0: none
+        prefetch=2,  # batches that are on the devices before they are asked for
+    )
     config.log = dict(every=50, tensorboard=True, compilation_cache="")
     return config.lock()

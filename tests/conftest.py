@@ -1,8 +1,11 @@
 """Strict settings for every test: eight CPU devices, no silent promotion."""
 
+import atexit
 import inspect
 import os
+import shutil
 import sys
+import tempfile
 import typing
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +15,17 @@ import beartype
 import jax
 import jaxtyping
 import pytest
+
+# Runs and commands keep what they compile: not in the folder of whoever tests. What is
+# tested in this process compiles anew.
+OURS = "jaxpeft-tests-"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=OURS)
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
+elif OURS in os.environ["JAX_COMPILATION_CACHE_DIR"]:  # one that tests side by side
+    jax.config.update("jax_compilation_cache_dir", None)
 
 _jaxtyped = jaxtyping.jaxtyped
 _plainly = beartype.beartype(

@@ -1,6 +1,7 @@
 """``jaxpeft COMMAND ...``: what it understands, and how it ends."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxpeft.cli import (
     _predict,
     _ranks,
 )
-from jaxpeft.console import Parser, ended
+from jaxpeft.console import Parser, ended, keep_compiled
 
 COMMANDS = (
     *(_describe, _merge, *_convert.DIRECTIONS),
@@ -73,9 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"unrecognized arguments: {' '.join(others)}")
     if fields:
         given.overrides = [item.removeprefix("--config.") for item in fields]
+
+    def run() -> None:
+        kept = keep_compiled()
+        if kept.failed:
+            print(f"jaxpeft: {kept.said}", file=sys.stderr)
+        given.run(given)
+
     return ended(
         "jaxpeft",
-        lambda: given.run(given),
+        run,
         traceback=given.traceback,
         reword=lambda text: _in_flags(text, vars(given)),
     )

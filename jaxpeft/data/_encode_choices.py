@@ -1,7 +1,7 @@
 """From held-out rows of a multiple-choice task to token ids, a row for each choice."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,19 +10,20 @@ from jaxpeft.data._bad_rows import good_rows
 from jaxpeft.data._choices import choices_of
 from jaxpeft.data._encode_texts import read_behind
 from jaxpeft.data._encoded import Encoded
+from jaxpeft.data._part import Part, part_of
 from jaxpeft.data._texts import TextTask
 
 _Pair = tuple[list[int], list[int]]  # tokens of a prompt, and of a choice behind it
 
 
-def encode_choices(
+def choices_part(
     task: TextTask,
     split: str,
     tokenizer: Any,
     max_length: int,
-    chunks: Iterable[range],
-) -> Encoded:
-    """Returns a split with a row for each choice, behind its question's prompt.
+    numbers: Sequence[int],
+) -> Part:
+    """Returns a row for each choice of some rows, behind its question's prompt.
 
     The tokens are those of training, less the end token. None is left out, for an
     accuracy is one of all questions.
@@ -31,7 +32,6 @@ def encode_choices(
     learnt: list[bool] = []
     lengths: list[int] = []
     labels: list[tuple[int, ...]] = []
-    rows = task.splits[split]
     longest = (0, "")
 
     def read(row: Any, where: str, notes: Counter[str]) -> tuple[list[_Pair], int]:
@@ -45,37 +45,51 @@ def encode_choices(
         return found, right
 
     good = good_rows(task, split)
-    for chunk in chunks:
-        for number, (pairs, right) in good.read(chunk, read):
-            for place, (before, after) in enumerate(pairs):
-                ids += before + after
-                learnt += [False] * len(before) + [True] * len(after)
-                lengths.append(len(before) + len(after))
-                row = len(after), number, place, len(pairs), int(place == right)
-                labels.append(row)
-                if lengths[-1] > longest[0]:
-                    longest = lengths[-1], f"{good.what}, row {number}, choice {place}"
-    facts = good.facts()
-    if longest[0] > max_length:
-        over = sum(length > max_length for length in lengths)
+    for number, (pairs, right) in good.read(numbers, read):
+        for place, (before, after) in enumerate(pairs):
+            ids += before + after
+            learnt += [False] * len(before) + [True] * len(after)
+            lengths.append(len(before) + len(after))
+            row = len(after), number, place, len(pairs), int(place == right)
+            labels.append(row)
+            if lengths[-1] > longest[0]:
+                longest = lengths[-1], f"{good.what}, row {number}, choice {place}"
+    return part_of(
+        good,
+        ids,
+        lengths,
+        learn=learnt,
+        labels=np.asarray(labels, np.int32).reshape(-1, 5),
+        longest=longest,
+    )
+
+
+def choices_encoded(
+    task: TextTask,
+    split: str,
+    tokenizer: Any,
+    max_length: int,
+    part: Part,
+    facts: dict[str, Any],
+) -> Encoded:
+    """Returns a split, of all its rows as `choices_part` has them."""
+    if part.longest[0] > max_length:
+        tokens, where = part.longest
+        over = int((part.lengths > max_length).sum())
         raise ValueError(
-            f"{longest[1]} has {longest[0]} tokens with its prompt, and {over} choices "
-            f"more than `max_length` {max_length}. Write max_length={longest[0]}, or "
+            f"{where} has {tokens} tokens with its prompt, and {over} choices "
+            f"more than `max_length` {max_length}. Write max_length={tokens}, or "
             "leave their rows out of the task."
         )
+    counts = {"choices": len(part.labels), "tokens": len(part.ids)}
     return Encoded(
         name=f"{task.name}/{split}",
-        ids=np.asarray(ids, np.int32),
+        ids=part.ids,
         types=None,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels=np.asarray(labels, np.int32),
+        offsets=part.offsets,
+        labels=part.labels,
         pad=tokenizer.pad_token_id,
         max_length=max_length,
-        learn=np.asarray(learnt, bool),
-        facts={
-            "rows": len(rows),
-            "choices": len(labels),
-            "tokens": len(ids),
-            **facts,
-        },
+        learn=part.learn,
+        facts={"rows": len(task.splits[split]), **counts, **facts},
     )

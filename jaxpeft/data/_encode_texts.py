@@ -1,7 +1,7 @@
 """From rows of a writing task to token ids, and which of them are learnt."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxpeft.data._bad_rows import good_rows
 from jaxpeft.data._chats import encode_chat
 from jaxpeft.data._choices import choices_of
 from jaxpeft.data._encoded import Encoded
+from jaxpeft.data._part import Part, part_of
 from jaxpeft.data._templates import read_text
 from jaxpeft.data._texts import TextTask
 
@@ -18,21 +19,19 @@ from jaxpeft.data._texts import TextTask
 _Sequence = tuple[list[int], list[bool]]
 
 
-def encode_texts(
+def texts_of(
     task: TextTask,
     split: str,
     tokenizer: Any,
     max_length: int,
-    chunks: Iterable[range],
-) -> Encoded:
-    """Returns a split as token ids; `chunks` yields the numbers of its rows.
+    numbers: Sequence[int],
+) -> Part:
+    """Returns some rows of a split as token ids.
 
     A text that is too long goes on in another sequence, which repeats one token for
     the next to follow: each is learnt once. A completion or chat that is too long is
     left out, whole, and counted: cut, it would teach to stop nowhere.
     """
-    name = f"{task.name}/{split}"
-    rows = task.splits[split]
     if max_length < 2:
         raise ValueError(
             f"`max_length` must be at least 2 to learn a token; got {max_length}."
@@ -60,44 +59,57 @@ def encode_texts(
     ids: list[int] = []
     learnt: list[bool] = []
     lengths: list[int] = []
-    counts = {"rows": len(rows), "continued": 0, "left_out": 0}
+    counts = {"continued": 0, "left_out": 0}
     longest = 0
     good = good_rows(task, split)
 
     def read(row: Any, where: str, notes: Counter[str]) -> list[_Sequence]:
         return encode(tokenizer, row, task.columns, where, notes)
 
-    for chunk in chunks:
-        for _, sequences in good.read(chunk, read):
-            for one in sequences:
-                longest = max(longest, len(one[0]))
-                if len(one[0]) > max_length:
-                    counts["continued" if task.form == "text" else "left_out"] += 1
-                    if task.form != "text":
-                        continue
-                for some, these in _pieces(one, max_length):
-                    ids += some
-                    learnt += these
-                    lengths.append(len(some))
-    counts |= good.facts()
-    if not any(learnt):
+    for _, sequences in good.read(numbers, read):
+        for one in sequences:
+            longest = max(longest, len(one[0]))
+            if len(one[0]) > max_length:
+                counts["continued" if task.form == "text" else "left_out"] += 1
+                if task.form != "text":
+                    continue
+            for some, these in _pieces(one, max_length):
+                ids += some
+                learnt += these
+                lengths.append(len(some))
+    return part_of(
+        good, ids, lengths, learn=learnt, counts=counts, longest=(longest, "")
+    )
+
+
+def texts_encoded(
+    task: TextTask,
+    split: str,
+    tokenizer: Any,
+    max_length: int,
+    part: Part,
+    facts: dict[str, Any],
+) -> Encoded:
+    """Returns a split, of all its rows as `texts_of` has them."""
+    name, rows = f"{task.name}/{split}", len(task.splits[split])
+    if not part.learn.any():
         raise ValueError(
-            f"{name} has nothing to learn: {counts['left_out']} of {len(rows)} rows "
-            f"are longer than `max_length` {max_length}; the longest has {longest} "
-            "tokens."
+            f"{name} has nothing to learn: {part.counts['left_out']} of {rows} rows "
+            f"are longer than `max_length` {max_length}; the longest has "
+            f"{part.longest[0]} tokens."
         )
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    learn = np.asarray(learnt, bool)
+    counts = {n: part.counts[n] for n in ("continued", "left_out")}
+    tokens = {"tokens": len(part.ids), "learnt_tokens": int(part.learn.sum())}
     return Encoded(
         name=name,
-        ids=np.asarray(ids, np.int32),
+        ids=part.ids,
         types=None,
-        offsets=offsets,
-        labels=np.add.reduceat(learn, offsets[:-1], dtype=np.int32),
+        offsets=part.offsets,
+        labels=np.add.reduceat(part.learn, part.offsets[:-1], dtype=np.int32),
         pad=tokenizer.pad_token_id,
         max_length=max_length,
-        learn=learn,
-        facts={**counts, "tokens": len(ids), "learnt_tokens": int(learn.sum())},
+        learn=part.learn,
+        facts={"rows": rows, **counts, **facts, **tokens},
     )
 
 

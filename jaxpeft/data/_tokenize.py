@@ -9,14 +9,16 @@ from jaxtyping import Int32
 from numpy import ndarray
 
 from jaxpeft.data._bad_rows import good_rows
-from jaxpeft.data._encode_choices import encode_choices
-from jaxpeft.data._encode_texts import encode_texts
+from jaxpeft.data._encode_choices import choices_encoded, choices_part
+from jaxpeft.data._encode_texts import texts_encoded, texts_of
 from jaxpeft.data._encoded import Encoded
 from jaxpeft.data._labels import label_reader, text_of
 from jaxpeft.data._mixed import MixedTask, join, of_part
 from jaxpeft.data._pack import pack
+from jaxpeft.data._part import Part, joined, part_of
 from jaxpeft.data._task import Rows, Task, near_misses
 from jaxpeft.data._texts import TextTask
+from jaxpeft.data._workers import Workers
 
 _CHUNK = 1000  # rows handed to the tokenizer at once
 _LARGE = 5000  # rows from which a progress bar is worth its line
@@ -38,6 +40,7 @@ def tokenize(
     max_length: int = 128,
     splits: Sequence[str] | None = None,
     progress: bool = True,
+    workers: int | None = 0,
 ) -> dict[str, Encoded]:
     """Returns the task's splits as token ids, with every row and label checked.
 
@@ -51,6 +54,10 @@ def tokenize(
         out. A held-out row of choices that is too long is an error.
       splits: which to read; None: all.
       progress: whether to show a progress bar over large splits.
+      workers: processes that tokenise, which pay where rows are many; what they
+        make is the same to the bit. 0: this one alone; None: as many as pay, none for
+        less than 40,000 rows. A program that starts processes needs
+        `if __name__ == "__main__":`.
 
     Returns:
       `Encoded` by split; of a mixture "train" for all tasks, and each task's others
@@ -70,17 +77,34 @@ def tokenize(
         row is good, a row has no such column, no text, or a label outside the classes
         or not finite (naming split, row and value), or, in a
         writing task, the tokenizer has no end token or chat template where one is
-        needed, or nothing is left to learn.
+        needed, or nothing is left to learn; or `workers` is negative, or tokenizer or
+        task cannot be sent to them.
+      RuntimeError: one of the `workers` has died.
 
     Example:
       >>> encoded = tokenize(task, tokenizer, vocab_size=30522)  # doctest: +SKIP
       >>> encoded["train"].rows  # doctest: +SKIP
     """
+    with Workers(tokenizer, workers) as pool:
+        limits = dict(vocab_size=vocab_size, max_length=max_length)
+        return _tokenize(task, tokenizer, pool, splits, progress=progress, **limits)
+
+
+def _tokenize(
+    task: Task | TextTask | MixedTask,
+    tokenizer: Any,
+    pool: Workers,
+    splits: Sequence[str] | None,
+    *,
+    vocab_size: int,
+    max_length: int,
+    progress: bool,
+) -> dict[str, Encoded]:
     if isinstance(task, MixedTask):
-        chosen = task.splits if splits is None else splits
+        chosen = list(task.splits if splits is None else splits)
         options = dict(vocab_size=vocab_size, max_length=max_length, progress=progress)
         parts = {
-            name: tokenize(part, tokenizer, splits=list(chosen), **options)
+            name: _tokenize(part, tokenizer, pool, chosen, **options)
             for name, part in task.parts.items()
         }
         found = {
@@ -110,18 +134,21 @@ def tokenize(
         chunks = _chunks(
             task.splits[split], f"Tokenising {task.name}/{split}", progress
         )
-        encode = encode_texts if isinstance(task, TextTask) else _encode
+        writes = isinstance(task, TextTask)
+        of_rows, encode = (texts_of, texts_encoded) if writes else (_rows_of, _encoded)
         # In training the right choice is a completion like any other.
-        if split != "train" and isinstance(task, TextTask) and task.form == "choice":
-            encode = encode_choices
-        encoded[split] = encode(task, split, tokenizer, max_length, chunks)
+        if split != "train" and writes and task.form == "choice":
+            of_rows, encode = choices_part, choices_encoded
+        parts = pool.each_part(of_rows, task, split, max_length, chunks)
+        whole, facts = joined(parts, good_rows(task, split))
+        encoded[split] = encode(task, split, tokenizer, max_length, whole, facts)
         if moved := (encoded[split].facts or {}).get("borders_moved"):
             advice = _ADVICE_CHAT if task.form == "chat" else _ADVICE_PROMPT
             warnings.warn(
                 f"{encoded[split].name}: prompts by themselves have other tokens than "
                 f"before what follows them, {moved} of them. A model in use reads the "
                 f"prompt alone {advice}",
-                stacklevel=2,
+                stacklevel=3,
             )
         if split == "train" and isinstance(task, TextTask) and task.pack:
             encoded[split] = pack(encoded[split])
@@ -173,30 +200,25 @@ def check_tokenizer(
         )
 
 
-def _encode(
+def _rows_of(
     task: Task,
     split: str,
     tokenizer: Any,
     max_length: int,
-    chunks: Iterable[range],
-) -> Encoded:
-    rows = task.splits[split]
-    name = f"{task.name}/{split}"
-    ids, types, lengths, labels = [], [], [], []
+    numbers: Sequence[int],
+) -> Part:
+    """Returns some rows of a task with labels as token ids."""
     has_types = "token_type_ids" in tokenizer.model_input_names
     good, label_of = good_rows(task, split), label_reader(task)
 
     def read(row: Any, where: str, _: Any) -> tuple[list[str], int | float]:
         return [text_of(row, c, where) for c in task.text], label_of(row, where)
 
-    for chunk in chunks:
-        pairs = [pair for _, pair in good.read(chunk, read)]
-        if not pairs:
-            continue
-        texts = zip(*(texts for texts, _ in pairs), strict=True)
-        labels += [label for _, label in pairs]
+    pairs = [pair for _, pair in good.read(numbers, read)]
+    found: Any = {"input_ids": [], "token_type_ids": []}
+    if pairs:
         found = tokenizer(
-            *map(list, texts),
+            *map(list, zip(*(texts for texts, _ in pairs), strict=True)),
             truncation=True,
             max_length=max_length,
             padding=False,
@@ -204,20 +226,34 @@ def _encode(
             return_token_type_ids=has_types,
             return_overflowing_tokens=False,
         )
-        lengths += map(len, found["input_ids"])
-        ids.append(_joined(found["input_ids"]))
-        if has_types:
-            types.append(_joined(found["token_type_ids"]))
-    facts = good.facts()
+    kind = np.float32 if task.regression else np.int32
+    return part_of(
+        good,
+        _joined(found["input_ids"]),
+        [len(ids) for ids in found["input_ids"]],
+        types=_joined(found["token_type_ids"]) if has_types else None,
+        labels=np.asarray([label for _, label in pairs], kind),
+    )
+
+
+def _encoded(
+    task: Task,
+    split: str,
+    tokenizer: Any,
+    max_length: int,
+    part: Part,
+    facts: dict[str, Any],
+) -> Encoded:
+    """Returns a split, of all its rows as `_rows_of` has them."""
     return Encoded(
-        name=name,
-        ids=np.concatenate(ids),
-        types=np.concatenate(types) if has_types else None,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels=np.asarray(labels, np.float32 if task.regression else np.int32),
+        name=f"{task.name}/{split}",
+        ids=part.ids,
+        types=part.types,
+        offsets=part.offsets,
+        labels=part.labels,
         pad=tokenizer.pad_token_id,
         max_length=max_length,
-        facts={"rows": len(rows), **facts} if facts else None,
+        facts={"rows": len(task.splits[split]), **facts} if facts else None,
     )
 
 

@@ -25,6 +25,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from jaxpeft.console import cache_folder
+
 _MANIFEST = ".jaxpeft-wheel.json"
 _PARTIAL = ".partial-"
 _BLOCK = 1 << 20  # bytes read at once when hashing and unpacking
@@ -54,7 +56,7 @@ def fetch_wheel(
         crosses ``/``, so ``"package/data/*"`` takes everything below. Each pattern
         must match at least one file.
       cache: folder of all fetched files; by default ``$JAXPEFT_CACHE``, else
-        ``~/.cache/jaxpeft``.
+        ``$XDG_CACHE_HOME/jaxpeft``, else ``~/.cache/jaxpeft``.
       progress: whether to show a progress bar (or, without rich, plain lines) on
         standard error.
 
@@ -106,8 +108,7 @@ def fetch_wheel(
 
 
 def _cache_root(cache: str | Path | None) -> Path:
-    chosen = cache or os.environ.get("JAXPEFT_CACHE") or "~/.cache/jaxpeft"
-    return Path(chosen).expanduser() / "wheels"
+    return (Path(cache).expanduser() if cache else cache_folder()) / "wheels"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -45,6 +45,7 @@ from jaxpeft.runs._metrics import memory as memory
 from jaxpeft.runs._metrics import read_metrics as read_metrics
 from jaxpeft.runs._metrics import stop_if_not_finite as stop_if_not_finite
 from jaxpeft.runs._parts import Parts as Parts
+from jaxpeft.runs._parts import keep_adapter as keep_adapter
 from jaxpeft.runs._progress import Progress as Progress
 from jaxpeft.runs._progress import clock as clock
 from jaxpeft.runs._progress import progress as progress
@@ -66,8 +67,8 @@ from jaxpeft.runs._run_ranks import ranks_report as ranks_report
 from jaxpeft.runs._stages import enter_stage as enter_stage
 from jaxpeft.runs._stages import run_stages as run_stages
 from jaxpeft.runs._stages import save_routing as save_routing
+from jaxpeft.runs._stop import StopAsked as StopAsked
 from jaxpeft.runs._stop import Stopped as Stopped
-from jaxpeft.runs._stop import stop_asked as stop_asked
 from jaxpeft.runs._stop import stops_at_sigterm as stops_at_sigterm
 from jaxpeft.runs._workdir import check_workdir as check_workdir
 from jaxpeft.runs._workdir import open_workdir as open_workdir

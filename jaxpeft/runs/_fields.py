@@ -130,6 +130,8 @@ FIELDS: dict[str, _Field] = {
         "a length above zero, '50 steps' or '50 steps, kept'",
     ),
     "mesh": _Field(lambda x: isinstance(x, ml_collections.ConfigDict), "a section"),
+    "input.workers": _or_none(_whole_number(0, 1024)),
+    "input.prefetch": _whole_number(0, 1024),
     "log.every": _whole_number(1),
     "log.tensorboard": _BOOL,
     "log.compilation_cache": _TEXT,

@@ -14,7 +14,8 @@ from jaxpeft import data, models
 from jaxpeft.runs._check import outline
 from jaxpeft.runs._config import count_steps, said_of
 from jaxpeft.runs._progress import Progress
-from jaxpeft.training import EvalOutput, run_split, scores_of
+from jaxpeft.runs._stop import StopAsked
+from jaxpeft.training import EvalOutput, batches_ahead, run_split, scores_of
 
 
 class Inputs(NamedTuple):
@@ -24,7 +25,8 @@ class Inputs(NamedTuple):
         task: of ``data.task``.
         outline: the task's model without weights.
         splits: the tokens of each split, of ``data.tokenize``.
-        batches: the training batches, without end; their place can be saved.
+        batches: the training batches, without end, as they are and on the devices
+            (``training.batches_ahead``); their place can be saved.
         sample: ``(samples, seed) -> (rows, batches)``, training texts one by one, for
             what is estimated before training (``estimate_allocation``).
         metadata: what is kept with every adapter that is saved, for all that is done
@@ -55,11 +57,12 @@ class Inputs(NamedTuple):
         return "test" if "test" in self.task.splits else "validation"
 
 
-def read_inputs(config: ml_collections.ConfigDict) -> Inputs:
+def read_inputs(config: ml_collections.ConfigDict, mesh: Mesh) -> Inputs:
     """Reads a run's task and tokenizer; weights are not read.
 
     Args:
         config: of ``load_config``, checked.
+        mesh: where batches are put.
 
     Returns:
         An ``Inputs``.
@@ -72,6 +75,7 @@ def read_inputs(config: ml_collections.ConfigDict) -> Inputs:
     with said_of("tokenizer"):
         tokenizer = models.tokenizer(config.model.name, **config.tokenizer)
     limits = dict(vocab_size=model.config.vocab_size, max_length=config.max_length)
+    limits["workers"] = config.input.workers
     splits = data.tokenize(task, tokenizer, **limits)
     batches = data.batches(
         splits["train"], config.batch_size, seed=config.seed, lengths=config.lengths
@@ -95,7 +99,9 @@ def read_inputs(config: ml_collections.ConfigDict) -> Inputs:
         task=task,
         outline=model,
         splits=splits,
-        batches=iter(batches),
+        batches=batches_ahead(
+            batches, mesh, accumulate=config.accumulate, size=config.input.prefetch
+        ),
         sample=sample,
         metadata={
             "config": config.to_dict(),
@@ -119,6 +125,7 @@ def score_split(
     *,
     mesh: Mesh,
     bar: Progress,
+    stop_asked: StopAsked,
     keep: Path | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Runs a split of all tasks through the model, and scores it.
@@ -132,17 +139,26 @@ def score_split(
         split: ``"validation"`` or ``"test"``.
         mesh: the mesh.
         bar: shows how far it is.
+        stop_asked: asked after each batch.
         keep: a file of numpy arrays (``.npz``) for what was scored, ``outputs`` and
             ``labels`` of all rows; of a mixture ``trec/outputs`` and so on.
 
     Returns:
         ``(scores, routing)``: the scores by name, and by task the sums of its routers,
         for ``mixtures.routing_report``; empty without routers.
+
+    Raises:
+        Stopped: SIGTERM came.
     """
     rows, scores, routing, kept = config.eval_batch_size, {}, {}, {}
     held_out = data.held_out(inputs.task, inputs.splits, split)
     for name, (encoded, score) in held_out.items():
-        with bar.phase(f"{split} {name}".strip(), encoded.rows) as advance:
+        with bar.phase(f"{split} {name}".strip(), encoded.rows) as show:
+
+            def advance(count: int, show=show) -> None:
+                show(count)
+                stop_asked.raised("in an evaluation")
+
             found = run_split(
                 eval_fn,
                 trainable,

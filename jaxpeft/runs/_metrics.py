@@ -1,11 +1,13 @@
 """What a run writes down: one JSON line an event, TensorBoard, time and memory."""
 
+import contextlib
 import json
 import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,21 @@ class MetricsWriter:
             that was killed after its last checkpoint, are dropped, so that every step
             appears once; so is a half-written last line. None: a new run, and a file
             that is there already is an error.
+        again: the event of step ``after`` that will be written anew; None: none.
         tensorboard: whether numbers also go to ``tensorboard/``.
 
     Raises:
         ValueError: ``after`` is None and the folder has a metrics file.
     """
 
-    def __init__(self, folder: Path, *, after: int | None, tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        after: int | None,
+        again: str | None = None,
+        tensorboard: bool = True,
+    ):
         """See the class."""
         self._file = self._board = None
         if jax.process_index() != 0:
@@ -49,7 +59,9 @@ class MetricsWriter:
                     f"`after` is None but {str(path)!r} exists; give the step to go on "
                     f"from, or delete the file."
                 )
-            _rewrite(path, [e for e in read_metrics(folder) if e["step"] <= after])
+            anew = lambda e: e["step"] == after and e["event"] == again
+            kept = [e for e in read_metrics(folder) if e["step"] <= after]
+            _rewrite(path, [e for e in kept if not anew(e)])
         self._file = open(path, "a", encoding="utf-8")
         if tensorboard:
             with optional("TensorBoard's files"):
@@ -146,9 +158,11 @@ class Stopwatch:
     Example:
         >>> watch = Stopwatch()
         >>> for _ in range(3):
+        ...     with watch.waiting():
+        ...         batch = "the next one"
         ...     watch.count(tokens=512)
         >>> sorted(watch.lap())
-        ['compile_seconds', 'step_seconds', 'tokens_per_second']
+        ['compile_seconds', 'input_wait', 'step_seconds', 'tokens_per_second']
     """
 
     def __init__(self):
@@ -160,6 +174,14 @@ class Stopwatch:
         self._since = time.perf_counter()
         self._compiled = compile_seconds()
         self._steps = self._tokens = 0
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of this context as waiting for the next batch."""
+        since = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - since
 
     def count(self, *, tokens: int) -> None:
         """Counts one step over ``tokens`` tokens of all processes, padding left out."""
@@ -183,6 +205,7 @@ class Stopwatch:
         lap = {
             "step_seconds": running / self._steps,
             "tokens_per_second": self._tokens / running,
+            "input_wait": min(self._waited / running, 1.0),
             "compile_seconds": compile_seconds(),
         }
         self.restart()

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from jaxpeft import training
+from jaxpeft import interop, training
 from jaxpeft.runs._inputs import Inputs
 from jaxpeft.runs._metrics import MetricsWriter
 from jaxpeft.runs._progress import Progress
+from jaxpeft.runs._stop import StopAsked
 
 
 class Parts(NamedTuple):
@@ -31,4 +32,21 @@ class Parts(NamedTuple):
     checkpoints: training.Checkpointer
     writer: MetricsWriter
     bar: Progress
+    stop_asked: StopAsked
     seconds: Callable[[], float]  # of this run and of those that it resumes
+
+
+def keep_adapter(parts: Parts, adapted: Any, step: int) -> None:
+    """Saves an adapter as it is after a step, for good, in ``adapters/STEP``.
+
+    Args:
+        parts: of the run.
+        adapted: the adapted tree.
+        step: the number of updates done.
+    """
+    interop.save_adapter(
+        adapted,
+        parts.folder / f"adapters/{step}",
+        metadata={**parts.inputs.metadata, "step": step},
+        overwrite=True,  # by a run that was stopped right here
+    )

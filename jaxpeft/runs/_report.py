@@ -179,8 +179,10 @@ def report(
     if jax.process_index() != 0:
         return results
     laps = read_metrics(folder, "speed")
-    for name in ("step_seconds", "tokens_per_second"):
-        results = results | {name: statistics.median(lap[name] for lap in laps)}
+    for name in ("step_seconds", "tokens_per_second", "input_wait"):
+        values = [lap[name] for lap in laps if name in lap]  # old ones lack the last
+        if values:
+            results = results | {name: statistics.median(values)}
     results = results | {"compile_seconds": compile_seconds(), **memory()}
     curves = plot_curves(
         folder,
@@ -239,6 +241,9 @@ def _number_rows(results: dict[str, Any]) -> dict[str, str]:
     memory = f"{results['host_peak_bytes'] / 2**30:.2f} GiB on the host"
     if "device_peak_bytes" in results:
         memory += f", {results['device_peak_bytes'] / 2**30:.2f} GiB on a device"
+    waited = ""
+    if "input_wait" in results:
+        waited = f", {results['input_wait']:.1%} of it waiting for rows"
     return {
         f"{score} before": before,
         f"{score} after": f"{after} at the best step, {results['best_step']}; "
@@ -248,7 +253,7 @@ def _number_rows(results: dict[str, Any]) -> dict[str, str]:
         "time": f"{clock(results['seconds'])}, of which compiling "
         f"{clock(results['compile_seconds'])}",
         "speed": f"{results['step_seconds']:.3f} s a step, "
-        f"{results['tokens_per_second']:,.0f} tokens/s",
+        f"{results['tokens_per_second']:,.0f} tokens/s{waited}",
         "memory, peak": memory,
     }
 

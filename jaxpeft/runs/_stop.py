@@ -1,6 +1,7 @@
 """Runs that are told to stop: SIGTERM, as schedulers send it before they kill."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,30 +26,54 @@ class Stopped(SystemExit):
         return f"stopped by SIGTERM {self.when}; the same command goes on from there"
 
 
-@contextlib.contextmanager
-def stop_asked() -> Iterator[Callable[[int], bool]]:
-    """Heeds SIGTERM for as long as the context: at the next step, not at once.
+class StopAsked:
+    """Whether SIGTERM has come, asked wherever a run can stop: ``asked()``.
 
-    Of several processes any may be told; all then stop at one step, as JAX's
-    preemption service finds it. A scheduler that sends it twice changes nothing, and
-    Ctrl-C ends a run at once, as ever.
-
-    Yields:
-        ``asked(step)``, to be called after every update: whether to save and stop
-        after this one.
+    Of several processes any may be told; all then stop at one place, as JAX's
+    preemption service finds it. So all ask at the same places, as often. A scheduler
+    that sends it twice changes nothing, and Ctrl-C ends a run at once, as ever.
 
     Example:
-        >>> with stop_asked() as asked:
+        >>> asked = StopAsked()
+        >>> with asked.heeded():
         ...     signal.raise_signal(signal.SIGTERM)
-        ...     print(asked(7))
+        ...     print(asked())
         True
     """
-    if jax.distributed.is_initialized():  # its service has taken the signal
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    told: list[int] = []
-    with _on_sigterm(lambda *_: told.append(1)):
-        yield lambda step: bool(told)
+
+    def __init__(self):
+        """Nothing has come yet."""
+        self._told = False
+
+    def __call__(self) -> bool:
+        """Whether to stop here."""
+        if not self._told and jax.distributed.is_initialized():
+            # The service finds the next place by its number: they rise one by one.
+            self._told = multihost_utils.reached_preemption_sync_point(next(_PLACES))
+        return self._told
+
+    def raised(self, when: str) -> None:
+        """Raises ``Stopped``, which says when, if it has come."""
+        if self():
+            raise Stopped(when)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """For as long as the context, SIGTERM stops the run at the next such place.
+
+        Of several processes that holds everywhere: the service has taken the signal.
+        """
+        if jax.distributed.is_initialized():
+            yield
+            return
+        with _on_sigterm(self._tell):
+            yield
+
+    def _tell(self, *_: object) -> None:
+        self._told = True
+
+
+_PLACES = itertools.count(1)  # of all runs of this process
 
 
 @contextlib.contextmanager

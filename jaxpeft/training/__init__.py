@@ -3,6 +3,7 @@ from jaxpeft.console import optional as _optional
 with _optional("Runs"):
     import ml_collections as _ml_collections  # noqa: F401
 
+from jaxpeft.training._ahead import batches_ahead as batches_ahead
 from jaxpeft.training._batch import check_rows as check_rows
 from jaxpeft.training._batch import put_batch as put_batch
 from jaxpeft.training._causal import causal_forward as causal_forward

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxpeft.console import optional
 from jaxpeft.training._contents import (
     Restored,
     base_of,
-    below,
     differences,
     leaves_of,
     manifest,
+    restored,
+    shapes_of,
 )
 from jaxpeft.training._folder import as_folder
 from jaxpeft.training._room import check_writable, told_of_room
@@ -33,9 +33,9 @@ from jaxpeft.training._sealed import (
     read_sealed,
     reading,
     seal,
+    seal_again,
 )
 from jaxpeft.training._state import TrainState, check_finite
-from jaxpeft.tree import flat, unflat
 
 
 class Checkpointer:
@@ -101,6 +101,8 @@ class Checkpointer:
                 preservation_policy=SimpleNamespace(should_preserve=self._stays),
             ),
         )
+        # When to stop is the run's to ask, by numbers that Orbax does not know.
+        self._manager.reached_preemption = lambda step: False
 
     @property
     def latest(self) -> int | None:
@@ -193,6 +195,32 @@ class Checkpointer:
             )
         return True
 
+    def complete(
+        self, step: int, *, extra: Any, scores: Mapping[str, float] | None
+    ) -> None:
+        """Puts scores into a checkpoint that was saved before there were any.
+
+        All at once: a process killed at any moment leaves it with them or without.
+
+        Args:
+            step: its number. All processes call this.
+            extra: takes the place of what it has.
+            scores: as for ``save``.
+
+        Raises:
+            CheckpointError: it is damaged.
+            NoRoomError: there is no room to write it.
+        """
+        self.wait()
+        if (meta := self._meta_of(step)) is None:
+            raise CheckpointError(f"`step` {step}: no such checkpoint is whole")
+        meta |= json.loads(json.dumps({"extra": extra, "scores": scores or {}}))
+        meta["kept"] = self._kept(self._manager.all_steps())
+        if jax.process_index() == 0:
+            with self.told_of_room():
+                seal_again(self.folder / str(step), meta)
+        from_all_processes(None)  # nobody reads it before
+
     def restore(
         self, state: TrainState, frozen: Any, *, step: int | str = "last"
     ) -> Restored:
@@ -230,13 +258,13 @@ class Checkpointer:
         faults: dict[int, str] = {}
         for number in wanted:
             try:
-                restored = self._read(number, state, frozen)
+                found = self._read(number, state, frozen)
             except Damaged as fault:
                 faults[number] = str(fault)
                 continue
             if faults:
                 self._put_aside(faults, number)
-            return restored
+            return found
         raise CheckpointError(
             f"`step` {step!r}: no such checkpoint in {self.folder} is whole:"
             + "".join(f"\n  {n}: {fault}" for n, fault in faults.items())
@@ -248,11 +276,7 @@ class Checkpointer:
         folder = self.folder / str(number)
         with reading():
             meta = read_sealed(folder)
-        key_shape = jax.eval_shape(jax.random.key_data, state.key)
-        key_data = jax.ShapeDtypeStruct(
-            key_shape.shape, key_shape.dtype, sharding=state.key.sharding
-        )
-        like = leaves_of(state, frozen, key_data)
+        like = shapes_of(state, frozen)
         lines = differences(
             meta,
             config=self._config,
@@ -267,41 +291,19 @@ class Checkpointer:
                 + "\n  ".join(lines)
                 + "\nUse another folder, or put these back."
             )
-        abstract = {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for n, x in like.items()
-        }
         # Not the manager's own: it ends at a barrier, which a process that cannot
         # read its part does not reach.
         handler = self._ocp.StandardCheckpointHandler()
         with reading():
             found = handler.restore(
-                folder / "state", args=self._ocp.args.StandardRestore(abstract)
+                folder / "state", args=self._ocp.args.StandardRestore(like)
             )
         values = meta["values"] or {}  # none before they were sealed
         now = checksums({n: found[n] for n in values})
         if changed := [n for n, value in now.items() if value != values[n]]:
             raise Damaged(f"values have changed: {', '.join(changed[:5])}")
-        key = jax.random.wrap_key_data(found.pop("key"), impl=meta["key"])
-        names = ("trainable", "opt_state", "allocation", "fixed")
-        parts = {n: below(n, found) for n in names}
-        new_state = TrainState(
-            trainable=unflat(state.trainable, parts["trainable"]),
-            opt_state=unflat(state.opt_state, parts["opt_state"]),
-            step=found["step"],
-            key=jax.device_put(key, state.key.sharding),
-            bad_step=jax.device_put(np.int32(-1), state.bad_step.sharding),
-            allocation=unflat(state.allocation, parts["allocation"]),
-        )
-        kept = {n: x for n, x in flat(frozen).items() if n not in parts["fixed"]}
-        return Restored(
-            state=new_state,
-            frozen=unflat(frozen, {**kept, **parts["fixed"]}),
-            data_state=of_this_process(meta["data_state"]),
-            extra=meta["extra"],
-            scores=meta["scores"],
-            step=number,
-        )
+        data_state = of_this_process(meta["data_state"])
+        return restored(found, meta, state, frozen, data_state=data_state)
 
     def _put_aside(self, faults: Mapping[int, str], instead: int) -> None:
         """Says which checkpoints were stepped over, and takes them out of the way."""

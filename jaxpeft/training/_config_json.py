@@ -9,8 +9,13 @@ import ml_collections
 # What fields were called in configs and folders of runs from before. A config that is
 # read has the new names.
 _RENAMED = {"allocation": "ranks.before", "allocate": "ranks.during"}
-# Fields of a section that came later: the value of before.
-_ADDED = {("model", "attention"): None}
+# Fields that came later, ``section.field``: the value of before, and a field beside
+# which they stand in every run's config.
+_ADDED = {
+    "model.attention": (None, "model.remat"),
+    "input.workers": (0, "mesh.data"),
+    "input.prefetch": (0, "mesh.data"),
+}
 
 
 def new_name(field: str) -> str:
@@ -72,14 +77,13 @@ def _old_names(config: ml_collections.ConfigDict) -> list[tuple[Any, str]]:
     ]
 
 
-def _lacking(config: ml_collections.ConfigDict) -> dict[tuple[str, str], Any]:
-    """``{(section, field): value}`` of what a run's config from before lacks."""
+def _lacking(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """``{"section.field": value}`` of what a run's config from before lacks."""
+    there = flat_config(config)
     return {
-        (section, field): value
-        for (section, field), value in _ADDED.items()
-        if isinstance(there := config.get(section), ml_collections.ConfigDict)
-        and "remat" in there
-        and field not in there
+        field: value
+        for field, (value, beside) in _ADDED.items()
+        if beside in there and field not in there
     }
 
 
@@ -121,7 +125,10 @@ def config_from_json(text: str) -> ml_collections.ConfigDict:
         True
     """
     read = ml_collections.ConfigDict(_with_tuples(json.loads(text)))
-    for (section, field), value in _lacking(read).items():
+    for name, value in _lacking(read).items():
+        section, _, field = name.partition(".")
+        if section not in read:
+            read[section] = {}
         read[section][field] = value
     return with_new_names(read).lock()
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxpeft.training._config_json import config_differences, with_new_names
 from jaxpeft.training._state import TrainState
-from jaxpeft.tree import flat, grouped, is_node
+from jaxpeft.tree import flat, grouped, is_node, unflat
 
 
 class Restored(NamedTuple):
@@ -40,6 +41,16 @@ def leaves_of(state: TrainState, frozen: Any, key_data: Any) -> dict[str, Any]:
     return {**named, "step": state.step, "key": key_data}
 
 
+def shapes_of(state: TrainState, frozen: Any) -> dict[str, Any]:
+    """The same as shapes and shardings, by which they are read."""
+    key = jax.eval_shape(jax.random.key_data, state.key)
+    data = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.key.sharding)
+    return {
+        n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for n, x in leaves_of(state, frozen, data).items()
+    }
+
+
 def below(prefix: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     start = prefix + "/"
     return {n.removeprefix(start): x for n, x in leaves.items() if n.startswith(start)}
@@ -55,6 +66,45 @@ def base_of(frozen: Any) -> dict[str, Any]:
     """The frozen tree without the adapters' own leaves."""
     return flat(
         jax.tree.map(lambda x: x.base if is_node(x) else x, frozen, is_leaf=is_node)
+    )
+
+
+def restored(
+    found: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    state: TrainState,
+    frozen: Any,
+    *,
+    data_state: Any,
+) -> Restored:
+    """The inverse of ``leaves_of``: what a checkpoint holds, as a run has it.
+
+    Args:
+        found: the leaves that were read, by name.
+        meta: of the checkpoint.
+        state: a state of the run, for its structure and shardings.
+        frozen: the frozen tree of the run.
+        data_state: this process's.
+    """
+    key = jax.random.wrap_key_data(found["key"], impl=meta["key"])
+    names = ("trainable", "opt_state", "allocation", "fixed")
+    parts = {n: below(n, found) for n in names}
+    new_state = TrainState(
+        trainable=unflat(state.trainable, parts["trainable"]),
+        opt_state=unflat(state.opt_state, parts["opt_state"]),
+        step=found["step"],
+        key=jax.device_put(key, state.key.sharding),
+        bad_step=jax.device_put(np.int32(-1), state.bad_step.sharding),
+        allocation=unflat(state.allocation, parts["allocation"]),
+    )
+    kept = {n: x for n, x in flat(frozen).items() if n not in parts["fixed"]}
+    return Restored(
+        state=new_state,
+        frozen=unflat(frozen, {**kept, **parts["fixed"]}),
+        data_state=data_state,
+        extra=meta["extra"],
+        scores=meta["scores"],
+        step=meta["step"],
     )
 
 

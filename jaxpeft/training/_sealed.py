@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 import time
 import types
@@ -39,6 +40,16 @@ class Damaged(Exception):
 def seal(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Returns JSON-able metadata with the checksum that ``read_sealed`` asks for."""
     return {"sha256": _digest(meta), "meta": meta}
+
+
+def seal_again(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Writes other metadata in the place of a checkpoint's, whole or not at all."""
+    fresh = (folder / FILE).with_suffix(".new")
+    with open(fresh, "w") as file:
+        json.dump(seal(meta), file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(folder / FILE)
 
 
 def read_sealed(folder: Path) -> dict[str, Any]:

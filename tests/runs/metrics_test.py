@@ -34,6 +34,17 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert [e["first"] for e in events] == [1] * 4 + [5] * 5
 
 
+def test_resume_drops_what_will_be_written_anew(tmp_path):
+    write_run(tmp_path, 1, 4, after=None)
+    with runs.MetricsWriter(tmp_path, after=4) as writer:
+        writer.write("eval", 4, loss=1.0)
+    options = dict(after=4, again="eval", tensorboard=False)
+    with runs.MetricsWriter(tmp_path, **options) as writer:
+        writer.write("eval", 4, loss=2.0)
+    assert [e["step"] for e in runs.read_metrics(tmp_path, "train")] == [1, 2, 3, 4]
+    assert [e["loss"] for e in runs.read_metrics(tmp_path, "eval")] == [2.0]
+
+
 def test_a_new_run_over_an_old_file_is_refused(tmp_path):
     write_run(tmp_path, 1, 2, after=None)
     with pytest.raises(ValueError, match="`after` is None but .* exists"):
@@ -84,8 +95,10 @@ def test_the_stopwatch_leaves_compilation_out(monkeypatch):
     with pytest.raises(ValueError, match="no step in this lap"):
         watch.lap()
     for _ in range(4):
+        with watch.waiting():
+            now[0] += 0.125
         watch.count(tokens=50)
-    now[0] += 10.0
+    now[0] += 9.5
     event = "/jax/core/compile/backend_compile_duration"
     jax.monitoring.record_event_duration_secs(event, 8.0)
     before = runs.compile_seconds()
@@ -93,11 +106,13 @@ def test_the_stopwatch_leaves_compilation_out(monkeypatch):
     assert lap["step_seconds"] == pytest.approx(0.5)
     assert lap["tokens_per_second"] == pytest.approx(100.0)
     assert lap["compile_seconds"] == before >= 8.0
+    assert lap["input_wait"] == pytest.approx(0.25)  # 0.5 of 2 seconds
     now[0] += 5.0
     watch.restart()  # an evaluation took these five seconds
     watch.count(tokens=1)
     now[0] += 0.25
-    assert watch.lap()["step_seconds"] == pytest.approx(0.25)
+    lap = watch.lap()
+    assert lap["step_seconds"] == pytest.approx(0.25) and lap["input_wait"] == 0
 
 
 def test_compiling_is_noticed():

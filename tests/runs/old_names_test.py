@@ -53,10 +53,12 @@ def test_a_config_that_has_both_names_is_refused(tmp_path):
 def test_a_config_from_before_a_field_attends_as_it_did(tiny_config):
     config = tiny_config()
     fields = config.to_dict()
-    del fields["model"]["attention"]
+    del fields["model"]["attention"], fields["input"]
     old = runs.config_from_json(json.dumps(fields))
     assert old.model.attention is None and old.is_locked
-    assert runs.config_differences(ml_collections.ConfigDict(fields), config) == []
+    assert old.input.to_dict() == {"workers": 0, "prefetch": 0}
+    before = ml_collections.ConfigDict(fields)
+    assert runs.config_differences(before, config, free=train.FREE) == []
     runs.check_fields(old)
 
 

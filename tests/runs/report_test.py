@@ -97,7 +97,9 @@ def test_the_report_has_config_and_versions_inside(tmp_path):
     with runs.MetricsWriter(tmp_path, after=None, tensorboard=False) as writer:
         for step, seconds in enumerate((9.0, 0.5, 0.4), start=1):
             writer.write("train", step, loss=1.0, penalty=0.0)
-            writer.write("speed", step, step_seconds=seconds, tokens_per_second=100.0)
+            lap = dict(step_seconds=seconds, tokens_per_second=100.0)
+            lap |= {"input_wait": 0.0125} if step > 1 else {}  # older runs have none
+            writer.write("speed", step, **lap)
     config = ml_collections.ConfigDict({"adapter": {"rank": 8}, "targets": ("query",)})
     text = io.StringIO()
     console = rich.console.Console(file=text, width=100)
@@ -105,6 +107,8 @@ def test_the_report_has_config_and_versions_inside(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["results"] == results
     assert results["step_seconds"] == 0.5  # the median: not the lap that warmed up
+    assert results["input_wait"] == 0.0125
+    assert "100 tokens/s, 1.2% of it waiting for rows" in text.getvalue()
     assert results["host_peak_bytes"] > 0 and results["after"] == {"accuracy": 0.9}
     assert report["config"] == {"adapter": {"rank": 8}, "targets": ["query"]}
     assert {"jax", "flax", "optax", "python", "devices"} <= report["versions"].keys()

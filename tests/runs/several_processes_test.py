@@ -30,6 +30,29 @@ runs.Progress.advance = advance_and_signal
 if __name__ == "__main__":
     sys.exit(train.main())
 """
+# train.py, of which one process sends itself SIGTERM in the evaluation after step 2.
+# All evaluate slowly: the others hear of it a moment later.
+EVALUATES = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import jax
+import train
+from jaxpeft import runs
+from jaxpeft.runs import _inputs
+plain, count = _inputs.run_split, []
+def run_split(*arguments, advance, **options):
+    count.append(0)
+    def slowly(rows):
+        count[-1] += 1
+        if len(count) == 2 and count[-1] == 1 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3 * (len(count) == 2))
+        advance(rows)
+    return plain(*arguments, advance=slowly, **options)
+_inputs.run_split = run_split
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
 FEW = "--config.targets=('query',)"  # compiles faster
 LONG = (FEW, "--config.train_for=400 steps", "--config.evaluate_every=400 steps")
 SHORT = (FEW, "--config.evaluate_every=12 steps", "--config.save_every=4 steps")
@@ -66,6 +89,20 @@ def test_sigterm_stops_all_at_one_step(start, all_of, tmp_path):
     assert f"stopped by SIGTERM after step {last}, which is saved" in done.stderr
     assert saved(folder)[-1] == last
     assert [s for s, _ in curve(folder, "train", "loss")] == list(range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_breaks_off_the_evaluation_of_all(start, all_of, tmp_path):
+    folder, file = tmp_path / "run", tmp_path / "evaluates.py"
+    file.write_text(EVALUATES.format(root=str(ROOT)))
+    few = ("--config.train_for=4 steps", "--config.evaluate_every=2 steps", FEW)
+    given = (f"--workdir={folder}", *few, "--config.eval_batch_size=4")
+    launched = ("-m", "jaxpeft.launch", "-n", "2", str(file))
+    (done,) = all_of([start(*given, script=launched)])
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "stopped by SIGTERM after step 2, which is saved" in done.stderr
+    assert saved(folder)[-1] == 2
+    assert [s for s, _ in curve(folder, "eval", "accuracy")] == [0]
 
 
 @pytest.mark.slow

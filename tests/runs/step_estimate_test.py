@@ -99,8 +99,9 @@ def measured(config, workdir, monkeypatch):
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_batch_is_as_the_data_make_it(writes, llama_config, tiny_config):
     config = llama_config() if writes else tiny_config()
-    batch = next(runs.read_inputs(config).batches)
-    batch = training.put_batch(batch, training.make_mesh(devices=jax.devices()[:1]))
+    inputs = runs.read_inputs(config, training.make_mesh(devices=jax.devices()[:1]))
+    _, batch = next(inputs.batches)
+    inputs.batches.close()
     form = data.outline(config.data)
     expected = form.batch(8, max(config.lengths), types=not writes)
     kinds = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}

@@ -44,6 +44,9 @@ def test_a_run_leaves_everything_behind(finished):
     assert report["config"]["adapter"]["rank"] == 4 and "jax" in report["versions"]
     assert [s for s, _ in curve(folder, "train", "loss")] == list(range(1, 13))
     assert [s for s, _ in curve(folder, "eval", "accuracy")] == [0, 6, 12]
+    assert all(0 <= share <= 1 for _, share in curve(folder, "speed", "input_wait"))
+    assert 0 <= results["input_wait"] <= 1
+    assert "compiled programs are kept in " in "".join(printed.splitlines()[:4])
     assert "kasa" in (folder / "sites.txt").read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((folder / "tensorboard").iterdir()) and any(

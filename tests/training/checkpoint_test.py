@@ -128,6 +128,30 @@ def test_from_mesh_to_mesh_to_mesh(tmp_path, make_run, numpy_leaves):
             checkpoints.save(found, run.frozen)
 
 
+def test_scores_may_come_later(tmp_path, make_run, make_batch):
+    """All at once, and sealed anew."""
+    run = make_run()
+    options = dict(config=CONFIG, metric="accuracy", mode="max")
+    with training.Checkpointer(tmp_path, **options) as checkpoints:
+        state = advance(run, run.state, make_batch, 1, 2)
+        checkpoints.save(state, run.frozen, scores={"accuracy": 0.3})
+        state = advance(run, state, make_batch, 2, 3)
+        checkpoints.save(state, run.frozen, extra={"due": True})
+        assert checkpoints.best == 1
+        checkpoints.complete(2, extra={"due": False}, scores={"accuracy": 0.9})
+        assert checkpoints.best == 2
+        with pytest.raises(training.CheckpointError, match="`step` 7: no such checkpo"):
+            checkpoints.complete(7, extra=None, scores=None)
+    assert not list((tmp_path / "2/meta").glob("*.new"))
+    with training.Checkpointer(tmp_path, **options) as checkpoints:
+        found = checkpoints.restore(state, run.frozen, step="best")
+    assert (found.step, found.scores) == (2, {"accuracy": 0.9})
+    assert found.extra == {"due": False}
+    both = map(jax.tree.leaves, (state.trainable, found.state.trainable))
+    for old, new in zip(*both, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path, make_run, make_batch):
     run = make_run()
     options = dict(config=CONFIG, metric="accuracy", mode="max")
