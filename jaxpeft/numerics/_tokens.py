@@ -35,9 +35,9 @@ def token_cross_entropy(
             of 0 to v - 1 gives NaN.
         chunk: the most tokens read out at a time, over all rows; one of every row is
             the least. The time of small matmuls is lost below some hundreds.
-        mesh_axis: inside of a ``shard_map``, the axis of the mesh over which the vocabulary
-            is cut: ``read_out`` gives logits of this device's part, in the order of
-            the axis. A maximum and two sums a token are all that devices exchange.
+        mesh_axis: inside of a ``shard_map``, the axis of the mesh that cuts the
+            vocabulary: ``read_out`` gives logits of this device's part, in the order
+            of the axis. A few numbers a token are all that devices exchange.
 
     Returns:
         ``(values, hits)``: in float32 at least, and whether the target has the

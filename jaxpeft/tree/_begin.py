@@ -1,7 +1,7 @@
 """How an adapter's leaves begin: ``init`` of every layer of a kernel."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -50,25 +50,19 @@ def initialise(
         alphas = jnp.asarray(alphas, working_dtype(kernel.dtype))
     traced = isinstance(kernel, jax.core.Tracer)
     static = lambda a: {"adapter": a, "start": a.options.start, "roles": roles}
-    where = mesh_to_spread(
-        kernel, adapter, roles, None if ranks is None else max(ranks)
-    )
+    most = None if ranks is None else max(ranks)
+    where = mesh_to_spread(kernel, adapter, roles, most)
     if where is not None:
         keys = jax.random.split(key, layers) if BATCH in roles else key[None]
-        groups, places = [], []
-        for setting in dict.fromkeys(settings):
-            method, rank = setting
-            alike = [i for i, other in enumerate(settings) if other == setting]
-            for at in range(0, 0 if rank == 0 else len(alike), where.mesh.size):
-                some = alike[at : at + where.mesh.size]
-                own = {"where": where, "rank": rank, **static(method)}
-                made = spread_layers(keys, kernel, alphas, some, **own)
-                groups.append(jax.block_until_ready(made))
-                places.append(tuple(some))
-                done(len(some))
-        done(layers - sum(map(len, places)))  # those of rank 0: nothing is made
+        made, places = [], []
+        for layer, group in _groups(settings, where.mesh.size):
+            own = {"where": where, "rank": layer[1], **static(layer[0])}
+            made.append(spread_layers(keys, kernel, alphas, group, **own))
+            jax.block_until_ready(made[-1])
+            places.append(group)
+            done(len(group))
         how = {"adapter": adapter, "roles": roles, "ranks": ranks}
-        parts = _joined_groups(groups, kernel, places=tuple(places), **how)
+        parts = _joined_groups(made, kernel, places=tuple(places), **how)
     elif BATCH not in roles or (traced and len(set(settings)) == 1):
         parts = _initialise(key, kernel, alphas, ranks=ranks, **static(adapter))
         done(layers)
@@ -84,6 +78,14 @@ def initialise(
         parts = _joined(each, kernel, adapter=adapter, roles=roles, ranks=ranks)
     # Outside of the compiled programs, which do not depend on the numbers.
     return parts[0] | site_numbers(adapter, kernel, roles), parts[1]
+
+
+def _groups(settings: list[tuple], size: int) -> Iterator[tuple[tuple, tuple]]:
+    """Layers of one method and rank, so many at a time; not those of rank 0."""
+    for setting in dict.fromkeys(settings):
+        alike = [i for i, other in enumerate(settings) if other == setting]
+        for at in range(0, 0 if setting[1] == 0 else len(alike), size):
+            yield setting, tuple(alike[at : at + size])
 
 
 @functools.partial(

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -44,7 +44,7 @@ def _entry(where: NamedSharding, axis: int) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def spread_layers(keys, kernel, alphas, layers: list[int], where, **static) -> Any:
+def spread_layers(keys, kernel, alphas, layers: tuple, *, where, **static) -> Any:
     """``init`` of some layers of one method and rank, at most one a device.
 
     Args:
@@ -59,8 +59,8 @@ def spread_layers(keys, kernel, alphas, layers: list[int], where, **static) -> A
         ``(frozen, trainable)``, every leaf with an axis for these layers in front,
         followed by others where there are more devices than layers.
     """
-    more = [layers[-1]] * (where.mesh.size - len(layers))
-    index = jnp.asarray(layers + more, jnp.int32)
+    more = layers[-1:] * (where.mesh.size - len(layers))
+    index = np.asarray(layers + more, np.int32)
     own = None if alphas is None else alphas[index]
     given = jax.device_put((keys[index], index, own), where.update(spec=()))
     return _spread(kernel, *given, where=where, **static)

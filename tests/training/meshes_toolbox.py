@@ -9,7 +9,7 @@ from jaxpeft import models, training
 
 SIZES = {
     "model_type": "llama",
-    "vocab_size": 64,
+    "vocab_size": 96,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
