@@ -8,9 +8,9 @@
 Models of 8 and 70 billion parameters, a bfloat16 base in scanned layers with full
 rematerialisation, adapters of rank 16 on all linears, one row of 2,048 tokens a chip.
 Of ``frozen`` only the scales of the layers' first norms train: the forward pass and the
-gradients of all inputs, which adapters are compared with. The steps are those of ``train.py`` (``jaxpeft estimate``), with the attention that a
-TPU has. Each compiles for one to three minutes on one core. ``--json`` adds to a file
-that is there already.
+gradients of all inputs, which adapters are compared with. The steps are those of
+``train.py`` (``jaxpeft estimate``), with the attention that a TPU has. Each compiles
+for one to three minutes on one core. ``--json`` adds to a file that is there already.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def cases() -> Iterator[Case]:
 
 
 def attach_frozen(config, model, params, keys, ranks=None, folder=None) -> Any:
-    """As ``train.attach_all``; gradients go through all layers and train almost none."""
+    """As ``train.attach_all``; gradients go through all layers and train little."""
     del config, ranks, folder
     targets = ["input_layernorm"]
     return jp.attach(params, jp.full(), targets, axes=model.axes, key=keys[0])
