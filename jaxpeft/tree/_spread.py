@@ -62,8 +62,12 @@ def spread_layers(keys, kernel, alphas, layers: tuple, *, where, **static) -> An
     more = layers[-1:] * (where.mesh.size - len(layers))
     index = np.asarray(layers + more, np.int32)
     own = None if alphas is None else alphas[index]
-    given = jax.device_put((keys[index], index, own), where.update(spec=()))
-    return _spread(kernel, *given, where=where, **static)
+    whole = where.update(spec=())
+    given = jax.device_put((keys[index], index, own), whole)
+    made = _spread(kernel, *given, where=where, **static)
+    # Apart from that program, and when all are done: on CPUs who waits for another one
+    # in a collective for as long as a large decomposition takes ends the process.
+    return jax.device_put(jax.block_until_ready(made), whole)
 
 
 @functools.partial(
@@ -95,13 +99,13 @@ def _spread(
         alpha = None if alphas is None else alphas[mine]
         matrix = matrix.astype(working_dtype(kernel.dtype))
         made = adapter.init(keys[mine], matrix, rank, alpha)
-        return jax.tree.map(lambda y: lax.all_gather(y, tuple(names)), made)
+        return jax.tree.map(lambda y: y[None], made)
 
     whole = PartitionSpec()
     return jax.shard_map(
         local,
         mesh=where.mesh,
         in_specs=(where.spec, whole, whole, whole),
-        out_specs=whole,
-        check_vma=False,  # what is gathered is the same everywhere
+        out_specs=PartitionSpec(tuple(names)),
+        check_vma=False,  # branches and callbacks of a method know of no mesh
     )(kernel, keys, index, alphas)

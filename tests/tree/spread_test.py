@@ -61,7 +61,7 @@ def test_no_device_holds_a_stack():
     where = NamedSharding(mesh, P(None, "fsdp", "tensor"))
     adapter = jp.kasa(rank=2)
     index = jnp.arange(8, dtype=jnp.int32)
-    given = jax.random.split(jax.random.key(0), 8), index, None
+    given = jax.random.split(jax.random.key(0), 8), index, jnp.ones(8)
     static = dict(start=None, roles=(BATCH, IN, OUT), rank=2, where=where)
     lowered = _spread.lower(
         jax.device_put(kernel, where), *given, adapter=adapter, **static
