@@ -41,9 +41,17 @@ class Cut(NamedTuple):
         return self.mesh.shape[axis] > 1 and size % self.mesh.shape[axis] == 0
 
 
-def find_cut(rows: int, tokens: int) -> Cut | None:
-    """Returns how rows of tokens are cut; None where there is no such mesh."""
+def find_cut(rows: int, tokens: int, *arrays: Any) -> Cut | None:
+    """Returns how rows of tokens are cut; None where there is no such mesh.
+
+    Args:
+      rows: their number.
+      tokens: of a row.
+      *arrays: what is to be cut; with none of it traced there is no program to lay out.
+    """
     mesh = jax.sharding.get_abstract_mesh()
+    if not any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return None
     if mesh.empty or mesh.size == 1 or not {*ROWS, TENSOR} <= set(mesh.axis_names):
         return None
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -85,7 +93,7 @@ _CUT, _WHOLE = PartitionSpec(ROWS, TENSOR, None), PartitionSpec(ROWS, None, None
 
 
 def _token_cut(x: Array) -> Cut | None:
-    cut = find_cut(*x.shape[:2])
+    cut = find_cut(*x.shape[:2], x)
     return cut if cut is not None and cut.tokens else None
 
 
@@ -111,7 +119,7 @@ def look_up(
     part of the batch, what it has of their tokens; that is added up over the
     vocabulary, and its width put together where the rows are.
     """
-    cut = find_cut(*ids.shape) if ids.ndim == 2 else None
+    cut = find_cut(*ids.shape, ids, table) if ids.ndim == 2 else None
     count, width = table.shape
     words = cut is not None and cut.divides(TENSOR, count)
     parts = cut is not None and cut.divides(FSDP, width)
@@ -172,7 +180,7 @@ def token_losses(
       targets: ids to be predicted.
       chunk: the most tokens that a device reads out at a time.
     """
-    cut = find_cut(*targets.shape)
+    cut = find_cut(*targets.shape, hidden, table)
     if cut is None:
         one = lambda h: read_out(table, h)
         return numerics.token_cross_entropy(one, hidden, targets, chunk=chunk)

@@ -38,8 +38,7 @@ def _varying(eqn: Equation, w: Kernel) -> Kernel:
     So their gradients are added up over it here, and not at each use in a loop.
     """
     before, after = (
-        _compat.varying_axes(eqn_vars[0].aval)
-        for eqn_vars in (eqn.raw.invars, eqn.raw.outvars)
+        _compat.varying_axes(of[0].aval) for of in (eqn.raw.invars, eqn.raw.outvars)
     )
     grown = w.mapped(lambda x, _: _compat.as_varying(x, after - before))
     return grown.on_base(eqn.run)
