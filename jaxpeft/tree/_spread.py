@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._lift import axes_of, leaf_axes, to_matrices
 from jaxpeft.tree._node import working_dtype
-from jaxpeft.tree._places import on_mesh
+from jaxpeft.tree._places import on_mesh, replicated
 from jaxpeft.tree._terms import BATCH, IN, OUT
 
 
@@ -62,12 +62,10 @@ def spread_layers(keys, kernel, alphas, layers: tuple, *, where, **static) -> An
     more = layers[-1:] * (where.mesh.size - len(layers))
     index = np.asarray(layers + more, np.int32)
     own = None if alphas is None else alphas[index]
-    whole = where.update(spec=())
-    given = jax.device_put((keys[index], index, own), whole)
-    made = _spread(kernel, *given, where=where, **static)
+    made = _spread(kernel, keys[index], index, own, where=where, **static)
     # Apart from that program, and when all are done: on CPUs who waits for another one
     # in a collective for as long as a large decomposition takes ends the process.
-    return jax.device_put(jax.block_until_ready(made), whole)
+    return jax.device_put(jax.block_until_ready(made), replicated(where))
 
 
 @functools.partial(
