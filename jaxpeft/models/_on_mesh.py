@@ -187,13 +187,7 @@ def token_losses(
     words = cut.divides(TENSOR, table.shape[axis])
     places = [None, None]
     places[axis] = TENSOR if words else None
-    # Before the loop over chunks, and before the backward pass takes it up again. From
-    # parts of the vocabulary: what comes from parts of the width is copied once more,
-    # to have the width innermost.
-    if words and cut.divides(FSDP, table.shape[axis] // cut.mesh.shape[TENSOR]):
-        parts = [None, None]
-        parts[axis] = (TENSOR, FSDP)
-        table = _constrained(table, cut, PartitionSpec(*parts))
+    # Before the loop over chunks, and before the backward pass takes it up again.
     table = _constrained(table, cut, PartitionSpec(*places))
     # A vocabulary that nothing divides is whole everywhere: then tokens are cut.
     rows = PartitionSpec(ROWS, TENSOR if cut.tokens and not words else None)
