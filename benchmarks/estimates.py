@@ -7,9 +7,10 @@
 
 Models of 8 and 70 billion parameters, a bfloat16 base in scanned layers with full
 rematerialisation, adapters of rank 16 on all linears, one row of 2,048 tokens a chip.
-The steps are those of ``train.py`` (``jaxpeft estimate``), with the attention that a
-TPU has. Each compiles for one to three minutes on one core. ``--json`` adds to a file
-that is there already.
+Of ``frozen`` only the scales of the layers' first norms train: the forward pass and the
+gradients of all inputs, which adapters are compared with. The steps are those of
+``train.py`` (``jaxpeft estimate``), with the attention that a TPU has. Each compiles
+for one to three minutes on one core. ``--json`` adds to a file that is there already.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+import jaxpeft as jp
 import train
 from jaxpeft import runs
 
@@ -48,7 +50,7 @@ SHARED = dict(
     rms_norm_eps=1e-5,
     dtype="bfloat16",
 )
-METHODS = ("lora", "kasa", "bora", "dora")
+METHODS = ("frozen", "lora", "kasa", "bora", "dora")
 # (target, fsdp, tensor)
 PODS = (("v5e:4x4", 8, 2), ("v5e:16x16", 64, 4))
 LENGTH, RANK = 2048, 16
@@ -59,7 +61,7 @@ class Case(NamedTuple):
 
     Attributes:
         shape: of ``SHAPES``.
-        method: of ``jaxpeft.adapters``.
+        method: of ``jaxpeft.adapters``, or ``"frozen"``.
         target: of ``training.find_target``.
         fsdp: devices along that axis.
         tensor: devices along that axis.
@@ -85,6 +87,13 @@ def cases() -> Iterator[Case]:
                 yield Case(shape, method, target, fsdp, tensor)
 
 
+def attach_frozen(config, model, params, keys, ranks=None, folder=None) -> Any:
+    """As ``train.attach_all``; gradients go through all layers and train little."""
+    del config, ranks, folder
+    targets = ["input_layernorm"]
+    return jp.attach(params, jp.full(), targets, axes=model.axes, key=keys[0])
+
+
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Compiles one step.
 
@@ -100,6 +109,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     content = {**SHARED, **SHAPES[case.shape]}
     (model / "config.json").write_text(json.dumps(content))
     rows = case.fsdp * case.tensor  # one a chip
+    bare = case.method == "frozen"
     config = runs.load_config(
         ROOT / "configs/smollm2_sums.py:method=lora",
         [
@@ -110,7 +120,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             f"max_length={LENGTH}",
             f"lengths={LENGTH},",
             f"batch_size={rows}",
-            f"adapter.name={case.method}",
+            f"adapter.name={'lora' if bare else case.method}",
             f"adapter.rank={RANK}",
             "mesh.data=1",
             f"mesh.fsdp={case.fsdp}",
@@ -119,7 +129,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     )
     found = runs.estimate(
         config,
-        attach=train.attach_all,
+        attach=attach_frozen if bare else train.attach_all,
         make_step=train.make_step,
         target=case.target,
     )

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxpeft.models._attention import IMPLEMENTATIONS, make_context
 from jaxpeft.models._cache import advance, poison
@@ -20,6 +20,7 @@ from jaxpeft.models._decoder_config import DecoderConfig, write_decoder_config
 from jaxpeft.models._decoder_layers import Stack, is_mixed, norm
 from jaxpeft.models._decoder_names import decoder_names
 from jaxpeft.models._names import ModuleName, with_uses
+from jaxpeft.models._on_mesh import token_losses
 from jaxpeft.models._parts import (
     REMAT,
     Embedding,
@@ -218,20 +219,71 @@ class Decoder(nn.Module):
         Raises:
           ValueError: if the model has no language-model head.
         """
-        if self.head != "causal_lm":
-            raise ValueError(
-                f"`head` is {self.head!r}; only head='causal_lm' gives logits of "
-                "tokens."
-            )
-        gpt2 = self.config.model_type == "gpt2"
+        self._check_head()
         if not self.config.tie_word_embeddings:
             out = self.lm_head(hidden)
         elif self._is_untied:
             out = self.lm_head.attend(hidden)
         else:
-            out = (self.wte if gpt2 else self.embed_tokens).attend(hidden)
-        out, cap = at_least_float32(out), self.config.final_logit_softcapping
-        return out if cap is None else jnp.tanh(out / cap) * cap
+            out = self._words.attend(hidden)
+        return self._capped(out)
+
+    def token_losses(
+        self,
+        hidden: Float[Array, "batch tokens d"],
+        targets: Int[Array | np.ndarray, "batch tokens"],
+        *,
+        chunk: int = 256,
+    ) -> tuple[Float[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
+        """Returns the cross-entropy of each token, the logits never held whole.
+
+        What ``numerics.token_cross_entropy`` gives of ``logits``. Under a mesh in
+        context (``training.make_mesh``) the vocabulary is cut over its tensor axis,
+        and the head's table is put together once.
+
+        Args:
+          hidden: last hidden states, of the model without a head.
+          targets: ids to be predicted; one outside of the vocabulary gives NaN.
+          chunk: the most tokens that a device reads out at a time.
+
+        Returns:
+          ``(values, hits)``: in float32 at least, and whether the target has the
+          highest logit.
+
+        Raises:
+          ValueError: if the model has no language-model head.
+        """
+        self._check_head()
+        kernel = not self.config.tie_word_embeddings
+        if kernel:
+            table = self.lm_head.variables["params"]["kernel"]
+        else:
+            table = (self.lm_head if self._is_untied else self._words).embedding
+        product = "...d,dv->...v" if kernel else "...d,vd->...v"
+
+        def read_out(table: Array, hidden: Array) -> Array:
+            sums = wide(self.dtype)
+            table, hidden = table.astype(self.dtype), hidden.astype(self.dtype)
+            out = jnp.einsum(product, hidden, table, preferred_element_type=sums)
+            return self._capped(out)
+
+        axis = 1 if kernel else 0
+        return token_losses(read_out, table, axis, hidden, targets, chunk=chunk)
+
+    def _check_head(self) -> None:
+        if self.head != "causal_lm":
+            raise ValueError(
+                f"`head` is {self.head!r}; only head='causal_lm' gives logits of "
+                "tokens."
+            )
+
+    def _capped(self, logits: Array) -> Array:
+        logits, cap = at_least_float32(logits), self.config.final_logit_softcapping
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+    @property
+    def _words(self) -> Embedding:
+        return self.wte if self.config.model_type == "gpt2" else self.embed_tokens
 
     @property
     def _is_untied(self) -> bool:
@@ -252,12 +304,11 @@ class Decoder(nn.Module):
         return steps if cache is None else steps + cache["index"]
 
     def _embed(self, input_ids: Any, positions: Array, deterministic: bool) -> Array:
+        x = self._words(input_ids)
         if self.config.model_type == "gpt2":
-            x = self.wte(input_ids) + jnp.broadcast_to(
+            x = x + jnp.broadcast_to(
                 self.wpe(positions), (*input_ids.shape, self.config.hidden_size)
             )
-        else:
-            x = self.embed_tokens(input_ids)
         if self.config.traits.scaled_embedding:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return self.embedding_dropout(x, deterministic=deterministic)

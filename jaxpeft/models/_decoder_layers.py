@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft.models._attention import Context, attend, fill
 from jaxpeft.models._decoder_config import FULL, SLIDING
+from jaxpeft.models._on_mesh import cut_tokens, enter, leave
 from jaxpeft.models._parts import (
     ACTIVATIONS,
     REMAT,
@@ -185,9 +186,12 @@ class Layer(Part):
             name = names[place]
             return y if name is None else norm(self, name)(y)
 
-        mixed, cache = attention(normed(0, x), context, sliding, cache)
-        x = x + drop(normed(1, mixed))
-        x = x + drop(normed(3, mlp(normed(2, x))))
+        cut, into, out = cut_tokens, enter, leave
+        if cache is not None:  # its own layout decides
+            cut = into = out = lambda y: y
+        mixed, cache = attention(into(normed(0, cut(x))), context, sliding, cache)
+        x = cut(x + drop(normed(1, out(mixed))))
+        x = cut(x + drop(normed(3, out(mlp(into(normed(2, x)))))))
         return x, (x if self.hidden_states else None, cache)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.models._on_mesh import look_up
 from jaxpeft.transform import UNSCALED
 
 LOOKUP = "lookup"  # a table for the look-up alone, inside of the embedding's module
@@ -149,7 +150,7 @@ class Embedding(Part):
     ) -> Float[Array, "*batch d"]:
         if self.has_variable("params", LOOKUP):
             return self.lookup(ids)
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return look_up(self.embedding, ids).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch rows"]:
         """The product of ``x`` with every row, added up in float32."""

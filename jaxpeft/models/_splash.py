@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.models._on_mesh import ROWS, TENSOR
 from jaxpeft.numerics import target_of
 
 BLOCKS = (512, 256, 128)  # tokens of a tile; the largest that divides is taken
-ROWS, HEADS = ("data", "fsdp"), "tensor"  # axes of a mesh that cut rows and heads
 
 
 def obstacle(
@@ -83,7 +83,7 @@ def splash(
     if not free:
         return one(query, key, value, segments)
     rows = _fitting([name for name in ROWS if name in free], query.shape[0], mesh)
-    heads = _fitting([name for name in (HEADS,) if name in free], key.shape[2], mesh)
+    heads = _fitting([name for name in (TENSOR,) if name in free], key.shape[2], mesh)
     four = PartitionSpec(rows, None, heads, None)
     ids = None if segments is None else PartitionSpec(rows, None)
     return jax.shard_map(

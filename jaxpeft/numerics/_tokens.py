@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -14,6 +15,7 @@ def token_cross_entropy(
     targets: Int[Array, "..."],
     *,
     chunk: int = 256,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "*rows tokens"], Bool[Array, "*rows tokens"]]:
     r"""Returns minus the log-probability of each target, logits never held whole.
 
@@ -33,6 +35,9 @@ def token_cross_entropy(
             of 0 to v - 1 gives NaN.
         chunk: the most tokens read out at a time, over all rows; one of every row is
             the least. The time of small matmuls is lost below some hundreds.
+        mesh_axis: inside of a ``shard_map``, the axis of the mesh that cuts the
+            vocabulary: ``read_out`` gives logits of this device's part, in the order
+            of the axis. A few numbers a token are all that devices exchange.
 
     Returns:
         ``(values, hits)``: in float32 at least, and whether the target has the
@@ -75,6 +80,8 @@ def token_cross_entropy(
         logits = read_out(hidden)
         if logits.dtype.itemsize < 4:
             logits = logits.astype(jnp.float32)
+        if mesh_axis is not None:
+            return _of_parts(logits, targets, mesh_axis)
         chosen = jnp.take_along_axis(
             logits, targets[..., None], axis=-1, mode="fill", fill_value=jnp.nan
         )[..., 0]
@@ -92,3 +99,25 @@ def token_cross_entropy(
 
     values, hits = jax.tree.map(join, parts)
     return values, hits
+
+
+def _of_parts(logits: Array, targets: Array, axis: str) -> tuple[Array, Array]:
+    """The same of logits whose vocabulary is cut over an axis of the mesh."""
+    size = logits.shape[-1]
+    count = size * lax.psum(1, axis)
+    start = lax.axis_index(axis).astype(targets.dtype) * size
+    # As `take_along_axis` has it: a negative target counts from the end.
+    place = jnp.where(targets < 0, targets + count, targets) - start
+    here = (place >= 0) & (place < size)
+    chosen = jnp.take_along_axis(logits, place[..., None], axis=-1, mode="clip")
+    chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis)
+    known = (targets >= -count) & (targets < count)
+    chosen = jnp.where(known, chosen, jnp.nan)
+    own = lax.stop_gradient(jnp.max(logits, axis=-1))
+    top = lax.pmax(own, axis)
+    # Where the largest is infinite, nothing is taken off, as `logsumexp` has it.
+    shift = jnp.where(jnp.isfinite(top), top, 0.0)
+    total = lax.psum(jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1), axis)
+    first = start + jnp.argmax(logits, axis=-1).astype(targets.dtype)
+    best = lax.pmin(jnp.where(own == top, first, count), axis)
+    return jnp.log(total) + shift - chosen, best == targets

@@ -15,9 +15,11 @@ from jaxpeft.training._step import (
     Loss,
     apply_model,
     cross_entropy,
+    in_context,
     model_forward,
     squared_error,
 )
+from jaxpeft.tree import is_node, leaves_with_path, names_leaf, structure_of
 
 CHUNK = 256  # tokens of a device read out at a time: 0.25 GB at a vocabulary of 256k
 
@@ -31,7 +33,9 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
     Args:
         model: a Linen module with ``head="causal_lm"``; without its head
             (``model.clone(head=None)``) it gives hidden states, which
-            ``apply(..., method="logits")`` reads out.
+            ``apply(..., method="logits")`` reads out; or, where it has that,
+            ``method="token_losses"`` (of ``models.Decoder``), which knows how to cut
+            its vocabulary over the mesh.
         mesh: the mesh.
         dropout: whether the model's own dropout is on in training steps.
 
@@ -50,6 +54,7 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
 
     def forward(adapted, batch, key):
         deterministic = key is None or not dropout
+        by_hand = hasattr(model, "token_losses") and not _routed_head(adapted)
         names = ("input_ids", "attention_mask", "segment_ids", "positions")
         inputs = {name: batch[name] for name in names if name in batch}
         tokens = inputs["input_ids"].shape[1]
@@ -64,6 +69,12 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
                 body, params, inputs, mesh=mesh, deterministic=deterministic, rngs=rngs
             )
             hidden = numerics.where_shown(batch["target_weights"], hidden)
+            if by_hand:
+                given = hidden, targets
+                with in_context(mesh):
+                    return model.apply(
+                        {"params": params}, *given, chunk=CHUNK, method="token_losses"
+                    )
             read_out = lambda h: model.apply({"params": params}, h, method="logits")
             return numerics.token_cross_entropy(
                 read_out, hidden, targets, chunk=CHUNK * shards
@@ -78,6 +89,15 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         return jnp.stack([x.astype(jnp.float32).sum(1) for x in sums], axis=1), seen
 
     return forward
+
+
+def _routed_head(adapted: Any) -> bool:
+    """Whether a router sits at the head: what it says of its tokens stays whole."""
+    return any(
+        names_leaf("lm_head", path) and bool(structure_of(leaf).experts)
+        for path, leaf in leaves_with_path(adapted)
+        if is_node(leaf)
+    )
 
 
 def causal_loss(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

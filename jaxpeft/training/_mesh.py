@@ -42,6 +42,12 @@ TENSOR_RULES: tuple[tuple[str, str], ...] = (
     ("up_proj", "out"),
     ("down_proj", "in"),
     ("lm_head", "out"),
+    # Of tables that are looked up, the vocabulary; fsdp is left the width.
+    ("embed_tokens", "in"),
+    ("wte", "in"),
+    ("word_embeddings", "in"),
+    ("embed_tokens/lookup", "in"),
+    ("wte/lookup", "in"),
     ("query_proj", "out"),
     ("key_proj", "out"),
     ("value_proj", "out"),

@@ -86,11 +86,15 @@ def apply_model(
             return outputs
         return jax.tree.map(keep_rows, outputs)
 
-    context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-    with context, nn.intercept_methods(intercept):
+    with in_context(mesh), nn.intercept_methods(intercept):
         return model.apply(
             {"params": params}, **inputs, deterministic=deterministic, rngs=rngs
         )
+
+
+def in_context(mesh: Mesh) -> Any:
+    """Where a model finds the mesh while it is traced."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import core as jex
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -43,10 +44,20 @@ def manual_axes(params: dict) -> frozenset:
 
 def varying_axes(x: Any) -> frozenset:
     """The manual mesh axes along which ``x`` is known to differ."""
-    kind = jax.typeof(x)
+    kind = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
     if hasattr(kind, "manual_axis_type"):
         return frozenset(kind.manual_axis_type.varying)
     return frozenset(getattr(kind, "vma", ()))
+
+
+def as_varying(x: Any, axes: frozenset) -> Any:
+    """``x``, known to differ along these manual axes, too."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return lax.pvary(x, missing)  # jax 0.7
 
 
 def place(trail: Any) -> str:

@@ -105,7 +105,12 @@ class Equation:
 
     def run(self, *operands: Any, **changes: Any) -> Any:
         """Issues the equation on arrays, with some of its parameters changed."""
-        primitive = self.raw.primitive
+        primitive, invars = self.raw.primitive, self.raw.invars
+        # Inside of a `shard_map` a primitive wants operands that differ along the same
+        # axes of the mesh; a factor may differ along fewer than its kernel.
+        if len(invars) == len(operands):
+            axes = [_compat.varying_axes(var.aval) for var in invars]
+            operands = tuple(map(_compat.as_varying, operands, axes))
         params = primitive.get_bind_params(self.params)
         if isinstance(params, tuple):  # (functions, parameters) in some versions
             functions, params = params

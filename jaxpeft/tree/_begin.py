@@ -1,7 +1,7 @@
 """How an adapter's leaves begin: ``init`` of every layer of a kernel."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxpeft.tree._lift import (
     to_matrices,
 )
 from jaxpeft.tree._node import Site, working_dtype
+from jaxpeft.tree._spread import mesh_to_spread, spread_layers
 from jaxpeft.tree._terms import BATCH, IN, OUT
 
 
@@ -49,7 +50,20 @@ def initialise(
         alphas = jnp.asarray(alphas, working_dtype(kernel.dtype))
     traced = isinstance(kernel, jax.core.Tracer)
     static = lambda a: {"adapter": a, "start": a.options.start, "roles": roles}
-    if BATCH not in roles or (traced and len(set(settings)) == 1):
+    most = None if ranks is None else max(ranks)
+    where = mesh_to_spread(kernel, adapter, roles, most)
+    if where is not None:
+        keys = jax.random.split(key, layers) if BATCH in roles else key[None]
+        made, places = [], []
+        for layer, group in _groups(settings, where.mesh.size):
+            own = {"where": where, "rank": layer[1], **static(layer[0])}
+            made.append(spread_layers(keys, kernel, alphas, group, **own))
+            jax.block_until_ready(made[-1])
+            places.append(group)
+            done(len(group))
+        how = {"adapter": adapter, "roles": roles, "ranks": ranks}
+        parts = _joined_groups(made, kernel, places=tuple(places), **how)
+    elif BATCH not in roles or (traced and len(set(settings)) == 1):
         parts = _initialise(key, kernel, alphas, ranks=ranks, **static(adapter))
         done(layers)
     else:  # layer by layer: workspace for one, and progress shown
@@ -64,6 +78,14 @@ def initialise(
         parts = _joined(each, kernel, adapter=adapter, roles=roles, ranks=ranks)
     # Outside of the compiled programs, which do not depend on the numbers.
     return parts[0] | site_numbers(adapter, kernel, roles), parts[1]
+
+
+def _groups(settings: list[tuple], size: int) -> Iterator[tuple[tuple, tuple]]:
+    """Layers of one method and rank, so many at a time; not those of rank 0."""
+    for setting in dict.fromkeys(settings):
+        alike = [i for i, other in enumerate(settings) if other == setting]
+        for at in range(0, 0 if setting[1] == 0 else len(alike), size):
+            yield setting, tuple(alike[at : at + size])
 
 
 @functools.partial(
@@ -102,6 +124,20 @@ def _one_layer(key, kernel, i, alpha, *, adapter: Adapter, start, roles, rank):
 @functools.partial(jax.jit, static_argnames=("adapter", "roles", "ranks"))
 def _joined(each: list, kernel, *, adapter: Adapter, roles, ranks):
     """The leaves of a stack, from every layer's ``(frozen, trainable)``."""
+    return _of_layers(each, kernel, adapter, roles, ranks)
+
+
+@functools.partial(jax.jit, static_argnames=("places", "adapter", "roles", "ranks"))
+def _joined_groups(groups: list, kernel, *, places, adapter: Adapter, roles, ranks):
+    """The same from groups of layers, with the places of their layers in the stack."""
+    each: list = [({}, {})] * matrix_shape(kernel.shape, roles)[0]
+    for made, layers in zip(groups, places, strict=True):
+        for at, layer in enumerate(layers):
+            each[layer] = jax.tree.map(lambda x, at=at: x[at], made)
+    return _of_layers(each, kernel, adapter, roles, ranks)
+
+
+def _of_layers(each: list, kernel, adapter: Adapter, roles, ranks):
     parts = tuple(map(_stacked, zip(*each, strict=True)))
     return _in_place(parts, kernel, adapter, roles, ranks)
 

@@ -1,10 +1,14 @@
 """The chunked cross-entropy: the plain formula's numbers, in an eighth of its room."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
 from jaxpeft.numerics import token_cross_entropy
@@ -142,3 +146,48 @@ def test_bad_input(change, message):
     arguments = {"targets": targets, "chunk": 4} | change
     with pytest.raises(ValueError, match=message):
         ours(head, hidden, **arguments)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_a_vocabulary_cut_over_devices(tied):
+    """Each device reads out its part; values, gradients and hits are the plain ones."""
+    head, hidden, targets, weights = problem((4,), dtype=np.float32)
+    head = jnp.pad(head, ((0, 0), (0, 1)))  # 12 ids over 4 devices
+    head = head.at[:, 5].set(head[:, 2]) if tied else head  # equal logits on two
+    targets = targets.at[0, 0].set(-1).at[1, 1].set(2).at[1, 2].set(5)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    spec = P("data", None)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(None, "tensor"), P("data", None, None), spec),
+        out_specs=(spec, spec),
+    )
+    def cut(head, hidden, targets):
+        read_out = lambda h: h @ head
+        return token_cross_entropy(
+            read_out, hidden, targets, chunk=4, mesh_axis="tensor"
+        )
+
+    whole = lambda head, hidden, targets: token_cross_entropy(
+        lambda h: h @ head, hidden, targets, chunk=8
+    )
+
+    def run(f, targets):
+        def loss(head, hidden):
+            values, hits = f(head, hidden, targets)
+            return jnp.sum(values * weights), (values, hits)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(head, hidden)
+
+    found, wanted = run(cut, targets), run(whole, targets)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
+        found,
+        wanted,
+    )
+    assert 0 < wanted[0][1][1].sum() < targets.size, "some are hit"
+    outside = targets.at[1, 2].set(12).at[3, 3].set(-13)
+    values = jax.jit(cut)(head, hidden, outside)[0]
+    assert np.argwhere(np.isnan(values)).tolist() == [[1, 2], [3, 3]]

@@ -2,7 +2,8 @@
 
 Eight devices in all, in a mesh of (2, 2, 2). Resumes from the last checkpoint of
 FOLDER/checkpoints if there is one, saves at the end, and prints one JSON line: the
-losses, an evaluation, and what it got back.
+losses, an evaluation, and what it got back. The first run in a folder also takes the
+gradient of a decoder (``meshes_toolbox.py``), into FOLDER/decoder.npz.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import meshes_toolbox as toolbox
 import numpy as np
 
 import jaxpeft as jp
@@ -37,8 +39,17 @@ def my_rows(step, index, count):
     return {"x": x[index::count], "label": label[index::count]}
 
 
+def take_gradient(path, mesh, index, count):
+    rows = {name: x[index::count] for name, x in toolbox.rows_of().items()}
+    loss, norm, grads, _ = toolbox.gradient_on(mesh, *toolbox.make(), rows)
+    if not index:
+        np.savez(path, loss=loss, norm=norm, **grads)
+
+
 def main(folder, steps, index, count):
     mesh = training.make_mesh(2, 2, 2)
+    if not (folder / "decoder.npz").exists():
+        take_gradient(folder / "decoder.npz", mesh, index, count)
     keys = jax.random.split(jax.random.key(0), 6)
     normal = lambda key, *shape: jax.random.normal(key, shape) / 2
     params = {

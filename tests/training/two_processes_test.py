@@ -25,7 +25,7 @@ def run(folder, steps, processes):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags.replace("count=8", f"count={8 // processes}"),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "PYTHONPATH": str(PROGRAM.parents[2]),
+        "PYTHONPATH": os.pathsep.join(map(str, (PROGRAM.parents[2], PROGRAM.parent))),
     }
     started = [
         subprocess.Popen(
@@ -59,3 +59,11 @@ def test_two_processes_are_one(tmp_path):
     np.testing.assert_allclose(resumed["rows"], one["rows"], atol=1e-4)
     assert resumed["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5)
     assert len(set(one["losses"])) == 5
+    # A decoder whose vocabulary and tokens are cut, too.
+    wanted, found = (np.load(tmp_path / n / "decoder.npz") for n in ("one", "two"))
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["norm"], wanted["norm"], rtol=1e-6)
+    for path in wanted.files:
+        off = np.linalg.norm(found[path] - wanted[path])
+        assert off <= 1e-5 * np.linalg.norm(wanted[path]), path
+    assert len(wanted.files) > 20

@@ -220,6 +220,8 @@ def _specs(w: Kernel, spec: PartitionSpec) -> Kernel:
     named = [i for i, entry in enumerate(entries) if entry is not None]
     if w.has_gate and any(w.roles[i] == IN for i in named):
         raise NoRule("its method reads the whole input, which is sharded here")
+    if any(term.rows is not None for term in w.terms):
+        raise NoRule("rows of its input choose an adapter, and are sharded here")
 
     def each(x, layout):
         del x

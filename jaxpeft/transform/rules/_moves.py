@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpeft.transform import _compat
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, only_kernel, rule
 from jaxpeft.transform.rules._contraction import look_up
@@ -19,8 +20,8 @@ def _ints(numbers) -> tuple[int, ...]:
 
 
 _ON_BASE = (
-    "convert_element_type copy copy_p device_put name pvary pcast reduce_precision "
-    "reshard sharding_constraint stop_gradient"
+    "convert_element_type copy copy_p device_put name reduce_precision reshard "
+    "sharding_constraint stop_gradient"
 )
 
 
@@ -28,6 +29,19 @@ _ON_BASE = (
 def _on_base(eqn: Equation, w: Kernel, *others) -> Kernel:
     """What changes the base alone."""
     return w.on_base(lambda base: eqn.run(base, *others))
+
+
+@rule("pvary", "pcast", moves=True)
+def _varying(eqn: Equation, w: Kernel) -> Kernel:
+    """A kernel's arrays all differ along an axis of the mesh from here on.
+
+    So their gradients are added up over it here, and not at each use in a loop.
+    """
+    before, after = (
+        _compat.varying_axes(of[0].aval) for of in (eqn.raw.invars, eqn.raw.outvars)
+    )
+    grown = w.mapped(lambda x, _: _compat.as_varying(x, after - before))
+    return grown.on_base(eqn.run)
 
 
 @rule("optimization_barrier")
