@@ -314,12 +314,13 @@ def _pieces(table: Table, module: Module) -> tuple[dict[str, Any], bool]:
 
 
 def _layer(leaf: Any, i: int) -> Any:
+    one = lambda x: jax.tree.map(lambda array: array[i], x)
     if not isinstance(leaf, AdaptedKernel):
-        return leaf[i]
+        return one(leaf)
     common = shared_names(leaf.adapter)
     cut = lambda part: {n: x if n in common else x[i] for n, x in part.items()}
     return leaf.replace(
-        base=leaf.base[i], frozen=cut(leaf.frozen), trainable=cut(leaf.trainable)
+        base=one(leaf.base), frozen=cut(leaf.frozen), trainable=cut(leaf.trainable)
     )
 
 

@@ -6,9 +6,8 @@ has an entry for every block of codes, so what moves one moves the other.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,52 +15,15 @@ import jax.numpy as jnp
 from flax import serialization
 from jax.sharding import PartitionSpec
 
-# Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (Dettmers et
-# al., arXiv 2305.14314, appendix E).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+from jaxpeft.numerics._codes import (
+    KINDS,
+    axis_groups,
+    bits_of,
+    blocks_of,
+    coded,
+    looked_up,
+    wide_of,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How entries become codes.
-
-    Attributes:
-        codes: dtype of the codes.
-        scale: dtype of the scale.
-        most: the code, or the value, that the largest entry of a block has.
-        table: the values of the codes, or ``None`` where a code is its own value.
-        grouped: whether blocks are groups along the in axis, not all of it.
-    """
-
-    codes: Any
-    scale: Any
-    most: float
-    table: tuple[float, ...] | None = None
-    grouped: bool = True
-
-
-KINDS = {
-    "int8": Kind(jnp.int8, jnp.float32, 127.0, grouped=False),
-    "int4": Kind(jnp.int4, jnp.bfloat16, 7.0),
-    "nf4": Kind(jnp.uint4, jnp.bfloat16, 1.0, NF4),
-}
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -128,9 +90,8 @@ class Quantised:
     @property
     def nbytes(self) -> int:
         """What codes and scale take, two codes of 4 bits in a byte."""
-        bits = 8 if self.kind == "int8" else 4
         own = math.prod(self.scale.shape) * jnp.dtype(self.scale.dtype).itemsize
-        return self.size * bits // 8 + own
+        return self.size * bits_of(self.codes.dtype) // 8 + own
 
     def devices(self):
         """The devices that hold it."""
@@ -143,12 +104,12 @@ class Quantised:
             dtype: a floating dtype; ``None`` for its own.
         """
         dtype = jnp.dtype(dtype or self.dtype)
-        wide = _wide(dtype)
+        wide = wide_of(dtype)
         table = KINDS[self.kind].table
         if table is None:
             values = self.codes.astype(wide)
         else:
-            values = _looked_up(self.codes, jnp.asarray(table, wide))
+            values = looked_up(self.codes, jnp.asarray(table, wide))
         scale = self.scale.astype(wide)
         for axis, (n, block) in enumerate(zip(self.shape, self.blocks, strict=True)):
             if 1 < block < n:
@@ -159,8 +120,8 @@ class Quantised:
         """The same codes, which stand for an array of another floating dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"`dtype` must be a floating dtype, got {jnp.dtype(dtype)}: a quantised "
-                "array stands for floats; write kernel.dequantise().astype(dtype)"
+                f"`dtype` must be a floating dtype, got {jnp.dtype(dtype)}: a "
+                "quantised array stands for floats; write x.dequantise().astype(dtype)"
             )
         return self.replace(dtype=jnp.dtype(dtype))
 
@@ -205,7 +166,7 @@ class Quantised:
         fine = self
         for axis, n in enumerate(factor.shape):
             fine = fine.refined(axis, 1) if n > 1 else fine
-        wide = _wide(self.scale.dtype)
+        wide = wide_of(self.scale.dtype)
         return fine.replace(scale=f(fine.scale.astype(wide), factor.astype(wide)))
 
     def refined(self, axis: int, block: int) -> "Quantised":
@@ -224,7 +185,7 @@ class Quantised:
                 q = q.refined(axis, q.shape[axis] // count)
         return q
 
-    def specs(self, spec: PartitionSpec, sizes: dict[str, int] | None = None):
+    def specs(self, spec: PartitionSpec, sizes: Mapping[str, int] | None = None):
         """The ``PartitionSpec`` of codes and scale, where the array has ``spec``.
 
         Args:
@@ -259,8 +220,8 @@ class Quantised:
 
 
 _NO_ARRAY = (
-    "a Quantised kernel is no array: call the model through jaxpeft.adapt(model.apply), "
-    "which runs it on a tree that holds quantised kernels, or write "
+    "a Quantised kernel is no array: call the model through "
+    "jaxpeft.adapt(model.apply), which runs it on a tree that holds some, or write "
     "kernel.dequantise()"
 )
 
@@ -292,23 +253,8 @@ def stored_as(x: jax.Array, like: Any) -> Any:
     """An array as ``like`` keeps its own: cast to its dtype, or quantised as it is."""
     if not isinstance(like, Quantised):
         return x.astype(like.dtype)
-    codes, scale = _coded(x, like.kind, like.blocks)
+    codes, scale = coded(x, like.kind, like.blocks)
     return like.replace(codes=codes, scale=scale)
-
-
-def _wide(dtype) -> Any:
-    return jnp.float64 if jnp.dtype(dtype).itemsize > 4 else jnp.float32
-
-
-def _looked_up(codes, table):
-    """``table[codes]`` for 16 values, by selects: a gather is far slower and larger."""
-    bits = codes.astype(jnp.uint8)
-    values = list(table)
-    for bit in range(4):
-        on = bits & jnp.uint8(1 << bit) != 0
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [jnp.where(on, high, low) for low, high in pairs]
-    return values[0]
 
 
 def _repeated(scale, axis: int, times: int):
@@ -317,28 +263,6 @@ def _repeated(scale, axis: int, times: int):
     wide = jnp.expand_dims(scale, axis + 1)
     wide = jnp.broadcast_to(wide, (*shape[: axis + 1], times, *shape[axis + 1 :]))
     return wide.reshape(*shape[:axis], shape[axis] * times, *shape[axis + 1 :])
-
-
-def axis_groups(old: Sequence[int], new: Sequence[int]):
-    """The smallest groups of axes that a reshape turns into one another.
-
-    Returns:
-        ``[(old axes, new axes)]``, two ranges each.
-    """
-    groups = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        left = old[i] if i < len(old) else 1
-        right = new[j] if j < len(new) else 1
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while left != right:
-            if left < right:
-                left, i = left * old[i], i + 1
-            else:
-                right, j = right * new[j], j + 1
-        groups.append((range(i0, i), range(j0, j)))
-    return groups
 
 
 def _common_block(q: Quantised, axes: Sequence[int], sizes: Sequence[int]) -> int:
@@ -385,59 +309,5 @@ def codes_of(
         ValueError: the axes hold no group, or groups do not divide them.
     """
     blocks = blocks_of(x.shape, kind, tuple(axes), group)
-    codes, scale = _coded(x, kind, blocks)
+    codes, scale = coded(x, kind, blocks)
     return Quantised(codes, scale, kind, jnp.dtype(x.dtype), roles)
-
-
-def blocks_of(
-    shape: Sequence[int], kind: str, axes: tuple[int, ...], group: int
-) -> tuple[int, ...]:
-    """How many entries share a scale along each axis.
-
-    Raises:
-        ValueError: as ``codes_of`` does.
-    """
-    blocks = [1] * len(shape)
-    along = math.prod(shape[i] for i in axes)
-    if not KINDS[kind].grouped:
-        for i in axes:
-            blocks[i] = shape[i]
-        return tuple(blocks)
-    if along < group:
-        raise ValueError(
-            f"its {along} entries along in are fewer than one group of {group}"
-        )
-    left = group
-    for i in reversed(axes):
-        blocks[i] = math.gcd(left, shape[i])
-        left //= blocks[i]
-        if blocks[i] < shape[i]:
-            break
-    if left > 1:
-        sizes = " x ".join(str(shape[i]) for i in axes)
-        raise ValueError(f"groups of {group} do not divide its {sizes} along in")
-    return tuple(blocks)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _coded(x, kind: str, blocks: tuple[int, ...]):
-    how = KINDS[kind]
-    x = x.astype(_wide(x.dtype))
-    split = [(n // max(b, 1), b) for n, b in zip(x.shape, blocks, strict=True)]
-    x = x.reshape(sum(split, ()))
-    most = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim, 2)), keepdims=True)
-    scale = (most / jnp.asarray(how.most, x.dtype)).astype(how.scale)
-    scale = jnp.where(scale == 0, jnp.ones((), how.scale), scale)
-    x = x / scale.astype(x.dtype)
-    if how.table is None:
-        most_code = jnp.asarray(how.most, x.dtype)
-        codes = jnp.clip(jnp.round(x), -most_code, most_code).astype(how.codes)
-    else:
-        table = how.table
-        middles = [
-            (low + high) / 2 for low, high in zip(table, table[1:], strict=False)
-        ]
-        above = (x > jnp.asarray(m, x.dtype) for m in middles)
-        codes = sum(a.astype(jnp.uint8) for a in above).astype(how.codes)
-    shape = tuple(s * b for s, b in split)
-    return codes.reshape(shape), scale.reshape(tuple(s for s, _ in split))

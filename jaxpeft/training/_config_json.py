@@ -10,7 +10,7 @@ import ml_collections
 # read has the new names.
 _RENAMED = {"allocation": "ranks.before", "allocate": "ranks.during"}
 # Fields of a section that came later: the value of before.
-_ADDED = {("model", "attention"): None}
+_ADDED = {("model", "attention"): None, ("model", "quantise"): None}
 
 
 def new_name(field: str) -> str:

@@ -91,7 +91,8 @@ def quantise(
         Array(129., dtype=float32)
 
     References:
-        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314.
+        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv
+        2305.14314.
     """
     check_kind(kind, group)
     if hasattr(params, "dtype") and hasattr(params, "ndim") and not is_node(params):
@@ -148,7 +149,7 @@ def _check(kernels, chosen, roles, kind: str, group: int) -> None:
         raise ValueError(
             f"`targets` names kernels that cannot become {kind}:\n  "
             + grouped(problems)
-            + "\nLeave them out with `exclude`, or choose another `group` or kind='int8'"
+            + "\nLeave them out with `exclude`, choose another `group`, or kind='int8'"
         )
 
 

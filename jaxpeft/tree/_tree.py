@@ -321,12 +321,17 @@ def trainable_size(node: AdaptedKernel) -> int:
     )
 
 
-def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
+def inherit_specs(
+    adapted: PyTree, specs: PyTree, sizes: Mapping[str, int] | None = None
+) -> PyTree:
     """Gives every leaf of an adapted tree the sharding of its kernel.
 
     Args:
         adapted: a tree made by ``attach``, or its shapes.
-        specs: a tree like the plain parameters with a ``PartitionSpec`` per leaf.
+        specs: a tree like the plain parameters with a ``PartitionSpec`` per leaf; one
+            for a quantised kernel.
+        sizes: of the mesh's axes, ``dict(mesh.shape)``: then the scales of a quantised
+            kernel are whole along an axis that their number does not divide.
 
     Returns:
         A tree like ``adapted`` with a ``PartitionSpec`` for each leaf: entries of
@@ -334,7 +339,7 @@ def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
     """
     is_spec = lambda x: isinstance(x, PartitionSpec)
 
-    own_specs = lambda x, spec: x.specs(spec) if is_quantised(x) else spec
+    own_specs = lambda x, spec: x.specs(spec, sizes) if is_quantised(x) else spec
 
     def each(node, spec):
         if not is_node(node):
