@@ -64,7 +64,6 @@ def wide_of(dtype: Any) -> Any:
 
 def bits_of(dtype: Any) -> int:
     """The bits of a number in an array, where NumPy counts whole bytes."""
-    dtype = jnp.dtype(dtype)
     integer = jnp.issubdtype(dtype, jnp.integer)
     return jnp.iinfo(dtype).bits if integer else 8 * dtype.itemsize
 

@@ -332,10 +332,10 @@ def _dot_general(eqn: Equation, left, right):
 def _ragged_dot(eqn: Equation, x, w, group_sizes):
     """``lax.ragged_dot`` over experts: ``x [m, k]``, kernel ``[g, k, n]``."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contracted = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
+    summed = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
     if (
         only_kernel((x, w, group_sizes)) != 1
-        or contracted != ((1,), (1,))
+        or summed != ((1,), (1,))
         or any(numbers.dot_dimension_numbers[1])
         or tuple(numbers.rhs_group_dimensions) != (0,)
     ):
