@@ -4,12 +4,14 @@
     python -m benchmarks.estimates
     python -m benchmarks.estimates --json benchmarks/results/estimates.json
     python -m benchmarks.estimates --only 8b/lora/v5e:4x4
+    python -m benchmarks.estimates --only 8b/lora/nf4/v5e:4x4
 
 Models of 8 and 70 billion parameters, a bfloat16 base in scanned layers with full
 rematerialisation, adapters of rank 16 on all linears, one row of 2,048 tokens a chip.
 The steps are those of ``train.py`` (``jaxpeft estimate``), with the attention that a
 TPU has. Each compiles for one to three minutes on one core. ``--json`` adds to a file
-that is there already.
+that is there already. Of a quantised base ``bytes_a_weight`` is what the kernels of the
+layers take, scales included and summed over the chips.
 """
 
 import argparse
@@ -63,6 +65,7 @@ class Case(NamedTuple):
         target: of ``training.find_target``.
         fsdp: devices along that axis.
         tensor: devices along that axis.
+        quantise: kind of a quantised base, or ``None``.
     """
 
     shape: str
@@ -70,11 +73,13 @@ class Case(NamedTuple):
     target: str
     fsdp: int
     tensor: int
+    quantise: str | None = None
 
     @property
     def name(self) -> str:
-        """``"8b/lora/v5e:4x4"``."""
-        return f"{self.shape}/{self.method}/{self.target}"
+        """``"8b/lora/v5e:4x4"``, ``"8b/lora/nf4/v5e:4x4"``."""
+        kind = f"/{self.quantise}" if self.quantise else ""
+        return f"{self.shape}/{self.method}{kind}/{self.target}"
 
 
 def cases() -> Iterator[Case]:
@@ -83,6 +88,8 @@ def cases() -> Iterator[Case]:
         for shape in SHAPES if fsdp == 64 else ("8b",):
             for method in METHODS:
                 yield Case(shape, method, target, fsdp, tensor)
+    target, fsdp, tensor = PODS[0]
+    yield Case("8b", "lora", target, fsdp, tensor, "nf4")
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
@@ -115,6 +122,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             "mesh.data=1",
             f"mesh.fsdp={case.fsdp}",
             f"mesh.tensor={case.tensor}",
+            *([f"model.quantise={case.quantise}"] if case.quantise else ()),
         ],
     )
     found = runs.estimate(
@@ -123,7 +131,21 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         make_step=train.make_step,
         target=case.target,
     )
-    return {"case": case.name, **found.to_dict()}
+    row = {"case": case.name, **found.to_dict()}
+    if case.quantise:
+        row["bytes_a_weight"] = _bytes_a_weight(content, found)
+    return row
+
+
+def _bytes_a_weight(content: dict[str, Any], found: Any) -> float:
+    """Of the layers' kernels, on all chips; embeddings, head and norms are apart."""
+    width, hidden = content["hidden_size"], content["intermediate_size"]
+    layers = content["num_hidden_layers"]
+    heads, keys = content["num_attention_heads"], content["num_key_value_heads"]
+    each = 2 * width**2 + 2 * width * (width * keys // heads) + 3 * width * hidden
+    tables = 2 * 2 * content["vocab_size"] * width  # cut over the chips
+    norms = 2 * (2 * layers + 1) * width * found.devices  # whole on each
+    return (found.base * found.devices - tables - norms) / (layers * each)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -324,7 +324,7 @@ def _wide_leaves(node: AdaptedKernel) -> list[str]:
     ]
 
 
-def _same_base(kernel: Array | np.ndarray, saved: Mapping[str, Any]) -> bool:
+def _same_base(kernel: Any, saved: Mapping[str, Any]) -> bool:
     if "checksum" in saved:
         return checksum(kernel) == saved["checksum"]
     along, norm = projection(kernel)

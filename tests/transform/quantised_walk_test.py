@@ -134,7 +134,7 @@ def test_forward_mode_goes_through():
 
 
 def test_codes_are_multiplied_and_scaled_afterwards():
-    """An int8 kernel is not written out as floats; and the backward pass keeps codes."""
+    """No stack of floats is kept for the backward pass; int8 is looked up nowhere."""
 
     def program(kind):
         p, x = params(kind), normal(5, 16, seed=9)
@@ -178,7 +178,8 @@ def test_axes_and_inputs_are_read_off_as_of_floats():
 def test_what_has_no_rule_is_named():
     fn = lambda p, x: x @ jnp.sin(p["w"])
     with pytest.raises(
-        jp.UnsupportedError, match="'0/0/w' reaches `sin`.*`targets` of jaxpeft.quantise"
+        jp.UnsupportedError,
+        match="'0/0/w' reaches `sin`.*`targets` of jaxpeft.quantise",
     ):
         jp.adapt(fn)(params("nf4"), normal(5, 16))
     with pytest.warns(UserWarning, match="reaches `sin`"):
@@ -190,7 +191,7 @@ def test_what_has_no_rule_is_named():
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_codes_and_scales_lie_on_the_mesh_of_their_kernel(kind):
-    """Four devices cut the in axis of 16, which has two groups of 8: scales stay whole."""
+    """Four devices cut an in axis of two groups: of it the scales stay whole."""
     from jaxpeft.training import make_mesh, param_specs, place
 
     mesh = make_mesh(fsdp=4, tensor=2)
