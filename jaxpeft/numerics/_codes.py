@@ -68,10 +68,9 @@ def bits_of(dtype: Any) -> int:
     return jnp.iinfo(dtype).bits if integer else 8 * dtype.itemsize
 
 
-def looked_up(codes, table):
+def looked_up(codes: jax.Array, table: Sequence[float], dtype: Any) -> jax.Array:
     """``table[codes]`` for 16 values, by selects: a gather is far slower and larger."""
-    bits = codes.astype(jnp.uint8)
-    values = list(table)
+    bits, values = codes.astype(jnp.uint8), [jnp.asarray(x, dtype) for x in table]
     for bit in range(4):
         on = bits & jnp.uint8(1 << bit) != 0
         pairs = zip(values[::2], values[1::2], strict=True)
@@ -132,7 +131,14 @@ def blocks_of(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def coded(x, kind: str, blocks: tuple[int, ...]):
+def coded(x: jax.Array, kind: str, blocks: tuple[int, ...]):
+    """The codes nearest to an array, and the scale of each block: ``(codes, scale)``.
+
+    Args:
+        x: the array.
+        kind: a key of ``KINDS``.
+        blocks: of ``blocks_of``.
+    """
     how = KINDS[kind]
     x = x.astype(wide_of(x.dtype))
     split = [(n // max(b, 1), b) for n, b in zip(x.shape, blocks, strict=True)]

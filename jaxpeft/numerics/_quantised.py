@@ -109,7 +109,7 @@ class Quantised:
         if table is None:
             values = self.codes.astype(wide)
         else:
-            values = looked_up(self.codes, jnp.asarray(table, wide))
+            values = looked_up(self.codes, table, wide)
         scale = self.scale.astype(wide)
         for axis, (n, block) in enumerate(zip(self.shape, self.blocks, strict=True)):
             if 1 < block < n:
@@ -185,7 +185,9 @@ class Quantised:
                 q = q.refined(axis, q.shape[axis] // count)
         return q
 
-    def specs(self, spec: PartitionSpec, sizes: Mapping[str, int] | None = None):
+    def specs(
+        self, spec: PartitionSpec, sizes: Mapping[str, int] | None = None
+    ) -> "Quantised":
         """The ``PartitionSpec`` of codes and scale, where the array has ``spec``.
 
         Args:

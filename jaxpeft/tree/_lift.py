@@ -290,13 +290,13 @@ def per_layer_factors(node: AdaptedKernel) -> Factors:
         if not (reads := reads_kernel(node.adapter, node.site.rank)):
             entries = lambda kernel: jnp.zeros(kernel.shape, kernel.dtype)
 
-    def factors(kernel, frozen, trainable, call):
+    def of_layer(kernel, frozen, trainable, call):
         return node.adapter.factors(entries(kernel), frozen | shared, trainable, call)
 
-    each = jax.vmap(factors)
+    factors, each = of_layer, jax.vmap(of_layer)
     if quantised and reads:
         # Layer by layer, and again in the backward pass: no stack of floats is made.
-        factors = jax.checkpoint(factors)
+        factors = jax.checkpoint(of_layer)
         each = lambda *args: jax.lax.map(lambda own: factors(*own), args)
     if BATCH in node.roles:
         matrices = to_matrices(node.base, node.roles)

@@ -96,9 +96,14 @@ def quantise(
     """
     check_kind(kind, group)
     if hasattr(params, "dtype") and hasattr(params, "ndim") and not is_node(params):
-        path = "kernel"
-        words = None if axes is None else {path: axes}
-        return quantise({path: params}, kind, [path], group=group, axes=words)[path]
+        words = {"kernel": axes} if isinstance(axes, str) else axes
+        only = {"kernel": params}
+        return quantise(only, kind, ["kernel"], group=group, axes=words)["kernel"]
+    if isinstance(axes, str):
+        raise ValueError(
+            f"`axes` is {axes!r}, which says of no kernel of a tree what it is; write "
+            f"axes={{'layers/.*': {axes!r}}}"
+        )
     leaves = leaves_with_path(params)
     kernels = {path: x.base if is_node(x) else x for path, x in leaves}
     named = list(kernels.items())

@@ -153,8 +153,8 @@ def merge(adapted: PyTree, dtype: Any = None, *, requantise: bool = False) -> Py
         )
     if not scaled:
         return merged
-    plain = dict(leaves_with_path(merged))
-    scaled = {path: _scale_bias(plain[path], node) for path, node in scaled.items()}
+    by_path = dict(leaves_with_path(merged))
+    scaled = {path: _scale_bias(by_path[path], node) for path, node in scaled.items()}
     return with_leaves(merged, scaled)
 
 

@@ -79,11 +79,10 @@ def test_folded_terms_go_into_the_codes_again(params, tmp_path):
 
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
-@pytest.mark.parametrize("make", [jp.lora, jp.dora], ids=["lora", "dora"])
-def test_peft_runs_it_on_the_float_base(make, oracle, ids, tmp_path):
+def test_peft_runs_it_on_the_float_base(oracle, ids, tmp_path):
     net = oracle.Net(0)
     params = parameters(net)
-    tree = adapted(base(params, "int8"), make(rank=2))
+    tree = adapted(base(params, "int8"), jp.lora(rank=2))
     interop.save_peft(tree, tmp_path / "peft", names=NAMES)
     assert "quantised as int8" in (tmp_path / "peft/README.md").read_text()
     model = oracle.peft.PeftModel.from_pretrained(net, tmp_path / "peft").eval()
