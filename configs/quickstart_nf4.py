@@ -1,7 +1,12 @@
 """The quickstart on a base of 4 bits: KaSA beside kernels in NF4, all else equal.
 
 python train.py --config configs/quickstart_nf4.py
-(Not run yet.)
+Measured: test accuracy 0.930, seed 0 (0.234 before training), on floats 0.937 with the
+same seed and 0.922 to 0.937 over three. 246 s of CPU time, compiling included, most of
+what is more than the quickstart's 103 s for looking up codes, which a CPU has no room
+to hide; wall time is not told, the machine did much else.
+
+Linear layers take 5.6 MB in place of 42.5; embeddings and the rest stay 47.8 MB.
 """
 
 import ml_collections

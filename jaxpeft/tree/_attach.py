@@ -297,12 +297,14 @@ def fold_base(node: AdaptedKernel, warn: bool = True):
     """
     kernel, changed = node.base, refolded(node)
     folded = stored_as(changed, kernel)
-    kind = getattr(kernel, "kind", kernel.dtype)
-    if not warn or kind == changed.dtype or is_traced(folded):
+    quantised = is_quantised(kernel)
+    exact = not quantised and kernel.dtype == changed.dtype
+    if not warn or exact or is_traced(folded):
         return folded
     moved = float(jnp.linalg.norm(changed - dense(kernel, changed.dtype)))
     lost = float(jnp.linalg.norm(dense(folded, changed.dtype) - changed))
-    after = " and quantise the adapted tree" if is_quantised(kernel) else ""
+    kind = kernel.kind if quantised else kernel.dtype
+    after = " and quantise the adapted tree" if quantised else ""
     if moved:  # of a kernel of zeros nothing is folded
         warnings.warn(
             f"site {node.site.path!r}: folding into a {kind} kernel rounds; "
