@@ -1,9 +1,13 @@
 """How a contraction reads its base: an array, or codes and scales.
 
-A quantised base is never written out as floats. Where its scale is the same along all
+No stack of floats is made of a quantised base. Where its scale is the same along all
 that is summed, the codes are contracted and the product is scaled. Where it is not, the
 kernel is dequantised inside of the contraction; the backward pass begins again with
 the codes, so that a scan over layers keeps codes and no stack of floats.
+
+Compiled for v5e:2x2 (LoRA on all linears of a Llama of 8 layers, 2,048 wide, a row of
+1,024 tokens a chip), temporaries of a step in MiB: plain base 217 with full
+rematerialisation and 1,275 without; nf4 219 and 1,275; int8 1,282 without.
 """
 
 from collections.abc import Callable, Collection
