@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+import jaxpeft as jp
 import train
-from jaxpeft import runs
+from jaxpeft import models, runs, training
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -133,19 +134,27 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     )
     row = {"case": case.name, **found.to_dict()}
     if case.quantise:
-        row["bytes_a_weight"] = _bytes_a_weight(content, found)
+        row["bytes_a_weight"] = _bytes_a_weight(case, config)
     return row
 
 
-def _bytes_a_weight(content: dict[str, Any], found: Any) -> float:
-    """Of the layers' kernels, on all chips; embeddings, head and norms are apart."""
-    width, hidden = content["hidden_size"], content["intermediate_size"]
-    layers = content["num_hidden_layers"]
-    heads, keys = content["num_attention_heads"], content["num_key_value_heads"]
-    each = 2 * width**2 + 2 * width * (width * keys // heads) + 3 * width * hidden
-    tables = 2 * 2 * content["vocab_size"] * width  # cut over the chips
-    norms = 2 * (2 * layers + 1) * width * found.devices  # whole on each
-    return (found.base * found.devices - tables - norms) / (layers * each)
+def _bytes_a_weight(case: Case, config: Any) -> float:
+    """Of the layers' quantised kernels, on all chips; what stays floats is apart."""
+    model = models.outline(
+        config.model.name,
+        head="causal_lm",
+        param_dtype=config.model.param_dtype,
+        scan_layers=config.model.scan_layers,
+    )
+    devices = training.find_target(case.target).devices
+    mesh = training.make_mesh(**config.mesh, devices=devices)
+    shapes = jp.quantise(models.abstract(model), case.quantise, axes=model.axes)
+    specs = training.param_specs(shapes, mesh, axes=model.axes)
+    placed = training.place(shapes, mesh, specs)
+    is_kernel = lambda x: isinstance(x, jp.Quantised)
+    kernels = filter(is_kernel, jax.tree.leaves(placed, is_leaf=is_kernel))
+    held = [(training.device_bytes(x) * mesh.size, x.size) for x in kernels]
+    return sum(own for own, _ in held) / sum(size for _, size in held)
 
 
 def main(argv: list[str] | None = None) -> int:
