@@ -7,7 +7,7 @@ from checkpoint_toolbox import tensors
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxpeft as jp
-from jaxpeft import models
+from jaxpeft import interop, models
 from jaxpeft.models import _quantised
 from jaxpeft.tree import flat
 
@@ -62,3 +62,14 @@ def test_kernels_without_a_whole_group_are_named(write, monkeypatch):
         models.load(folder, quantise="nf4", **OPTIONS)
     with pytest.raises(ValueError, match="`kind` must be one of int8, int4, nf4"):
         models.load(folder, quantise="int3", **OPTIONS)
+
+
+def test_a_merged_checkpoint_is_of_floats(write, tmp_path):
+    """Kernels without an adapter are written dequantised, those with one merged."""
+    model, params = models.load(write(tensors()), quantise="int8", **OPTIONS)
+    adapted = jp.attach(params, jp.lora(2), ["query"], key=jax.random.key(0))
+    saved = dict(names=model.names, config=model.hf_config)
+    interop.save_hf(adapted, tmp_path / "merged", **saved)
+    _, again = models.load(tmp_path / "merged", **OPTIONS)
+    for path, x in flat(jp.merge(adapted)).items():
+        np.testing.assert_allclose(flat(again)[path], x, atol=1e-6, err_msg=path)
