@@ -4,6 +4,7 @@
     python -m benchmarks.estimates
     python -m benchmarks.estimates --json benchmarks/results/estimates.json
     python -m benchmarks.estimates --only 8b/lora/v5e:4x4
+    python -m benchmarks.estimates --only 8b/lora/nf4/v5e:4x4
 
 Models of 8 and 70 billion parameters, a bfloat16 base in scanned layers with full
 rematerialisation, adapters of rank 16 on all linears, one row of 2,048 tokens a chip.
@@ -11,6 +12,8 @@ Of ``frozen`` only the scales of the layers' first norms train: the forward pass
 gradients of all inputs, which adapters are compared with. The steps are those of
 ``train.py`` (``jaxpeft estimate``), with the attention that a TPU has. Each compiles
 for one to three minutes on one core. ``--json`` adds to a file that is there already.
+Of a quantised base ``bytes_a_weight`` is what the kernels of the layers take, scales
+included and summed over the chips.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import jax
 
 import jaxpeft as jp
 import train
-from jaxpeft import runs
+from jaxpeft import models, runs, training
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -65,6 +68,7 @@ class Case(NamedTuple):
         target: of ``training.find_target``.
         fsdp: devices along that axis.
         tensor: devices along that axis.
+        quantise: kind of a quantised base, or ``None``.
     """
 
     shape: str
@@ -72,11 +76,13 @@ class Case(NamedTuple):
     target: str
     fsdp: int
     tensor: int
+    quantise: str | None = None
 
     @property
     def name(self) -> str:
-        """``"8b/lora/v5e:4x4"``."""
-        return f"{self.shape}/{self.method}/{self.target}"
+        """``"8b/lora/v5e:4x4"``, ``"8b/lora/nf4/v5e:4x4"``."""
+        kind = f"/{self.quantise}" if self.quantise else ""
+        return f"{self.shape}/{self.method}{kind}/{self.target}"
 
 
 def cases() -> Iterator[Case]:
@@ -85,6 +91,8 @@ def cases() -> Iterator[Case]:
         for shape in SHAPES if fsdp == 64 else ("8b",):
             for method in METHODS:
                 yield Case(shape, method, target, fsdp, tensor)
+    target, fsdp, tensor = PODS[0]
+    yield Case("8b", "lora", target, fsdp, tensor, "nf4")
 
 
 def attach_frozen(config, model, params, keys, ranks=None, folder=None) -> Any:
@@ -125,6 +133,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             "mesh.data=1",
             f"mesh.fsdp={case.fsdp}",
             f"mesh.tensor={case.tensor}",
+            *([f"model.quantise={case.quantise}"] if case.quantise else ()),
         ],
     )
     found = runs.estimate(
@@ -133,7 +142,29 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         make_step=train.make_step,
         target=case.target,
     )
-    return {"case": case.name, **found.to_dict()}
+    row = {"case": case.name, **found.to_dict()}
+    if case.quantise:
+        row["bytes_a_weight"] = _bytes_a_weight(case, config)
+    return row
+
+
+def _bytes_a_weight(case: Case, config: Any) -> float:
+    """Of the layers' quantised kernels, on all chips; what stays floats is apart."""
+    model = models.outline(
+        config.model.name,
+        head="causal_lm",
+        param_dtype=config.model.param_dtype,
+        scan_layers=config.model.scan_layers,
+    )
+    devices = training.find_target(case.target).devices
+    mesh = training.make_mesh(**config.mesh, devices=devices)
+    shapes = jp.quantise(models.abstract(model), case.quantise, axes=model.axes)
+    specs = training.param_specs(shapes, mesh, axes=model.axes)
+    placed = training.place(shapes, mesh, specs)
+    is_kernel = lambda x: isinstance(x, jp.Quantised)
+    kernels = filter(is_kernel, jax.tree.leaves(placed, is_leaf=is_kernel))
+    held = [(training.device_bytes(x) * mesh.size, x.size) for x in kernels]
+    return sum(own for own, _ in held) / sum(size for _, size in held)
 
 
 def main(argv: list[str] | None = None) -> int:

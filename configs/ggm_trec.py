@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
         scan_layers=False,  # one compiled layer for all: compiles faster when deep
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         attention=None,
+        quantise=None,
         dropout=False,  # the model's own dropout, in training
     )
     config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)

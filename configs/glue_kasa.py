@@ -55,6 +55,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
         scan_layers=True,
         remat=None,
         attention=None,
+        quantise=None,
         dropout=True,
     )
     config.tokenizer = dict(pad_token=None, eos_token=None, chat_template=None)

@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
         scan_layers=False,  # one compiled layer for all: compiles faster when deep
         remat=None,  # or what a layer keeps for its backward pass, "full": nothing
         attention=None,  # or "splash", "cudnn", "xla", of a decoder; None: what suits
+        quantise=None,  # or "int8", "int4", "nf4": linear layers of 8 or 4 bits
         dropout=False,  # the model's own dropout, in training
     )
 

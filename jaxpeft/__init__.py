@@ -3,6 +3,7 @@
 from jaxpeft.adapters import *  # noqa: F403 (every method, as registered there)
 from jaxpeft.lowrank import scaled as scaled
 from jaxpeft.lowrank import weighted as weighted
+from jaxpeft.numerics import Quantised as Quantised
 from jaxpeft.transform import UnsupportedError as UnsupportedError
 from jaxpeft.transform import adapt as adapt
 from jaxpeft.transform import capture as capture
@@ -19,6 +20,7 @@ from jaxpeft.tree import merge as merge
 from jaxpeft.tree import mergeable as mergeable
 from jaxpeft.tree import partition as partition
 from jaxpeft.tree import penalty as penalty
+from jaxpeft.tree import quantise as quantise
 from jaxpeft.tree import with_call as with_call
 from jaxpeft.tree import with_dropout as with_dropout
 from jaxpeft.tree import with_numbers as with_numbers

@@ -5,6 +5,7 @@ from jaxtyping import PyTree
 
 from jaxpeft.allocate._allocation import Allocation
 from jaxpeft.allocate._kept import keep_components
+from jaxpeft.numerics import dense
 from jaxpeft.tree import map_nodes, nodes
 
 
@@ -55,7 +56,7 @@ def compact(adapted: PyTree, allocation: Allocation) -> PyTree:
         path = node.site.path
         if path in biases and not any(biases[path]):
             (value,) = node.trainable.values()
-            if not bool(jnp.all(value == node.base.astype(value.dtype))):
+            if not bool(jnp.all(value == dense(node.base, value.dtype))):
                 raise ValueError(
                     f"bias {path!r} was not chosen and is not what it was at the "
                     "start: choose with unselected='revert'"

@@ -115,6 +115,9 @@ def _drawn(model, adapted) -> list[str]:
     return [path for path, x in waiting.items() if np.array_equal(x, drawn[path])]
 
 
+_READ_AS = ("param_dtype", "dtype", "quantise")  # when it was trained
+
+
 def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
     """How the model is read, so that the adapter's sites are there.
 
@@ -141,7 +144,7 @@ def _settings(given: argparse.Namespace, folder: Path, wanted: Wanted):
     if wanted.sites:
         free = given.head == "auto" and wanted.head is None
         settings = _fitting(config, settings, wanted.sites, free=free)
-    settings |= {"param_dtype": wanted.param_dtype, "dtype": wanted.dtype}
+    settings |= {name: getattr(wanted, name) for name in _READ_AS}
     heads = {"classification": settings["num_labels"], "regression": 1}
     asked = heads.get(settings["head"])
     return settings, own if None not in (own, asked) and own != asked else None

@@ -27,6 +27,7 @@ class Wanted(NamedTuple):
         sites: ``{path: shape}`` of leaves that the model must have.
         param_dtype: in which the model was read when it was trained.
         dtype: in which it computed then.
+        quantise: as what its kernels were quantised then.
         base: the model's name or folder, as it was given then.
         metadata: what an own adapter keeps besides.
     """
@@ -37,6 +38,7 @@ class Wanted(NamedTuple):
     sites: dict[str, list[int]] | None = None
     param_dtype: str | None = None
     dtype: str | None = None
+    quantise: str | None = None
     base: str | None = None
     metadata: Mapping[str, Any] = MappingProxyType({})
 
@@ -112,6 +114,7 @@ def own(folder: Path) -> Wanted:
     info = interop.adapter_info(folder)
     sites, metadata = info["sites"], info["metadata"]
     dtypes = {site["base"]["dtype"] for site in sites}
+    kinds = {site["base"].get("quantised") for site in sites} - {None}
     labels, number = interop.head_info(folder)
     head = "regression" if number else "classification" if labels else None
     if head is None and metadata.get("questions"):
@@ -124,6 +127,7 @@ def own(folder: Path) -> Wanted:
         sites={site["path"]: site["base"]["shape"] for site in sites},
         param_dtype=dtypes.pop() if len(dtypes) == 1 else None,
         dtype=model.get("dtype"),
+        quantise=kinds.pop() if len(kinds) == 1 else None,
         base=metadata.get("base") or model.get("name"),
         metadata=metadata,
     )

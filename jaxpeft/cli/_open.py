@@ -279,6 +279,7 @@ def open_adapters(
         sites=sites or None,
         param_dtype=one({each.param_dtype for *_, each in found.values()} - {None}),
         dtype=one({each.dtype for *_, each in found.values()} - {None}),
+        quantise=one({each.quantise for *_, each in found.values()} - {None}),
         base=one(bases),
     )
     base, model, params = open_base(given, asked)

@@ -32,6 +32,8 @@ from jaxpeft.tree import (
     fold_base,
     grouped,
     initialise,
+    is_abstract,
+    is_whole,
     leaf_entries,
     leaves_with_path,
     lifted_factors,
@@ -130,8 +132,7 @@ def load_adapter(
             f"the adapter in {str(folder)!r} does not fit; nothing was loaded:\n  "
             + lines
         )
-    is_site = lambda x: isinstance(x, AdaptedKernel)
-    treedef = jax.tree.structure(params, is_leaf=is_site)
+    treedef = jax.tree.structure(params, is_leaf=is_whole)
     return treedef.unflatten([nodes.get(path, x) for path, x in kernels.items()])
 
 
@@ -196,6 +197,12 @@ def _load_site(entry, called, methods, kernels, file, check_base, problems, comm
         kernel = kernel.base
     if list(kernel.shape) != base["shape"]:
         problems.append(f"{path!r} has shape {list(kernel.shape)}, was {base['shape']}")
+    elif check_base and getattr(kernel, "kind", None) != base.get("quantised"):
+        problems.append(
+            f"{path!r} is {_kept_as(getattr(kernel, 'kind', None))}, and the adapter "
+            f"was trained on {_kept_as(base.get('quantised'))}; "
+            "check_base=False loads it all the same"
+        )
     elif check_base and kernel.dtype.name != base["dtype"]:
         problems.append(
             f"{path!r} has dtype {kernel.dtype.name}, was {base['dtype']}; "
@@ -238,7 +245,7 @@ def _load_site(entry, called, methods, kernels, file, check_base, problems, comm
         frozen.setdefault(name, np.broadcast_to(np.asarray(x), (*batch, *x.shape)))
     node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
     problems += _wide_leaves(node)
-    if adapter.folded is not None and not isinstance(kernel, jax.ShapeDtypeStruct):
+    if adapter.folded is not None and not is_abstract(kernel):
         node = node.replace(base=fold_base(node, warn=False))
     # Of a leaf that is trained in full, nothing of the base is left: a head that was
     # drawn for the run need not be drawn again.
@@ -280,6 +287,10 @@ def _with_shared(node, shared: Mapping[str, str], file, problems, common):
     return node
 
 
+def _kept_as(kind: str | None) -> str:
+    return "floats" if kind is None else f"quantised as {kind}"
+
+
 def _listed(shape) -> str:
     return "no such leaf" if shape is None else str(list(shape))
 
@@ -313,7 +324,7 @@ def _wide_leaves(node: AdaptedKernel) -> list[str]:
     ]
 
 
-def _same_base(kernel: Array | np.ndarray, saved: Mapping[str, Any]) -> bool:
+def _same_base(kernel: Any, saved: Mapping[str, Any]) -> bool:
     if "checksum" in saved:
         return checksum(kernel) == saved["checksum"]
     along, norm = projection(kernel)

@@ -22,7 +22,7 @@ from jaxpeft.interop._format import (
     version,
 )
 from jaxpeft.interop._tensors import is_finite, on_host, write_tensors
-from jaxpeft.numerics import checksum, projection
+from jaxpeft.numerics import checksum, is_quantised, projection
 from jaxpeft.tree import (
     DEFAULT,
     AdaptedKernel,
@@ -207,6 +207,8 @@ def _site_entry(name: str, node: AdaptedKernel, method: int, shared) -> dict[str
     common = shared.get((name, site.path), {})
     numbers = set(node.adapter.options.numbers)  # which are among the options
     base = {"shape": list(node.base.shape), "dtype": node.base.dtype.name}
+    if is_quantised(node.base):
+        base["quantised"] = node.base.kind
     if node.adapter.folded is None:
         base["checksum"] = checksum(node.base)
     else:

@@ -17,6 +17,7 @@ from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._stream import Planned, Writer, shards
 from jaxpeft.interop._tensors import is_finite, on_host
 from jaxpeft.models import BESIDE, ModuleName
+from jaxpeft.numerics import dense
 from jaxpeft.tree import (
     BATCH,
     AdaptedKernel,
@@ -286,10 +287,10 @@ def _stream(table: Table, dtype, drift) -> Iterator[np.ndarray]:
             merged = {p: whole[name] for name, p in inside.items()}
             if is_node(pieces.get("weight")):
                 before = detach(tree)["module"]
-                old = {p: before[name] for name, p in inside.items()}
+                old = {p: dense(before[name]) for name, p in inside.items()}
                 drift[module.saved] = _change(old["weight"], merged["weight"])
         for part in sorted(module.leaves, reverse=True):
-            value = on_host(merged[part])
+            value = on_host(dense(merged[part]))
             with np.errstate(over="ignore"):  # looked for here
                 cast = table.tensor(module, part, value, sliced=sliced).astype(dtype)
             if not is_finite(cast):
@@ -314,12 +315,13 @@ def _pieces(table: Table, module: Module) -> tuple[dict[str, Any], bool]:
 
 
 def _layer(leaf: Any, i: int) -> Any:
+    one = lambda x: jax.tree.map(lambda array: array[i], x)
     if not isinstance(leaf, AdaptedKernel):
-        return leaf[i]
+        return one(leaf)
     common = shared_names(leaf.adapter)
     cut = lambda part: {n: x if n in common else x[i] for n, x in part.items()}
     return leaf.replace(
-        base=leaf.base[i], frozen=cut(leaf.frozen), trainable=cut(leaf.trainable)
+        base=one(leaf.base), frozen=cut(leaf.frozen), trainable=cut(leaf.trainable)
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.numerics import dense
 from jaxpeft.tree import (
     IN,
     OUT,
@@ -103,7 +104,7 @@ def _product_of(node: AdaptedKernel):
         if is_plain(adapter):
             parts = trainable["a"], trainable["b"], frozen["scale"]
         else:
-            terms = change(adapter, kernel, frozen | shared, trainable).terms
+            terms = change(adapter, dense(kernel), frozen | shared, trainable).terms
             a = jnp.concatenate([term.a for term in terms], 1)
             b = jnp.concatenate([term.b for term in terms], 0)
             parts = a, b, jnp.ones(())
@@ -160,7 +161,8 @@ def _apart(node: AdaptedKernel) -> list[tuple]:
         count = len(whole[0])
         return [tuple(x[i : i + 1] for x in whole) for i in range(count)]
     matrices, product = to_matrices(node.base, node.roles), _product_of(node)
-    layers = zip(matrices, unpadded_layers(node), strict=True)
+    of_layer = lambda i: jax.tree.map(lambda x: x[i], matrices)
     return [
-        tuple(x[None] for x in product(matrix, *leaves)) for matrix, leaves in layers
+        tuple(x[None] for x in product(of_layer(i), *leaves))
+        for i, leaves in enumerate(unpadded_layers(node))
     ]

@@ -72,7 +72,10 @@ def _facts(node: AdaptedKernel) -> dict[str, Any]:
         "ranks": list(node.site.ranks),
         "alphas": None if (alphas := alphas_of(node)) is None else list(alphas),
         "settings": {n: options[n] for n in ("alpha", "slope") if n in options},
-        "base": [node.base.dtype.name, checksum(node.base)],
+        "base": [
+            getattr(node.base, "kind", node.base.dtype.name),
+            checksum(node.base),
+        ],
         # A domain beside the universal expert does not depend on it.
         "universal": universal if is_residual(node) else None,
     }

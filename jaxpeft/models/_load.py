@@ -1,7 +1,6 @@
 """From a Hugging Face folder to a Linen module and its parameters."""
 
 import collections
-import functools
 import json
 import logging
 import math
@@ -40,6 +39,10 @@ from jaxpeft.models._gguf import gguf_config
 from jaxpeft.models._match import match
 from jaxpeft.models._names import BESIDE
 from jaxpeft.models._packaged import fetch_packaged, packaged
+from jaxpeft.models._quantised import is_layerwise, make_quantised, putter
+from jaxpeft.numerics import is_quantised
+from jaxpeft.tree import leaves_with_path
+from jaxpeft.tree import quantise as quantised
 
 AT_ONCE = 1 << 28  # bytes of a stack that may be on the host as a whole
 
@@ -70,6 +73,7 @@ def load(
     scan_layers: bool = False,
     remat: str | None = None,
     attention: str | None = None,
+    quantise: str | None = None,
     key: jax.Array | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the model of a Hugging Face checkpoint and its parameters.
@@ -96,6 +100,11 @@ def load(
       remat: what a layer keeps for its backward pass; see ``Bert`` and
         ``Decoder``.
       attention: as for ``from_config``.
+      quantise: None, or ``"int8"``, ``"int4"`` or ``"nf4"``: the kernels of linear
+        layers become codes and scales of that kind as they are read, one layer at a
+        time, so that the whole of the floats is nowhere. Embeddings, heads and norms
+        stay floats. Such a model runs through ``jaxpeft.adapt``; see
+        ``jaxpeft.quantise``.
       key: a typed key, needed only if the checkpoint lacks a classification head.
 
     Returns:
@@ -105,7 +114,7 @@ def load(
     Raises:
       ValueError: if there is no such model, its config is not implemented, its
         tensors do not fit (all are listed), a file is cut short, a number is NaN or
-        infinite, or ``key`` is needed and absent.
+        infinite, or ``key`` is needed and absent; a kernel cannot be quantised.
     """
     folder = find_checkpoint(folder_or_name)
     config = read_model_config(folder)
@@ -119,10 +128,12 @@ def load(
         remat=remat,
         **_stops(sketch, folder, config),
     )
-    shapes = {
-        path: leaf.shape
-        for path, leaf in flatten_dict(abstract(model), sep="/").items()
-    }
+    drawn = abstract(model)
+    shapes = {path: x.shape for path, x in flatten_dict(drawn, sep="/").items()}
+    coded = {}
+    if quantise is not None:
+        leaves = leaves_with_path(quantised(drawn, quantise, axes=model.axes))
+        coded = {path: x for path, x in leaves if is_quantised(x)}
     wanted = sources(
         model.names,
         shapes,
@@ -150,8 +161,11 @@ def load(
             _check_tied(folder, handles, tensors, matched.ignored, table)
         for path, parts in matched.found.items():
             to = _leaf_dtype(parts) if param_dtype is None else model.param_dtype
-            leaves[path] = _make(
-                handles, parts, wanted[path], shapes[path], to, where[path]
+            how = handles, parts, wanted[path], shapes[path], to, where[path]
+            leaves[path] = (
+                make_quantised(_make, coded[path], *how)
+                if path in coded
+                else _make(*how)
             )
     if matched.new:
         leaves |= draw_leaves(model, key, matched.new, where)
@@ -263,7 +277,7 @@ def _make(
     place: jax.sharding.Sharding | None,
 ) -> jax.Array:
     whole = math.prod(shape) * dtype.itemsize
-    if source.stacked and whole > AT_ONCE and _is_layerwise(place):
+    if source.stacked and whole > AT_ONCE and is_layerwise(place):
         return _make_by_layer(handles, tensors, source, shape, dtype, place)
     blocks: dict[tuple[slice, ...], np.ndarray] = {}
 
@@ -284,13 +298,6 @@ def _make(
     return jax.block_until_ready(leaf)  # a copy under way keeps its host memory
 
 
-def _is_layerwise(place: jax.sharding.Sharding | None) -> bool:
-    """Whether every device holds a part of every layer of a stack."""
-    if isinstance(place, jax.sharding.NamedSharding):
-        return not place.spec or place.spec[0] is None
-    return place is None
-
-
 def _make_by_layer(
     handles: Mapping[Path, Any],
     tensors: tuple[Tensor, ...],
@@ -303,23 +310,13 @@ def _make_by_layer(
     within = place and jax.sharding.NamedSharding(
         place.mesh, jax.sharding.PartitionSpec(*place.spec[1:])
     )
-    stack, put = jnp.zeros(shape, dtype, device=place), _putter(place)
+    stack, put = jnp.zeros(shape, dtype, device=place), putter(place)
     one = source._replace(stacked=False)
     for i, tensor in enumerate(tensors):
         layer = _make(handles, (tensor,), one, shape[1:], dtype, within)
         stack = jax.block_until_ready(put(stack, layer, i))
         layer.delete()  # now, not when the runtime comes to it
     return stack
-
-
-@functools.lru_cache
-def _putter(place: jax.sharding.NamedSharding | None) -> Any:
-    """A program that writes one layer into a stack, in place."""
-    return jax.jit(
-        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
-        donate_argnums=0,
-        out_shardings=place,
-    )
 
 
 def _modules(paths: tuple[str, ...]) -> list[str]:

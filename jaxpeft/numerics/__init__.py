@@ -2,6 +2,10 @@
 
 from jaxpeft.numerics._bottom import Triplets as Triplets
 from jaxpeft.numerics._bottom import bottom_triplets as bottom_triplets
+from jaxpeft.numerics._codes import KINDS as KINDS
+from jaxpeft.numerics._codes import axis_groups as axis_groups
+from jaxpeft.numerics._codes import bits_of as bits_of
+from jaxpeft.numerics._codes import blocks_of as blocks_of
 from jaxpeft.numerics._factored import factored_square_norms as factored_square_norms
 from jaxpeft.numerics._factored import live_features as live_features
 from jaxpeft.numerics._factored import magnitude_ratio as magnitude_ratio
@@ -40,6 +44,11 @@ from jaxpeft.numerics._norm import frobenius_norm as frobenius_norm
 from jaxpeft.numerics._norm import gram_distance as gram_distance
 from jaxpeft.numerics._norm import outer_gram_distance as outer_gram_distance
 from jaxpeft.numerics._norm import safe_sqrt as safe_sqrt
+from jaxpeft.numerics._quantised import Quantised as Quantised
+from jaxpeft.numerics._quantised import codes_of as codes_of
+from jaxpeft.numerics._quantised import dense as dense
+from jaxpeft.numerics._quantised import is_quantised as is_quantised
+from jaxpeft.numerics._quantised import stored_as as stored_as
 from jaxpeft.numerics._shown import where_shown as where_shown
 from jaxpeft.numerics._start import bottom_factors as bottom_factors
 from jaxpeft.numerics._start import qr_factors as qr_factors

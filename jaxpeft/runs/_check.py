@@ -19,7 +19,7 @@ from jaxpeft.runs._ranks import check_estimate, read_allocation
 from jaxpeft.runs._run_ranks import ranks_during
 from jaxpeft.runs._workdir import check_workdir
 from jaxpeft.training import adamw, check_rows, leaf_spec, make_mesh
-from jaxpeft.tree import matrix_shape, nodes, partition
+from jaxpeft.tree import matrix_shape, nodes, partition, quantise
 
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
 Attach = Callable[..., Any]
@@ -130,8 +130,26 @@ def load_base(
         num_labels=task.num_labels,
         sharding=lambda path, shape: NamedSharding(mesh, leaf_spec(path, shape, mesh)),
         key=key,
+        quantise=config.model.quantise,
         **{name: config.model[name] for name in _BUILD},
     )
+
+
+def abstract_params(config: ml_collections.ConfigDict, model: nn.Module) -> PyTree:
+    """Returns the shapes of what ``load_base`` would load, quantised as it would be.
+
+    Args:
+        config: the config.
+        model: of ``outline``.
+
+    Raises:
+        ValueError: a kernel cannot be quantised as the config says.
+    """
+    shapes = models.abstract(model)
+    if config.model.quantise is None:
+        return shapes
+    with said_of("model.quantise"):
+        return quantise(shapes, config.model.quantise, axes=model.axes)
 
 
 def load_start(
@@ -179,7 +197,8 @@ def rehearse(
     tokens = jax.ShapeDtypeStruct((1, max(config.lengths)), jnp.int32)
     with said_of("lengths"):
         drawn = lambda tokens: model.init(jax.random.key(0), tokens)
-        shapes = jax.eval_shape(drawn, tokens)["params"]
+        jax.eval_shape(drawn, tokens)
+    shapes = abstract_params(config, model)
     ranks = stated_ranks(config, model, shapes)
     if config.start and not head_known:
         return  # its own head may be of any width

@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from jaxpeft import data, models
-from jaxpeft.runs._check import LONG, Attach, outline, stated_ranks
+from jaxpeft.runs._check import LONG, Attach, abstract_params, outline, stated_ranks
 from jaxpeft.runs._config import call, count_steps, said_of
 from jaxpeft.runs._fields import check_fields
 from jaxpeft.runs._stages import stage_config
@@ -190,7 +190,7 @@ def _with_dtype(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def _adapted(config: ml_collections.ConfigDict, model: Any, attach: Attach) -> Any:
     """The adapted tree of a config, as shapes."""
-    params = models.abstract(model)
+    params = abstract_params(config, model)
     ranks = stated_ranks(config, model, params)
     made = []
 
@@ -218,8 +218,9 @@ def fit(
 
     Tried in this order, each on top of those before it: what a layer keeps for its
     backward pass (``model.remat``), micro-batches (``accumulate``, so that each device
-    has fewer rows at a time), and the axes of the mesh, of which the sum of devices
-    stays. Rows, lengths and the adapter are left alone: they are what is trained.
+    has fewer rows at a time), the axes of the mesh, of which the sum of devices stays,
+    and last a base of 4 bits (``model.quantise``), which alone changes what is
+    computed. Rows, lengths and the adapter are left alone: they are what is trained.
 
     Args:
         config: as for ``estimate``.
@@ -299,6 +300,8 @@ def _changes(config, devices: int) -> Iterator[dict[str, Any]]:
             continue
         most = max(_micro_batches(config, fsdp), default=config.accumulate)
         yield {**changes, "accumulate": most, **mesh}
+    if config.model.quantise is None:
+        yield {**changes, "model.quantise": "nf4"}
 
 
 def _micro_batches(config, shards: int) -> list[int]:

@@ -193,7 +193,8 @@ def too_large(
         advice = (
             f"base, adapters and optimiser alone are {_size(held)}: cut them over more "
             "devices (`config.mesh.fsdp`, `config.mesh.tensor`), or keep the base in "
-            "fewer bytes (--config.model.param_dtype=bfloat16)"
+            "fewer bytes (--config.model.param_dtype=bfloat16, "
+            "--config.model.quantise=nf4)"
         )
     elif config.model.remat in REMATS[:-1]:
         advice = (

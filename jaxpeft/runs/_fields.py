@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
+from jaxpeft.numerics import KINDS
 from jaxpeft.runs._arguments import check_finite_numbers
 from jaxpeft.runs._config import count_steps, near_names
 from jaxpeft.training import flat_config, new_name
@@ -80,6 +81,9 @@ FIELDS: dict[str, _Field] = {
     "model.scan_layers": _BOOL,
     "model.remat": _or_none(_TEXT),
     "model.attention": _or_none(_TEXT),
+    "model.quantise": _or_none(
+        _Field(lambda x: _is_text(x) and x in KINDS, f"one of {', '.join(KINDS)}")
+    ),
     "model.dropout": _BOOL,
     "tokenizer.pad_token": _or_none(_TEXT),
     "tokenizer.eos_token": _or_none(_TEXT),

@@ -13,6 +13,7 @@ _RENAMED = {"allocation": "ranks.before", "allocate": "ranks.during"}
 # which they stand in every run's config.
 _ADDED = {
     "model.attention": (None, "model.remat"),
+    "model.quantise": (None, "model.remat"),
     "input.workers": (0, "mesh.data"),
     "input.prefetch": (0, "mesh.data"),
 }

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxpeft.training._config_json import config_differences, with_new_names
 from jaxpeft.training._state import TrainState
-from jaxpeft.tree import flat, grouped, is_node, unflat
+from jaxpeft.tree import flat, grouped, is_node, is_whole, unflat
 
 
 class Restored(NamedTuple):
@@ -59,7 +59,7 @@ def below(prefix: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
 def _fixed(frozen: Any) -> dict[str, Any]:
     """The adapters' own frozen leaves."""
     own = lambda x: x.replace(base=None, call=None) if is_node(x) else None
-    return flat(jax.tree.map(own, frozen, is_leaf=is_node))
+    return flat(jax.tree.map(own, frozen, is_leaf=is_whole))
 
 
 def base_of(frozen: Any) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from jaxpeft import hlo
+from jaxpeft.numerics import bits_of
 from jaxpeft.training._targets import Target
 from jaxpeft.training._topology import memory_report
-from jaxpeft.tree import combine, detach, is_node, leaves_with_path
+from jaxpeft.tree import combine, detach, is_node, is_whole, leaves_with_path
 
 
 class StepEstimate(NamedTuple):
@@ -113,7 +114,7 @@ def device_bytes(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        total += int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
+        total += -(-int(np.prod(shape, dtype=np.int64)) * bits_of(leaf.dtype) // 8)
     return total
 
 
@@ -163,7 +164,7 @@ def estimate_step(
         **held,
         "memory": None if chip is None else int(chip.memory),
         "tokens": rows * length,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(plain)),
+        "parameters": sum(x.size for x in jax.tree.leaves(plain, is_leaf=is_whole)),
         "notes": notes,
     }
     started = time.perf_counter()

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxpeft.training._slices import over_slices
 from jaxpeft.tree import (
     inherit_specs,
+    is_whole,
     leaves_with_path,
     matrix_words,
     module_path,
@@ -183,7 +184,7 @@ def param_specs(
             f"{sorted({module_path(p) for p, _ in flat})[:8]} ...; write "
             'tensor_rules=[("module", "out"), ...] or tensor=1'
         )
-    return jax.tree.unflatten(jax.tree.structure(params), specs)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_whole), specs)
 
 
 def leaf_spec(
@@ -278,7 +279,7 @@ def place(adapted: Any, mesh: Mesh, specs: Any) -> Any:
     Raises:
         ValueError: ``specs`` is not like the plain parameters.
     """
-    where = shardings(inherit_specs(adapted, specs), mesh)
+    where = shardings(inherit_specs(adapted, specs, dict(mesh.shape)), mesh)
 
     def put(leaf, sharding):
         if isinstance(leaf, jax.ShapeDtypeStruct):

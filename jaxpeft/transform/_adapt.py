@@ -9,16 +9,19 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxpeft.numerics import TARGETS, target_of
+from jaxpeft.numerics import TARGETS, is_quantised, target_of
 from jaxpeft.transform import _compat
+from jaxpeft.transform._base import stand_in
 from jaxpeft.transform._evaluate import Evaluator
 from jaxpeft.transform._moved import Kernel, same
 from jaxpeft.transform._refused import Refusal
 from jaxpeft.transform._rule import Uses, joined
 from jaxpeft.tree import (
     Bound,
+    bare,
     bind,
     is_node,
+    is_whole,
     leaves_with_path,
     nodes,
     scale_bias,
@@ -142,14 +145,14 @@ _compiled_once = functools.lru_cache(maxsize=64)(_compiled)
 def split_call(args: tuple, kwargs: dict) -> tuple["Static", list]:
     """A call's arguments as what is static and what is traced."""
     nodes((args, kwargs))  # whole ones only
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_whole)
     arrays = [x for x in leaves if _is_array(x)]
     rest = tuple(None if _is_array(x) else _static(x) for x in leaves)
     return Static(treedef, rest), arrays
 
 
 def _is_array(x: Any) -> bool:
-    return is_node(x) or isinstance(x, jax.Array | np.ndarray | np.generic)
+    return is_whole(x) or isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def _static(value: Any) -> tuple[type, Any]:
@@ -200,11 +203,17 @@ def _with_scaled_biases(static: Static, arrays: list, values: list) -> list:
     """The values, with each bias scaled that lies beside a kernel which says so."""
     tree = static.whole(arrays)
     scaled = scaled_biases(tree)
-    paths = [path for path, _ in leaves_with_path(tree)]
-    paths = [p for p, own in zip(paths, static.rest, strict=True) if own is None]
     return [
         scale_bias(v, scaled[p]) if p in scaled else v
-        for p, v in zip(paths, values, strict=True)
+        for p, v in zip(_paths(static, arrays), values, strict=True)
+    ]
+
+
+def _paths(static: Static, arrays: list) -> list[str]:
+    """The paths of the arrays among a call's arguments."""
+    named = leaves_with_path(static.whole(arrays))
+    return [
+        path for (path, _), own in zip(named, static.rest, strict=True) if own is None
     ]
 
 
@@ -240,10 +249,16 @@ def run(
         return fn(*args, **kwargs)
 
     flat_fn.__name__ = getattr(fn, "__name__", type(fn).__name__)
-    plain = [x.base if is_node(x) else x for x in arrays]
+    plain = [stand_in(x.base if is_node(x) else x) for x in arrays]
     closed, shape = jax.make_jaxpr(flat_fn, return_shape=True)(plain)
     jaxpr, consts = _compat.opened(closed)
     values = [bind(x, taps_of(x)) if is_node(x) else x for x in arrays]
+    if any(map(is_quantised, values)):
+        paths = _paths(static, arrays)
+        values = [
+            bare(x, p) if is_quantised(x) else x
+            for p, x in zip(paths, values, strict=True)
+        ]
     values = [Kernel.of(x) if isinstance(x, Bound) else x for x in values]
     if any(is_node(x) and x.adapter.where.bias == "scaled" for x in arrays):
         values = _with_scaled_biases(static, arrays, values)

@@ -21,6 +21,7 @@ from jaxpeft.tree import (
     bind,
     choose,
     is_node,
+    is_whole,
     leaves_with_path,
     roles_of,
 )
@@ -129,7 +130,7 @@ def _watched(
 
     Every node is called by its place in this tree.
     """
-    named, treedef = leaves_with_path(params), jax.tree.structure(params, is_node)
+    named, treedef = leaves_with_path(params), jax.tree.structure(params, is_whole)
     kernels = {path: x.base if is_node(x) else x for path, x in named}
     chosen = choose(list(kernels.items()), _OBSERVER, targets, exclude)
     # What is trained in full has roles of its own; its kernel is as good as plain.

@@ -8,11 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxpeft.numerics import is_quantised
 from jaxpeft.transform import _compat
 from jaxpeft.transform._evaluate import Evaluator
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses
-from jaxpeft.tree import BATCH, IN, OUT, USES, Axes, Factors, is_node, leaves_with_path
+from jaxpeft.tree import (
+    BATCH,
+    IN,
+    OUT,
+    USES,
+    Axes,
+    Factors,
+    is_node,
+    is_whole,
+    leaves_with_path,
+)
 
 _LAYER = "layer"
 _TIED, _CONTRACTED, _LOOKED_UP, _ADDED, _OTHER = USES
@@ -169,8 +180,8 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
     named = leaves_with_path(params)
     args, treedef = jax.tree.flatten(example_args)
     arrays = [x for x in args if _is_shaped(x)]
-    leaves = [x.base if is_node(x) else x for _, x in named]
-    structure = jax.tree.structure(params, is_leaf=is_node)
+    leaves = [_shape_of(x.base if is_node(x) else x) for _, x in named]
+    structure = jax.tree.structure(params, is_leaf=is_whole)
 
     def flat_fn(leaves, arrays):
         values = iter(arrays)
@@ -203,6 +214,10 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *example_args: Any) -> Ax
                 axes[path] = " ".join(words)
                 break
     return Axes(axes, used)
+
+
+def _shape_of(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantised(x) else x
 
 
 def _is_shaped(x: Any) -> bool:

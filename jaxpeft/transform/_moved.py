@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpeft.numerics import axis_groups
+from jaxpeft.transform import _base
 from jaxpeft.tree import (
     BATCH,
     IN,
@@ -61,13 +63,13 @@ class Kernel(Bound):
     def regrouped(self, group: Sequence[int], shape: Sequence[int]) -> list[str]:
         """The roles of new axes, of these sizes, which a group of axes becomes."""
         roles = {self.roles[k] for k in group if self.base.shape[k] > 1}
-        if len(roles) > 1:
+        if len(roles) > 1 and not self.is_bare:
             raise NoRule(f"a reshape joins {' and '.join(sorted(roles))} axes")
         return [roles.pop() if roles else BATCH] * len(shape)
 
     def check_stacked(self) -> None:
         """Raises where a loop goes over the first axis, and it is no batch axis."""
-        if self.roles[0] != BATCH:
+        if self.roles[0] != BATCH and not self.is_bare:
             raise NoRule(
                 f"the scan goes over an {self.roles[0]!r} axis of shape "
                 f"{self.base.shape}; a scanned axis is a batch axis, such as "
@@ -75,6 +77,15 @@ class Kernel(Bound):
             )
 
     # Moves.
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing is beside the base: a quantised kernel without an adapter.
+
+        The roles of its axes then forbid nothing.
+        """
+        nothing = self.c is None and self.o is None and self.leaves is None
+        return nothing and not self.terms
 
     def on_base(self, f: Callable[[Any], Any]) -> "Kernel":
         """Applies ``f`` to the base alone; the adapter keeps its own dtype."""
@@ -107,21 +118,9 @@ class Kernel(Bound):
 
     def reshape(self, shape: Sequence[int]) -> "Kernel":
         """Splits or joins axes of one role; never mixes two."""
-        old, new = self.base.shape, tuple(shape)
-        names: list[str] = []
-        i = j = 0
-        while i < len(old) or j < len(new):
-            # The smallest group of old axes that makes a group of new ones.
-            i0, j0 = i, j
-            left = old[i] if i < len(old) else 1
-            right = new[j] if j < len(new) else 1
-            i, j = min(i + 1, len(old)), min(j + 1, len(new))
-            while left != right:
-                if left < right:
-                    left, i = left * old[i], i + 1
-                else:
-                    right, j = right * new[j], j + 1
-            names += self.regrouped(range(i0, i), new[j0:j])
+        new, names = tuple(shape), []
+        for before, after in axis_groups(self.base.shape, new):
+            names += self.regrouped(before, [new[j] for j in after])
         return self._reroled(self.base.reshape(new), names)
 
     def squeeze(self, axes: Sequence[int]) -> "Kernel":
@@ -146,7 +145,7 @@ class Kernel(Bound):
             full = [x.shape[k] if i is None else shape[i] for k, i in enumerate(now)]
             return jnp.broadcast_to(x, (*full, *x.shape[len(now) :]))
 
-        return grown.mapped(widen, base=jnp.broadcast_to(grown.base, shape))
+        return grown.mapped(widen, base=_base.broadcast(grown.base, shape))
 
     def along(self, axis: int, f: Callable[[Any, int], Any]) -> "Kernel":
         """Applies ``f(array, position)`` to the base and all that follow one axis."""
@@ -159,7 +158,7 @@ class Kernel(Bound):
             where = self.positions(layout)
             return f(x, where.index(axis)) if axis in where else x
 
-        return self.mapped(cut, base=f(self.base, axis))
+        return self.mapped(cut, base=_base.along(self.base, axis, f))
 
     def scaled(self, factor: Any, f: Callable[[Any, Any], Any]) -> "Kernel":
         """Applies a linear ``f(array, factor)``; the factor has the kernel's axes.
@@ -169,7 +168,7 @@ class Kernel(Bound):
         axes scales ``a``, which a gate forbids.
         """
         roles = {r for r, n in zip(self.roles, factor.shape, strict=True) if n > 1}
-        if {IN, OUT} <= roles:
+        if {IN, OUT} <= roles and not self.is_bare:
             raise NoRule("it is multiplied along in and out axes at once")
         if IN in roles and self.has_gate:
             raise NoRule("its method reads the input, and its in axes are scaled")
@@ -186,7 +185,8 @@ class Kernel(Bound):
             return f(x, factor.transpose(order).reshape(seen).astype(x.dtype))
 
         factors = map_axes(scale, self.factors)
-        return self.replace(base=f(self.base, factor), factors=factors)
+        base = _base.scaled(self.base, factor, f)
+        return self.replace(base=base, factors=factors)
 
     def beside(self, others: Sequence, starts: Sequence, axis: int, base) -> "Kernel":
         """This kernel and others as parts of one, concatenated along an axis.
@@ -241,7 +241,7 @@ class Kernel(Bound):
         """
         names = tuple(w if w in (IN, OUT) else BATCH for w in words)
         for size, mine, theirs in zip(self.base.shape, self.roles, names, strict=True):
-            if size > 1 and mine != theirs:
+            if size > 1 and mine != theirs and not self.is_bare:
                 raise NoRule(
                     f"an axis of size {size} is {mine!r}, but is used as {theirs!r}"
                 )
@@ -253,6 +253,8 @@ class Kernel(Bound):
         # An axis of size one may have any role: summed or kept, it is the same.
         big = lambda axes: {i for i in axes if shape[i] > 1}
         have = {role: big(axes_of(w.roles, role)) for role in (IN, OUT, BATCH)}
+        if self.is_bare:
+            have = {IN: big(summed), BATCH: big(batch), OUT: set()}
         if big(summed) == have[OUT] != have[IN] and not big(batch) - have[BATCH]:
             w = w.swapped()
         elif big(summed) != have[IN]:
@@ -286,7 +288,8 @@ class Kernel(Bound):
         """The kernel with the axis along which rows are looked up as its in axis."""
         w = self.swapped() if self.roles[axis] == OUT else self
         only = axes_of(w.roles, IN) == (axis,)
-        if not only or axes_of(w.roles, BATCH) != tuple(mapped):
+        fits = only and axes_of(w.roles, BATCH) == tuple(mapped)
+        if not fits and not self.is_bare:
             raise NoRule(
                 f"rows are looked up along axis {axis}, but its roles are "
                 f"{' '.join(w.roles)!r}: a table is 'in out', or a stack of those "

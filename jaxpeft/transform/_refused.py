@@ -11,6 +11,11 @@ from jaxpeft.transform._rule import Equation
 from jaxpeft.tree import IN, OUT, materialise
 
 _LEAVE_OUT = "leave the site out of `targets` (or name it in `exclude`)"
+_BARE = (
+    "It is a quantised kernel without an adapter, and jaxpeft.adapt has no rule for "
+    "that. Two ways out: leave it out of the `targets` of jaxpeft.quantise, or write "
+    'jaxpeft.adapt(fn, unsupported="materialise") to dequantise it there.'
+)
 _WAYS_OUT = (
     f"jaxpeft.adapt has no rule for that. Two ways out: {_LEAVE_OUT}, or write "
     'jaxpeft.adapt(fn, unsupported="materialise") to form the merged kernel there.'
@@ -61,7 +66,7 @@ class Refusal:
         if x.reads_input:
             raise UnsupportedError(f"{what} {_ONE_WAY_OUT}")
         if self.unsupported == "error":
-            raise UnsupportedError(f"{what} {self.ways_out}")
+            raise UnsupportedError(f"{what} {_BARE if x.is_bare else self.ways_out}")
         if what not in self.warned:
             self.warned.add(what)
             dropout = "" if x.key is None else ", without its dropout"

@@ -19,6 +19,7 @@ from jaxpeft.tree._begin import initialise as initialise
 from jaxpeft.tree._biases import scale_bias as scale_bias
 from jaxpeft.tree._biases import scaled_biases as scaled_biases
 from jaxpeft.tree._bound import Bound as Bound
+from jaxpeft.tree._bound import bare as bare
 from jaxpeft.tree._bound import bind as bind
 from jaxpeft.tree._bound import join_terms as join_terms
 from jaxpeft.tree._bound import materialise as materialise
@@ -50,7 +51,10 @@ from jaxpeft.tree._lift import unpadded_layers as unpadded_layers
 from jaxpeft.tree._node import AdaptedKernel as AdaptedKernel
 from jaxpeft.tree._node import Site as Site
 from jaxpeft.tree._node import check_key as check_key
+from jaxpeft.tree._node import is_abstract as is_abstract
 from jaxpeft.tree._node import is_node as is_node
+from jaxpeft.tree._node import is_traced as is_traced
+from jaxpeft.tree._node import is_whole as is_whole
 from jaxpeft.tree._node import leaves_with_path as leaves_with_path
 from jaxpeft.tree._node import map_nodes as map_nodes
 from jaxpeft.tree._node import nodes as nodes
@@ -69,6 +73,10 @@ from jaxpeft.tree._paths import nearest as nearest
 from jaxpeft.tree._paths import resolve_pattern as resolve_pattern
 from jaxpeft.tree._places import gathered as gathered
 from jaxpeft.tree._places import place_like as place_like
+from jaxpeft.tree._quantise import GROUP as GROUP
+from jaxpeft.tree._quantise import check_kind as check_kind
+from jaxpeft.tree._quantise import quantise as quantise
+from jaxpeft.tree._quantise import shared_axes as shared_axes
 from jaxpeft.tree._roles import parse_roles as parse_roles
 from jaxpeft.tree._roles import roles_of as roles_of
 from jaxpeft.tree._several import extract as extract

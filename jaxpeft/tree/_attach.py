@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from jaxpeft.console import SlowWork
+from jaxpeft.numerics import dense, is_quantised, stored_as
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._begin import initialise
 from jaxpeft.tree._change import refolded
@@ -24,7 +25,9 @@ from jaxpeft.tree._node import (
     AdaptedKernel,
     Site,
     check_key,
+    is_abstract,
     is_node,
+    is_traced,
     leaves_with_path,
     made_like,
     wider,
@@ -279,7 +282,7 @@ def _make(
         warnings.simplefilter("ignore")  # `_check` has passed them on, with the site
         frozen, trainable = made_like(kernel, init, key, gathered(kernel))
     node = AdaptedKernel(kernel, frozen, trainable, adapter, site)
-    if adapter.folded is not None and not isinstance(kernel, jax.ShapeDtypeStruct):
+    if adapter.folded is not None and not is_abstract(kernel):
         node = node.replace(base=fold_base(node))
     node = place_like(node, kernel)
     return node.replace(frozen=node.frozen | shared)
@@ -293,17 +296,20 @@ def fold_base(node: AdaptedKernel, warn: bool = True):
         warn: whether to say how much of the change rounding undoes.
     """
     kernel, changed = node.base, refolded(node)
-    folded = changed.astype(kernel.dtype)
-    rounds = kernel.dtype != changed.dtype and not isinstance(folded, jax.core.Tracer)
-    if not warn or not rounds:
+    folded = stored_as(changed, kernel)
+    quantised = is_quantised(kernel)
+    exact = not quantised and kernel.dtype == changed.dtype
+    if not warn or exact or is_traced(folded):
         return folded
-    moved = float(jnp.linalg.norm(changed - kernel.astype(changed.dtype)))
-    lost = float(jnp.linalg.norm(folded.astype(changed.dtype) - changed))
+    moved = float(jnp.linalg.norm(changed - dense(kernel, changed.dtype)))
+    lost = float(jnp.linalg.norm(dense(folded, changed.dtype) - changed))
+    kind = kernel.kind if quantised else kernel.dtype
+    after = " and quantise the adapted tree" if quantised else ""
     if moved:  # of a kernel of zeros nothing is folded
         warnings.warn(
-            f"site {node.site.path!r}: folding into a {kernel.dtype} kernel rounds; "
+            f"site {node.site.path!r}: folding into a {kind} kernel rounds; "
             f"the rounding error is {lost / moved:.2f} of the norm of what was folded. "
-            "Keep base='separate', or fold a float32 kernel.",
+            f"Keep base='separate', or fold a float32 kernel{after}.",
             stacklevel=5,
         )
     return folded

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.numerics import dense
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._lift import (
     dims_of,
@@ -16,7 +17,7 @@ from jaxpeft.tree._lift import (
     site_numbers,
     to_matrices,
 )
-from jaxpeft.tree._node import Site, working_dtype
+from jaxpeft.tree._node import Site, is_traced, working_dtype
 from jaxpeft.tree._spread import mesh_to_spread, spread_layers
 from jaxpeft.tree._terms import BATCH, IN, OUT
 
@@ -48,7 +49,7 @@ def initialise(
     settings = layer_settings(adapter, layers, ranks)
     if alphas is not None:  # as an array: one program serves every alpha
         alphas = jnp.asarray(alphas, working_dtype(kernel.dtype))
-    traced = isinstance(kernel, jax.core.Tracer)
+    traced = is_traced(kernel)
     static = lambda a: {"adapter": a, "start": a.options.start, "roles": roles}
     most = None if ranks is None else max(ranks)
     where = mesh_to_spread(kernel, adapter, roles, most)
@@ -100,10 +101,11 @@ def _initialise(key, kernel, alphas, *, adapter: Adapter, start, roles, ranks):
 
     def init(args):
         key, matrix, alpha = args
-        return method.init(key, matrix.astype(working_dtype(kernel.dtype)), rank, alpha)
+        return method.init(key, dense(matrix, working_dtype(kernel.dtype)), rank, alpha)
 
     if BATCH not in roles:
-        parts = init((key, matrices[0], None if alphas is None else alphas[0]))
+        only = jax.tree.map(lambda x: x[0], (matrices, alphas))
+        parts = init((key, *only))
         parts = jax.tree.map(lambda x: x[None], parts)  # one layer
     else:  # `map`, not `vmap`: an SVD's workspace is that of one layer at a time
         keys = jax.random.split(key, layers)
@@ -116,8 +118,8 @@ def _one_layer(key, kernel, i, alpha, *, adapter: Adapter, start, roles, rank):
     del start  # as above
     matrices = to_matrices(kernel, roles)
     # `i` is traced: layers of one rank share a program.
-    matrix = jax.lax.dynamic_index_in_dim(matrices, i, 0, keepdims=False)
-    matrix = matrix.astype(working_dtype(kernel.dtype))
+    of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+    matrix = dense(jax.tree.map(of_layer, matrices), working_dtype(kernel.dtype))
     return adapter.init(key, matrix, rank, alpha)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.numerics import Quantised, dense
 from jaxpeft.tree._lift import (
     dims_of,
     from_matrices,
@@ -19,7 +20,7 @@ from jaxpeft.tree._lift import (
     to_matrices,
 )
 from jaxpeft.tree._node import AdaptedKernel, trailing, wider
-from jaxpeft.tree._terms import BATCH, Factors, Term
+from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, Term
 
 _BoundT = TypeVar("_BoundT", bound="Bound")
 
@@ -113,6 +114,17 @@ def bind(node: AdaptedKernel, taps: Any = None):
     )
 
 
+def bare(base: Quantised, path: str) -> Bound:
+    """A quantised kernel with nothing beside it.
+
+    Args:
+        base: the kernel.
+        path: where it stands.
+    """
+    names = base.roles or (BATCH,) * (base.ndim - 2) + (IN, OUT)
+    return Bound(base, Factors(), None, None, None, names, path)
+
+
 def _as_called(term: Term, drops: bool, reports: bool) -> Term:
     """A term without the dropout and the report that a call does not ask for.
 
@@ -145,15 +157,16 @@ def join_terms(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
     return (*terms[:first], Term(a, b), *after)
 
 
-def materialise(w: Bound):
+def materialise(w: Bound, given: Any = None):
     """The merged kernel ``D_c (W + a b) D_o``.
 
-    Computed in float32 or wider and cast once, to the base's dtype. ``merge`` calls
-    it; ``adapt`` exists so that a model need not.
+    Computed in float32 or wider and cast once, to the given dtype, or else the base's.
+    ``merge`` calls it; ``adapt`` exists so that a model need not.
     """
     arrays = [w.base, w.c, w.o, *(term.b for term in w.terms)]
     dtype = wider(*(x.dtype for x in arrays if x is not None))
-    matrices = to_matrices(w.base, w.roles).astype(dtype)
+    dtype = wider(dtype, given or dtype)
+    matrices = dense(to_matrices(w.base, w.roles), dtype)
     layers, rows, columns = matrices.shape
     for term in w.terms:
         a = term.a.reshape(layers, rows, term.a.shape[-1]).astype(dtype)
@@ -163,4 +176,5 @@ def materialise(w: Bound):
         matrices = matrices * w.c.reshape(layers, rows, 1).astype(dtype)
     if w.o is not None:
         matrices = matrices * w.o.reshape(layers, 1, columns).astype(dtype)
-    return from_matrices(matrices.astype(w.base.dtype), w.base.shape, w.roles)
+    matrices = matrices.astype(given or w.base.dtype)
+    return from_matrices(matrices, w.base.shape, w.roles)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.numerics import dense
 from jaxpeft.tree._adapter import Adapter, Call
 from jaxpeft.tree._lift import (
     PROBE,
@@ -133,7 +134,7 @@ def refolded(node: AdaptedKernel, sign: float = 1.0):
 
     Computed in float32 (float64 over float64), and not cast back.
     """
-    kernel = to_matrices(node.base, node.roles).astype(working_dtype(node.base.dtype))
+    kernel = dense(to_matrices(node.base, node.roles), working_dtype(node.base.dtype))
     folded = node.adapter.folded
     # Leaves that sites share are not handed to it: `folded` reads a layer's own.
     for term in () if folded is None else jax.vmap(folded)(layer_leaves(node)[0]):

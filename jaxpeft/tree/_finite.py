@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.tree._lift import axes_of
+from jaxpeft.tree._node import is_abstract, is_traced
 from jaxpeft.tree._paths import module_path
 from jaxpeft.tree._places import on_mesh, replicated
 from jaxpeft.tree._terms import BATCH
@@ -28,9 +29,10 @@ def check_finite(kernels: Mapping[str, Any], roles: Mapping[str, tuple]) -> None
     """
     with jax.ensure_compile_time_eval():  # in a trace, too, kernels may have values
         found = {
-            path: _finite(kernel, axes_of(roles[path], BATCH))
+            # Of a quantised kernel the scales: codes are always finite.
+            path: _finite(getattr(kernel, "scale", kernel), axes_of(roles[path], BATCH))
             for path, kernel in kernels.items()
-            if not isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer)
+            if not (is_abstract(kernel) or is_traced(kernel))
         }
     bad = {path: x for path, x in jax.device_get(found).items() if not np.all(x)}
     if bad:

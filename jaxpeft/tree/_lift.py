@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.numerics import dense, is_quantised
 from jaxpeft.tree._adapter import Adapter, Call, rebuild
 from jaxpeft.tree._node import AdaptedKernel, working_dtype
 from jaxpeft.tree._terms import BATCH, IN, OUT, Factors, map_axes
@@ -261,19 +262,46 @@ def per_layer(node: AdaptedKernel, f):
     return jax.vmap(f)(*layer_leaves(node))
 
 
+@functools.cache
+def reads_kernel(adapter: Adapter, rank: int | None) -> bool:
+    """Whether a method's factors depend on the entries of its kernel."""
+    dtype = jnp.dtype(jnp.float32)
+    frozen, trainable = init_shapes(adapter, *PROBE, rank, dtype)
+    frozen = frozen | shared_shapes(adapter, rank)
+
+    def made(kernel, *leaves):
+        return jax.tree.leaves(adapter.factors(kernel, *leaves, Call()))
+
+    kernel = jax.ShapeDtypeStruct(PROBE, dtype)
+    jaxpr = jax.make_jaxpr(made)(kernel, frozen, trainable).jaxpr
+    used = [*jaxpr.outvars, *(v for eqn in jaxpr.eqns for v in eqn.invars)]
+    return any(v is jaxpr.invars[0] for v in used)
+
+
 def per_layer_factors(node: AdaptedKernel) -> Factors:
     """``adapter.factors`` of each layer, stacked; of one kernel without a layer axis.
 
     Padding goes in as well: it is 0 in both factors, and adds 0.
     """
     shared = {name: node.frozen[name] for name in shared_names(node.adapter)}
+    quantised = is_quantised(node.base)
+    entries = lambda kernel: kernel
+    if quantised:
+        entries = dense
+        if not (reads := reads_kernel(node.adapter, node.site.rank)):
+            entries = lambda kernel: jnp.zeros(kernel.shape, kernel.dtype)
 
-    def factors(kernel, frozen, trainable, call):
-        return node.adapter.factors(kernel, frozen | shared, trainable, call)
+    def of_layer(kernel, frozen, trainable, call):
+        return node.adapter.factors(entries(kernel), frozen | shared, trainable, call)
 
+    factors, each = of_layer, jax.vmap(of_layer)
+    if quantised and reads:
+        # Layer by layer, and again in the backward pass: no stack of floats is made.
+        factors = jax.checkpoint(of_layer)
+        each = lambda *args: jax.lax.map(lambda own: factors(*own), args)
     if BATCH in node.roles:
         matrices = to_matrices(node.base, node.roles)
-        return jax.vmap(factors)(matrices, *layer_leaves(node), layer_call(node))
+        return each(matrices, *layer_leaves(node), layer_call(node))
     # Nothing to map over: a plain kernel and its leaves go in without a reshape.
     sides = matrix_shape(node.base.shape, node.roles)[1:]
     matrix = node.base.transpose(_order(node.roles)).reshape(sides)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
+from jaxpeft.numerics import is_quantised
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._paths import path_strings
 from jaxpeft.tree._terms import BATCH as BATCH
@@ -169,6 +170,23 @@ def is_node(x: Any) -> bool:
     return isinstance(x, AdaptedKernel)
 
 
+def is_whole(x: Any) -> bool:
+    """Whether ``x`` stands for one array of the model: a node, or a quantised one."""
+    return is_node(x) or is_quantised(x)
+
+
+def is_abstract(x: Any) -> bool:
+    """Whether an array, or a quantised one, is a shape without values."""
+    x = x.codes if is_quantised(x) else x
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether an array, or a quantised one, is being traced."""
+    x = x.codes if is_quantised(x) else x
+    return isinstance(x, jax.core.Tracer)
+
+
 def map_nodes(f, tree, *rest):
     """Maps ``f`` over the nodes of a tree; everything else stays as it is."""
     return jax.tree.map(
@@ -195,8 +213,8 @@ def nodes(tree: Any) -> list[AdaptedKernel]:
     return found
 
 
-def leaves_with_path(tree: Any, is_leaf=is_node) -> list[tuple[str, Any]]:
-    """``(path, leaf)`` of a tree; an adapted kernel counts as one leaf.
+def leaves_with_path(tree: Any, is_leaf=is_whole) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` of a tree; an adapted or quantised kernel counts as one leaf.
 
     Raises:
         ValueError: two leaves have the same path.
@@ -211,14 +229,13 @@ def leaves_with_path(tree: Any, is_leaf=is_node) -> list[tuple[str, Any]]:
 
 def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """The tree with other leaves, or nodes, at some paths."""
-    structure = jax.tree.structure(tree, is_leaf=is_node)
+    structure = jax.tree.structure(tree, is_leaf=is_whole)
     return structure.unflatten([leaves.get(p, x) for p, x in leaves_with_path(tree)])
 
 
 def made_like(kernel: Any, f: Callable[..., Any], *args: Any) -> Any:
     """``f(*args)``, or its shapes beside a kernel that is a shape itself."""
-    abstract = isinstance(kernel, jax.ShapeDtypeStruct)
-    return jax.eval_shape(f, *args) if abstract else f(*args)
+    return jax.eval_shape(f, *args) if is_abstract(kernel) else f(*args)
 
 
 def check_key(key: Any) -> None:

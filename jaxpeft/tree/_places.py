@@ -4,12 +4,12 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpeft.tree._lift import leaf_entries
-from jaxpeft.tree._node import AdaptedKernel
+from jaxpeft.tree._node import AdaptedKernel, is_abstract, is_traced
 
 
 def on_mesh(x) -> NamedSharding | None:
     """How an array lies on a mesh; ``None``: it lies on none, or has no values yet."""
-    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if is_traced(x) or is_abstract(x):
         return None
     sharding = getattr(x, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
@@ -22,8 +22,8 @@ def replicated(sharding: NamedSharding) -> NamedSharding:
 
 def gathered(kernel):
     """A kernel in one piece, if it is on an explicit mesh: SVDs have no rule there."""
-    if isinstance(kernel, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    if is_abstract(kernel):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), kernel)
     where = on_mesh(kernel)
     if where is None or AxisType.Explicit not in where.mesh.axis_types:
         return kernel

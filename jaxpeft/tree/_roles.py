@@ -13,6 +13,10 @@ def roles_of(by_path, paths, axes) -> dict[str, tuple[str, ...]]:
     roles = {}
     for path in paths:
         shape = by_path[path].shape
+        known = getattr(by_path[path], "roles", ())  # of a quantised kernel
+        if path not in given and len(known) == len(shape):
+            roles[path] = known
+            continue
         words = given.get(path, matrix_words(path) if len(shape) == 2 else None)
         if words is None:
             raise ValueError(

@@ -6,6 +6,7 @@ Adapters of one base need no container but a dictionary:
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxpeft.tree._attach import fold_base
@@ -126,6 +127,8 @@ def _misfits(path: str, node: AdaptedKernel, leaves) -> list[str]:
             how = "detach it first, or graft(..., name='french')"
             return [f"{path!r} already carries {', '.join(map(repr, taken))}; {how}"]
         kernel = kernel.base
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        return [f"{path!r} is {kernel.dtype}; an adapter needs a floating kernel"]
     shape = tuple(kernel.shape)
     if len(shape) != len(node.site.roles):
         roles = " ".join(node.site.roles)

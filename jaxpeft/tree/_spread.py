@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxpeft.numerics import is_quantised
 from jaxpeft.tree._adapter import Adapter
 from jaxpeft.tree._lift import axes_of, leaf_axes, to_matrices
 from jaxpeft.tree._node import working_dtype
@@ -24,7 +25,8 @@ from jaxpeft.tree._terms import BATCH, IN, OUT
 
 def mesh_to_spread(kernel: Any, adapter: Adapter, roles, rank) -> NamedSharding | None:
     """How a kernel lies whose layers can be shared out; None where they cannot."""
-    where = on_mesh(kernel)
+    # A quantised kernel is dequantised a layer at a time, where it lies.
+    where = None if is_quantised(kernel) else on_mesh(kernel)
     if where is None or where.mesh.size == 1:
         return None
     if any(kind != AxisType.Auto for kind in where.mesh.axis_types):

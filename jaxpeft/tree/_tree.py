@@ -1,6 +1,8 @@
 """Functions that split, join, fold and measure adapted trees."""
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jaxpeft.numerics import dense, is_quantised, stored_as
 from jaxpeft.tree._biases import scale_bias, scaled_biases
 from jaxpeft.tree._bound import Bound, bind, materialise
 from jaxpeft.tree._call import with_call
@@ -23,11 +26,14 @@ from jaxpeft.tree._lift import (
 from jaxpeft.tree._node import (
     AdaptedKernel,
     is_node,
+    is_traced,
+    is_whole,
     leaves_with_path,
     map_nodes,
     nodes,
     wider,
     with_leaves,
+    working_dtype,
 )
 from jaxpeft.tree._places import leaf_specs
 from jaxpeft.tree._together import is_several, named_parts, parts_of
@@ -59,7 +65,7 @@ def partition(adapted: PyTree) -> tuple[PyTree, PyTree]:
         return x.replace(base=None, call=None, frozen=dict.fromkeys(x.frozen))
 
     fixed = lambda node: node.replace(trainable=dict.fromkeys(node.trainable))
-    trainable = jax.tree.map(trained, adapted, is_leaf=is_node)
+    trainable = jax.tree.map(trained, adapted, is_leaf=is_whole)
     return trainable, map_nodes(fixed, adapted)
 
 
@@ -96,46 +102,110 @@ def mergeable(adapted: PyTree) -> bool:
     return all(map(free, nodes(adapted)))
 
 
-def merge(adapted: PyTree) -> PyTree:
+def merge(adapted: PyTree, dtype: Any = None, *, requantise: bool = False) -> PyTree:
     r"""Folds every adapter into its kernel: ``D_c (W + a b) D_o``.
 
-    Computed in float32 (float64 over float64), cast once to the kernel's dtype.
+    Computed in float32 (float64 over float64), cast once. Quantised kernels, with an
+    adapter or without, are dequantised.
 
     Args:
         adapted: a tree made by ``attach``.
+        dtype: a floating dtype for merged and dequantised kernels; ``None``: that of
+            each kernel, or that which a quantised one stands for.
+        requantise: whether quantised kernels are quantised again as they were, those
+            without an adapter bit for bit. Codes are coarse, so most of a small change
+            is lost: a warning says how much.
 
     Returns:
         A plain parameter tree.
 
     Raises:
         ValueError: a site's method depends on the input, so that no kernel has its
-            effect.
+            effect; a kernel is integers; or ``dtype`` is none of floats, or given
+            together with ``requantise``.
     """
-    nodes(adapted)  # whole ones only
+    _check_merge(adapted, dtype, requantise)
     scaled = scaled_biases(adapted)
-    merged = map_nodes(_merge_node, adapted)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    lost: dict[str, float] = {}
+
+    def plain(x):
+        if is_quantised(x):
+            return x if requantise else x.dequantise(dtype)
+        if not is_node(x):
+            return x
+        if not (requantise and is_quantised(x.base)):
+            return _merge_node(x, dtype)
+        made, part = _requantised_node(x)
+        if not is_traced(part):
+            lost[x.site.path] = float(part)
+        return made
+
+    merged = jax.tree.map(plain, adapted, is_leaf=is_whole)
+    if lost:
+        worst = max(lost, key=lost.__getitem__)
+        mean = sum(lost.values()) / len(lost)
+        warnings.warn(
+            f"`requantise`: of what the adapters change, {mean:.0%} is lost to the "
+            f"codes (mean of {len(lost)} sites), and at {worst!r} {lost[worst]:.0%}; "
+            "write merge(adapted, dtype=jnp.bfloat16) to keep it",
+            stacklevel=2,
+        )
     if not scaled:
         return merged
-    plain = dict(leaves_with_path(merged))
-    scaled = {path: _scale_bias(plain[path], node) for path, node in scaled.items()}
+    by_path = dict(leaves_with_path(merged))
+    scaled = {path: _scale_bias(by_path[path], node) for path, node in scaled.items()}
     return with_leaves(merged, scaled)
 
 
 _scale_bias = jax.jit(scale_bias)
 
 
+def _check_merge(adapted: PyTree, dtype: Any, requantise: bool) -> None:
+    """Raises what ``merge`` objects to in its arguments."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"`dtype` must be a floating dtype, got {jnp.dtype(dtype)}: an adapter "
+            "rounded to integers is lost. For codes and scales write "
+            "merge(adapted, requantise=True)"
+        )
+    if dtype is not None and requantise:
+        raise ValueError(
+            "`dtype` and `requantise` exclude each other: quantised kernels have their "
+            "own kind; leave one of the two out"
+        )
+    for node in nodes(adapted):  # whole ones only
+        if not jnp.issubdtype(node.base.dtype, jnp.floating):
+            raise ValueError(
+                f"site {node.site.path!r} has a kernel of {node.base.dtype} without a "
+                "scale, and what an adapter adds would be rounded away; keep a "
+                "quantised base as jaxpeft.quantise makes it, or give floats"
+            )
+
+
 @jax.jit
-def _merge_node(node: AdaptedKernel):
+def _requantised_node(node: AdaptedKernel):
+    """The merged kernel in its base's codes, and which part of the change is lost."""
+    wide = working_dtype(node.base.dtype)
+    merged, base = _merge_node(node, wide), node.base.dequantise(wide)
+    made = stored_as(merged, node.base)
+    moved = jnp.linalg.norm(merged - base)
+    off = jnp.linalg.norm(made.dequantise(wide) - merged)
+    return made, jnp.minimum(off / jnp.where(moved == 0, jnp.inf, moved), 1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _merge_node(node: AdaptedKernel, dtype: Any):
     bound = bind(with_call(node, key=None))  # in evaluation mode
     if not isinstance(bound, Bound):
-        return bound
+        return dense(bound, dtype)
     if bound.reads_input:
         raise ValueError(
             f"site {node.site.path!r}: {node.adapter.name!r} depends on the input, so "
             "no kernel has its effect; keep the adapted tree and call it through "
             "jaxpeft.adapt"
         )
-    return materialise(bound)
+    return materialise(bound, dtype)
 
 
 def detach(adapted: PyTree) -> PyTree:
@@ -146,13 +216,14 @@ def detach(adapted: PyTree) -> PyTree:
 
     Returns:
         The plain parameter tree with the original kernels, bit for bit. Methods
-        that folded something into a kernel give it back to within rounding.
+        that folded something into a kernel give it back to within rounding: of a
+        quantised one, to within that of its codes.
     """
 
     def original(node):
         if node.adapter.folded is None:
             return node.base
-        return refolded(node, sign=-1.0).astype(node.base.dtype)
+        return stored_as(refolded(node, sign=-1.0), node.base)
 
     nodes(adapted)  # whole ones only
     return map_nodes(original, adapted)
@@ -232,7 +303,7 @@ def count(adapted: PyTree) -> tuple[int, int]:
         trained ones.
     """
     trained = sum(trainable_size(node) for node in nodes(adapted))
-    leaves = jax.tree.leaves(adapted, is_leaf=is_node)
+    leaves = jax.tree.leaves(adapted, is_leaf=is_whole)
     base = sum(math.prod(x.shape) for x in leaves if hasattr(x, "shape"))
     return trained, base + trained
 
@@ -250,12 +321,17 @@ def trainable_size(node: AdaptedKernel) -> int:
     )
 
 
-def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
+def inherit_specs(
+    adapted: PyTree, specs: PyTree, sizes: Mapping[str, int] | None = None
+) -> PyTree:
     """Gives every leaf of an adapted tree the sharding of its kernel.
 
     Args:
         adapted: a tree made by ``attach``, or its shapes.
-        specs: a tree like the plain parameters with a ``PartitionSpec`` per leaf.
+        specs: a tree like the plain parameters with a ``PartitionSpec`` per leaf; one
+            for a quantised kernel.
+        sizes: of the mesh's axes, ``dict(mesh.shape)``: then the scales of a quantised
+            kernel are whole along an axis that their number does not divide.
 
     Returns:
         A tree like ``adapted`` with a ``PartitionSpec`` for each leaf: entries of
@@ -263,15 +339,17 @@ def inherit_specs(adapted: PyTree, specs: PyTree) -> PyTree:
     """
     is_spec = lambda x: isinstance(x, PartitionSpec)
 
+    own_specs = lambda x, spec: x.specs(spec, sizes) if is_quantised(x) else spec
+
     def each(node, spec):
         if not is_node(node):
-            return spec
+            return own_specs(node, spec)
         along = leaf_specs(node, spec)
         call = jax.tree.map(lambda _: PartitionSpec(), node.call)
         own = node.map_leaves(lambda n, x: None if x is None else along[n])
-        return own.replace(base=spec, call=call)
+        return own.replace(base=own_specs(node.base, spec), call=call)
 
-    flat, treedef = jax.tree.flatten(adapted, is_leaf=is_node)
+    flat, treedef = jax.tree.flatten(adapted, is_leaf=is_whole)
     flat_specs = jax.tree.leaves(specs, is_leaf=is_spec)
     if len(flat) != len(flat_specs):
         raise ValueError(

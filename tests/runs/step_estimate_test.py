@@ -240,7 +240,9 @@ def test_mesh_splits_come_last_and_keep_their_rows(
         {"accumulate": most, "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
         for most, fsdp, tensor in ((2, 8, 1), (4, 4, 2), (8, 2, 4), (16, 1, 8))
     ]
-    assert found == [{}, {"accumulate": 2}, *splits]
+    # And last what changes the numbers.
+    coded = {"accumulate": 2, "model.quantise": "nf4"}
+    assert found == [{}, {"accumulate": 2}, *splits, coded]
 
 
 def test_a_step_that_is_too_large_says_by_how_much(llama_config, bare, one, capsys):

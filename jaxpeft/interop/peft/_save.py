@@ -184,7 +184,8 @@ def save_peft(
             write_tensors(new / TENSORS, tensors, {"format": "pt"})
             text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
             (new / CONFIG).write_text(text + "\n", encoding="utf-8")
-            card = _card(base_model, written, name, errors, called)
+            kinds = {getattr(s.node.base, "kind", None) for s in sites} - {None}
+            card = _card(base_model, written, name, errors, called, sorted(kinds))
             (new / "README.md").write_text(card, encoding="utf-8")
             if called:
                 text = json.dumps(called, indent=2, ensure_ascii=False)
@@ -321,6 +322,7 @@ def _card(
     methods: str,
     errors: dict[str, float],
     called: Mapping[str, Any],
+    quantised: Sequence[str],
 ) -> str:
     lines = ["---", "library_name: peft", "tags: [jaxpeft]"]
     if base_model is not None:
@@ -334,6 +336,8 @@ def _card(
         )
     )
     lines[-1] += kind
+    if quantised:
+        lines += ["", f"Trained on a base quantised as {', '.join(quantised)}."]
     if errors:
         lines += ["", "Cut to this rank, relative to each whole change:", ""]
         lines += [f"- `{name}`: {error:.2e}" for name, error in errors.items()]

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,8 +9,9 @@ from jaxpeft.interop._modules import Module, Table
 from jaxpeft.interop._tensors import TensorFile, on_host
 from jaxpeft.interop.peft._config import PREFIX
 from jaxpeft.interop.peft._rules import is_saved_whole
+from jaxpeft.numerics import dense
 from jaxpeft.parts import form_of
-from jaxpeft.tree import OUTPUT_HEADS, is_node
+from jaxpeft.tree import OUTPUT_HEADS, is_abstract, is_node
 
 Keys = dict[str, dict[str, str]]  # module: {end of the key: key}
 
@@ -140,9 +140,9 @@ def _repeats(file: TensorFile, key: str, table: Table, module: Module, part: str
     """Whether a tensor is the base's own, but for the rounding of the coarser dtype."""
     leaf = table.leaves[module.leaves[part]]
     base = leaf.base if is_node(leaf) else leaf
-    if isinstance(base, jax.ShapeDtypeStruct):
+    if is_abstract(base):
         return True  # a plan of a model has no values
-    ours, theirs = table.tensor(module, part, on_host(base)), file.read(key)
+    ours, theirs = table.tensor(module, part, on_host(dense(base))), file.read(key)
     kinds = [jnp.finfo(x.dtype) for x in (ours, theirs)]
     ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
     return np.allclose(

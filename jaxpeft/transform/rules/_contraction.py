@@ -16,7 +16,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 
+from jaxpeft.numerics import dense
 from jaxpeft.transform import _compat
+from jaxpeft.transform._base import contracted
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses, only_kernel, rule
 from jaxpeft.transform._thin import (
@@ -119,12 +121,15 @@ def contract(
         spelled = [l for l in batch if l not in x_labels] + x_labels
         x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
         x = times(x, spread_along(w.c, batch + ins, spelled))
-    if spelled == x_labels:
-        y = run(x, w.base)
-    else:
+    if spelled != x_labels:
         x_labels = spelled
-        y = labelled_dot(x, x_labels, w.base, w_labels, out, precision)
-        y = y.astype(eqn.params.get("preferred_element_type") or y.dtype)
+
+        def run(x, base):
+            y = labelled_dot(x, x_labels, base, w_labels, out, precision)
+            return y.astype(eqn.params.get("preferred_element_type") or y.dtype)
+
+    kept = [l for i, l in enumerate(w_labels) if i not in w_sum]
+    y = contracted(run, x, w.base, w_sum, lambda s: spread_along(s, kept, out))
 
     x = shown(w, x, x_labels)
     rank = [("r", 0)]
@@ -295,7 +300,7 @@ def look_up(
         what = "tables are mapped with ids" if paired else "one id is looked up alone"
         raise NoRule(f"rows choose an adapter, and here {what}")
     rows = w.along(axis, take)
-    y, changes = rows.base, []
+    y, changes = dense(rows.base), []
     batch, index = [("x", i) for i in paired], [("x", i) for i in range(index_ndim)]
     rest, rank = [("w", i) for i in range(y.ndim - index_ndim)], [("r", 0)]
     if rows.c is not None:
@@ -327,10 +332,10 @@ def _dot_general(eqn: Equation, left, right):
 def _ragged_dot(eqn: Equation, x, w, group_sizes):
     """``lax.ragged_dot`` over experts: ``x [m, k]``, kernel ``[g, k, n]``."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contracted = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
+    summed = tuple(map(tuple, numbers.dot_dimension_numbers[0]))
     if (
         only_kernel((x, w, group_sizes)) != 1
-        or contracted != ((1,), (1,))
+        or summed != ((1,), (1,))
         or any(numbers.dot_dimension_numbers[1])
         or tuple(numbers.rhs_group_dimensions) != (0,)
     ):
@@ -345,7 +350,9 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
     )
     if w.c is not None:
         x = times(x, w.c[expert])
-    y, changes = eqn.run(x, w.base, group_sizes), []
+    run = lambda x, base: eqn.run(x, base, group_sizes)
+    y = contracted(run, x, w.base, (1,), lambda scale: scale[expert])
+    changes = []
     precision = precision_of(eqn.params)
     for term in w.terms:
         z = x.astype(wider(x.dtype, term.a.dtype))

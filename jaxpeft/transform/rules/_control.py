@@ -5,6 +5,7 @@ A kernel is a pytree, so a scan slices its base and its factors alike, and a
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxpeft.numerics import is_quantised
 from jaxpeft.transform import _compat
+from jaxpeft.transform._base import placed
 from jaxpeft.transform._moved import Kernel, NoRule, same
 from jaxpeft.transform._rule import Equation, rule
 from jaxpeft.tree import IN
@@ -52,7 +55,7 @@ def _constrained(vals, shardings):
         if _compat.is_unspecified(sharding):
             return x
         put = lambda y: lax.with_sharding_constraint(y, sharding)
-        return x.on_base(put) if _is_kernel(x) else put(x)
+        return x.on_base(lambda b: placed(b, put)) if _is_kernel(x) else put(x)
 
     return [constrain(x, s) for x, s in zip(vals, shardings, strict=True)]
 
@@ -192,9 +195,11 @@ def _checkpoint(eqn: Equation, *vals) -> list:
 @rule("shard_map")
 def _shard_map(eqn: Equation, *vals) -> list:
     params = eqn.params
+    specs, sizes = params["in_specs"], dict(params["mesh"].shape)
+    vals = [_divided(x, s, sizes) for x, s in zip(vals, specs, strict=True)]
     in_specs = [
-        _specs(x, spec) if _is_kernel(x) else spec
-        for x, spec in zip(vals, params["in_specs"], strict=True)
+        _specs(x, spec, sizes) if _is_kernel(x) else spec
+        for x, spec in zip(vals, specs, strict=True)
     ]
 
     def f(*vals):
@@ -214,7 +219,16 @@ def _shard_map(eqn: Equation, *vals) -> list:
     return list(outs)
 
 
-def _specs(w: Kernel, spec: PartitionSpec) -> Kernel:
+def _divided(x: Any, spec: PartitionSpec, sizes: dict[str, int]) -> Any:
+    """A quantised kernel whose blocks divide over the devices."""
+    if not _is_kernel(x) or not is_quantised(x.base):
+        return x
+    each = [n if isinstance(n, tuple) else (n,) for n in spec]
+    parts = [math.prod(sizes.get(name, 1) for name in names) for names in each]
+    return x.replace(base=x.base.divided(parts))
+
+
+def _specs(w: Kernel, spec: PartitionSpec, sizes: dict[str, int]) -> Kernel:
     """The kernel's spec, carried over to each factor."""
     entries = tuple(spec) + (None,) * (w.base.ndim - len(spec))
     named = [i for i, entry in enumerate(entries) if entry is not None]
@@ -228,4 +242,5 @@ def _specs(w: Kernel, spec: PartitionSpec) -> Kernel:
         where = w.positions(layout)
         return PartitionSpec(*(None if i is None else entries[i] for i in where))
 
-    return w.mapped(each, base=spec)
+    base = w.base.specs(spec, sizes) if is_quantised(w.base) else spec
+    return w.mapped(each, base=base)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpeft.numerics import dense
+from jaxpeft.transform._base import contracted
 from jaxpeft.transform._moved import NoRule
 from jaxpeft.transform._rule import Equation, only_kernel, rule
 from jaxpeft.transform._thin import (
@@ -93,9 +95,11 @@ def _convolution(eqn: Equation, x, w):
     tapped = x if w.leaves is None else windows(x, w.base.shape, params)
     record(uses, w, tapped, front + ins, [], ins, known)
     if w.c is None:
-        y = eqn.run(x, w.base)
+        along_out = lambda s: spread_along(s, [spec.out_spec[1]], range(x.ndim))
+        summed = [i for i in range(w.base.ndim) if i != out_axis]
+        y = contracted(eqn.run, x, w.base, summed, along_out)
     else:
-        base = jnp.moveaxis(w.base, out_axis, -1)
+        base = jnp.moveaxis(dense(w.base), out_axis, -1)
         base = base.reshape(*base.shape[:-1], *widths)
         labels = ins + group + out
         y = labelled_dot(rows(x), front + ins, base, labels, front + out, precision)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpeft.numerics import dense, is_quantised
 from jaxpeft.transform import _compat
+from jaxpeft.transform._base import carried, placed
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, only_kernel, rule
 from jaxpeft.transform.rules._contraction import look_up
@@ -19,16 +21,27 @@ def _ints(numbers) -> tuple[int, ...]:
     return tuple(map(int, numbers))
 
 
-_ON_BASE = (
-    "convert_element_type copy copy_p device_put name reduce_precision reshard "
-    "sharding_constraint stop_gradient"
-)
+@rule("copy", "copy_p", "name", "stop_gradient", moves=True)
+def _carried(eqn: Equation, w: Kernel, *others) -> Kernel:
+    """What leaves every number of the base as it is."""
+    return w.on_base(lambda base: carried(base, lambda x: eqn.run(x, *others)))
 
 
-@rule(*_ON_BASE.split(), moves=True)
-def _on_base(eqn: Equation, w: Kernel, *others) -> Kernel:
-    """What changes the base alone."""
-    return w.on_base(lambda base: eqn.run(base, *others))
+@rule("device_put", "reshard", "sharding_constraint", moves=True)
+def _placed(eqn: Equation, w: Kernel) -> Kernel:
+    return w.on_base(lambda base: placed(base, eqn.run))
+
+
+@rule("convert_element_type", moves=True)
+def _convert(eqn: Equation, w: Kernel) -> Kernel:
+    new = eqn.params["new_dtype"]
+    stays = is_quantised(w.base) and jnp.issubdtype(new, jnp.floating)
+    return w.on_base(lambda base: base.astype(new) if stays else eqn.run(dense(base)))
+
+
+@rule("reduce_precision", moves=True)
+def _reduce_precision(eqn: Equation, w: Kernel) -> Kernel:
+    return w.on_base(lambda base: eqn.run(dense(base)))
 
 
 @rule("pvary", "pcast", moves=True)
@@ -41,7 +54,7 @@ def _varying(eqn: Equation, w: Kernel) -> Kernel:
         _compat.varying_axes(of[0].aval) for of in (eqn.raw.invars, eqn.raw.outvars)
     )
     grown = w.mapped(lambda x, _: _compat.as_varying(x, after - before))
-    return grown.on_base(eqn.run)
+    return grown.on_base(lambda base: carried(base, eqn.run))
 
 
 @rule("optimization_barrier")
@@ -144,7 +157,7 @@ def _negate(eqn: Equation, w: Kernel) -> Kernel:
 def _concatenate(eqn: Equation, *parts) -> Kernel:
     """Kernels side by side, as in recurrent cells and fused projections."""
     axis, starts, kernels, at = eqn.params["dimension"], [], [], 0
-    bases = [x.base if isinstance(x, Kernel) else x for x in parts]
+    bases = [dense(x.base) if isinstance(x, Kernel) else x for x in parts]
     for x, base in zip(parts, bases, strict=True):
         if isinstance(x, Kernel):
             kernels.append(x)
@@ -222,4 +235,7 @@ def _gather(eqn: Equation, w: Any, indices) -> Any:
     kept = (r for i, r in enumerate(w.roles) if i != axis and i not in mapped)
     names = (*(w.grown() for _ in range(index_ndim)), *kept)
     w = w.along(axis, take).replace(names=names)
-    return laid_out(w.replace(base=filled(w.base)))
+    # Codes that were out of bounds are those of another row: the scale makes them NaN.
+    fill_in = lambda base: base.replace(scale=filled(base.scale))
+    base = fill_in(w.base) if is_quantised(w.base) else filled(w.base)
+    return laid_out(w.replace(base=base))
