@@ -58,8 +58,8 @@ MODELS = {
     ),
     "toy": dict(
         vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,  # a group of 4-bit codes
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -75,16 +75,15 @@ class Row(NamedTuple):
         side: "ours", "by hand" or "HF PEFT".
         method: a name of ``jaxpeft.adapters``.
         changes: of the config, ``("field", value)``.
-        base: what becomes of the base's parameters before adapters are attached.
+        quantise: the kind of a quantised base (``jaxpeft.quantise``), or ``None``.
     """
 
     side: str
     method: str
     changes: tuple[tuple[str, Any], ...] = ()
-    base: Callable[[Any], Any] | None = None
+    quantise: str | None = None
 
 
-# A row more is one entry, a quantised base's too: Row("ours", "lora", base=...).
 ROWS = {
     "ours/lora": Row("ours", "lora"),
     "hand/lora": Row("by hand", "lora"),
@@ -92,6 +91,7 @@ ROWS = {
     "ours/dora": Row("ours", "dora"),
     "ours/bora": Row("ours", "bora"),
     "ours/kasa": Row("ours", "kasa"),
+    "ours/lora/nf4": Row("ours", "lora", quantise="nf4"),
     "peft/dora": Row("HF PEFT", "dora"),
 }
 # (attention, what a layer keeps for its backward pass), in the order tried

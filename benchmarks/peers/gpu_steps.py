@@ -162,7 +162,8 @@ def _adapted(row: Any, model: dict, tokens: int, rank: int, way: tuple):
     params = models.abstract(built)
 
     def attach(params, keys):
-        params = row.base(params) if row.base else params
+        if row.quantise:
+            params = jp.quantise(params, row.quantise, axes=built.axes)
         return train.attach_all(config, built, params, keys)
 
     shapes = jax.eval_shape(attach, params, jax.random.split(jax.random.key(0)))
