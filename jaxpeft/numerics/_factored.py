@@ -6,17 +6,21 @@ takes away most of a feature of ``W``, what is left drowns in the rounding of wh
 cancelled: such features, if there are any, are formed, one at a time.
 """
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.numerics._norm import safe_sqrt
 
 _HIGHEST = "highest"
+_KEPT = "square_norms"
+_POLICY = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 
 def square_norms(
@@ -112,19 +116,28 @@ def factored_square_norms(
     kernel = lax.stop_gradient(kernel)
     if axis == "in":  # the out features of the transpose
         a, b = b.T, a.T
-    left = a if weight is None else a * weight[:, None]
-    cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
-    gram = jnp.matmul(left.T, a, precision=_HIGHEST)
-    own = jnp.sum(jnp.matmul(gram, b, precision=_HIGHEST) * b, 0)
-    squares = base + 2 * jnp.sum(cross * b, 0) + own
 
-    size = lax.stop_gradient(base + jnp.sum(jnp.diagonal(gram)[:, None] * b**2, 0))
-    precise, step = _precision(kernel.dtype, squares.dtype)
-    cancelled = lax.stop_gradient(squares) < precise**0.5 * size
-    formed = _formed_square_norms(axis, kernel, a, b, weight, cancelled)
-    squares = jnp.where(cancelled, formed, squares)
-    least = max(eps, 8 * step) ** 2 * size
-    return jnp.where(squares < least, least, squares)  # NaN stays NaN
+    # The product with the kernel is kept for the backward pass, and what depends on
+    # it; the rest is elementwise, and its arrays would lie there throughout the step.
+    @functools.partial(jax.checkpoint, policy=_POLICY)
+    def squared(a, b, base, weight):
+        left = a if weight is None else a * weight[:, None]
+        cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
+        cross = checkpoint_name(cross, _KEPT)
+        gram = jnp.matmul(left.T, a, precision=_HIGHEST)
+        own = jnp.sum(jnp.matmul(gram, b, precision=_HIGHEST) * b, 0)
+        squares = base + 2 * jnp.sum(cross * b, 0) + own
+
+        size = lax.stop_gradient(base + jnp.sum(jnp.diagonal(gram)[:, None] * b**2, 0))
+        precise, step = _precision(kernel.dtype, squares.dtype)
+        cancelled = lax.stop_gradient(squares) < precise**0.5 * size
+        cancelled = checkpoint_name(cancelled, _KEPT)
+        formed = _formed_square_norms(axis, kernel, a, b, weight, cancelled)
+        squares = checkpoint_name(jnp.where(cancelled, formed, squares), _KEPT)
+        least = max(eps, 8 * step) ** 2 * size
+        return jnp.where(squares < least, least, squares)  # NaN stays NaN
+
+    return squared(a, b, base, weight)
 
 
 def _precision(kernel: jnp.dtype, dtype: jnp.dtype) -> tuple[float, float]:
@@ -240,7 +253,8 @@ def _in_two(x, kernel, axis):
     high = x.astype(kernel.dtype)
     low = (x - high.astype(x.dtype)).astype(kernel.dtype)
     parts = _contract(jnp.concatenate([high, low], 1), kernel, axis, x.dtype)
-    return parts[: x.shape[1]] + parts[x.shape[1] :]  # the kernel is read once
+    # The kernel is read once; what is kept is the sum, and not both of its parts.
+    return lax.optimization_barrier(parts[: x.shape[1]] + parts[x.shape[1] :])
 
 
 def _narrow_forward(axis, x, kernel):

@@ -111,22 +111,22 @@ def contract(
     out = shared + (w_free + x_free if kernel_first else x_free + w_free)
 
     ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
-    precision, given = precision_of(eqn.params), (x, x_labels)
+    precision = precision_of(eqn.params)
     product = functools.partial(labelled_dot, target=uses.target)
-    spelled = x_labels
-    if w.c is not None:
-        # An expert axis that the input lacks must be spelled out to scale the input.
-        spelled = [l for l in batch if l not in x_labels] + x_labels
-        x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
-        x = times(x, spread_along(w.c, batch + ins, spelled))
-    if spelled == x_labels:
+    if w.c is None:
         y = run(x, w.base)
     else:
-        x_labels = spelled
-        y = labelled_dot(x, x_labels, w.base, w_labels, out, precision)
-        y = y.astype(eqn.params.get("preferred_element_type") or y.dtype)
+        # An expert axis that the input lacks must be spelled out to scale the input.
+        spelled = [l for l in batch if l not in x_labels] + x_labels
+        z = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
+        z = times(z, spread_along(w.c, batch + ins, spelled))
+        if spelled == x_labels:
+            y = run(z, w.base)
+        else:
+            y = labelled_dot(z, spelled, w.base, w_labels, out, precision)
+            y = y.astype(eqn.params.get("preferred_element_type") or y.dtype)
 
-    x = shown(w, x, x_labels)
+    given, x = x, shown(w, x, x_labels)
     rank = [("r", 0)]
     h_labels = batch + x_free + rank
 
@@ -137,15 +137,16 @@ def contract(
     known = eqn.shared.parts.pop(id(eqn.raw), None)
     if known is None:
         mates = eqn.shared.mates(eqn, w, 1 - kernel_first, w_sum)
-        known, *others = read([w, *mates.values()], thin, precision, uses.target)
+        readers = [k.thin() for k in (w, *mates.values())]
+        known, *others = read(readers, thin, precision, uses.target)
         eqn.shared.parts.update(zip(mates, others, strict=True))
-    record(uses, w, *given, batch, ins, known)
+    record(uses, w, given, x_labels, batch, ins, known)
     down = lambda x, a: thin(a, precision, x)
     b_labels = batch + rank + outs
     up = lambda h, b: product(h, h_labels, b, b_labels, out, precision)
     changes = changes_of(w, x, known, down, up, uses)
     y = finish(y, changes, spread_along(w.o, batch + outs, out))
-    for term in w.terms:
+    for term in w.thin():
         if term.rows is not None:
             y = _each_row(term, term.rows, w, x, x_labels, y, out, precision)
     return y
@@ -181,18 +182,18 @@ def _each_row(term: Term, rows: Rows, w: Kernel, x, x_labels, y, out, precision)
 
 
 def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
-    """What each term adds to ``x W``: ``gate(x, drop(x) a) b``.
+    """What each term adds: ``gate(x, drop(x) c a) b o``.
 
     Args:
         w: the kernel.
-        x: the input as its adapter sees it.
+        x: the input as its adapter sees it, not scaled.
         known: what each term has read of it already.
         down: ``down(x, a)``, in the layout of this use.
         up: ``up(h, b)``, in that of the result.
         uses: what the call gathers.
     """
     changes = []
-    for term, (h, seen) in zip(w.terms, known, strict=True):
+    for term, (h, seen) in zip(w.thin(), known, strict=True):
         if term.rows is not None:
             continue
         if h is None:
@@ -204,20 +205,21 @@ def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
 
 
 def finish(y, changes: list, o=None):
-    """Adds what terms change and scales, wide; rounds once to ``y``'s dtype.
+    """Scales, adds what terms change, wide; rounds once to ``y``'s dtype.
 
     Args:
-        y: the model's own result.
-        changes: one array for each term.
+        y: the base's own result.
+        changes: one array for each term, scaled already.
         o: the scale of the output, which broadcasts with ``y``, or ``None``.
     """
     dtype = y.dtype
+    if o is not None:
+        wide = wider(dtype, o.dtype)
+        y = checkpoint_name(y, UNSCALED).astype(wide) * o.astype(wide)
     if changes:
         delta = functools.reduce(operator.add, changes)
-        wide = wider(dtype, delta.dtype)
+        wide = wider(y.dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
-    if o is not None:
-        y = times(checkpoint_name(y, UNSCALED), o)
     return y.astype(dtype)
 
 
@@ -298,6 +300,7 @@ def look_up(
     y, changes = rows.base, []
     batch, index = [("x", i) for i in paired], [("x", i) for i in range(index_ndim)]
     rest, rank = [("w", i) for i in range(y.ndim - index_ndim)], [("r", 0)]
+    up = functools.partial(labelled_dot, target=eqn.uses.target)
     if rows.c is not None:
         y = times(y, spread_along(rows.c, index, index + rest))
     for term in rows.terms:
@@ -309,7 +312,8 @@ def look_up(
             return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        up = functools.partial(labelled_dot, target=eqn.uses.target)
+        if rows.o is not None:
+            b = times(b, spread_along(rows.o, batch + rest, batch + rank + rest))
         changes.append(up(a, index + rank, b, batch + rank + rest, index + rest))
     return finish(y, changes, spread_along(rows.o, batch + rest, index + rest))
 
@@ -343,12 +347,13 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
     expert = jnp.repeat(
         jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows
     )
+    given = x
     if w.c is not None:
         x = times(x, w.c[expert])
     y, changes = eqn.run(x, w.base, group_sizes), []
     precision = precision_of(eqn.params)
-    for term in w.terms:
-        z = x.astype(wider(x.dtype, term.a.dtype))
+    for term in w.thin():
+        z = given.astype(wider(x.dtype, term.a.dtype))
         h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)
         b = term.b.astype(h.dtype)
         changes.append(lax.ragged_dot(h, b, group_sizes, precision))
