@@ -315,23 +315,20 @@ class Kernel(Bound):
     # The factors beside the base.
 
     def thin(self) -> tuple[Term, ...]:
-        """The terms with the scales of the input and of the output inside them.
+        """The terms with the scale of the input inside them.
 
-        ``((x c) a) b o`` is ``x (c a) (b o)``: then only the base has an input and an
-        output of its own, kernels that read one input can share a product, and what
-        is kept of the output for the gradient of ``o`` is the base's alone.
+        ``(x c) a`` is ``x (c a)``: then only the base has an input of its own, and
+        kernels that read one input share a product, whatever their scales.
         """
+        if self.c is None:
+            return self.terms
 
         def fold(term):
             slot = (1,) * (term.rows is not None)
-            a, b = term.a, term.b
-            if self.c is not None:
-                a = _times(a, self.c.reshape(*batch, *slot, *self.dims(IN), 1))
-            if self.o is not None:
-                b = _times(b, self.o.reshape(*batch, *slot, 1, *self.dims(OUT)))
-            return dataclasses.replace(term, a=a, b=b)
+            c = self.c.reshape(*self.dims(BATCH), *slot, *self.dims(IN), 1)
+            wide = wider(term.a.dtype, c.dtype)
+            return dataclasses.replace(term, a=term.a.astype(wide) * c.astype(wide))
 
-        batch = self.dims(BATCH)
         return tuple(map(fold, self.terms))
 
     def mapped(self, f: Callable[[Any, tuple], Any], **base) -> "Kernel":
@@ -366,11 +363,6 @@ class Kernel(Bound):
             return x.reshape(*now, *x.shape[len(old) :])
 
         return self.mapped(reshape, base=base, names=new.names)
-
-
-def _times(x, scale):
-    wide = wider(x.dtype, scale.dtype)
-    return x.astype(wide) * scale.astype(wide)
 
 
 def same(x: Any, y: Kernel) -> bool:

@@ -29,7 +29,8 @@ from jaxpeft.transform._thin import (
 from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
 from jaxpeft.tree import BATCH, IN, OUT, Rows, Term, axes_of, wider
 
-# A remat policy that keeps this name spares recomputing outputs that are scaled.
+# A remat policy that keeps this name spares recomputing outputs that are scaled: what
+# the gradient of their scale reads.
 UNSCALED = "jaxpeft_unscaled"
 
 
@@ -182,7 +183,7 @@ def _each_row(term: Term, rows: Rows, w: Kernel, x, x_labels, y, out, precision)
 
 
 def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
-    """What each term adds: ``gate(x, drop(x) c a) b o``.
+    """What each term adds to ``x W``: ``gate(x, drop(x) c a) b``.
 
     Args:
         w: the kernel.
@@ -205,22 +206,45 @@ def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
 
 
 def finish(y, changes: list, o=None):
-    """Scales, adds what terms change, wide; rounds once to ``y``'s dtype.
+    """Adds what terms change and scales, wide; rounds once to ``y``'s dtype.
 
     Args:
-        y: the base's own result.
-        changes: one array for each term, scaled already.
+        y: the model's own result.
+        changes: one array for each term.
         o: the scale of the output, which broadcasts with ``y``, or ``None``.
     """
     dtype = y.dtype
-    if o is not None:
-        wide = wider(dtype, o.dtype)
-        y = checkpoint_name(y, UNSCALED).astype(wide) * o.astype(wide)
     if changes:
         delta = functools.reduce(operator.add, changes)
-        wide = wider(y.dtype, delta.dtype)
+        wide = wider(dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
-    return y.astype(dtype)
+    return y.astype(dtype) if o is None else _scaled(dtype, y, o)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scaled(dtype, y, o):
+    """``y o``, rounded once to ``dtype``.
+
+    The gradient of ``o`` sums ``y``, which then lay beside ``y o`` throughout the
+    backward pass. It is had back from ``y o``, and only where ``o`` is 0 kept itself.
+    """
+    return jnp.where(o == 0, jnp.zeros((), dtype), _kept(dtype, y, o))
+
+
+def _kept(dtype, y, o):
+    wide = wider(y.dtype, o.dtype)
+    y, o = y.astype(wide), o.astype(wide)
+    return checkpoint_name(jnp.where(o == 0, y, y * o).astype(dtype), UNSCALED)
+
+
+@_scaled.defjvp
+def _scaled_jvp(dtype, primals, tangents):
+    (y, o), (y_dot, o_dot) = primals, tangents
+    kept, wide = _kept(dtype, y, o), wider(y.dtype, o.dtype)
+    out = jnp.where(o == 0, jnp.zeros((), dtype), kept)
+    share = o_dot / jnp.where(o == 0, jnp.ones_like(o), o)
+    dot = y_dot.astype(wide) * o.astype(wide) + kept.astype(wide) * share.astype(wide)
+    return out, dot.astype(dtype)
 
 
 def _rows(x, labels, batch, ins):
@@ -312,8 +336,6 @@ def look_up(
             return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        if rows.o is not None:
-            b = times(b, spread_along(rows.o, batch + rest, batch + rank + rest))
         changes.append(up(a, index + rank, b, batch + rank + rest, index + rest))
     return finish(y, changes, spread_along(rows.o, batch + rest, index + rest))
 
