@@ -6,21 +6,17 @@ takes away most of a feature of ``W``, what is left drowns in the rounding of wh
 cancelled: such features, if there are any, are formed, one at a time.
 """
 
-import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.numerics._norm import safe_sqrt
 
 _HIGHEST = "highest"
-_KEPT = "square_norms"
-_POLICY = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 
 def square_norms(
@@ -117,27 +113,19 @@ def factored_square_norms(
     if axis == "in":  # the out features of the transpose
         a, b = b.T, a.T
 
-    # The product with the kernel is kept for the backward pass, and what depends on
-    # it; the rest is elementwise, and its arrays would lie there throughout the step.
-    @functools.partial(jax.checkpoint, policy=_POLICY)
-    def squared(a, b, base, weight):
-        left = a if weight is None else a * weight[:, None]
-        cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
-        cross = checkpoint_name(cross, _KEPT)
-        gram = jnp.matmul(left.T, a, precision=_HIGHEST)
-        own = jnp.sum(jnp.matmul(gram, b, precision=_HIGHEST) * b, 0)
-        squares = base + 2 * jnp.sum(cross * b, 0) + own
+    left = a if weight is None else a * weight[:, None]
+    cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
+    gram = jnp.matmul(left.T, a, precision=_HIGHEST)
+    both = 2 * cross + jnp.matmul(gram, b, precision=_HIGHEST)
+    squares = base + jnp.sum(both * b, 0)
 
-        size = lax.stop_gradient(base + jnp.sum(jnp.diagonal(gram)[:, None] * b**2, 0))
-        precise, step = _precision(kernel.dtype, squares.dtype)
-        cancelled = lax.stop_gradient(squares) < precise**0.5 * size
-        cancelled = checkpoint_name(cancelled, _KEPT)
-        formed = _formed_square_norms(axis, kernel, a, b, weight, cancelled)
-        squares = checkpoint_name(jnp.where(cancelled, formed, squares), _KEPT)
-        least = max(eps, 8 * step) ** 2 * size
-        return jnp.where(squares < least, least, squares)  # NaN stays NaN
-
-    return squared(a, b, base, weight)
+    size = lax.stop_gradient(base + jnp.sum(jnp.diagonal(gram)[:, None] * b**2, 0))
+    precise, step = _precision(kernel.dtype, squares.dtype)
+    cancelled = lax.stop_gradient(squares) < precise**0.5 * size
+    formed = _formed_square_norms(axis, kernel, a, b, weight, cancelled)
+    squares = jnp.where(cancelled, formed, squares)
+    least = max(eps, 8 * step) ** 2 * size
+    return jnp.where(squares < least, least, squares)  # NaN stays NaN
 
 
 def _precision(kernel: jnp.dtype, dtype: jnp.dtype) -> tuple[float, float]:
