@@ -116,8 +116,8 @@ def factored_square_norms(
     left = a if weight is None else a * weight[:, None]
     cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
     gram = jnp.matmul(left.T, a, precision=_HIGHEST)
-    both = 2 * cross + jnp.matmul(gram, b, precision=_HIGHEST)
-    squares = base + jnp.sum(both * b, 0)
+    own = jnp.sum(jnp.matmul(gram, b, precision=_HIGHEST) * b, 0)
+    squares = base + 2 * jnp.sum(cross * b, 0) + own
 
     size = lax.stop_gradient(base + jnp.sum(jnp.diagonal(gram)[:, None] * b**2, 0))
     precise, step = _precision(kernel.dtype, squares.dtype)
@@ -157,10 +157,11 @@ def _one(x, here, axis: int):
     """``x`` at the one place of an axis where ``here`` is true.
 
     A sum of one number and zeros, exact in any dtype. A slice or a gather would have
-    compilers lay the whole kernel out anew, and gather it where it is sharded.
+    compilers lay the whole kernel out anew, and gather it where it is sharded; a
+    selection in place of the product would have the CPU's write it out.
     """
     there = jnp.expand_dims(here, tuple(i for i in range(x.ndim) if i != axis))
-    x = jnp.where(there, x, jnp.zeros_like(x))
+    x = x * there.astype(x.dtype)
     return lax.reduce(x, np.zeros((), x.dtype), lax.add, (axis,))
 
 
