@@ -3,13 +3,14 @@
 With Gram matrices the square norms of all out features (or of all in features) cost
 two thin matmuls: only ``[r, d_out]`` and ``[d_in, r]`` arrays are made. Where ``a b``
 takes away most of a feature of ``W``, what is left drowns in the rounding of what
-cancelled: such features, if there are any, are formed, a few at a time.
+cancelled: such features, if there are any, are formed, one at a time.
 """
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -82,7 +83,7 @@ def factored_square_norms(
 
     and p the precision of its products (5e-7 over float32, 2e-4 over bfloat16, 1e-15
     over float64), the error of the sum is below :math:`p M_j`. Features with
-    :math:`n_j^2 < \sqrt p\, M_j` are therefore formed, a few at a time, and their
+    :math:`n_j^2 < \sqrt p\, M_j` are therefore formed, one after another, and their
     squares added up; in a step without any this costs a comparison. So the relative
     error of a norm :math:`n_j` is at most the larger of :math:`\sqrt p / 2` (4e-4 over
     float32) and :math:`2 u \sqrt{M_j} / n_j`, u = 1.2e-7 being float32's step. Norms
@@ -111,6 +112,7 @@ def factored_square_norms(
     kernel = lax.stop_gradient(kernel)
     if axis == "in":  # the out features of the transpose
         a, b = b.T, a.T
+
     left = a if weight is None else a * weight[:, None]
     cross = _thin_product(left, kernel, 0 if axis == "out" else 1)
     gram = jnp.matmul(left.T, a, precision=_HIGHEST)
@@ -133,49 +135,58 @@ def _precision(kernel: jnp.dtype, dtype: jnp.dtype) -> tuple[float, float]:
     return 4 * max(step, narrow if kernel.itemsize < dtype.itemsize else 0), step
 
 
-_AT_ONCE = 16  # features, and of a small kernel a quarter: never all of it
+def _each_feature(chosen, start, add):
+    """``add(carry, its place)`` for each of the chosen features, one after another.
 
-
-def _each_block(chosen, start, add):
-    """``add(carry, where, there)`` for the chosen features, ``_AT_ONCE`` at a time.
-
-    As many steps as there are blocks of chosen ones, none without; also under `vmap`,
-    where a `cond` would compute both branches.
+    As many steps as features are chosen, none without; also under `vmap`, where a
+    `cond` would compute both branches.
     """
-    width = min(_AT_ONCE, -(-chosen.shape[0] // 4))
+    places = jnp.arange(len(chosen), dtype=jnp.int32)
 
-    def body(state):
-        left, carry = state
-        there, where = lax.top_k(left.astype(jnp.float32), width)
-        return left.at[where].set(False), add(carry, where, there > 0)
+    def after(place):
+        more = chosen & (places > place)
+        return jnp.min(jnp.where(more, places, len(chosen)))
 
-    more = lambda state: jnp.any(state[0])
-    return lax.while_loop(more, body, (chosen, start))[1]
+    body = lambda state: (after(state[0]), add(state[1], places == state[0]))
+    return lax.while_loop(
+        lambda state: state[0] < len(chosen), body, (after(-1), start)
+    )[1]
 
 
-def _block(axis, kernel, a, b, where):
-    """``[n, width]``: the chosen features of W + a b; and the pairs that were added.
+def _one(x, here, axis: int):
+    """``x`` at the one place of an axis where ``here`` is true.
 
-    They are added pair by pair: exact on every device, and nothing larger is made.
+    A sum of one number and zeros, exact in any dtype. A slice or a gather would have
+    compilers lay the whole kernel out anew, and gather it where it is sharded; a
+    selection in place of the product would have the CPU's write it out.
     """
-    part = jnp.take(kernel, where, axis=1 if axis == "out" else 0, mode="clip")
-    part = (part if axis == "out" else part.T).astype(a.dtype)
-    pairs = a.T, jnp.take(b, where, axis=1, mode="clip")
-    add = lambda v, pair: (v + pair[0][:, None] * pair[1][None], None)
-    return lax.scan(add, part, pairs)[0], pairs
+    there = jnp.expand_dims(here, tuple(i for i in range(x.ndim) if i != axis))
+    x = x * there.astype(x.dtype)
+    return lax.reduce(x, np.zeros((), x.dtype), lax.add, (axis,))
+
+
+def _feature(axis, kernel, a, b, here):
+    """A feature of W + a b, ``[n]``, and its column of b.
+
+    Pair by pair is added to W's: what takes W away does so first, on every device,
+    and nothing of W's size is rounded afterwards.
+    """
+    up = _one(b, here, 1)
+    base = _one(kernel, here, 1 if axis == "out" else 0).astype(a.dtype)
+    add = lambda v, pair: (v + pair[0] * pair[1], None)
+    return lax.scan(add, base, (a.T, up))[0], up
 
 
 def _weighted(x, weight):
-    return x if weight is None else x * weight[:, None]
+    return x if weight is None else x * weight
 
 
 def _formed(axis, kernel, a, b, weight, chosen):
-    def add(found, where, there):
-        v, _ = _block(axis, kernel, a, b, where)
-        new = jnp.sum(_weighted(v * v, weight), 0)
-        return found.at[where].set(jnp.where(there, new, found[where]))
+    def add(found, here):
+        v, _ = _feature(axis, kernel, a, b, here)
+        return jnp.where(here, jnp.sum(_weighted(v * v, weight)), found)
 
-    return _each_block(chosen, jnp.zeros(chosen.shape, a.dtype), add)
+    return _each_feature(chosen, jnp.zeros(chosen.shape, a.dtype), add)
 
 
 def _formed_forward(axis, kernel, a, b, weight, chosen):
@@ -186,24 +197,18 @@ def _formed_forward(axis, kernel, a, b, weight, chosen):
 def _formed_backward(axis, inputs, g):
     kernel, a, b, weight, chosen = inputs
 
-    def add(carry, where, there):
+    def add(carry, here):
         to_a, to_b, to_weight = carry
-        v, pairs = _block(axis, kernel, a, b, where)
-        own = jnp.where(there, g[where], 0)[None]
+        v, up = _feature(axis, kernel, a, b, here)
+        own = _one(g, here, 0)
         to_v = 2 * _weighted(v, weight) * own
-
-        def each(_, pair):
-            left, right = pair
-            return None, ((to_v * right[None]).sum(1), (to_v * left[:, None]).sum(0))
-
-        new_a, new_b = lax.scan(each, None, pairs)[1]
-        to_a, to_b = to_a + new_a.T, to_b.at[:, where].add(new_b)
+        to_up = jnp.sum(a * to_v[:, None], 0)[:, None]
         if weight is not None:
-            to_weight += jnp.sum(v * v * own, 1)
-        return to_a, to_b, to_weight
+            to_weight = to_weight + v * v * own
+        return to_a + to_v[:, None] * up[None], jnp.where(here, to_up, to_b), to_weight
 
     start = jax.tree.map(jnp.zeros_like, (a, b, weight))
-    return None, *_each_block(chosen, start, add), None
+    return None, *_each_feature(chosen, start, add), None
 
 
 # Square norms of the chosen features, 0 for the others. A loop of unknown length has no
@@ -236,7 +241,9 @@ def _contract(x, kernel, axis, dtype):
 def _in_two(x, kernel, axis):
     high = x.astype(kernel.dtype)
     low = (x - high.astype(x.dtype)).astype(kernel.dtype)
-    return sum(_contract(part, kernel, axis, x.dtype) for part in (high, low))
+    parts = _contract(jnp.concatenate([high, low], 1), kernel, axis, x.dtype)
+    # The kernel is read once; what is kept is the sum, and not both of its parts.
+    return lax.optimization_barrier(parts[: x.shape[1]] + parts[x.shape[1] :])
 
 
 def _narrow_forward(axis, x, kernel):

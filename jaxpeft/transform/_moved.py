@@ -18,9 +18,11 @@ from jaxpeft.tree import (
     SLOT,
     Bound,
     Factors,
+    Term,
     axes_of,
     join_terms,
     map_axes,
+    wider,
 )
 
 
@@ -314,6 +316,23 @@ class Kernel(Bound):
         )
 
     # The factors beside the base.
+
+    def thin(self) -> tuple[Term, ...]:
+        """The terms with the scale of the input inside them.
+
+        ``(x c) a`` is ``x (c a)``: then only the base has an input of its own, and
+        kernels that read one input share a product, whatever their scales.
+        """
+        if self.c is None:
+            return self.terms
+
+        def fold(term):
+            slot = (1,) * (term.rows is not None)
+            c = self.c.reshape(*self.dims(BATCH), *slot, *self.dims(IN), 1)
+            wide = wider(term.a.dtype, c.dtype)
+            return dataclasses.replace(term, a=term.a.astype(wide) * c.astype(wide))
+
+        return tuple(map(fold, self.terms))
 
     def mapped(self, f: Callable[[Any, tuple], Any], **base) -> "Kernel":
         """Applies ``f(array, roles of its axes)`` to every array but the base.

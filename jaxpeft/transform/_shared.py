@@ -74,7 +74,7 @@ class Shared:
             Those that can share a thin product with ``w``, by their equations, with
             their in axes summed.
         """
-        fits = lambda w: bool(w.terms) and w.c is None and not w.dims(BATCH)
+        fits = lambda w: bool(w.terms) and not w.dims(BATCH)
         alike = lambda one: (one.dims(IN), one.mask is None)
         found: dict[int, Kernel] = {}
         for member in self.groups.get(id(eqn.raw), ()) if fits(w) else ():

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxpeft.numerics import where_shown
 from jaxpeft.transform._moved import Kernel
-from jaxpeft.tree import BATCH, wider
+from jaxpeft.tree import BATCH, Term, wider
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -139,7 +139,7 @@ def precision_of(params):
 
 
 def read(
-    kernels: Sequence[Kernel],
+    kernels: Sequence[Sequence[Term]],
     product: Callable[[Any, Any], Any],
     precision: Any,
     target: str,
@@ -152,7 +152,7 @@ def read(
     gates have one of their own.
 
     Args:
-        kernels: one, or several.
+        kernels: the terms of each, of one or of several.
         product: ``product(columns [..., n], precision)``: the input times columns.
         precision: the model's.
         target: the platform that the program is for.
@@ -161,13 +161,13 @@ def read(
         What each term of each kernel reads; without ``h`` where dropout has an input
         of its own, and where rows choose among pairs.
     """
-    gates = any(t.gate is not None for w in kernels for t in w.terms)
+    gates = any(t.gate is not None for terms in kernels for t in terms)
     exact = target == "cpu" or precision == (HIGHEST, HIGHEST)
     if exact and gates:
         precision = HIGHEST
     groups: dict[Any, dict] = {}
-    for i, w in enumerate(kernels):
-        for j, t in enumerate(w.terms):
+    for i, terms in enumerate(kernels):
+        for j, t in enumerate(terms):
             if not t.drop and t.rows is None:
                 groups.setdefault((t.a.dtype, precision), {})[i, j, "h"] = t.a
             if t.gate is not None and t.gate.reads is not None:
@@ -182,4 +182,4 @@ def read(
         own = lax.split(whole, widths, axis=whole.ndim - 1) if parts[1:] else [whole]
         made.update(zip(columns, own, strict=True))
     of = lambda i, j: Read(*(made.get((i, j, name)) for name in Read._fields))
-    return [[of(i, j) for j in range(len(w.terms))] for i, w in enumerate(kernels)]
+    return [[of(i, j) for j in range(len(ts))] for i, ts in enumerate(kernels)]

@@ -151,12 +151,12 @@ def test_a_step_without_cancelled_features_forms_none():
 
     def watched(chosen, start, add):
         jax.debug.callback(count, jnp.sum(chosen))
-        return each_block(chosen, start, add)
+        return each_feature(chosen, start, add)
 
-    each_block = _factored._each_block
+    each_feature = _factored._each_feature
     one = lambda w, a, b: factored_square_norms(w, a, b, "out", square_norms(w, "out"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_factored, "_each_block", watched)
+        patch.setattr(_factored, "_each_feature", watched)
         jax.block_until_ready(jax.vmap(one)(w, a, b))
         jax.effects_barrier()
         assert sum(counted) == 0 and counted

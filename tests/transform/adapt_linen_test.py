@@ -242,7 +242,7 @@ def test_vmapped_dense(keys):
 def test_vmapped_dense_on_one_input(x, keys):
     """The batch axis of the kernel is free: the input does not have it."""
     split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-    model = nn.vmap(nn.Dense, in_axes=None, axis_size=4, **split)(20)
+    model = nn.vmap(nn.Dense, in_axes=None, axis_size=5, **split)(20)
     fn, params = functional(model, x)
     check(fn, params, x, sites={"kernel": "batch in out"}, keys=keys)
 

@@ -350,7 +350,7 @@ def test_vmapped_experts(keys):
 
 def test_experts_by_einsum_on_one_input(keys):
     """The expert axis of the kernel is a batch axis that the input lacks."""
-    w, x = numbers(E, D, F, seed=1, scale=0.3), numbers(5, D)
+    w, x = numbers(5, D, F, seed=1, scale=0.3), numbers(5, D)
     fn = lambda p, x: jnp.einsum("td,edf->tef", x, p["w"])
     sites, inferred = {"w": "expert in out"}, {"w": "out in out"}
     check(fn, {"w": w}, x, sites=sites, inferred=inferred, keys=keys)

@@ -31,7 +31,8 @@ from jaxpeft.transform._thin import (
 from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
 from jaxpeft.tree import BATCH, IN, OUT, Rows, Term, axes_of, wider
 
-# A remat policy that keeps this name spares recomputing outputs that are scaled.
+# A remat policy that keeps this name spares recomputing outputs that are scaled: what
+# the gradient of their scale reads.
 UNSCALED = "jaxpeft_unscaled"
 
 
@@ -113,25 +114,24 @@ def contract(
     out = shared + (w_free + x_free if kernel_first else x_free + w_free)
 
     ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
-    precision, given = precision_of(eqn.params), (x, x_labels)
+    precision = precision_of(eqn.params)
     product = functools.partial(labelled_dot, target=uses.target)
-    spelled = x_labels
+    z = x
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
-        x = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
-        x = times(x, spread_along(w.c, batch + ins, spelled))
-    if spelled != x_labels:
-        x_labels = spelled
+        z = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
+        z = times(z, spread_along(w.c, batch + ins, spelled))
+        if spelled != x_labels:
 
-        def run(x, base):
-            y = labelled_dot(x, x_labels, base, w_labels, out, precision)
-            return y.astype(eqn.params.get("preferred_element_type") or y.dtype)
+            def run(z, base):
+                y = labelled_dot(z, spelled, base, w_labels, out, precision)
+                return y.astype(eqn.params.get("preferred_element_type") or y.dtype)
 
     kept = [l for i, l in enumerate(w_labels) if i not in w_sum]
-    y = contracted(run, x, w.base, w_sum, lambda s: spread_along(s, kept, out))
+    y = contracted(run, z, w.base, w_sum, lambda s: spread_along(s, kept, out))
 
-    x = shown(w, x, x_labels)
+    given, x = x, shown(w, x, x_labels)
     rank = [("r", 0)]
     h_labels = batch + x_free + rank
 
@@ -142,15 +142,16 @@ def contract(
     known = eqn.shared.parts.pop(id(eqn.raw), None)
     if known is None:
         mates = eqn.shared.mates(eqn, w, 1 - kernel_first, w_sum)
-        known, *others = read([w, *mates.values()], thin, precision, uses.target)
+        readers = [k.thin() for k in (w, *mates.values())]
+        known, *others = read(readers, thin, precision, uses.target)
         eqn.shared.parts.update(zip(mates, others, strict=True))
-    record(uses, w, *given, batch, ins, known)
+    record(uses, w, given, x_labels, batch, ins, known)
     down = lambda x, a: thin(a, precision, x)
     b_labels = batch + rank + outs
     up = lambda h, b: product(h, h_labels, b, b_labels, out, precision)
     changes = changes_of(w, x, known, down, up, uses)
     y = finish(y, changes, spread_along(w.o, batch + outs, out))
-    for term in w.terms:
+    for term in w.thin():
         if term.rows is not None:
             y = _each_row(term, term.rows, w, x, x_labels, y, out, precision)
     return y
@@ -186,18 +187,18 @@ def _each_row(term: Term, rows: Rows, w: Kernel, x, x_labels, y, out, precision)
 
 
 def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
-    """What each term adds to ``x W``: ``gate(x, drop(x) a) b``.
+    """What each term adds to ``x W``: ``gate(x, drop(x) c a) b``.
 
     Args:
         w: the kernel.
-        x: the input as its adapter sees it.
+        x: the input as its adapter sees it, not scaled.
         known: what each term has read of it already.
         down: ``down(x, a)``, in the layout of this use.
         up: ``up(h, b)``, in that of the result.
         uses: what the call gathers.
     """
     changes = []
-    for term, (h, seen) in zip(w.terms, known, strict=True):
+    for term, (h, seen) in zip(w.thin(), known, strict=True):
         if term.rows is not None:
             continue
         if h is None:
@@ -221,9 +222,33 @@ def finish(y, changes: list, o=None):
         delta = functools.reduce(operator.add, changes)
         wide = wider(dtype, delta.dtype)
         y = y.astype(wide) + delta.astype(wide)
-    if o is not None:
-        y = times(checkpoint_name(y, UNSCALED), o)
-    return y.astype(dtype)
+    return y.astype(dtype) if o is None else _scaled(dtype, y, o)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scaled(dtype, y, o):
+    """``y o``, rounded once to ``dtype``.
+
+    The gradient of ``o`` sums ``y``, which then lay beside ``y o`` throughout the
+    backward pass. It is had back from ``y o``, and only where ``o`` is 0 kept itself.
+    """
+    return jnp.where(o == 0, jnp.zeros((), dtype), _kept(dtype, y, o))
+
+
+def _kept(dtype, y, o):
+    wide = wider(y.dtype, o.dtype)
+    y, o = y.astype(wide), o.astype(wide)
+    return checkpoint_name(jnp.where(o == 0, y, y * o).astype(dtype), UNSCALED)
+
+
+@_scaled.defjvp
+def _scaled_jvp(dtype, primals, tangents):
+    (y, o), (y_dot, o_dot) = primals, tangents
+    kept, wide = _kept(dtype, y, o), wider(y.dtype, o.dtype)
+    out = jnp.where(o == 0, jnp.zeros((), dtype), kept)
+    share = o_dot / jnp.where(o == 0, jnp.ones_like(o), o)
+    dot = y_dot.astype(wide) * o.astype(wide) + kept.astype(wide) * share.astype(wide)
+    return out, dot.astype(dtype)
 
 
 def _rows(x, labels, batch, ins):
@@ -303,6 +328,7 @@ def look_up(
     y, changes = dense(rows.base), []
     batch, index = [("x", i) for i in paired], [("x", i) for i in range(index_ndim)]
     rest, rank = [("w", i) for i in range(y.ndim - index_ndim)], [("r", 0)]
+    up = functools.partial(labelled_dot, target=eqn.uses.target)
     if rows.c is not None:
         y = times(y, spread_along(rows.c, index, index + rest))
     for term in rows.terms:
@@ -314,7 +340,6 @@ def look_up(
             return jnp.where(chosen, finish(y, [change]), y)
         if rows.c is not None:
             a = times(a, rows.c[..., None])
-        up = functools.partial(labelled_dot, target=eqn.uses.target)
         changes.append(up(a, index + rank, b, batch + rank + rest, index + rest))
     return finish(y, changes, spread_along(rows.o, batch + rest, index + rest))
 
@@ -348,14 +373,15 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
     expert = jnp.repeat(
         jnp.arange(w.base.shape[0]), group_sizes, total_repeat_length=rows
     )
+    given = x
     if w.c is not None:
         x = times(x, w.c[expert])
     run = lambda x, base: eqn.run(x, base, group_sizes)
     y = contracted(run, x, w.base, (1,), lambda scale: scale[expert])
     changes = []
     precision = precision_of(eqn.params)
-    for term in w.terms:
-        z = x.astype(wider(x.dtype, term.a.dtype))
+    for term in w.thin():
+        z = given.astype(wider(x.dtype, term.a.dtype))
         h = lax.ragged_dot(z, term.a.astype(z.dtype), group_sizes, precision)
         b = term.b.astype(h.dtype)
         changes.append(lax.ragged_dot(h, b, group_sizes, precision))

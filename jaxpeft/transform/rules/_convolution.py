@@ -43,9 +43,9 @@ def _convolution(eqn: Equation, x, w):
     says, so that a grouped kernel merges too. (PEFT's ``a`` mixes the groups, which
     no grouped kernel does.)
 
-    An input scale differs from place to place within the window, so ``c``, gates and
-    taps read the input as windows: its size times the kernel's over the stride's,
-    which is nothing more where windows do not overlap (patch embeddings).
+    An input scale differs from place to place within the window, so what ``c`` scales,
+    and gates and taps, read the input as windows: its size times the kernel's over the
+    stride's, which is nothing more where windows do not overlap (patch embeddings).
     """
     if only_kernel((x, w)) == 0:
         raise NoRule("the kernel is the convolution's input")
@@ -66,13 +66,7 @@ def _convolution(eqn: Equation, x, w):
     product = functools.partial(labelled_dot, target=uses.target)
     widths = (groups,) * len(group) + (w.base.shape[out_axis] // groups,)
 
-    def rows(z):
-        z = windows(z, w.base.shape, params)
-        return z if w.c is None else times(z, spread_along(w.c, ins, front + ins))
-
     def down(z, a):
-        if w.c is not None:
-            return product(rows(z), front + ins, a, ins + rank, front + rank)
         wide = wider(z.dtype, a.dtype)
         each = jnp.tile(a, groups).astype(wide)  # all groups share it
         down = jnp.moveaxis(each, -1, out_axis)
@@ -83,7 +77,7 @@ def _convolution(eqn: Equation, x, w):
     def sees(reads):
         if reads is None:
             return None
-        z = shown(w, rows(x), front + ins)
+        z = shown(w, windows(x, w.base.shape, params), front + ins)
         return product(z, front + ins, reads, ins + rank, front + rank, HIGHEST)
 
     def up(h, b):
@@ -102,7 +96,8 @@ def _convolution(eqn: Equation, x, w):
         base = jnp.moveaxis(dense(w.base), out_axis, -1)
         base = base.reshape(*base.shape[:-1], *widths)
         labels = ins + group + out
-        y = labelled_dot(rows(x), front + ins, base, labels, front + out, precision)
+        z = times(windows(x, w.base.shape, params), spread_along(w.c, ins, front + ins))
+        y = labelled_dot(z, front + ins, base, labels, front + out, precision)
         y = y.astype(params["preferred_element_type"] or x.dtype)
         y = _in_layout(y, len(group), spec)
     changes = changes_of(w, x, known, down, up, uses)
