@@ -12,7 +12,7 @@ sits on kernels. Printed beside each other:
 - ``merge``: the same step with ``jaxpeft.merge`` inside, for comparison.
 
 Methods without scales are held to 1.02 of the minimum under full rematerialisation.
-The gradient of an output scale needs the unscaled output again: methods with one are
+The gradient of an output scale needs the output again: methods with one are
 held to 1.03 without rematerialisation or with those outputs kept (``unscaled``), and
 to 1.08 under full rematerialisation.
 

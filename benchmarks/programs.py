@@ -85,7 +85,7 @@ class Program:
         outside: FLOPs of the matmuls outside of the layers.
         remat: what a layer keeps for its backward pass: ``"none"`` (of the
             rematerialisation: everything stays), ``"full"`` (nothing does) or
-            ``"unscaled"`` (outputs that an adapter scales, before it does).
+            ``"unscaled"`` (outputs that an adapter scales).
         biases: whether the linears have biases.
     """
 

@@ -38,8 +38,8 @@ class Bert(nn.Module):
       remat: None, or what a layer keeps for its backward pass: ``"full"``
         recomputes everything, ``"dots"`` keeps the results of all matmuls,
         ``"dots_no_batch"`` those without batch dimensions (not the attention
-        scores), ``"names"`` only what projections return, also before an
-        adapter scales it, ``"unscaled"`` only the latter.
+        scores), ``"names"`` only what projections return, ``"unscaled"`` only
+        what those return whose outputs an adapter scales.
     """
 
     config: BertConfig

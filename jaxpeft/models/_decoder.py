@@ -58,8 +58,8 @@ class Decoder(nn.Module):
       remat: None, or what a layer keeps for its backward pass: ``"full"``
         recomputes everything, ``"dots"`` keeps the results of all matmuls,
         ``"dots_no_batch"`` those without batch dimensions (not the attention
-        scores), ``"names"`` only what projections return, also before an
-        adapter scales it, ``"unscaled"`` only the latter.
+        scores), ``"names"`` only what projections return, ``"unscaled"`` only
+        what those return whose outputs an adapter scales.
       attention: None, ``"xla"``, ``"cudnn"`` (flash attention on NVIDIA GPUs, in
         bfloat16 or float16) or ``"splash"`` (the same on TPUs, in bfloat16 or
         float32, for multiples of 128 tokens without a cache; not where full and
