@@ -71,9 +71,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Where and how it is watched: these alone may differ when a run is resumed.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left
+    config.input = dict(
+        workers=None,  # processes that tokenise; None: as many as pay; 0: none
+        prefetch=2,  # batches that are on the devices before they are asked for
+    )
     config.log = dict(
         every=10,  # steps between two looks at the device
         tensorboard=True,
-        compilation_cache="",  # a folder that keeps compiled programs; "": none
+        compilation_cache="",  # where programs are kept; "": as usual; "off": nowhere
     )
     return config.lock()

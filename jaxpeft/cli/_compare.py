@@ -2,8 +2,6 @@
 
 import argparse
 
-from jaxpeft.cli._program import program_file
-
 NAME = "compare"
 SUMMARY = "train methods side by side, and make a table of what is told apart"
 DESCRIPTION = """\
@@ -50,7 +48,7 @@ def run(given: argparse.Namespace) -> None:
 
     import rich.console
 
-    from jaxpeft import compare
+    from jaxpeft import compare, runs
 
     name = Path(given.config.partition(":")[0]).stem
     out = compare.check_out(given.out or Path("runs") / name)
@@ -61,7 +59,7 @@ def run(given: argparse.Namespace) -> None:
     made = compare.compare(
         found,
         config=given.config,
-        train=program_file(given.config, given.train),
+        train=runs.program_file(given.config, given.train),
         out=out,
         results=None if given.results is None else Path(given.results),
         only=given.only,

@@ -2,7 +2,6 @@
 
 import argparse
 
-from jaxpeft.cli._program import program_of
 from jaxpeft.cli._types import ending, whole
 
 NAME = "estimate"
@@ -46,7 +45,7 @@ def run(given: argparse.Namespace) -> None:
     from jaxpeft import runs
 
     config = runs.load_config(given.config, given.overrides)
-    program = program_of(given.config, given.train)
+    program = runs.load_program(runs.program_file(given.config, given.train))
     runs.dry_run(
         config,
         attach=program.attach_all,

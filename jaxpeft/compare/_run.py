@@ -17,6 +17,7 @@ from jaxpeft.compare._rows import (
     write_json,
 )
 from jaxpeft.compare._table import plot, table
+from jaxpeft.runs import load_program, step_flops
 
 Found = dict[str, Any]
 
@@ -74,8 +75,9 @@ def compare(
         tell: is given a line for each row.
 
     Returns:
-        What ``table`` returns, and ``left_out``: ``{"trec/vera": the reason}``; with
-        ``only`` the rows' results by name.
+        What ``table`` returns, with ``flops_a_step`` of each row (``runs.step_flops``),
+        and ``left_out``: ``{"trec/vera": the reason}``; with ``only`` the rows' results
+        by name.
 
     Raises:
         ValueError: ``out`` holds other things, ``only`` names no row, a task has no
@@ -112,7 +114,9 @@ def compare(
         return {row.name: done(row.name) for row in asked}
     for task in comparison.tasks:
         check_test_rows(task, comparison.rows[task, comparison.reference][0])
-    chosen, left_out = {}, {}
+    program = load_program(Path(train))
+    step = {"attach": program.attach_all, "make_step": program.make_step}
+    chosen, left_out, flops = {}, {}, {}
     for (task, method), rows in comparison.rows.items():
         trial = [row for row in rows if row.seed in comparison.choose_with]
         first = done(trial[0].name)
@@ -123,6 +127,7 @@ def compare(
         point = choose(trial, [done(row.name) for row in trial])
         write_json(row_file(results, trial[0]).parent / "choice.json", point)
         taken = [row for row in rows if row.at == point["point"]]
+        flops[task, method] = step_flops(taken[0].config, **step)
         for row in taken:
             done(row.name)
         chosen[task, method] = taken
@@ -131,6 +136,8 @@ def compare(
         key: [add_test(results, row) for row in rows] for key, rows in chosen.items()
     }
     made = table(scored, reference=comparison.reference) | {"left_out": left_out}
+    for row in made["rows"]:
+        row["flops_a_step"] = flops[row["task"], row["method"]]
     write_json(out / "table.json", made)
     if scored:
         plot(made, out / "table.png")

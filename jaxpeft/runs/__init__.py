@@ -28,6 +28,7 @@ from jaxpeft.runs._estimate import as_flags as as_flags
 from jaxpeft.runs._estimate import check_heads as check_heads
 from jaxpeft.runs._estimate import estimate as estimate
 from jaxpeft.runs._estimate import fit as fit
+from jaxpeft.runs._estimate import step_flops as step_flops
 from jaxpeft.runs._estimate_report import dry_run as dry_run
 from jaxpeft.runs._estimate_report import plot_memory as plot_memory
 from jaxpeft.runs._estimate_report import record as record
@@ -46,6 +47,8 @@ from jaxpeft.runs._metrics import read_metrics as read_metrics
 from jaxpeft.runs._metrics import stop_if_not_finite as stop_if_not_finite
 from jaxpeft.runs._parts import Parts as Parts
 from jaxpeft.runs._parts import keep_adapter as keep_adapter
+from jaxpeft.runs._program import load_program as load_program
+from jaxpeft.runs._program import program_file as program_file
 from jaxpeft.runs._progress import Progress as Progress
 from jaxpeft.runs._progress import clock as clock
 from jaxpeft.runs._progress import progress as progress

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from jaxpeft import data, models
+from jaxpeft import data, hlo, models
 from jaxpeft.runs._check import LONG, Attach, abstract_params, outline, stated_ranks
 from jaxpeft.runs._config import call, count_steps, said_of
 from jaxpeft.runs._fields import check_fields
@@ -81,15 +81,53 @@ def estimate(
         ``estimate(config, target="v5e:2x2", attach=train.attach_all,
         make_step=train.make_step).peak``, of the project's ``train.py``.
     """
+    if not isinstance(target, Target):
+        target = find_target(target, slices=slices)
+    step, arguments, mesh, notes = _assembled(
+        config, attach, make_step, target.devices, num_labels
+    )
+    return estimate_step(step, *arguments, mesh=mesh, target=target, notes=notes)
+
+
+def step_flops(
+    config: ml_collections.ConfigDict,
+    *,
+    attach: Attach,
+    make_step: MakeStep,
+    num_labels: int | None = None,
+) -> float:
+    """Counts the FLOPs of the matmuls in a config's step, which is traced alone.
+
+    They are counted as written, on all devices together, before a compiler leaves
+    anything out or computes it twice; the rows are as long as ``config.lengths``
+    allows.
+
+    Args:
+        config: as for ``estimate``.
+        attach: the same.
+        make_step: the same.
+        num_labels: the same.
+
+    Returns:
+        The count.
+
+    Raises:
+        ValueError: as of ``estimate``.
+    """
+    devices = find_target(None).devices
+    step, arguments, _, _ = _assembled(config, attach, make_step, devices, num_labels)
+    return hlo.traced_flops(step.trace(*arguments).jaxpr)
+
+
+def _assembled(config, attach, make_step, devices, num_labels: int | None):
+    """``(step, (state, frozen, batch), mesh, notes)`` of a config, as shapes."""
     check_fields(config)
     staged: tuple[str, ...] = ()
     if config.stages:
         staged = (f"of the stages the first, {config.stages[0]!r}",)
         config = stage_config(config, 0, Path())
         check_fields(config)
-    if not isinstance(target, Target):
-        target = find_target(target, slices=slices)
-    mesh = call(make_mesh, config.mesh.to_dict(), "mesh", devices=target.devices)
+    mesh = call(make_mesh, config.mesh.to_dict(), "mesh", devices=devices)
     form, notes = _form(config, num_labels)
     notes += staged
     _check_rows(config, mesh)
@@ -113,9 +151,7 @@ def estimate(
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes
     )
-    return estimate_step(
-        made[-1], made[1], made[2], batch, mesh=mesh, target=target, notes=notes
-    )
+    return made[-1], (made[1], made[2], batch), mesh, notes
 
 
 def _is_file(config: ml_collections.ConfigDict) -> bool:

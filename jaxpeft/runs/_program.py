@@ -28,9 +28,15 @@ def program_file(config: str, given: str | None) -> Path:
     return file
 
 
-def program_of(config: str, given: str | None) -> Any:
-    """The module whose step a config is for; as ``program_file``."""
-    file = program_file(config, given)
+def load_program(file: Path) -> Any:
+    """Returns a train.py as a module, for what a step is made of.
+
+    Args:
+        file: of ``program_file``.
+
+    Raises:
+        ValueError: it lacks ``attach_all`` or ``make_step``.
+    """
     spec = importlib.util.spec_from_file_location("jaxpeft_train", file)
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)
