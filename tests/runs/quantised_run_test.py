@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 
 import train
-from jaxpeft import interop, runs
+from jaxpeft import data, interop, runs
 from jaxpeft.tree import nodes
 
 QUANTISED = "model.quantise=int8"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Programs that are hardly run: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_it_trains_resumes_and_is_refused_elsewhere(tiny_config, tmp_path):
@@ -29,7 +23,7 @@ def test_it_trains_resumes_and_is_refused_elsewhere(tiny_config, tmp_path):
     train.run(config, tmp_path)
     results = json.loads((tmp_path / "report.json").read_text())["results"]
     assert results["steps"] == 2 and np.isfinite(results["after"]["loss"])
-    task = runs.read_inputs(config).task
+    task = data.task(config.data)
     mesh = train.training.make_mesh(**config.mesh)
     _, params = runs.load_base(config, task, mesh, jax.random.key(0))
     adapted = interop.load_adapter(tmp_path / "adapter", params)

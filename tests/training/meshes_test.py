@@ -16,13 +16,7 @@ from jaxpeft import training
 SIZES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (4, 1, 2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run once: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @functools.cache

@@ -15,13 +15,7 @@ from jaxpeft.tree._spread import _spread
 AXES = {"heads": "layer in out out", "query": "layer in out"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Tiny programs, each run once: LLVM's passes would be most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
