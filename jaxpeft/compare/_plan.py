@@ -113,7 +113,7 @@ def read_comparison(path: str | Path) -> Comparison:
 
     Raises:
         ValueError: a field is missing, unknown or does not fit; a method changes what
-            is the task's; two methods' rows would be one.
+            is the task's; a name that cannot be a folder's; two rows of one name.
     """
     config = load_config(path)
     missing = [name for name in FIELDS if name not in config]
@@ -136,6 +136,12 @@ def read_comparison(path: str | Path) -> Comparison:
             f"`config.reference` {config.reference!r} is none of the methods "
             f"{list(config.methods)}."
         )
+    for name in (*config.tasks, *config.methods):
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(
+                f"`config`: {name!r} names a folder of results; write letters, digits, "
+                "'_', '.', '+' and '-'."
+            )
     order = (*choose_with, *(seed for seed in seeds if seed not in choose_with))
     rows: dict[tuple[str, str], list[Row]] = {}
     for task, asked in config.tasks.items():
@@ -151,6 +157,13 @@ def read_comparison(path: str | Path) -> Comparison:
                 ]
             except ValueError as error:
                 raise ValueError(f"method {method!r} on {task!r}: {error}") from error
+    names = [row.name for each in rows.values() for row in each]
+    if same := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"`config`: {len(names)} rows have {len(set(names))} names, {same[0]!r} is "
+            "that of several; the values of a grid must differ, and the last words of "
+            "its fields, too."
+        )
     budget = dict(config.budget)
     if budget and set(budget) != {"trainable", "tolerance"}:
         raise ValueError(

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from jaxpeft.compare._plan import Row
 from jaxpeft.interop import adapter_info
-from jaxpeft.runs import config_to_json, read_metrics, versions
+from jaxpeft.runs import config_to_json, read_metrics, versions, write_json
 from jaxpeft.tree import find_method
 
 FORMAT = 1
@@ -104,7 +104,8 @@ def run_row(
         try:
             _, status, used = os.wait4(process.pid, 0)
         except BaseException:
-            process.terminate()
+            process.terminate()  # it saves, and the same command goes on from there
+            process.wait()
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
     report = run / "report.json"
@@ -207,14 +208,6 @@ def unpacked(test: dict[str, Any]) -> np.ndarray | None:
         return None
     bytes_ = np.frombuffer(bytes.fromhex(test["right"]), np.uint8)
     return np.unpackbits(bytes_)[: test["rows"]].astype(bool)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(file)
 
 
 def repeats(config: str | Path, row: Row) -> str:

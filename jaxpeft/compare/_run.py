@@ -14,10 +14,9 @@ from jaxpeft.compare._rows import (
     repeats,
     row_file,
     run_row,
-    write_json,
 )
 from jaxpeft.compare._table import plot, table
-from jaxpeft.runs import load_program, step_flops
+from jaxpeft.runs import load_program, step_flops, write_json
 
 Found = dict[str, Any]
 

@@ -39,6 +39,7 @@ from jaxpeft.runs._fields import check_fields as check_fields
 from jaxpeft.runs._inputs import Inputs as Inputs
 from jaxpeft.runs._inputs import read_inputs as read_inputs
 from jaxpeft.runs._inputs import score_split as score_split
+from jaxpeft.runs._json import write_json as write_json
 from jaxpeft.runs._metrics import MetricsWriter as MetricsWriter
 from jaxpeft.runs._metrics import Stopwatch as Stopwatch
 from jaxpeft.runs._metrics import compile_seconds as compile_seconds

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import itertools
-import json
 import math
 import platform
 import statistics
@@ -17,6 +16,7 @@ import rich.console
 import rich.table
 
 from jaxpeft.console import optional
+from jaxpeft.runs._json import write_json
 from jaxpeft.runs._metrics import METRICS_FILE, compile_seconds, memory, read_metrics
 from jaxpeft.runs._progress import clock
 
@@ -197,8 +197,7 @@ def report(
         "versions": versions(),
         "command": sys.argv,
     }
-    path.with_suffix(".new").write_text(json.dumps(text, indent=2) + "\n")
-    path.with_suffix(".new").replace(path)
+    write_json(path, text)
     rows = _number_rows(results) | {
         "adapter": folder / "adapter",
         "curves": curves,

@@ -15,7 +15,7 @@ from jaxpeft import data, dimension, interop, models
 from jaxpeft.data import DEMONSTRATIONS
 from jaxpeft.interop import CONFIG, DIGEST
 from jaxpeft.models import FINALS
-from jaxpeft.runs import open_workdir, versions
+from jaxpeft.runs import open_workdir, versions, write_json
 from jaxpeft.study._asked import LABEL_TOKENS, OVERFLOWS, Asked, ask, padded_lengths
 
 META, ACCURACY, STATES, RUNS = "meta.json", "accuracy.json", "states", "runs"
@@ -288,15 +288,8 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
     return [Run(f"sft-{name}", 0, str(found), step)]
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    new.replace(file)
-
-
 def read_json(file: Path) -> Any:
-    """Reads what ``write_json`` wrote."""
+    """Reads what ``runs.write_json`` wrote."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft import dimension
-from jaxpeft.study._collect import ACCURACY, META, RUNS, STATES, read_json, write_json
+from jaxpeft.runs import write_json
+from jaxpeft.study._collect import ACCURACY, META, RUNS, STATES, read_json
 
 ID = "id.json"
 ESTIMATORS = ("twonn-linear", "mle-25", "mle-50")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxpeft import dimension
-from jaxpeft.study._collect import STATES, write_json
+from jaxpeft.runs import write_json
+from jaxpeft.study._collect import STATES
 from jaxpeft.study._estimate import Result, read_runs, without_steps
 from jaxpeft.study._findings import findings
 

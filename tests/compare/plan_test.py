@@ -84,6 +84,9 @@ def test_the_rows(read):
         ("config.tasks.a.changes.max_length = -3", "max_length"),
         ("config.tasks.a = dict(file='x.py')", "is dict"),
         ("config.budget = dict(total=3)", "is dict"),
+        ("config.grid.adapter.alpha = (1.0, 1.0)", r"rows have \d+ names, 'a/lora/"),
+        ("config.grid.optimizer = dict(schedule=('a b', 'a-b'))", "schedule"),
+        ("config.methods['a/b'] = dict()", "'a/b' names a folder"),
     ],
 )
 def test_what_is_refused(read, change, words):
