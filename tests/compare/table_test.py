@@ -57,7 +57,8 @@ def test_a_loss_that_is_small_is_better():
 
 def test_the_interval_of_rows_is_scipys():
     """One seed: what is left is the bootstrap over paired rows."""
-    one, other = drawn(0.75, 1), drawn(0.7, 2)
+    one = drawn(0.75, 1)
+    other = one ^ drawn(0.1, 2)  # right on nearly the same rows: pairing matters
     found = compare.difference([result(0, one, "kasa")], [result(0, other)])
     gain = one.astype(float) - other
     theirs = scipy.stats.bootstrap(
@@ -100,3 +101,17 @@ def test_without_bits_seeds_alone_are_drawn():
     found = compare.difference(mine, ours)
     assert found["difference"] == pytest.approx(0.25)
     assert (found["low"], found["high"]) == (pytest.approx(0.1), pytest.approx(0.4))
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", "a=2"), ("loss", "a=1")])
+def test_the_point_is_the_best_mean_of_the_validation_scores(metric, best):
+    rows = [
+        compare.Row("t", "m", {"x.a": a}, seed, None) for seed in (0, 1) for a in (1, 2)
+    ]
+    # Means of 0.35 and 0.5; the best single accuracy is that of the other point.
+    found = [
+        {"metric": metric, "validation": {metric: score}}
+        for score in (0.1, 0.5, 0.6, 0.5)
+    ]
+    chosen = compare.choose(rows, found)
+    assert chosen["point"] == best and len(chosen["validation"]["a=1"]) == 2
