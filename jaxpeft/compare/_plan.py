@@ -1,14 +1,27 @@
 """What a comparison asks for: a row for each task, method, point of the grid, seed."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
+import numpy as np
 
-from jaxpeft.runs import check_fields, flat_config, load_config, make_adapter
+from jaxpeft.adapters import lora
+from jaxpeft.runs import (
+    FREE_SECTIONS,
+    call,
+    check_fields,
+    flat_config,
+    load_config,
+    make_adapter,
+)
+from jaxpeft.training import adamw
+from jaxpeft.tree import attach, partition
 
 # A method changes what it is, and how it is optimised. All else is the task's, so that
 # every method sees the same rows in the same order for the same number of steps.
@@ -219,7 +232,18 @@ def _row_config(base, given, point, seed) -> ml_collections.ConfigDict:
         config.seed = seed
     check_fields(config)
     make_adapter(config)
+    # A typing error in a rate is said now, not by the row that meets it hours later.
+    options = config.optimizer.to_dict()
+    call(adamw, options, "optimizer", trainable=_any_adapter(), total_steps=1)
     return config
+
+
+@functools.cache
+def _any_adapter() -> Any:
+    """Something small to train, on which an optimiser's arguments are tried."""
+    params = {"any": {"kernel": np.zeros((2, 2), np.float32)}}
+    adapted = attach(params, lora(rank=1), targets="all-linear", key=jax.random.key(0))
+    return partition(adapted)[0]
 
 
 def _nested(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +268,7 @@ def _changed(base, changes: Any, where: str) -> ml_collections.ConfigDict:
 
     def change(holder, changes, path):
         for name, value in changes.items():
-            if name not in holder and path.split(".")[-2:-1] != ["adapter"]:
+            if name not in holder and path.removesuffix(".") not in FREE_SECTIONS:
                 raise ValueError(
                     f"`config.{where}`: a run has no field {path}{name!r}; there are "
                     f"{sorted(holder)}."

@@ -77,7 +77,7 @@ def test_the_rows(read):
         ("config.methods.lora.changes.train_for = '1 steps'", "'train_for'"),
         ("config.methods.lora.steps = 1", r"\['steps'\]; allowed: changes, grid"),
         ("config.grid.optimizer = dict(b1=0.9)", "must be a tuple of values"),
-        ("config.grid.optimizer.rate = (1e-3,)", "no field.*rate"),
+        ("config.grid.optimizer.rate = (1e-3,)", "rate`: adamw takes no such argument"),
         ("config.grid.adapter = dict(alhpa=(1.0,))", "alhpa.*takes no such argument"),
         ("config.grid.adapter = dict(rank=(0, 1))", "rank"),
         ("config.tasks.a.changes.max_lenght = 3", "no field.*max_lenght"),
@@ -92,3 +92,9 @@ def test_the_rows(read):
 def test_what_is_refused(read, change, words):
     with pytest.raises(ValueError, match=words):
         read(change)
+
+
+def test_a_grid_may_take_any_argument_of_the_optimizer(read):
+    asked = read("config.grid.optimizer = dict(lora_plus_ratio=(4.0, 16.0))")
+    ratios = [row.config.optimizer.lora_plus_ratio for row in asked.rows["a", "lora"]]
+    assert set(ratios) == {4.0, 16.0}
