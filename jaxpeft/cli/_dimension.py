@@ -84,6 +84,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of rows and demonstrations (default: 42)",
     )
     add("--demos", default="official", help="official, nested or disjoint draws")
+    add(
+        "--controls",
+        metavar="NAME,NAME",
+        help="fixed, shuffled: each number of --shots again, with the same "
+        "demonstrations for all questions, or with their answers exchanged",
+    )
+    add(
+        "--train-records",
+        action="store_true",
+        help="ask the training records, too, zero-shot and of each --sft",
+    )
     add("--overflow", default="error", help="of long prompts: error or drop_demos")
     add("--label-tokens", default="in_context", help="in_context, bare or none")
     add("--final", default="post_norm", help="the last state: post_norm or pre_norm")
@@ -168,6 +179,16 @@ def _collect(given: argparse.Namespace) -> None:
         runs += study.adapter_runs(name, folder, numbers)
     if not runs:
         raise ValueError("--shots none needs --sft.")
+    controls = given.controls.split(",") if given.controls else []
+    if other := [name for name in controls if name not in study.CONTROLS]:
+        raise ValueError(f"--controls {other[0]!r}: there are {study.CONTROLS}.")
+    shown = [run for run in runs if run.shots]
+    if controls and not shown:
+        raise ValueError("--controls need demonstrations: --shots 5.")
+    more = [run.controlled(name) for name in controls for run in shown]
+    if given.train_records:
+        more += [run.controlled("train") for run in runs if not run.shots]
+    runs += more
     for run in runs:
         _check_held_out(given, run)
     with stage(f"reading {given.task}"):

@@ -5,6 +5,7 @@ from jaxpeft.console import optional as _optional
 with _optional("Studies"):
     import ml_collections as _ml_collections  # noqa: F401
 
+from jaxpeft.study._asked import CONTROLS as CONTROLS
 from jaxpeft.study._asked import Asked as Asked
 from jaxpeft.study._asked import ask as ask
 from jaxpeft.study._collect import Run as Run

@@ -1,16 +1,24 @@
 """Prompts of the study as token ids, and the tokens that would answer them."""
 
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
-from jaxpeft.data import Encoded, PromptSet, draw_demonstrations, write_prompt
+from jaxpeft.data import (
+    Encoded,
+    PromptSet,
+    Record,
+    draw_demonstrations,
+    write_prompt,
+)
 from jaxpeft.models import joint, opened
 
 OVERFLOWS = ("error", "drop_demos")
 LABEL_TOKENS = ("in_context", "bare", "none")
+CONTROLS = ("fixed", "shuffled")
 
 
 class Asked(NamedTuple):
@@ -42,6 +50,8 @@ def ask(
     seed: int = 42,
     overflow: str = "error",
     label_tokens: str = "in_context",
+    control: str | None = None,
+    of_train: bool = False,
 ) -> Asked:
     """Returns the prompts of a task as token ids.
 
@@ -61,13 +71,19 @@ def ask(
         label_tokens: ``"in_context"``, the token that follows when the label is put
             behind the prompt; ``"bare"``, the first one of the label by itself, as the
             study's own code has it; ``"none"``: no accuracy.
+        control: what the demonstrations are robbed of: ``"fixed"``: all questions see
+            the same ones, so that they do not spread the states by themselves;
+            ``"shuffled"``: their answers are exchanged over all training records (one
+            permutation), so that they show the form and the labels, and not the task.
+        of_train: the training records are asked, without demonstrations.
 
     Returns:
         The prompts.
 
     Raises:
         ValueError: a prompt is too long, two labels have the same first token, the
-            task has no labels, or an option is unknown.
+            task has no labels, an option is unknown, or a control has no
+            demonstrations to act on.
 
     References:
         Janapati and Ji, A comparative study of learning paradigms in large language
@@ -75,8 +91,18 @@ def ask(
     """
     if overflow not in OVERFLOWS:
         raise ValueError(f"`overflow` must be one of {OVERFLOWS}, got {overflow!r}")
-    every = records.evaluated
-    shown = draw_demonstrations(len(every), len(records.train), shots, demos, seed=seed)
+    if control is not None and control not in CONTROLS:
+        raise ValueError(f"`control` must be one of {CONTROLS}, got {control!r}")
+    if (shots == 0 and control) or (shots and of_train):
+        raise ValueError(
+            f"`shots` {shots}: a control needs demonstrations, and training records "
+            "are asked without any, since they are the demonstrations."
+        )
+    every = records.train if of_train else records.evaluated
+    pool = _shuffled(records.train, seed) if control == "shuffled" else records.train
+    draws = 1 if control == "fixed" else len(every)
+    shown = draw_demonstrations(draws, len(pool), shots, demos, seed=seed)
+    shown *= len(every) // draws
     seen: set[str] = set()
     kept = []
     for number, record in enumerate(every):
@@ -86,7 +112,7 @@ def ask(
     ids: list[int] = []
     lengths, dropped, cut = [], 0, 0
     for number in kept:
-        chosen = [records.train[i] for i in shown[number]]
+        chosen = [pool[i] for i in shown[number]]
         one = opened(tokenizer, write_prompt(every[number], chosen))
         while len(one) > max_length:
             if overflow == "error" or not chosen:
@@ -131,6 +157,16 @@ def ask(
         "longest": max(lengths),
     }
     return Asked(encoded, tokens, right, facts)
+
+
+def _shuffled(train: Sequence[Record], seed: int) -> list[Record]:
+    """The records with each other's outputs, one permutation of all."""
+    outputs = [record.output for record in train]
+    random.Random(f"{seed}/outputs").shuffle(outputs)
+    return [
+        record._replace(output=output)
+        for record, output in zip(train, outputs, strict=True)
+    ]
 
 
 def padded_lengths(longest: int) -> tuple[int, ...]:

@@ -30,17 +30,36 @@ class Run(NamedTuple):
         shots: demonstrations in each prompt.
         adapter: the folder of an adapter; ``None``: the model as it is.
         step: the updates that the adapter has had; ``None``: nobody says.
+        control: what the demonstrations are robbed of, as in ``ask``; its name ends in
+            ``"~fixed"`` or ``"~shuffled"``.
+        of_train: the training records are asked; its name ends in ``"~train"``.
     """
 
     name: str
     shots: int = 0
     adapter: str | None = None
     step: int | None = None
+    control: str | None = None
+    of_train: bool = False
 
     @property
     def paradigm(self) -> str:
-        """``"icl"`` or ``"sft"``."""
+        """``"icl"``, ``"sft"``, or ``"control"``: beside the study's own runs."""
+        if self.control or self.of_train:
+            return "control"
         return "icl" if self.adapter is None else "sft"
+
+    def controlled(self, control: str) -> "Run":
+        """The run with other demonstrations (``CONTROLS``), or ``"train"``.
+
+        Example:
+            >>> Run("icl-5", 5).controlled("fixed").name
+            'icl-5~fixed'
+        """
+        name = f"{self.name}~{control}"
+        if control == "train":
+            return self._replace(name=name, of_train=True)
+        return self._replace(name=name, control=control)
 
 
 def collect_runs(
@@ -142,6 +161,8 @@ def collect_runs(
                 seed=seed,
                 overflow=overflow,
                 label_tokens=label_tokens,
+                control=run.control,
+                of_train=run.of_train,
             )
             for run, _, _ in waiting
         ]
@@ -314,6 +335,9 @@ def _identity(run: Run) -> dict[str, Any]:
         "adapter": run.adapter,
         "adapter_key": key,
         "step": run.step,
+        # Studies of before have neither field.
+        "control": run.control,
+        "of_train": run.of_train or None,
     }
 
 

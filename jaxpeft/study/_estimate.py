@@ -167,17 +167,21 @@ def without_steps(runs: Mapping[str, Result]) -> dict[str, Result]:
     Returns:
         Of each adapter itself, or the last step where that is all there is.
     """
-    last = {name.partition("@")[0]: name for name in runs}
+    last = {re.sub(r"@\d+", "", name): name for name in runs}
     return {name: runs[name] for name in last.values()}
 
 
 def _order(name: str) -> tuple[Any, ...]:
-    """Demonstrations by their number, then adapters, each behind its steps."""
-    stem, _, step = name.partition("@")
+    """Demonstrations by their number, then adapters, each behind its steps.
+
+    Controls stand behind what they are of.
+    """
+    main, _, control = name.partition("~")
+    stem, _, step = main.partition("@")
     kind, _, rest = stem.partition("-")
     if kind == "icl":
-        return 0, "", 0, int(rest)
-    return 1, rest, not step, int(step or 0)
+        return 0, "", 0, int(rest), control
+    return 1, rest, not step, int(step or 0), control
 
 
 def _to_json(one: dimension.IdEstimate) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Finding(NamedTuple):
     """A statement of the paper, and what one's own numbers say to it.
 
     Attributes:
-        statement: the paper's.
+        statement: the paper's; beginning with "Control": of this library's controls.
         verdict: "agrees", "disagrees" or "not tested".
         numbers: on which that rests; or why there is none.
     """
@@ -66,14 +66,18 @@ def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
         found.append(Finding(say, _verdict(last > first), numbers))
     if not (0 in shots and final):
         found.append(Finding(say, "not tested", "needs --shots 0 and --sft"))
-    found.append(
-        Finding(
-            "SFT: the same on training records",
-            "not tested",
-            "states of training records are not collected",
-        )
-    )
+    say = "SFT: the same on training records"
+    asked = {name: r for name, r in runs.items() if r.meta.get("of_train")}
+    pairs = [
+        (asked.get(f"{run.name}~train"), asked.get("icl-0~train")) for run in final
+    ]
+    if pairs and all(map(all, pairs)):
+        found += [_higher(say, *pair, estimator) for pair in pairs]
+    else:
+        found.append(Finding(say, "not tested", "needs --sft and --train-records"))
+    found += _in_training(runs, shots, estimator)
     found += _in_context(shots, estimator)
+    found += _controlled(runs, shots, estimator)
     some = [run for k, run in shots.items() if k >= 5]
     say = "ICL with 5 demonstrations or more has a higher dimension than SFT"
     if some and final:
@@ -87,6 +91,62 @@ def findings(runs: Mapping[str, Result], estimator: str) -> list[Finding]:
         found += [_righter(say, run, best) for run in final]
     else:
         found.append(Finding(say, "not tested", "needs --shots, --sft and labels"))
+    return found
+
+
+def _in_training(
+    runs: Mapping[str, Result], shots: Mapping[int, Result], estimator: str
+) -> list[Finding]:
+    """Whether the dimension first rises in training and then falls."""
+    say = "SFT: the dimension rises early in training, then falls"
+    steps: dict[str, list[Result]] = {}
+    for name, run in runs.items():
+        if run.meta["paradigm"] == "sft" and run.meta["step"]:
+            steps.setdefault(name.partition("@")[0], []).append(run)
+    found = []
+    for every in steps.values():
+        every = sorted(every, key=lambda run: run.meta["step"])
+        if 0 not in shots or len(every) < 3:
+            continue
+        area = lambda run: normalized_auc(run.profiles[estimator])
+        top = max(every, key=area)
+        if top is every[-1]:
+            rise = _higher(say, top, shots[0], estimator)
+            numbers = f"highest at the last step; {rise.numbers}"
+            found.append(Finding(say, "disagrees", numbers))
+            continue
+        up = _higher(say, top, shots[0], estimator)
+        down = _higher(say, top, every[-1], estimator)
+        verdicts = {up.verdict, down.verdict}
+        verdict = next(
+            v for v in ("disagrees", "not tested", "agrees") if v in verdicts
+        )
+        found.append(Finding(say, verdict, f"{up.numbers}; {down.numbers}"))
+    needs = "needs --shots 0 and three steps of one --sft RUN@STEP,STEP,STEP"
+    return found or [Finding(say, "not tested", needs)]
+
+
+def _controlled(
+    runs: Mapping[str, Result], shots: Mapping[int, Result], estimator: str
+) -> list[Finding]:
+    """What of the rise in context is left without a spread or a task to learn."""
+    found = []
+    for control, say in (
+        ("fixed", "Control: with the same demonstrations for all it rises, too"),
+        ("shuffled", "Control: with answers exchanged it is lower than with the own"),
+    ):
+        at = {
+            r.meta["shots"]: r
+            for r in runs.values()
+            if r.meta.get("control") == control
+        }
+        if control == "fixed" and 0 in shots:
+            found += [_higher(say, run, shots[0], estimator) for run in at.values()]
+        if control == "shuffled":
+            both = [k for k in at if k in shots]
+            found += [_higher(say, shots[k], at[k], estimator) for k in both]
+        if not any(one.statement == say for one in found):
+            found.append(Finding(say, "not tested", f"needs --controls {control}"))
     return found
 
 
