@@ -179,7 +179,7 @@ def _collect(given: argparse.Namespace) -> None:
         runs += study.adapter_runs(name, folder, numbers)
     if not runs:
         raise ValueError("--shots none needs --sft.")
-    controls = given.controls.split(",") if given.controls else []
+    controls = [] if given.controls is None else given.controls.split(",")
     if other := [name for name in controls if name not in study.CONTROLS]:
         raise ValueError(f"--controls {other[0]!r}: there are {study.CONTROLS}.")
     shown = [run for run in runs if run.shots]

@@ -43,7 +43,7 @@ HUGE = "9" * 30
 KNOWN = {
     *("base", "model", "adapter", "task", "eval", "method", "ignore", "targets", "sft"),
     *("demos", "overflow", "label_tokens", "final", "estimator", "max_shard_size"),
-    *("rows", "runs", "file", "option", "task_option", "map", "shots"),
+    *("rows", "runs", "file", "option", "task_option", "map", "shots", "controls"),
 }
 FREE = {("dimension", "--layer=-1")}  # from the end
 COMMANDS = {command.NAME: command for command in cli.COMMANDS}
