@@ -19,6 +19,7 @@ from jaxpeft.runs import (
     flat_config,
     load_config,
     make_adapter,
+    with_calls,
 )
 from jaxpeft.training import adamw
 from jaxpeft.tree import attach, partition
@@ -113,8 +114,8 @@ def read_comparison(path: str | Path) -> Comparison:
             * ``tasks``: ``{name: dict(config=..., changes=...)}``: a file of a run,
               relative to this one, and fields that differ;
             * ``methods``: ``{name: dict(changes=..., grid=...)}``: the fields of a
-              method (``adapter``, ``optimizer``, ``head``, ...), and a grid of its own
-              in place of the one for all;
+              method (``adapter``, ``optimizer``, ``head``, ...; sections may be calls,
+              ``"kasa(rank=8)"``), and a grid of its own in place of the one for all;
             * ``grid``: fields with a tuple of values each, nested as in a config; the
               points are all their combinations; empty: none;
             * ``seeds``, and ``choose_with``: those that choose the point;
@@ -283,4 +284,4 @@ def _changed(base, changes: Any, where: str) -> ml_collections.ConfigDict:
                 holder[name] = value
 
     change(config, changes, "")
-    return config.lock()
+    return with_calls(config).lock()

@@ -9,6 +9,8 @@ from jaxpeft.console import INTERRUPTED as INTERRUPTED
 from jaxpeft.console import NOT_FINITE as NOT_FINITE
 from jaxpeft.console import REFUSED as REFUSED
 from jaxpeft.console import ended as ended
+from jaxpeft.runs._calls import read_call as read_call
+from jaxpeft.runs._calls import with_calls as with_calls
 from jaxpeft.runs._check import check_run as check_run
 from jaxpeft.runs._check import load_base as load_base
 from jaxpeft.runs._check import load_start as load_start

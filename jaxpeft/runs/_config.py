@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 
 from jaxpeft.runs._arguments import check_arguments
+from jaxpeft.runs._calls import CALLS, with_calls
 from jaxpeft.training import flat_config, new_name, with_new_names
 from jaxpeft.tree import Adapter, find_method, methods
 
@@ -33,6 +34,8 @@ def load_config(
             read as the type of the value it replaces (an int stays an int, a float may
             be written 8 or 1e-4, a bool is true or false, a tuple is written
             ``query,key``); where that value is None, as a Python literal or else text.
+            ``adapter``, ``data``, ``ranks.before`` and ``ranks.during`` are replaced
+            whole by a call: ``"adapter=bora(rank=16)"``.
 
     Returns:
         the config, locked: reading or writing a field it does not have raises. Fields
@@ -72,9 +75,10 @@ def load_config(
             f"`--config`: get_config() of {name!r} returned a {type(config).__name__}; "
             "it should return an ml_collections.ConfigDict, see configs/quickstart.py."
         )
-    config = with_new_names(config)
+    config = with_calls(with_new_names(config))
     for item in overrides:
         _override(config, item)
+        with_calls(config)
     return config.lock()
 
 
@@ -139,13 +143,14 @@ def _override(config: ml_collections.ConfigDict, item: str) -> None:
             f"nearest: {near_names(name, known) or sorted(known)}."
         )
     old = holder[last]
-    if _is_section(old):
+    if _is_section(old) and name not in CALLS:
         raise ValueError(
             f"`--config.{name}` is a section, not a value; set one of its fields: "
             f"{sorted(key for key in known if key.startswith(name + '.'))}."
         )
     try:
-        new = _parse(text, holder.get_type(last))
+        kind = str if name in CALLS and text != "None" else holder.get_type(last)
+        new = _parse(text, kind)
     except ValueError as error:
         kind = holder.get_type(last).__name__
         raise ValueError(
