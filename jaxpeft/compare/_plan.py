@@ -16,6 +16,7 @@ from jaxpeft.runs import (
     FREE_SECTIONS,
     call,
     check_fields,
+    config_file,
     flat_config,
     load_config,
     make_adapter,
@@ -109,7 +110,8 @@ def read_comparison(path: str | Path) -> Comparison:
     """Reads a comparison, and makes the config of every row.
 
     Args:
-        path: a Python file whose ``get_config()`` returns a ``ConfigDict`` with
+        path: a Python file, or the name of one that comes with the package, whose
+            ``get_config()`` returns a ``ConfigDict`` with
 
             * ``tasks``: ``{name: dict(config=..., changes=...)}``: a file of a run,
               relative to this one, and fields that differ;
@@ -159,7 +161,7 @@ def read_comparison(path: str | Path) -> Comparison:
     order = (*choose_with, *(seed for seed in seeds if seed not in choose_with))
     rows: dict[tuple[str, str], list[Row]] = {}
     for task, asked in config.tasks.items():
-        base = _base(Path(path).parent, task, asked)
+        base = _base(config_file(path).parent, task, asked)
         for method, given in config.methods.items():
             _check_method(method, given)
             points = list(_points(given.get("grid", config.grid)))

@@ -17,6 +17,7 @@ import ml_collections
 
 from jaxpeft.runs._arguments import check_arguments
 from jaxpeft.runs._calls import CALLS, with_calls
+from jaxpeft.runs._shipped import config_file, shipped_configs
 from jaxpeft.training import flat_config, new_name, with_new_names
 from jaxpeft.tree import Adapter, find_method, methods
 
@@ -29,7 +30,8 @@ def load_config(
     Args:
         path: a Python file with a function ``get_config``. What follows a colon is
             given to that function: ``"configs/glue_kasa.py:task=rte,model=base"``
-            calls ``get_config(task="rte", model="base")``.
+            calls ``get_config(task="rte", model="base")``. Or the name of a config that
+            comes with the package, ``"quickstart"`` (``shipped_configs``).
         overrides: strings ``"adapter.rank=16"``. A field must exist, and the text is
             read as the type of the value it replaces (an int stays an int, a float may
             be written 8 or 1e-4, a bool is true or false, a tuple is written
@@ -57,6 +59,7 @@ def load_config(
         16
     """
     name, _, argument = str(path).partition(":")
+    name = str(config_file(name))
     get_config = _read_get_config(Path(name))
     allowed = list(inspect.signature(get_config).parameters)
     given = {}
@@ -85,11 +88,15 @@ def load_config(
 def _read_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
     if not path.is_file():
         beside = sorted(str(file) for file in path.parent.glob("*.py"))
+        if len(path.parts) == 1:
+            with contextlib.suppress(FileNotFoundError):
+                beside += [config.name for config in shipped_configs()]
         near = (
             near_names(str(path), beside) or beside or "no Python file in that folder"
         )
         raise ValueError(
-            f"`--config`: there is no file {str(path)!r}; nearest: {near}."
+            f"`--config`: there is no file {str(path)!r}; nearest: {near}. `jaxpeft "
+            "configs` lists those that come with the package."
         )
     loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
     module = types.ModuleType(loader.name)
