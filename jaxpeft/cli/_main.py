@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxpeft.cli import (
     _compare,
+    _configs,
     _convert,
     _describe,
     _dimension,
@@ -15,11 +16,12 @@ from jaxpeft.cli import (
     _merge,
     _predict,
     _ranks,
+    _train,
 )
 from jaxpeft.console import Parser, ended, keep_compiled
 
 COMMANDS = (
-    *(_describe, _merge, *_convert.DIRECTIONS),
+    *(_train, _configs, _describe, _merge, *_convert.DIRECTIONS),
     *(_generate, _predict, _ranks, _dimension, _estimate, _compare),
 )
 
@@ -53,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,  # or it would undo one before the command
         )
         command.arguments(one)
-        one.set_defaults(run=command.run)
+        if command is not _train:
+            one.set_defaults(run=command.run)
     return top
 
 
@@ -67,8 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 where what was given cannot be done (one message on standard error, with a
         traceback after ``--traceback`` alone); 130 after Ctrl-C.
     """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == [_train.NAME]:  # train.py reads its arguments itself
+        return _train.forward(arguments[1:])
     top = parser()
-    given, others = top.parse_known_args(argv)
+    given, others = top.parse_known_args(arguments)
     fields = [item for item in others if item.startswith("--config.")]
     if others and (fields != others or "overrides" not in given):
         top.error(f"unrecognized arguments: {' '.join(others)}")

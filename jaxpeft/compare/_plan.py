@@ -16,9 +16,11 @@ from jaxpeft.runs import (
     FREE_SECTIONS,
     call,
     check_fields,
+    config_file,
     flat_config,
     load_config,
     make_adapter,
+    with_calls,
 )
 from jaxpeft.training import adamw
 from jaxpeft.tree import attach, partition
@@ -108,13 +110,14 @@ def read_comparison(path: str | Path) -> Comparison:
     """Reads a comparison, and makes the config of every row.
 
     Args:
-        path: a Python file whose ``get_config()`` returns a ``ConfigDict`` with
+        path: a Python file, or the name of one that comes with the package, whose
+            ``get_config()`` returns a ``ConfigDict`` with
 
             * ``tasks``: ``{name: dict(config=..., changes=...)}``: a file of a run,
               relative to this one, and fields that differ;
             * ``methods``: ``{name: dict(changes=..., grid=...)}``: the fields of a
-              method (``adapter``, ``optimizer``, ``head``, ...), and a grid of its own
-              in place of the one for all;
+              method (``adapter``, ``optimizer``, ``head``, ...; sections may be calls,
+              ``"kasa(rank=8)"``), and a grid of its own in place of the one for all;
             * ``grid``: fields with a tuple of values each, nested as in a config; the
               points are all their combinations; empty: none;
             * ``seeds``, and ``choose_with``: those that choose the point;
@@ -158,7 +161,7 @@ def read_comparison(path: str | Path) -> Comparison:
     order = (*choose_with, *(seed for seed in seeds if seed not in choose_with))
     rows: dict[tuple[str, str], list[Row]] = {}
     for task, asked in config.tasks.items():
-        base = _base(Path(path).parent, task, asked)
+        base = _base(config_file(path).parent, task, asked)
         for method, given in config.methods.items():
             _check_method(method, given)
             points = list(_points(given.get("grid", config.grid)))
@@ -283,4 +286,4 @@ def _changed(base, changes: Any, where: str) -> ml_collections.ConfigDict:
                 holder[name] = value
 
     change(config, changes, "")
-    return config.lock()
+    return with_calls(config).lock()

@@ -9,6 +9,8 @@ from jaxpeft.console import INTERRUPTED as INTERRUPTED
 from jaxpeft.console import NOT_FINITE as NOT_FINITE
 from jaxpeft.console import REFUSED as REFUSED
 from jaxpeft.console import ended as ended
+from jaxpeft.runs._calls import read_call as read_call
+from jaxpeft.runs._calls import with_calls as with_calls
 from jaxpeft.runs._check import check_run as check_run
 from jaxpeft.runs._check import load_base as load_base
 from jaxpeft.runs._check import load_start as load_start
@@ -22,6 +24,7 @@ from jaxpeft.runs._config import call_named as call_named
 from jaxpeft.runs._config import count_steps as count_steps
 from jaxpeft.runs._config import load_config as load_config
 from jaxpeft.runs._config import make_adapter as make_adapter
+from jaxpeft.runs._config import near_names as near_names
 from jaxpeft.runs._config import said_of as said_of
 from jaxpeft.runs._estimate import Try as Try
 from jaxpeft.runs._estimate import as_flags as as_flags
@@ -69,6 +72,10 @@ from jaxpeft.runs._run_ranks import decide_ranks as decide_ranks
 from jaxpeft.runs._run_ranks import ranks_before as ranks_before
 from jaxpeft.runs._run_ranks import ranks_during as ranks_during
 from jaxpeft.runs._run_ranks import ranks_report as ranks_report
+from jaxpeft.runs._shipped import Shipped as Shipped
+from jaxpeft.runs._shipped import config_file as config_file
+from jaxpeft.runs._shipped import shipped_configs as shipped_configs
+from jaxpeft.runs._shipped import shipped_folder as shipped_folder
 from jaxpeft.runs._stages import enter_stage as enter_stage
 from jaxpeft.runs._stages import run_stages as run_stages
 from jaxpeft.runs._stages import save_routing as save_routing

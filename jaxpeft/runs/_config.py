@@ -16,6 +16,8 @@ from typing import Any
 import ml_collections
 
 from jaxpeft.runs._arguments import check_arguments
+from jaxpeft.runs._calls import CALLS, with_calls
+from jaxpeft.runs._shipped import config_file, shipped_configs
 from jaxpeft.training import flat_config, new_name, with_new_names
 from jaxpeft.tree import Adapter, find_method, methods
 
@@ -28,11 +30,14 @@ def load_config(
     Args:
         path: a Python file with a function ``get_config``. What follows a colon is
             given to that function: ``"configs/glue_kasa.py:task=rte,model=base"``
-            calls ``get_config(task="rte", model="base")``.
+            calls ``get_config(task="rte", model="base")``. Or the name of a config that
+            comes with the package, ``"quickstart"`` (``shipped_configs``).
         overrides: strings ``"adapter.rank=16"``. A field must exist, and the text is
             read as the type of the value it replaces (an int stays an int, a float may
             be written 8 or 1e-4, a bool is true or false, a tuple is written
             ``query,key``); where that value is None, as a Python literal or else text.
+            ``adapter``, ``data``, ``ranks.before`` and ``ranks.during`` are replaced
+            whole by a call: ``"adapter=bora(rank=16)"``.
 
     Returns:
         the config, locked: reading or writing a field it does not have raises. Fields
@@ -54,6 +59,7 @@ def load_config(
         16
     """
     name, _, argument = str(path).partition(":")
+    name = str(config_file(name))
     get_config = _read_get_config(Path(name))
     allowed = list(inspect.signature(get_config).parameters)
     given = {}
@@ -72,20 +78,25 @@ def load_config(
             f"`--config`: get_config() of {name!r} returned a {type(config).__name__}; "
             "it should return an ml_collections.ConfigDict, see configs/quickstart.py."
         )
-    config = with_new_names(config)
+    config = with_calls(with_new_names(config))
     for item in overrides:
         _override(config, item)
+        with_calls(config)
     return config.lock()
 
 
 def _read_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
     if not path.is_file():
         beside = sorted(str(file) for file in path.parent.glob("*.py"))
+        if len(path.parts) == 1:
+            with contextlib.suppress(FileNotFoundError):
+                beside += [config.name for config in shipped_configs()]
         near = (
             near_names(str(path), beside) or beside or "no Python file in that folder"
         )
         raise ValueError(
-            f"`--config`: there is no file {str(path)!r}; nearest: {near}."
+            f"`--config`: there is no file {str(path)!r}; nearest: {near}. `jaxpeft "
+            "configs` lists those that come with the package."
         )
     loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
     module = types.ModuleType(loader.name)
@@ -139,13 +150,14 @@ def _override(config: ml_collections.ConfigDict, item: str) -> None:
             f"nearest: {near_names(name, known) or sorted(known)}."
         )
     old = holder[last]
-    if _is_section(old):
+    if _is_section(old) and name not in CALLS:
         raise ValueError(
             f"`--config.{name}` is a section, not a value; set one of its fields: "
             f"{sorted(key for key in known if key.startswith(name + '.'))}."
         )
     try:
-        new = _parse(text, holder.get_type(last))
+        kind = str if name in CALLS and text != "None" else holder.get_type(last)
+        new = _parse(text, kind)
     except ValueError as error:
         kind = holder.get_type(last).__name__
         raise ValueError(

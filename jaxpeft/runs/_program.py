@@ -1,24 +1,32 @@
 """The train.py that a config is for."""
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
+
+from jaxpeft.runs._shipped import config_file, shipped_folder
 
 
 def program_file(config: str, given: str | None) -> Path:
     """Where the train.py of a config stands.
 
     Args:
-        config: the config's file, perhaps with arguments behind a colon.
-        given: its place, or ``None``: beside the config, above it, or here.
+        config: the config's file, perhaps with arguments behind a colon, or its name.
+        given: its place, or ``None``: beside the config, above it, here, or the one
+            that comes with the package.
 
     Raises:
         ValueError: there is none.
     """
-    folder = Path(config.partition(":")[0]).absolute().parent
-    places = [given] if given else [folder / "train.py", folder.parent / "train.py"]
-    places = [Path(place) for place in (*places, *([] if given else ["train.py"]))]
+    folder = config_file(config.partition(":")[0]).absolute().parent
+    places = [folder / "train.py", folder.parent / "train.py", Path("train.py")]
+    if given:
+        places = [Path(given)]
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            places.append(shipped_folder() / "train.py")
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise ValueError(

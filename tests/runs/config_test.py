@@ -9,6 +9,7 @@ def get_config(task="cola", size="base"):
     config = ml_collections.ConfigDict()
     config.task, config.size = task, size
     config.adapter = dict(name="indent", rank=8, alpha=16.0, flag=True)
+    config.model = dict(name="some")
     config.targets = ("query", "key")
     config.limit = None
     return config
@@ -56,13 +57,63 @@ def test_overrides_take_the_type_of_what_they_replace(file, text, value):
         ("adapter.rank=1.5", "adapter.rank` is of type int .now 8. and cannot be"),
         ("adapter.alpha=fast", "is of type float"),
         ("adapter.flag=maybe", "is of type bool"),
-        ("adapter=3", "is a section, not a value; set one of its fields: .'adapter.al"),
+        ("model=3", "is a section, not a value; set one of its fields: .'model.name'"),
+        ("adapter=kasa(3)", "argument without a name; write kasa.argument=value"),
+        ("adapter=kasa(rank=eight)", "rank=eight is no number.*rank='eight'"),
+        ("adapter=kasa(rank=8", "is no call; write name or name"),
+        ("adapter=kasa(rank=8))", "cannot be read"),
+        ("adapter=kasa(rank=8)(alpha=3)", "more than one call"),
+        ("adapter=kasa(rank=8, rank=9)", "says rank twice"),
+        ("adapter=kasa(name='x')", "says name twice"),
+        ("adapter=kasa(**{'rank': 3})", "argument without a name"),
+        ("adapter=kasa(rank=__import__('os').getpid())", "nothing is evaluated"),
+        ("adapter=", "is no call"),
         ("adapter.rank", "has no value"),
     ],
 )
 def test_a_wrong_override_names_the_field(file, text, message):
     with pytest.raises(ValueError, match=message):
         runs.load_config(file, [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "section"),
+    [
+        ("adapter=bora(rank=16)", {"name": "bora", "rank": 16}),
+        ("adapter=dora", {"name": "dora"}),
+        (
+            "adapter=files(train='a (1).csv', labels=('a', 'b'), x=None)",
+            {"name": "files", "train": "a (1).csv", "labels": ("a", "b"), "x": None},
+        ),
+    ],
+)
+def test_a_section_as_a_call(file, text, section):
+    config = runs.load_config(file, [text, "adapter.name=other"])
+    assert config.adapter.to_dict() == section | {"name": "other"}  # and not the old's
+
+
+def test_ranks_as_calls(tmp_path):
+    file = tmp_path / "ranks.py"
+    there = tmp_path / "ranks(1).json"
+    there.write_text("{}")
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    ranks = dict(before='gelora(budget=0.5)', during='')\n"
+        "    return ConfigDict(dict(adapter='lora(rank=2)', data='trec', ranks=ranks))"
+    )
+    config = runs.load_config(file)
+    assert config.to_dict() == {
+        "adapter": {"name": "lora", "rank": 2},
+        "data": {"name": "trec"},
+        "ranks": {"before": {"name": "gelora", "budget": 0.5}, "during": None},
+    }
+    changed = runs.load_config(
+        file, ["ranks.before=uniform", "ranks.during=ggm(by='x')"]
+    )
+    assert changed.ranks.before == "uniform"  # or a file of ranks: text stays
+    assert changed.ranks.during.to_dict() == {"name": "ggm", "by": "x"}
+    assert runs.load_config(file, [f"ranks.before={there}"]).ranks.before == str(there)
 
 
 def test_the_file_takes_arguments(file):
