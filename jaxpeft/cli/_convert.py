@@ -115,6 +115,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
             labels=opened.wanted.labels,
             untie=given.untie,
             tokenizer=tokenizer,
+            metadata=opened.wanted.metadata,
         )
     for name, error in saved.errors.items():
         note(f"{name}: cut to rank {saved.rank}, {error:.1e} of its change is lost")

@@ -77,6 +77,8 @@ def run(given: argparse.Namespace) -> None:
             dtype=given.dtype,
             max_shard_size=given.max_shard_size,
             axes=model.axes,
+            base_model=opened.base,
+            metadata=opened.wanted.metadata,
         )
     for name, (most, share) in list(saved.drift.items())[:3]:
         note(f"{name}: changed by {share:.2%} of its norm, one weight by {most:.3g}")

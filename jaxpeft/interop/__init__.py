@@ -12,7 +12,7 @@ from jaxpeft.interop._load import load_adapter as load_adapter
 from jaxpeft.interop._save import save_adapter as save_adapter
 from jaxpeft.interop._save_hf import SavedModel as SavedModel
 from jaxpeft.interop._save_hf import save_hf as save_hf
-from jaxpeft.interop._save_hf import shard_bytes as shard_bytes
+from jaxpeft.interop._stream import shard_bytes as shard_bytes
 from jaxpeft.interop._tensors import TensorFile as TensorFile
 from jaxpeft.interop._tensors import on_host as on_host
 from jaxpeft.interop._tensors import write_tensors as write_tensors

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxpeft.interop._card import CARD, adapter_card, may_write
 from jaxpeft.interop._format import (
     CONFIG,
     DIGEST,
@@ -46,19 +47,19 @@ def save_adapter(
 ) -> Path:
     """Writes the adapters of a tree, without its base, to a folder.
 
-    Two files: ``adapter.json`` (methods with all their options; for each site its
+    ``adapter.json`` (methods with all their options; for each site its
     path, axis roles, ranks, alphas and a fingerprint of its base kernel; the SHA-256 of
     the other file) and ``adapter.safetensors`` (every frozen and trained leaf, under
-    ``path/of/kernel/leaf``, bit for bit). Dropout keys are not saved. A new folder
-    appears whole or not at all.
+    ``path/of/kernel/leaf``, bit for bit), and a card for people, ``README.md``.
+    Dropout keys are not saved. A new folder appears whole or not at all.
 
     Args:
         adapted: a tree made by ``attach``.
         folder: a new or an empty folder.
         metadata: anything JSON can hold, kept in the file for people to read; see
             ``adapter_info``.
-        overwrite: allow a folder with files in it. Only these two files are
-            replaced; others are left as they are.
+        overwrite: allow a folder with files in it. Only these files are replaced;
+            others are left as they are, and so is a card that is not ours.
         name: of the adapter to save, where kernels have several; ``None``: all of them.
 
     Returns:
@@ -121,7 +122,7 @@ def save_adapter(
     except (TypeError, ValueError) as e:
         raise ValueError(f"`metadata` must be what JSON can hold: {e}") from e
     if jax.process_index() == 0:
-        _write(folder, config, tensors)
+        _write(folder, config, tensors, adapter_card(sites, config["metadata"]))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -231,9 +232,9 @@ def _site_entry(name: str, node: AdaptedKernel, method: int, shared) -> dict[str
 
 
 def _write(
-    folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
+    folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], text: str
 ) -> None:
-    """Writes both files beside their place, then moves them there."""
+    """Writes the files beside their place, then moves them there."""
     name = config["id"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.{name}")
@@ -241,13 +242,16 @@ def _write(
     try:
         header = {"format": FORMAT, "id": name}
         write_tensors(new / TENSORS, tensors, header)
-        text = json.dumps(config | {DIGEST: digest(new / TENSORS)}, indent=1)
-        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+        told = json.dumps(config | {DIGEST: digest(new / TENSORS)}, indent=1)
+        (new / CONFIG).write_text(told + "\n", encoding="utf-8")
+        (new / CARD).write_text(text, encoding="utf-8")
         if folder.is_dir() and any(folder.iterdir()):
             # A crash between the two leaves files of different ids, which loading
             # refuses.
             os.replace(new / TENSORS, folder / TENSORS)
             os.replace(new / CONFIG, folder / CONFIG)
+            if may_write(folder):
+                os.replace(new / CARD, folder / CARD)
         else:
             if folder.is_dir():
                 folder.rmdir()

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxpeft.interop._card import CARD, model_card
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._labels import REGRESSION, is_head, named_head
 from jaxpeft.interop._modules import Module, Table
-from jaxpeft.interop._stream import Planned, Writer, shards
+from jaxpeft.interop._stream import Planned, Writer, shard_bytes, shards
 from jaxpeft.interop._tensors import is_finite, on_host
 from jaxpeft.models import BESIDE, ModuleName
 from jaxpeft.numerics import dense
@@ -38,7 +39,6 @@ LABELS = ("id2label", "label2id")
 GENERATION = "generation_config.json"
 # What older versions wrote beside a tokenizer's config, and would still be read.
 OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
 
 class SavedModel(NamedTuple):
@@ -72,6 +72,8 @@ def save_hf(
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     axes: Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> SavedModel:
     """Writes a whole model as a folder that transformers opens.
 
@@ -106,6 +108,9 @@ def save_hf(
             it there are several with an index.
         axes: roles of the axes of kernels beyond two, as in ``attach``;
             ``model.axes``.
+        base_model: name or folder of the base, for the card (``README.md``).
+        metadata: of the adapter (``adapter_info(folder)["metadata"]``): the card tells
+            data and scores of a run.
 
     Returns:
         What was written, with each adapter's change of its weight.
@@ -161,27 +166,14 @@ def save_hf(
             _write_tokenizer(new, tokenizer)
             _add_stops(new / GENERATION, content, stop)
             _dump(new / CONFIG, content)
+            text = model_card(params, content, base_model, metadata)
+            (new / CARD).write_text(text, encoding="utf-8")
             if len(files) > 1:
                 where = {x.name: f for f, tensors in files.items() for x in tensors}
                 index = {"metadata": {"total_size": size}, "weight_map": where}
                 _dump(new / (WEIGHTS + ".index.json"), index)
     ordered = dict(sorted(drift.items(), key=lambda x: -x[1][1]))
     return SavedModel(folder, tuple(files), size, ordered)
-
-
-def shard_bytes(size: int | str) -> int:
-    if isinstance(size, str):
-        for unit, factor in UNITS.items():
-            number = size.upper().removesuffix(unit).strip()
-            if size.upper().endswith(unit) and number.replace(".", "", 1).isdigit():
-                size = int(float(number) * factor)
-                break
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(
-            f"`max_shard_size` must be a number of bytes or a string such as '5GB', "
-            f"got {size!r}."
-        )
-    return size
 
 
 def _config(config: Mapping[str, Any], source: str | Path | None) -> dict[str, Any]:

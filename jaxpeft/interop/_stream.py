@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 # As the format calls them.
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -85,3 +86,19 @@ class Writer:
     def close(self) -> None:
         """Closes the file, finished or not."""
         self._file.close()
+
+
+def shard_bytes(size: int | str) -> int:
+    """A number of bytes, also of ``"500MB"``; raises where it is none above zero."""
+    if isinstance(size, str):
+        for unit, factor in UNITS.items():
+            number = size.upper().removesuffix(unit).strip()
+            if size.upper().endswith(unit) and number.replace(".", "", 1).isdigit():
+                size = int(float(number) * factor)
+                break
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"`max_shard_size` must be a number of bytes or a string such as '5GB', "
+            f"got {size!r}."
+        )
+    return size

@@ -117,6 +117,7 @@ def test_loading_runs_no_decomposition(folder, params, adapted, monkeypatch):
 
 def test_the_file_holds_adapters_only(folder):
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "adapter.json",
         "adapter.safetensors",
     ]

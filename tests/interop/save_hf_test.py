@@ -219,7 +219,7 @@ def test_the_base_s_files_go_along(tmp_path):
     save(small(), tmp_path / "a", source=base, config=CONFIG | {"num_labels": 2})
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "merges.txt"),
-        "chat_template.jinja",
+        *("chat_template.jinja", "README.md"),
     }
     written = json.loads((tmp_path / "a" / "config.json").read_text())
     assert written == kept | {"dtype": "float32"}

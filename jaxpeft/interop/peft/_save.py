@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxpeft.interop._card import CARD, card
 from jaxpeft.interop._folder import check_free, new_folder
 from jaxpeft.interop._labels import LABELS, head_fields, is_head
 from jaxpeft.interop._modules import Module, Table
@@ -28,6 +29,19 @@ from jaxpeft.models import ModuleName
 from jaxpeft.tree import AdaptedKernel, grouped, leaves_with_path, nodes
 
 FORMS = ("auto", "native", "portable")
+SAID_OF = {
+    "native": "in PEFT's own form of it",
+    "portable": "written as plain LoRA on the untouched base: one rank, the scale "
+    "inside",
+}
+# transformers' classes of PEFT's tasks.
+TASK_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 
 
 class SavedPeft(NamedTuple):
@@ -65,6 +79,7 @@ def save_peft(
     axes: Mapping[str, str] | None = None,
     untie: bool = False,
     tokenizer: Any = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> SavedPeft:
     """Writes the adapters of a tree as a folder that HF PEFT loads.
 
@@ -103,6 +118,8 @@ def save_peft(
             refused. What ``load_peft`` read of one of the two needs no such choice.
         tokenizer: a tokenizer of transformers, to be written beside it: with the chat
             template and the padding token that it was trained with.
+        metadata: of our own file (``adapter_info(folder)["metadata"]``): the card tells
+            data and scores of a run.
 
     Returns:
         What was written. With several processes all must call this; the first one
@@ -177,7 +194,7 @@ def save_peft(
     _check_saved(config, adapted_modules, problems)
     _raise(problems)
     called = head_fields(labels, _width(table))
-    name = ", ".join(dict.fromkeys(repr(site.node.adapter) for site in sites))
+    adapters = {repr(site.node.adapter): site.node.adapter.name for site in sites}
 
     with new_folder(folder) as new:
         if new is not None:
@@ -185,8 +202,19 @@ def save_peft(
             text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
             (new / CONFIG).write_text(text + "\n", encoding="utf-8")
             kinds = {getattr(s.node.base, "kind", None) for s in sites} - {None}
-            card = _card(base_model, written, name, errors, called, sorted(kinds))
-            (new / "README.md").write_text(card, encoding="utf-8")
+            names = ", ".join(adapters) or "full()"
+            kind = TASK_CLASSES.get(task_type, "AutoModel")
+            text = card(
+                library="peft",
+                relation="adapter",
+                base=base_model,
+                made=f"An adapter made by jaxpeft with `{names}`, {SAID_OF[written]}.",
+                tags=sorted(set(adapters.values())),
+                metadata=metadata,
+                more=_more(errors, called, sorted(kinds)),
+                use=_loading(base_model, kind, called),
+            )
+            (new / CARD).write_text(text, encoding="utf-8")
             if called:
                 text = json.dumps(called, indent=2, ensure_ascii=False)
                 (new / LABELS).write_text(text + "\n", encoding="utf-8")
@@ -316,49 +344,36 @@ def _width(table: Table) -> int | None:
     return None
 
 
-def _card(
-    base_model,
-    form: str,
-    methods: str,
-    errors: dict[str, float],
-    called: Mapping[str, Any],
-    quantised: Sequence[str],
-) -> str:
-    lines = ["---", "library_name: peft", "tags: [jaxpeft]"]
-    if base_model is not None:
-        lines.insert(1, f"base_model: {json.dumps(base_model)}")
-    lines += ["---", "", f"An adapter made by jaxpeft with `{methods or 'full()'}`, "]
-    kind = (
-        "in PEFT's own form of it."
-        if form == "native"
-        else (
-            "written as plain LoRA on the untouched base: one rank, the scale inside."
-        )
-    )
-    lines[-1] += kind
+def _more(
+    errors: dict[str, float], called: Mapping[str, Any], quantised: Sequence[str]
+) -> list[str]:
+    more = []
     if quantised:
-        lines += ["", f"Trained on a base quantised as {', '.join(quantised)}."]
+        more.append(f"Trained on a base quantised as {', '.join(quantised)}.")
     if errors:
-        lines += ["", "Cut to this rank, relative to each whole change:", ""]
-        lines += [f"- `{name}`: {error:.2e}" for name, error in errors.items()]
+        cut = [f"- `{name}`: {error:.2e}" for name, error in errors.items()]
+        said = "Cut to this rank, relative to each whole change:"
+        more.append("\n".join([said, "", *cut]))
     if called:
-        lines += ["", *_loading(base_model, called)]
-    return "\n".join(lines) + "\n"
+        said = "PEFT's config does not name the outputs; the base must be loaded with "
+        more.append(f"{said}them:")
+    return more
 
 
-def _loading(base_model, called: Mapping[str, Any]) -> list[str]:
+def _loading(base_model: str | None, kind: str, called: Mapping[str, Any]) -> list[str]:
     """How to load the base, so that it has this head, under its own names."""
     given = dict(called)
+    if given:
+        kind = TASK_CLASSES["SEQ_CLS"]
     if "id2label" in given:  # JSON has no numbers for keys; transformers wants them
         given["id2label"] = {int(i): x for i, x in given["id2label"].items()}
-    arguments = "".join(f"    {name}={value!r},\n" for name, value in given.items())
     return [
-        "PEFT's config does not name the outputs; the base must be loaded with them:",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
         "",
-        "```python",
-        "base = AutoModelForSequenceClassification.from_pretrained(",
-        f"    {(base_model or 'the base')!r},",
-        f"{arguments})",
+        f"base = {kind}.from_pretrained(",
+        f"    {base_model or 'the base'!r},",
+        *(f"    {name}={value!r}," for name, value in given.items()),
+        ")",
         "model = PeftModel.from_pretrained(base, this_folder)",
-        "```",
     ]
