@@ -11,7 +11,9 @@ from jaxpeft.cli._open import (
     add_adapter,
     add_base,
     add_labels,
+    add_push,
     changed_options,
+    checked_push,
     new_folder,
     open_adapter,
     open_tokenizer,
@@ -43,6 +45,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new or an empty folder"
     )
+    add_push(parser)
 
 
 def _of_peft(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +81,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
         needed: the sort that the adapter must be of, ``None`` for any.
     """
     out = new_folder(given.out)
+    push = checked_push(given)
     if form == "own":
         _refuse(given, "rank", "task_type", "base_model", "untie")
     elif form != "portable":
@@ -102,7 +106,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
                 told["tokenizer"] = changed_options(opened.folder, tokenizer)
             interop.save_adapter(opened.adapted, out, metadata=told)
             print(f"{out}: jaxpeft's own adapter")
-            return
+            return push()
         saved = interop.save_peft(
             opened.adapted,
             out,
@@ -122,6 +126,7 @@ def convert(given: argparse.Namespace, form: str, needed: str | None = None) -> 
     rank = "" if saved.rank is None else f", rank {saved.rank}"
     whole = f", {len(saved.saved)} modules whole" if saved.saved else ""
     print(f"{out}: HF PEFT, {saved.form}, {len(saved.sites)} modules{rank}{whole}")
+    push()
 
 
 def _task_metadata(opened: Opened) -> dict[str, Any]:

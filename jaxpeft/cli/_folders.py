@@ -61,7 +61,7 @@ def find(name: str | Path) -> tuple[Path, str]:
 
     folder = Path(name)
     try:
-        place = interop.adapter_folder(folder)
+        place = interop.adapter_folder(name)
     except FileNotFoundError as error:
         file = folder / MARKS[MODEL]
         if not file.is_file():

@@ -7,7 +7,9 @@ from jaxpeft.cli._open import (
     add_adapter,
     add_base,
     add_labels,
+    add_push,
     changed_options,
+    checked_push,
     new_folder,
     open_adapter,
     open_tokenizer,
@@ -32,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new or an empty folder"
     )
+    add_push(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -48,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Runs the command."""
     out = new_folder(given.out)
+    push = checked_push(given)
     from jaxpeft import interop, models
     from jaxpeft.interop import shard_bytes
 
@@ -84,3 +88,4 @@ def run(given: argparse.Namespace) -> None:
         note(f"{name}: changed by {share:.2%} of its norm, one weight by {most:.3g}")
     files = f"{len(saved.files)} file{'s' * (len(saved.files) > 1)}"
     print(f"{out}: {len(saved.drift)} modules merged, {saved.size:,} bytes in {files}")
+    push()

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +40,27 @@ class Opened(NamedTuple):
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """Adds the one adapter of a command."""
     parser.add_argument(
-        "adapter", metavar="ADAPTER", help="an adapter's folder, or that of a run"
+        "adapter",
+        metavar="ADAPTER",
+        help="an adapter's folder, that of a run, or a name on the hub",
     )
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """Adds the way to the hub, of a command that writes a folder."""
+    parser.add_argument(
+        "--push", metavar="USER/NAME", help="upload the folder to the Hugging Face hub"
+    )
+
+
+def checked_push(given: argparse.Namespace) -> Callable[[], None]:
+    """What uploads ``--out`` where ``--push`` says so; its name is looked at now."""
+    from jaxpeft import interop
+
+    if given.push is None:
+        return lambda: None
+    interop.check_hub_name(given.push)
+    return lambda: print(interop.push(given.out, given.push))
 
 
 def add_base(

@@ -3,8 +3,10 @@
 from jaxpeft.interop._format import CONFIG as CONFIG
 from jaxpeft.interop._format import DIGEST as DIGEST
 from jaxpeft.interop._format import PEFT_CONFIG as PEFT_CONFIG
-from jaxpeft.interop._format import adapter_folder as adapter_folder
 from jaxpeft.interop._format import adapter_info as adapter_info
+from jaxpeft.interop._hub import adapter_folder as adapter_folder
+from jaxpeft.interop._hub import check_hub_name as check_hub_name
+from jaxpeft.interop._hub import push as push
 from jaxpeft.interop._labels import HeadInfo as HeadInfo
 from jaxpeft.interop._labels import checked as checked
 from jaxpeft.interop._labels import head_info as head_info

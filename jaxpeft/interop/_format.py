@@ -55,36 +55,6 @@ def _plain() -> dict[str, Callable[..., Adapter]]:
     return {name: make for name, make in methods().items() if not needs(make)}
 
 
-def adapter_folder(folder: str | Path) -> Path:
-    """Finds the adapter that a run has left, or that a folder is.
-
-    Args:
-        folder: of a run of ``train.py``, or of an adapter, ours or HF PEFT's.
-
-    Returns:
-        The folder with the adapter's files: ``folder/adapter``, or ``folder``.
-
-    Raises:
-        FileNotFoundError: there is none; the message says what there is instead.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r} is no folder.")
-    for place in (folder, folder / "adapter"):
-        if any((place / mark).is_file() for mark in (CONFIG, PEFT_CONFIG)):
-            return place
-    inside = {
-        file.parent.parent if file.parent.name == "adapter" else file.parent
-        for mark in (CONFIG, PEFT_CONFIG)
-        for file in [*folder.glob(f"*/{mark}"), *folder.glob(f"*/*/{mark}")]
-    }
-    raise FileNotFoundError(
-        f"{str(folder)!r} holds no adapter: neither {CONFIG} nor {PEFT_CONFIG}, nor a "
-        "folder adapter/ of a complete run."
-        + (f" There are {', '.join(map(str, sorted(inside)))}." if inside else "")
-    )
-
-
 def adapter_info(folder: str | Path) -> dict[str, Any]:
     """Reads what an adapter folder says about itself, without its arrays.
 

@@ -16,6 +16,7 @@ from jaxpeft.models._decoder import Decoder as Decoder
 from jaxpeft.models._decoder_config import DecoderConfig as DecoderConfig
 from jaxpeft.models._generate import generate as generate
 from jaxpeft.models._load import find_checkpoint as find_checkpoint
+from jaxpeft.models._load import from_hub as from_hub
 from jaxpeft.models._load import load as load
 from jaxpeft.models._load import read_model_config as read_model_config
 from jaxpeft.models._names import BESIDE as BESIDE

@@ -4,7 +4,7 @@ import collections
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +185,32 @@ def find_checkpoint(folder_or_name: str | Path, *, weights: bool = True) -> Path
     parts = name.split("/")
     if isinstance(folder_or_name, Path) or len(parts) > 2 or name[:1] in "./~":
         raise ValueError(f"`folder_or_name` {name!r} is no folder.")
+    try:
+        return from_hub(name, HUB_FILES if weights else ["config.json"])
+    except ValueError as error:
+        raise ValueError(
+            f"`folder_or_name` {name!r} is no folder, no packaged model "
+            f"({sorted(packaged)}), and {error}"
+        ) from error
+
+
+def from_hub(name: str, files: Sequence[str]) -> Path:
+    """The folder of some files of a repository on the hub, fetched where needed.
+
+    Args:
+        name: ``"user/name"``.
+        files: patterns of their names.
+
+    Raises:
+        ValueError: the hub did not give them, and why.
+    """
     with optional("Names on the Hugging Face hub"):
         from huggingface_hub import snapshot_download
 
     try:
-        files = list(HUB_FILES) if weights else ["config.json"]
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises a dozen kinds
-        raise ValueError(
-            f"`folder_or_name` {name!r} is no folder, no packaged model "
-            f"({sorted(packaged)}), and the Hugging Face hub did not give it: {error}"
-        ) from error
+        raise ValueError(f"the Hugging Face hub did not give it: {error}") from error
 
 
 def _stops(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

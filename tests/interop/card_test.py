@@ -1,12 +1,15 @@
 """The cards beside what is saved."""
 
+import shutil
+
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
 import yaml
 
 import jaxpeft as jp
-from jaxpeft import interop
+from jaxpeft import cli, interop
 from jaxpeft.models import ModuleName
 
 RUN = {
@@ -81,3 +84,46 @@ def test_a_card_of_somebody_s_own_stays(adapted, tmp_path):
     card.write_text("mine")
     interop.save_adapter(adapted, tmp_path / "a", overwrite=True, metadata=RUN)
     assert card.read_text() == "mine"
+
+
+class Hub:
+    """The hub's client, with a folder in the place of a network."""
+
+    def __init__(self, place, refuse=False):
+        self.place, self.refuse = place, refuse
+
+    def create_repo(self, name, **options):
+        if self.refuse:
+            raise ConnectionError("401 who are you?")
+        (self.place / name).mkdir(parents=True, exist_ok=options["exist_ok"])
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id, folder_path):
+        shutil.copytree(folder_path, self.place / repo_id, dirs_exist_ok=True)
+
+    def snapshot_download(self, name, allow_patterns):
+        if not (self.place / name).is_dir():
+            raise ConnectionError("404")
+        return str(self.place / name)
+
+
+def test_up_to_the_hub_and_down_again(adapted, tmp_path, monkeypatch, capsys):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    folder = interop.save_adapter(adapted, tmp_path / "own")
+    assert interop.push(folder, "me/mine") == "https://hub/me/mine"
+    assert interop.adapter_folder("me/mine") == tmp_path / "hub/me/mine"
+    assert cli.main(["describe", "me/mine"]) == 0 and "lora" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="is no folder, and the Hugging.*404"):
+        interop.adapter_folder("me/other")
+    (tmp_path / "runs").mkdir()  # a slip of a path is nothing for the hub
+    with pytest.raises(FileNotFoundError, match="'runs/new' is no folder.$"):
+        interop.adapter_folder("runs/new")
+    hub.refuse = True
+    with pytest.raises(ValueError, match="who are you.*is whole; upload it again"):
+        interop.push(folder, "me/mine")
+    given = ["export", str(folder), "--out", str(tmp_path / "out"), "--push", "mine"]
+    assert cli.main(given) == 2 and "write user/name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
