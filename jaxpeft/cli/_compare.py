@@ -34,6 +34,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROW",
         help="run these rows alone; a beginning of names will do: trec/lora",
     )
+    add(
+        "--methods",
+        metavar="NAME,NAME",
+        help="these methods alone, in the table, too (default: all)",
+    )
     add("--list", action="store_true", help="name the rows, and run nothing")
     add(
         "--train",
@@ -53,6 +58,8 @@ def run(given: argparse.Namespace) -> None:
     name = Path(given.config.partition(":")[0]).stem
     out = compare.check_out(given.out or Path("runs") / name)
     found = compare.read_comparison(given.config)
+    if given.methods is not None:
+        found = found.of(given.methods.split(","))
     if given.list:
         print("\n".join(row.name for rows in found.rows.values() for row in rows))
         return

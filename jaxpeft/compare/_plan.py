@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,24 @@ class Comparison(NamedTuple):
         """Names of the methods, the reference first."""
         names = dict.fromkeys(method for _, method in self.rows)
         return [self.reference, *(name for name in names if name != self.reference)]
+
+    def of(self, methods: Sequence[str]) -> "Comparison":
+        """The same with some of the methods alone.
+
+        Raises:
+            ValueError: one is unknown, or the reference is not among them.
+        """
+        if unknown := [name for name in methods if name not in self.methods]:
+            raise ValueError(
+                f"`methods` {unknown[0]!r} is none of {', '.join(self.methods)}."
+            )
+        if self.reference not in methods:
+            raise ValueError(
+                f"`methods` {', '.join(methods)} lack {self.reference!r}, from which "
+                "differences are taken."
+            )
+        rows = {key: rows for key, rows in self.rows.items() if key[1] in methods}
+        return self._replace(rows=rows)
 
 
 def point_name(point: Mapping[str, Any]) -> str:

@@ -98,3 +98,14 @@ def test_a_grid_may_take_any_argument_of_the_optimizer(read):
     asked = read("config.grid.optimizer = dict(lora_plus_ratio=(4.0, 16.0))")
     ratios = [row.config.optimizer.lora_plus_ratio for row in asked.rows["a", "lora"]]
     assert set(ratios) == {4.0, 16.0}
+
+
+def test_some_methods_alone(read):
+    whole = read()
+    some = whole.of(["lora"])
+    assert [*some.rows] == [("a", "lora")] and some.methods == ["lora"]
+    assert some.rows["a", "lora"] == whole.rows["a", "lora"]
+    with pytest.raises(ValueError, match="'dora' is none of lora, ia3"):
+        whole.of(["lora", "dora"])
+    with pytest.raises(ValueError, match="lack 'lora'"):
+        whole.of(["ia3"])
