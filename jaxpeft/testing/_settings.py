@@ -10,6 +10,8 @@ _DEVICES = "--xla_force_host_platform_device_count"
 # and so every count of operations and bytes, is the same without its passes.
 _QUICK = (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Cut into parts for many threads, a small program costs nearly twice the work.
+    " --xla_cpu_parallel_codegen_split_count=1"
     # Without these a program compiles in half the time; later versions need them.
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jaxlib").startswith("0.10.")
