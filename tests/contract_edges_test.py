@@ -1,4 +1,4 @@
-"""The contract suite goes on: files, unequal ranks, dropout, bad input."""
+"""The contract suite goes on: files, unequal ranks, dropout, dtypes, bad input."""
 
 import pytest
 from contract_toolbox import METHODS

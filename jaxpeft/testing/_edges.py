@@ -1,4 +1,4 @@
-"""The contract suite goes on: files, unequal ranks, dropout, bad input."""
+"""The contract suite goes on: files, unequal ranks, dropout, dtypes, bad input."""
 
 import functools
 
@@ -12,22 +12,37 @@ from jaxpeft.testing._compare import CLOSE, FAR, distance, perturb
 from jaxpeft.testing._fixtures import params as params
 from jaxpeft.testing._fixtures import x as x
 from jaxpeft.testing._net import (
+    AXES,
+    KERNELS,
     RANK,
     D,
     F,
     accepts,
     at_init,
     attached,
+    in_float64,
+    loss,
     make,
+    make_params,
     moved,
     net,
     node_in,
     nodes,
+    options_of,
     same_bits,
     value_and_grad,
 )
 from jaxpeft.transform import adapt
-from jaxpeft.tree import attach, merge, mergeable, partition, with_dropout
+from jaxpeft.tree import (
+    attach,
+    combine,
+    detach,
+    is_node,
+    merge,
+    mergeable,
+    partition,
+    with_dropout,
+)
 
 with optional("Contract tests"):
     import pytest
@@ -41,7 +56,8 @@ def test_save_and_load_give_the_same_bits(name, params, x, tmp_path):
     interop.save_adapter(adapted, tmp_path / "adapter")
     again = interop.load_adapter(tmp_path / "adapter", params)
     same_bits(again, adapted)
-    assert np.array_equal(adapt(net)(again, x), adapt(net)(adapted, x))
+    call = adapt(net)
+    assert np.array_equal(call(again, x), call(adapted, x))
     files = sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir())
     leaves = [(node.frozen, node.trainable) for node in nodes(adapted)]
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
@@ -89,13 +105,84 @@ def test_dropout_is_on_only_under_a_key(name, params, x):
         return
     adapter = make(name, dropout=0.5)
     adapted = perturb(attached(params, name, jax.random.key(1), adapter=adapter))
-    off = adapt(net)(adapted, x)
+    call = adapt(net)
+    off = call(adapted, x)
     if mergeable(adapted):
-        assert distance(off, net(merge(adapted), x)) < CLOSE
-    on = adapt(net)(with_dropout(adapted, jax.random.clone(key)), x)
+        merged = jax.jit(lambda tree: net(merge(tree), x))(adapted)
+        assert distance(off, merged) < CLOSE
+    on = call(with_dropout(adapted, jax.random.clone(key)), x)
     assert distance(on, off) > FAR
-    same = adapt(net)(with_dropout(adapted, key), x)
+    same = call(with_dropout(adapted, key), x)
     assert np.array_equal(on, same)
+
+
+# --- dtypes ---
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_dtypes_are_kept(dtype, name, x):
+    low = make_params(dtype)
+    init = lambda p, k: attach(p, make(name), KERNELS, key=k, axes=AXES)
+    shapes = partition(jax.eval_shape(init, low, jax.random.key(3)))[0]
+    assert {t.dtype for t in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    # Its leaves over a base that is rounded now: nothing is drawn and compiled anew.
+    rounded = lambda x, w: x.replace(base=w) if is_node(x) else w
+    adapted = jax.tree.map(rounded, moved(name), low, is_leaf=is_node)
+    trainable, frozen = partition(adapted)
+    x = x.astype(dtype)
+
+    @jax.jit
+    def run(trainable, frozen, x):
+        tree = combine(trainable, frozen)
+        merged = merge(tree) if mergeable(tree) else None
+        gradient = jax.grad(loss)(trainable, frozen, x)
+        return adapt(net)(tree, x), merged, merged and net(merged, x), gradient
+
+    got, merged, expected, gradient = run(trainable, frozen, x)
+    assert got.dtype == jax.eval_shape(net, low, x).dtype == dtype
+    assert bool(jnp.all(jnp.isfinite(got)))
+    if mergeable(adapted):
+        assert {w.dtype for w in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
+    else:
+        expected = in_float64(adapted, x)
+    # Eight bits of precision through six matmuls: 5e-2 of the largest output.
+    expected = expected.astype(jnp.float32)
+    assert distance(got.astype(jnp.float32), expected) < 5e-2
+    assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+    same_bits(detach(adapted), low)
+
+
+def test_float64_is_exact(name):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        draw = lambda w: jnp.asarray(rng.normal(size=w.shape) / 4, jnp.float64)
+        params = jax.tree.map(draw, make_params())
+        x = jnp.asarray(rng.normal(size=(8, D)))
+        # A difference of values knows of no constants: all norms are differentiated.
+        held = [o for o in options_of(name) if o.startswith("stop_gradient")]
+        adapter = make(name, **dict.fromkeys(held, False))
+        adapted = attached(params, name, jax.random.key(3), adapter=adapter)
+        adapted = perturb(adapted, scale=0.1)
+        trainable, frozen = partition(adapted)
+        assert {t.dtype for t in jax.tree.leaves(trainable)} == {jnp.dtype("float64")}
+
+        @jax.jit
+        def run(tree, x):
+            return adapt(net)(tree, x), net(merge(tree), x) if mergeable(tree) else None
+
+        got, merged = run(adapted, x)
+        assert got.dtype == jnp.float64
+        if mergeable(adapted):
+            assert distance(got, merged) < 1e-12
+        # The gradient against a central difference along one direction.
+        way = jax.tree.map(lambda t: rng.normal(size=t.shape), trainable)
+        move = lambda h: jax.tree.map(lambda t, d: t + h * d, trainable, way)
+        _, slope = value_and_grad(trainable, frozen, x)
+        ends = [value_and_grad(move(h), frozen, x)[0] for h in (1e-5, -1e-5)]
+        pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(way), strict=True)
+        along = sum(np.sum(np.asarray(g) * d) for g, d in pairs)
+        slope = (ends[0] - ends[1]) / 2e-5  # good to some 1e-8: values have 1e-16 off
+        np.testing.assert_allclose(along, slope, rtol=1e-6, atol=1e-7)
 
 
 # --- bad input ---

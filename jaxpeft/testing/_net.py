@@ -17,8 +17,6 @@ from jaxpeft.tree import (
     combine,
     find_method,
     lifted_factors,
-    merge,
-    mergeable,
     penalty,
 )
 
@@ -91,11 +89,16 @@ def make(name, **options):
     return constructor(name)(**(small | GIVEN | options))
 
 
+def starter(adapter, **kwargs):
+    return jax.jit(lambda p, k: attach(p, adapter, KERNELS, key=k, axes=AXES, **kwargs))
+
+
+_starter = functools.cache(starter)  # compiled once for all keys
+
+
 def attached(params, name, key, adapter=None, **kwargs):
-    run = lambda p, k: attach(
-        p, adapter or make(name), KERNELS, key=k, axes=AXES, **kwargs
-    )
-    return jax.jit(run)(params, key)
+    once = starter if kwargs else _starter
+    return once(adapter or make(name), **kwargs)(params, key)
 
 
 @functools.cache
@@ -108,14 +111,12 @@ def moved(name):
     return perturb(at_init(name), scale=0.1)
 
 
-def folded(adapted, x):
-    """The net on the merged tree; of a method that has none, on its own in float64.
+def in_float64(adapted, x):
+    """The net on a tree that has no merged kernel to compare with, in float64.
 
-    What depends on the input has no merged kernel to be compared with: its own tests
-    compare it with a loop over tokens and experts.
+    Such a method depends on the input: its own tests compare it with a loop over
+    tokens and experts.
     """
-    if mergeable(adapted):
-        return net(merge(adapted), x)
     with jax.enable_x64(True):
         floating = lambda v: jnp.issubdtype(v.dtype, jnp.floating)
         wide = lambda v: v.astype("float64") if floating(v) else v
