@@ -29,6 +29,7 @@ that ``cost_analysis`` says are accessed, where the body of a loop counts once.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,7 @@ class Row:
     limit: float | None
 
 
+@functools.cache  # it asks each for its shapes, and nothing of it is for one program
 def methods() -> dict[str, Parts]:
     """The methods of ``jaxpeft.adapters`` that sit on kernels, by name; no mixtures."""
     found = {}

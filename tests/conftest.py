@@ -1,6 +1,7 @@
 """Strict settings for every test: eight CPU devices, no silent promotion."""
 
 import atexit
+import gc
 import inspect
 import os
 import shutil
@@ -68,6 +69,11 @@ sys.meta_path.sort(key=lambda finder: type(finder).__name__ != "AssertionRewriti
 from jaxpeft.testing import use_strict_settings  # noqa: E402
 
 use_strict_settings()
+
+# Tracing makes many objects, and the collector would go through all that is imported
+# again and again.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 class Keys:
