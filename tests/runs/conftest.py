@@ -28,6 +28,14 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
+# Of processes that train: as where there is no PyTorch, which takes seconds to import.
+WITHOUT_TORCH = """
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name == "torch" else found(name, *rest)
+)
+"""
 CONFIG = """
 import importlib.util
 
@@ -136,12 +144,14 @@ def tiny_config(tiny):
 
 
 @pytest.fixture(scope="session")
-def start(tiny):
+def start(tiny, tmp_path_factory):
     """Starts train.py on the small config in a process of its own, on two devices."""
     flags = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
+    first = tmp_path_factory.mktemp("first")
+    (first / "sitecustomize.py").write_text(WITHOUT_TORCH)
     environment = os.environ | {
         "XLA_FLAGS": flags,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(first))),
         "COLUMNS": "100",
     }
 
