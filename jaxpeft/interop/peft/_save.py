@@ -31,6 +31,7 @@ from jaxpeft.tree import AdaptedKernel, grouped, leaves_with_path, nodes
 FORMS = ("auto", "native", "portable")
 SAID_OF = {
     "native": "in PEFT's own form of it",
+    "converted": "written as plain LoRA, with what is trained in full beside it",
     "portable": "written as plain LoRA on the untouched base: one rank, the scale "
     "inside",
 }
