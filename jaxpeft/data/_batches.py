@@ -58,19 +58,20 @@ def batches(
       A `grain.MapDataset`: `ds[i]` is batch i, `iter(ds)` an iterator with
       `get_state()` (a small JSON-able dict) and `set_state(state)`, `ds.map(...)`
       transforms. A batch is a dict of numpy arrays:
-        input_ids: int32, [rows, length].
-        attention_mask: int32, [rows, length], 1 on tokens, 0 on padding.
-        token_type_ids: int32, [rows, length]; only if the tokenizer gives them.
-        label: int32 or float32, [rows]; of a writing task, its learnt tokens.
-        targets: int32, [rows, length], the token after each; and
-        target_weights: float32, [rows, length], 1 where that is to be learnt, else 0;
-          both only of a writing task.
-        segment_ids: int32, [rows, length], from 1, 0 on padding; and
-        positions: int32, [rows, length], of tokens in their own text; both only of a
-          packed split.
-        task_id: int32, [rows], which task of a mixture; and
-        label_mask: bool, [rows, classes], which classes are that task's, where it has
-          classes; both only of a mixture.
+
+      - input_ids: int32, [rows, length].
+      - attention_mask: int32, [rows, length], 1 on tokens, 0 on padding.
+      - token_type_ids: int32, [rows, length]; only if the tokenizer gives them.
+      - label: int32 or float32, [rows]; of a writing task, its learnt tokens.
+      - targets: int32, [rows, length], the token after each; and
+      - target_weights: float32, [rows, length], 1 where that is to be learnt, else 0;
+        both only of a writing task.
+      - segment_ids: int32, [rows, length], from 1, 0 on padding; and
+      - positions: int32, [rows, length], of tokens in their own text; both only of a
+        packed split.
+      - task_id: int32, [rows], which task of a mixture; and
+      - label_mask: bool, [rows, classes], which classes are that task's, where it has
+        classes; both only of a mixture.
 
     Raises:
       ValueError: if the batch is larger than the split or is not divisible among the

@@ -29,16 +29,19 @@ def score(
 
     Returns:
       One float a metric, by name, in the order of `task.metrics`. Of a writing task:
-        perplexity: exp of the mean over all learnt tokens of minus the
-          log-probability; infinite where that overflows.
-        token_accuracy: of all learnt tokens, the share that the model would write
-          given those before it.
-        exact_match: the share of rows whose learnt tokens all are so: writing
-          greedily, the model writes them as they stand, end token and all.
+
+      - perplexity: exp of the mean over all learnt tokens of minus the
+        log-probability; infinite where that overflows.
+      - token_accuracy: of all learnt tokens, the share that the model would write
+        given those before it.
+      - exact_match: the share of rows whose learnt tokens all are so: writing
+        greedily, the model writes them as they stand, end token and all.
+
       Of a multiple-choice task, whose tokens are those of a choice, without an end:
-        accuracy: the share of questions whose right choice has the highest sum of its
-          tokens' log-probabilities, given the prompt; of equal ones the first counts.
-        accuracy_per_token: the same with their mean in place of the sum.
+
+      - accuracy: the share of questions whose right choice has the highest sum of its
+        tokens' log-probabilities, given the prompt; of equal ones the first counts.
+      - accuracy_per_token: the same with their mean in place of the sum.
 
     Raises:
       ValueError: if the two differ in length, are empty, hold a NaN or infinity, or the

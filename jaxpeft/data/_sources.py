@@ -172,6 +172,9 @@ def read_file(path: str | PathLike, what: str, **options: Any) -> list[dict[str,
       what: the file, as errors call it: "`train` file".
       **options: `delimiter`, `quoting`, `encoding`, as in the readers; None: not given.
 
+    Returns:
+      A dict a row, by column, in the order of the file.
+
     Raises:
       ValueError: the file is not there, of another kind, without rows or malformed, or
         an option is not for its kind.

@@ -182,6 +182,9 @@ def domain_names(adapted: PyTree) -> tuple[str, ...]:
     Args:
         adapted: a tree with a method that has domains.
 
+    Returns:
+        Their names; a universal expert is none of them.
+
     Raises:
         ValueError: the tree has none.
     """

@@ -175,7 +175,18 @@ def load(
 
 
 def find_checkpoint(folder_or_name: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a model; off the hub without ``weights`` its config alone."""
+    """Returns the folder of a model, fetched if need be.
+
+    Args:
+        folder_or_name: as for ``load``.
+        weights: off the hub, whether all files are fetched, or the config alone.
+
+    Returns:
+        A folder with ``config.json``, or a GGUF file.
+
+    Raises:
+        ValueError: it is no folder, no packaged model, and the hub did not give it.
+    """
     folder = Path(folder_or_name).expanduser()
     if folder.is_dir() or (folder.suffix == GGUF and folder.is_file()):
         return folder
@@ -228,6 +239,14 @@ def named_ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
+    """Returns what a model's ``config.json`` says, or a GGUF file in its words.
+
+    Args:
+        folder: of ``find_checkpoint``.
+
+    Raises:
+        ValueError: there is no such file, or it is no JSON.
+    """
     if folder.suffix == GGUF and folder.is_file():
         return gguf_config(folder)
     return _read_json(folder / "config.json")

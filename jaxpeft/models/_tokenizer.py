@@ -53,6 +53,9 @@ def tokenizer(
             vocabulary lacks the token that ends a turn there, the end token stands
             in its place.
 
+    Returns:
+        The tokenizer, with a padding token.
+
     Raises:
         ValueError: there is no such model, its tokenizer's files are missing or
             another model's, a token is not in its vocabulary, or there is no such
@@ -77,14 +80,31 @@ def tokenizer(
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder or a GGUF file, as its files have it."""
+    """Returns the tokenizer of a folder or a GGUF file, as its files have it.
+
+    Args:
+        folder: of ``find_checkpoint``.
+
+    Returns:
+        A tokenizer of transformers, perhaps without a padding token.
+
+    Raises:
+        ValueError: its files are missing or another model's.
+    """
     if folder.suffix == GGUF and folder.is_file():
         return gguf_tokenizer(folder)
     return folder_tokenizer(folder)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer in a folder; in a GGUF file there always is."""
+    """Whether there is a tokenizer in a folder; in a GGUF file there always is.
+
+    Args:
+        folder: a folder, or a GGUF file.
+
+    Returns:
+        Whether a file of a tokenizer lies there; none is read.
+    """
     if folder.suffix == GGUF and folder.is_file():
         return True
     return any(file for name in _FILES for file in folder.glob(name))

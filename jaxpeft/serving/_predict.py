@@ -71,12 +71,13 @@ def predict(
 
     Returns:
         A dict a row, JSON-able, in the order of the rows:
-          class: ``"label"``, its ``"probability"``, and the ``"probabilities"`` of
-            all classes by name (of a mixture's task, among its own classes).
-          number: ``"score"``.
-          text, completion, chat: ``"text"``, what the model goes on with.
-          choice: ``"choice"``, the place of the chosen one, from 0, its ``"text"``,
-            and of all of them ``"log_likelihoods"``, sums over their ``"tokens"``.
+
+        - class: ``"label"``, its ``"probability"``, and the ``"probabilities"`` of
+          all classes by name (of a mixture's task, among its own classes).
+        - number: ``"score"``.
+        - text, completion, chat: ``"text"``, what the model goes on with.
+        - choice: ``"choice"``, the place of the chosen one, from 0, its ``"text"``,
+          and of all of them ``"log_likelihoods"``, sums over their ``"tokens"``.
 
     Raises:
         ValueError: there is no row, a row lacks a column or has another kind of value

@@ -90,7 +90,14 @@ def _way_out(node: AdaptedKernel) -> str:
 
 
 def change_rank(node: AdaptedKernel) -> int:
-    """The rank of a site's change, as the room that it needs in a slot."""
+    """The rank of a site's change, as the room that it needs in a slot.
+
+    Args:
+        node: an adapted kernel; of a stack the largest rank of its layers counts.
+
+    Returns:
+        The rank: twice the method's where it began as a part of the kernel.
+    """
     if is_plain(node.adapter):
         return node.trainable["a"].shape[-1]
     groups = jax.eval_shape(lambda n: layer_products([n]), _abstract(node))

@@ -169,6 +169,9 @@ def advance(
         allocator: what decides about ranks (``allocate.importance``), the one that
             ``init_state`` was given. It sees the leaves before and after the update
             and its gradient, and may change them once more.
+
+    Returns:
+        The state, one step further; or the one before, with ``bad_step``.
     """
     ranks = state.allocation
     if allocator is not None:

@@ -97,7 +97,14 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
 
 
 def mergeable(adapted: PyTree) -> bool:
-    """Whether ``merge`` is possible: no site's method depends on the input."""
+    """Whether ``merge`` is possible: no site's method depends on the input.
+
+    Args:
+        adapted: a tree made by ``attach``.
+
+    Returns:
+        False where a site has a router without fixed gates, or slots.
+    """
     free = lambda node: not jax.eval_shape(lifted_factors, node).reads_input
     return all(map(free, nodes(adapted)))
 

@@ -87,7 +87,8 @@ def contract(
             as in ``lax.dot_general(x, kernel, dimension_numbers)``. The result has the
             batch axes, the other axes of ``x``, and those of the kernel.
         run: ``run(x, base)`` computes this contraction on arrays, as the model does:
-            with the primitive itself. The adapter's own two are thin ``dot_general``s.
+            with the primitive itself. The adapter's own two are thin calls of
+            ``dot_general``.
         kernel_first: whether the kernel is the left operand, so that the numbers and
             the result have the kernel first. (``run`` has the input first.)
 
