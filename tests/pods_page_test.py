@@ -7,6 +7,7 @@ import shlex
 import subprocess
 
 import pytest
+from pages_toolbox import blocks, run_blocks
 
 from benchmarks import estimates_table
 from jaxpeft import runs
@@ -41,13 +42,9 @@ def test_rows_of_the_table():
         estimates_table.with_table("nothing", [row])
 
 
-def test_python_blocks_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    scope: dict = {}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), scope)
-    assert len(blocks) == 2 and scope["config"].mesh.fsdp == 8
+def test_python_blocks_run(tmp_path, monkeypatch):
+    scope = run_blocks(PAGE, tmp_path, monkeypatch)
+    assert len(blocks(TEXT, "python")) == 2 and scope["config"].mesh.fsdp == 8
     assert scope["state"] == {"next_index": 1} and (scope["host"]["x"] == 0).all()
 
 

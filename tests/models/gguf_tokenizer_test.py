@@ -28,7 +28,8 @@ TEXTS = [
     "Grüße, 世界! cafe\u0301 🙂 [PAD7] <s>!! <unk> DON'T",
     "",
 ]
-README = pathlib.Path(__file__).parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).parents[2]
+PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @functools.cache
@@ -36,7 +37,8 @@ def trained(kind):
     """Tokens, merges and scores of a small vocabulary, and the types of its tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    text = README.read_text(encoding="utf-8")[:20000] + "".join(TEXTS)
+    prose = "".join(page.read_text(encoding="utf-8") for page in PROSE)
+    text = prose[:20000] + "".join(TEXTS)
     inner = Tokenizer(models.BPE())
     if kind == "gpt2":
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
