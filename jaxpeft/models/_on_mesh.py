@@ -7,9 +7,9 @@ than it has to. They act under a mesh with the axes of ``training.make_mesh``
 Of a table ``[V, D]``, as ``training.param_specs`` has it, a device holds the rows of a
 part of the vocabulary (the tensor axis) and of these a part of the width (fsdp).
 
-Tokens are cut over the axis ``sequence``, where the mesh has it, from the look-up to the
-loss. A query then meets keys and values of all tokens, which are gathered, and all else
-is done token by token. Parameters are whole along this axis.
+Tokens are cut over the axis ``sequence``, where the mesh has it, from the look-up to
+the loss. A query then meets keys and values of all tokens, which are gathered, and all
+else is done token by token. Parameters are whole along this axis.
 """
 
 import functools
@@ -94,9 +94,9 @@ def cut_tokens(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens 
 
 
 def enter(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
-    """What heads see, in front of kernels cut along outputs; gradients are as before.
+    """All tokens, in front of kernels cut along their outputs; gradients are cut.
 
-    That is all tokens, or all of a part of the sequence.
+    All are those of a device's part of the sequence.
     """
     cut = _token_cut(x)
     if cut is None:
@@ -105,7 +105,7 @@ def enter(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
 
 
 def leave(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
-    """Cut tokens, behind kernels cut along their inputs; gradients are as in front."""
+    """Cut tokens, behind kernels cut along their inputs; gradients are of all."""
     cut = _token_cut(x)
     if cut is None:
         return x

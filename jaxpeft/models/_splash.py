@@ -123,8 +123,7 @@ def _fitting(names: Sequence[str], size: int, mesh: Any) -> tuple[str, ...] | No
 def _kernel(
     tokens: int, heads: int, window: int | None, cap: float | None, shards: int
 ) -> Any:
-    """The kernel of a device's heads, as a tree: what it skips, in parts along queries.
-    """
+    """The kernel of a device's heads, a tree of what it skips; queries have shards."""
     # Slow to import, and of no use elsewhere.
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 

@@ -258,9 +258,10 @@ def fit(
 
     Tried in this order, each on top of those before it: what a layer keeps for its
     backward pass (``model.remat``), micro-batches (``accumulate``, so that each device
-    has fewer rows at a time), the axes of the mesh, of which the sum of devices stays,
-    (``sequence`` where rows have 8,192 tokens or more), and last a base of 4 bits (``model.quantise``), which alone changes what is
-    computed. Rows, lengths and the adapter are left alone: they are what is trained.
+    has fewer rows at a time), the axes of the mesh, of which the sum of devices stays
+    (``sequence`` where rows have 8,192 tokens or more), and last a base of 4 bits
+    (``model.quantise``), which alone changes what is computed. Rows, lengths and the
+    adapter are left alone: they are what is trained.
 
     Args:
         config: as for ``estimate``.

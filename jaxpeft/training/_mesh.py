@@ -88,9 +88,9 @@ def make_mesh(
         The mesh. It has the axis ``sequence`` only where that is longer than 1.
 
     Raises:
-        ValueError: an axis of another name, a size is not positive, more than one is -1, the sizes do not
-            use every device exactly once, or neither ``data`` nor ``fsdp`` is a
-            multiple of the number of slices.
+        ValueError: an axis has another name, a size is not positive, more than one is
+            -1, the sizes do not use every device exactly once, or neither ``data`` nor
+            ``fsdp`` is a multiple of the number of slices.
 
     Example:
         >>> dict(make_mesh(data=-1, devices=jax.devices()[:1]).shape)
