@@ -7,7 +7,8 @@
     python -m benchmarks.estimates --only 8b/lora/nf4/v5e:4x4
 
 Models of 8 and 70 billion parameters, a bfloat16 base in scanned layers with full
-rematerialisation, adapters of rank 16 on all linears, one row of 2,048 tokens a chip.
+rematerialisation, adapters of rank 16 on all linears, one row of 2,048 tokens a chip;
+of two steps 32,768, with a row on each chip, and with its tokens cut over four.
 Of ``frozen`` only the scales of the layers' first norms train: the forward pass and the
 gradients of all inputs, which adapters are compared with. The steps are those of
 ``train.py`` (``jaxpeft estimate``), with the attention that a TPU has. Each compiles
@@ -69,6 +70,8 @@ class Case(NamedTuple):
         fsdp: devices along that axis.
         tensor: devices along that axis.
         quantise: kind of a quantised base, or ``None``.
+        length: tokens of a row.
+        sequence: chips that share a row.
     """
 
     shape: str
@@ -77,11 +80,15 @@ class Case(NamedTuple):
     fsdp: int
     tensor: int
     quantise: str | None = None
+    length: int = LENGTH
+    sequence: int = 1
 
     @property
     def name(self) -> str:
         """``"8b/lora/v5e:4x4"``, ``"8b/lora/nf4/v5e:4x4"``."""
         kind = f"/{self.quantise}" if self.quantise else ""
+        kind += f"/{self.length} tokens" if self.length != LENGTH else ""
+        kind += f"/sequence {self.sequence}" if self.sequence > 1 else ""
         return f"{self.shape}/{self.method}{kind}/{self.target}"
 
 
@@ -93,6 +100,9 @@ def cases() -> Iterator[Case]:
                 yield Case(shape, method, target, fsdp, tensor)
     target, fsdp, tensor = PODS[0]
     yield Case("8b", "lora", target, fsdp, tensor, "nf4")
+    for sequence in (1, 4):
+        long = {"length": 32768, "sequence": sequence}
+        yield Case("8b", "lora", target, 16 // sequence, 1, **long)
 
 
 def attach_frozen(config, model, params, keys, ranks=None, folder=None) -> Any:
@@ -115,6 +125,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     model = folder / case.shape
     model.mkdir(exist_ok=True)
     content = {**SHARED, **SHAPES[case.shape]}
+    longest = max(case.length, content["max_position_embeddings"])
+    content["max_position_embeddings"] = longest
     (model / "config.json").write_text(json.dumps(content))
     rows = case.fsdp * case.tensor  # one a chip
     bare = case.method == "frozen"
@@ -125,14 +137,15 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             "model.dtype=bfloat16",
             "model.param_dtype=bfloat16",
             "model.remat=full",
-            f"max_length={LENGTH}",
-            f"lengths={LENGTH},",
+            f"max_length={case.length}",
+            f"lengths={case.length},",
             f"batch_size={rows}",
             f"adapter.name={'lora' if bare else case.method}",
             f"adapter.rank={RANK}",
             "mesh.data=1",
             f"mesh.fsdp={case.fsdp}",
             f"mesh.tensor={case.tensor}",
+            f"mesh.sequence={case.sequence}",
             *([f"model.quantise={case.quantise}"] if case.quantise else ()),
         ],
     )

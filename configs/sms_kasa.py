@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.save_every = "50 steps"  # saves one in between, too
 
     # Where and how it is watched: these alone may differ when a run is resumed.
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices an axis; -1: all left
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1)  # devices; -1: all left
     config.input = dict(
         workers=None,  # processes that tokenise; None: as many as pay; 0: none
         prefetch=2,  # batches that are on the devices before they are asked for

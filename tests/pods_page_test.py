@@ -69,7 +69,7 @@ def test_our_commands_can_be_read(monkeypatch):
         runs.check_fields(read.config)
         sizes = read.config.mesh.fsdp * read.config.mesh.tensor
         assert read.config.batch_size % sizes == 0
-    assert len(ours) == 2 and len(trained) == 9
+    assert len(ours) == 3 and len(trained) == 9
     launched = re.findall(r"python -m jaxpeft\.launch (.*)", text)
     assert [shlex.split(each)[:2] for each in launched] == [["-n", "2"]]
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxpeft.models._decoder_config import FULL, SLIDING, DecoderConfig
+from jaxpeft.models._on_mesh import gather_tokens, keep_part, sequence_size
 from jaxpeft.models._parts import wide
 from jaxpeft.models._rope import turns
 from jaxpeft.models._splash import is_home, obstacle, splash
@@ -156,6 +157,12 @@ def attend(
                 f"`attention` is 'splash', which {reason}; write attention=None, "
                 "which takes it where it can be."
             )
+    if implementation == "cudnn" and (parts := sequence_size()) > 1:
+        raise ValueError(
+            "`attention` is 'cudnn', which takes whole rows, and the mesh has "
+            f"sequence={parts}; write attention='xla', or sequence=1."
+        )
+    query, key, value = keep_part(query), gather_tokens(key), gather_tokens(value)
     if cap is None and dropout is None and wide(query.dtype) == jnp.float32:
         # It asks JAX which dtype bfloat16 and float32 make; what it does is strict.
         with jax.numpy_dtype_promotion("standard"):

@@ -20,7 +20,7 @@ from jaxpeft.models._decoder_config import DecoderConfig, write_decoder_config
 from jaxpeft.models._decoder_layers import Stack, is_mixed, norm
 from jaxpeft.models._decoder_names import decoder_names
 from jaxpeft.models._names import ModuleName, with_uses
-from jaxpeft.models._on_mesh import token_losses
+from jaxpeft.models._on_mesh import sequence_size, token_losses
 from jaxpeft.models._parts import (
     REMAT,
     Embedding,
@@ -80,6 +80,9 @@ class Decoder(nn.Module):
     remat: str | None = None
     attention: str | None = None
     stop_tokens: tuple[int, ...] = ()
+
+    # What `training.check_tokens` asks: a mesh may cut the tokens of its rows.
+    cuts_tokens = True
 
     def __post_init__(self) -> None:
         """Refuses unknown names."""
@@ -175,6 +178,11 @@ class Decoder(nn.Module):
                 raise ValueError(
                     "`segment_ids` and `cache` do not go together; write one text a "
                     "row to fill a cache."
+                )
+            if (parts := sequence_size()) > 1:
+                raise ValueError(
+                    f"`cache` and a mesh with sequence={parts} do not go together: the "
+                    "tokens of a cache are not cut; generate on a mesh with sequence=1."
                 )
             cache = advance(cache, input_ids.shape, attention_mask)
             index, slots = cache["index"] - tokens, cache["mask"].shape[1]

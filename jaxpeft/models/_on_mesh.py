@@ -6,6 +6,10 @@ than it has to. They act under a mesh with the axes of ``training.make_mesh``
 
 Of a table ``[V, D]``, as ``training.param_specs`` has it, a device holds the rows of a
 part of the vocabulary (the tensor axis) and of these a part of the width (fsdp).
+
+Tokens are cut over the axis ``sequence``, where the mesh has it, from the look-up to
+the loss. A query then meets keys and values of all tokens, which are gathered, and all
+else is done token by token. Parameters are whole along this axis.
 """
 
 import functools
@@ -21,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft import numerics
 
-FSDP, DATA, TENSOR = "fsdp", "data", "tensor"
+FSDP, DATA, SEQUENCE, TENSOR = "fsdp", "data", "sequence", "tensor"
 ROWS = (FSDP, DATA)  # which cut rows, in the order of training's batches
 
 
@@ -30,11 +34,13 @@ class Cut(NamedTuple):
 
     Attributes:
       mesh: in context.
-      tokens: whether the tensor axis divides the tokens, too.
+      tokens: axes that cut the tokens everywhere.
+      between: axes that cut them between layers, where the tensor axis does, too.
     """
 
     mesh: Any
-    tokens: bool
+    tokens: tuple[str, ...]
+    between: tuple[str, ...]
 
     def divides(self, axis: str, size: int) -> bool:
         """Whether an axis of the mesh cuts so many."""
@@ -58,8 +64,18 @@ def find_cut(rows: int, tokens: int, *arrays: Any) -> Cut | None:
         return None
     if rows % (mesh.shape[FSDP] * mesh.shape[DATA]):
         return None
-    cut = Cut(mesh, False)
-    return cut._replace(tokens=cut.divides(TENSOR, tokens))
+    cut = Cut(mesh, (), ())
+    if sequence_size() > 1 and cut.divides(SEQUENCE, tokens):
+        cut = cut._replace(tokens=(SEQUENCE,), between=(SEQUENCE,))
+        tokens //= mesh.shape[SEQUENCE]
+    if cut.divides(TENSOR, tokens):
+        cut = cut._replace(between=(*cut.between, TENSOR))
+    return cut
+
+
+def sequence_size() -> int:
+    """Returns over how many devices the mesh in context cuts the tokens of a row."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(SEQUENCE, 1)
 
 
 # Between layers the tensor axis cuts hidden states along their tokens; inside of what
@@ -74,27 +90,53 @@ def cut_tokens(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens 
     keeps for the backward pass is as much smaller.
     """
     cut = _token_cut(x)
-    return x if cut is None else _constrained(x, cut, _CUT)
+    return x if cut is None else _constrained(x, cut, _rows(cut.between))
 
 
 def enter(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
-    """All tokens, in front of kernels cut along their outputs; gradients are cut."""
+    """All tokens, in front of kernels cut along their outputs; gradients are cut.
+
+    All are those of a device's part of the sequence.
+    """
     cut = _token_cut(x)
-    return x if cut is None else _turned(cut, _WHOLE, _CUT, x)
+    if cut is None:
+        return x
+    return _turned(cut, _rows(cut.tokens), _rows(cut.between), x)
 
 
 def leave(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
     """Cut tokens, behind kernels cut along their inputs; gradients are of all."""
     cut = _token_cut(x)
-    return x if cut is None else _turned(cut, _CUT, _WHOLE, x)
+    if cut is None:
+        return x
+    return _turned(cut, _rows(cut.between), _rows(cut.tokens), x)
 
 
-_CUT, _WHOLE = PartitionSpec(ROWS, TENSOR, None), PartitionSpec(ROWS, None, None)
+def keep_part(query: Float[Array, "batch tokens heads h"]) -> Array:
+    """Queries stay where their tokens are."""
+    cut = find_cut(*query.shape[:2], query)
+    if cut is None or not cut.tokens:
+        return query
+    return _constrained(query, cut, _rows(cut.tokens, free=1))
+
+
+def gather_tokens(key: Float[Array, "batch tokens groups h"]) -> Array:
+    """Keys or values of all tokens; their gradients go back to where these are."""
+    cut = find_cut(*key.shape[:2], key)
+    if cut is None or not cut.tokens:
+        return key
+    return _turned(cut, _rows((), free=1), _rows(cut.tokens, free=1), key)
+
+
+def _rows(tokens: tuple[str, ...], *, free: int = 0) -> PartitionSpec:
+    """Of ``[rows, tokens, .., d]``; of axes between the compiler decides."""
+    between = (PartitionSpec.UNCONSTRAINED,) * free
+    return PartitionSpec(ROWS, tokens or None, *between, None)
 
 
 def _token_cut(x: Array) -> Cut | None:
     cut = find_cut(*x.shape[:2], x)
-    return cut if cut is not None and cut.tokens else None
+    return cut if cut is not None and cut.between else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -139,7 +181,7 @@ def look_up(
             known = (ids >= 0) & (ids < count)
             empty = jnp.where(known, 0.0, jnp.nan).astype(found.dtype)
             found = jnp.where(here[..., None], found, empty[..., None])
-            if cut.tokens:
+            if TENSOR in cut.between:
                 found = lax.psum_scatter(found, TENSOR, scatter_dimension=1, tiled=True)
             else:
                 found = lax.psum(found, TENSOR)
@@ -147,15 +189,14 @@ def look_up(
             found = lax.all_to_all(found, FSDP, split_axis=0, concat_axis=2, tiled=True)
         return found
 
-    tokens = TENSOR if cut.tokens else None
     return jax.shard_map(
         local,
         mesh=cut.mesh,
         in_specs=(
             PartitionSpec(TENSOR if words else None, FSDP if parts else None),
-            PartitionSpec(ROWS, None if words else tokens),
+            PartitionSpec(ROWS, (cut.tokens if words else cut.between) or None),
         ),
-        out_specs=PartitionSpec(ROWS, tokens, None),
+        out_specs=_rows(cut.between),
     )(table, ids)
 
 
@@ -190,12 +231,11 @@ def token_losses(
     # Before the loop over chunks, and before the backward pass takes it up again.
     table = _constrained(table, cut, PartitionSpec(*places))
     # A vocabulary that nothing divides is whole everywhere: then tokens are cut.
-    rows = PartitionSpec(ROWS, TENSOR if cut.tokens and not words else None)
+    tokens = cut.tokens if words else cut.between
+    rows = PartitionSpec(ROWS, tokens or None)
+    own = [name for name in (*ROWS, *tokens) if cut.mesh.shape[name] > 1]
 
     def local(table: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
-        own = [name for name in ROWS if cut.mesh.shape[name] > 1]
-        if cut.tokens and not words:
-            own.append(TENSOR)
         table = _varying(table, own)  # its gradient is added up once
         return numerics.token_cross_entropy(
             lambda h: read_out(table, h),

@@ -18,7 +18,7 @@ from jaxpeft.runs._fields import check_fields
 from jaxpeft.runs._ranks import check_estimate, read_allocation
 from jaxpeft.runs._run_ranks import ranks_during
 from jaxpeft.runs._workdir import check_workdir
-from jaxpeft.training import adamw, check_rows, leaf_spec, make_mesh
+from jaxpeft.training import adamw, check_rows, check_tokens, leaf_spec, make_mesh
 from jaxpeft.tree import matrix_shape, nodes, partition, quantise
 
 # (config, model, parameters or their shapes, two keys, ranks) -> the adapted tree
@@ -83,6 +83,8 @@ def check_run(
         except ValueError as error:
             errors.append(error)
             continue
+        with said_of("mesh"):
+            check_tokens(model, mesh, *config.lengths)
         try:
             return rehearse(config, model, attach, total_steps, head_known=False)
         except ValueError as error:

@@ -335,7 +335,11 @@ def call(
     """
     name = function.__name__
     parameters = inspect.signature(function).parameters
-    allowed = [key for key in parameters if key not in known]
+    allowed = [
+        key
+        for key, parameter in parameters.items()
+        if key not in known and parameter.kind is not parameter.VAR_KEYWORD
+    ]
     for key in arguments:
         if key not in allowed:
             raise ValueError(

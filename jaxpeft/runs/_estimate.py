@@ -18,6 +18,7 @@ from jaxpeft.training import (
     StepEstimate,
     Target,
     batch_sharding,
+    check_tokens,
     estimate_step,
     find_target,
     make_mesh,
@@ -29,6 +30,7 @@ MakeStep = Callable[..., Any]
 ASSUMED_LABELS = 2
 # From what keeps the most to what keeps the least (``models.from_config``).
 REMATS = (None, "names", "unscaled", "full")
+LONG_ROW = 8192  # tokens, from which on rows are cut, too
 
 
 class Try(NamedTuple):
@@ -135,6 +137,8 @@ def _assembled(config, attach, make_step, devices, num_labels: int | None):
     classes = form.num_labels if form.head == "classification" else None
     model = outline(config, head=form.head, num_labels=classes)
     check_heads(model.config, mesh)
+    with said_of("mesh"):
+        check_tokens(model, mesh, *config.lengths)
     if config.ranks.before and not _is_file(config):
         notes += ("ranks found before training are not known: config.adapter's",)
     total_steps = count_steps(config.train_for, LONG, field="train_for")
@@ -254,9 +258,10 @@ def fit(
 
     Tried in this order, each on top of those before it: what a layer keeps for its
     backward pass (``model.remat``), micro-batches (``accumulate``, so that each device
-    has fewer rows at a time), the axes of the mesh, of which the sum of devices stays,
-    and last a base of 4 bits (``model.quantise``), which alone changes what is
-    computed. Rows, lengths and the adapter are left alone: they are what is trained.
+    has fewer rows at a time), the axes of the mesh, of which the sum of devices stays
+    (``sequence`` where rows have 8,192 tokens or more), and last a base of 4 bits
+    (``model.quantise``), which alone changes what is computed. Rows, lengths and the
+    adapter are left alone: they are what is trained.
 
     Args:
         config: as for ``estimate``.
@@ -320,17 +325,24 @@ def _changes(config, devices: int) -> Iterator[dict[str, Any]]:
     for remat in REMATS[known + 1 :]:
         changes["model.remat"] = remat
         yield dict(changes)
-    sizes = {name: config.mesh.get(name, 1) for name in ("data", "fsdp", "tensor")}
+    axes = ("data", "fsdp", "sequence", "tensor")
+    sizes = {name: config.mesh.get(name, 1) for name in axes}
     rest = devices // max(1, math.prod(n for n in sizes.values() if n > 0))
     sizes = {name: rest if n == -1 else n for name, n in sizes.items()}
     for accumulate in _micro_batches(config, sizes["data"] * sizes["fsdp"]):
         changes["accumulate"] = accumulate
         yield dict(changes)
-    for tensor in (1, 2, 4, 8):
-        fsdp = devices // tensor
+    long = max(config.lengths) >= LONG_ROW
+    splits = [(tensor, sizes["sequence"]) for tensor in (1, 2, 4, 8)]
+    splits += [(sizes["tensor"], sequence) for sequence in (2, 4, 8, 16) if long]
+    for tensor, sequence in splits:
+        fsdp = devices // (tensor * sequence)
         mesh = {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+        if sequence != sizes["sequence"]:
+            mesh["mesh.sequence"] = sequence
         same = all(sizes[name.partition(".")[2]] == n for name, n in mesh.items())
-        if devices % tensor or tensor < sizes["tensor"] or same:
+        less = tensor < sizes["tensor"] or sequence < sizes["sequence"]
+        if devices % (tensor * sequence) or less or same:
             continue
         if config.batch_size % (fsdp * config.accumulate):
             continue

@@ -32,6 +32,7 @@ from jaxpeft.training._folder import WorkdirError as WorkdirError
 from jaxpeft.training._folder import as_folder as as_folder
 from jaxpeft.training._mesh import TENSOR_RULES as TENSOR_RULES
 from jaxpeft.training._mesh import batch_sharding as batch_sharding
+from jaxpeft.training._mesh import check_tokens as check_tokens
 from jaxpeft.training._mesh import leaf_spec as leaf_spec
 from jaxpeft.training._mesh import make_mesh as make_mesh
 from jaxpeft.training._mesh import param_specs as param_specs

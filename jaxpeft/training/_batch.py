@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpeft.training._mesh import DATA, FSDP, TENSOR, batch_sharding
+from jaxpeft.training._mesh import DATA, FSDP, SEQUENCE, TENSOR, batch_sharding
 
 
 def put_batch(
@@ -124,9 +124,11 @@ def _shards_per_process(mesh: Mesh) -> int:
     total = mesh.shape[DATA] * mesh.shape[FSDP]
     pieces = {tuple(np.argwhere(mesh.devices == d)[0][:2]) for d in mesh.local_devices}
     if len(pieces) * _processes(mesh) != total:
+        inner = [n for n in (SEQUENCE, TENSOR) if mesh.shape.get(n, 1) > 1]
+        sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in inner)
         raise ValueError(
-            f"the tensor axis ({mesh.shape[TENSOR]}) reaches over processes, so that "
-            "some of them would share rows of the batch: take a tensor axis that "
-            f"divides the {len(mesh.local_devices)} devices of one process"
+            f"{sizes} reaches over processes, so that some of them would share rows of "
+            f"the batch: take a size of {' times '.join(inner)} that divides the "
+            f"{len(mesh.local_devices)} devices of one process"
         )
     return len(pieces)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpeft import numerics
-from jaxpeft.training._mesh import BATCH_AXES
+from jaxpeft.training._mesh import BATCH_AXES, check_tokens
 from jaxpeft.training._routed import call_adapted
 from jaxpeft.training._step import (
     Batch,
@@ -47,7 +47,11 @@ def causal_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         sum of those whose target has the highest logit. Batches are those of a writing
         task (``data.batches``). A sequence longer than the model's positions is a
         ``ValueError``, also where the texts packed into it are shorter.
+
+    Raises:
+        ValueError: as ``model_forward``.
     """
+    check_tokens(model, mesh)
     body = model.clone(head=None)
     shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
     longest = model.config.max_position_embeddings

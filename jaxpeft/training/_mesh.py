@@ -18,7 +18,7 @@ from jaxpeft.tree import (
     resolve_pattern,
 )
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+DATA, FSDP, SEQUENCE, TENSOR = "data", "fsdp", "sequence", "tensor"
 
 # In this order. Cut by ("data", "fsdp"), on a mesh with three axes longer than 1, the
 # partitioner of XLA (jaxlib 0.10.2 and 0.12.0) loses the order of the rows in
@@ -63,35 +63,46 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    sequence: int = 1,
     devices: Sequence[Any] | None = None,
+    **others: Any,
 ) -> Mesh:
-    """Returns a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+    """Returns a mesh with the axes ``data``, ``fsdp``, ``sequence`` and ``tensor``.
 
     Batches are cut over ``data`` and ``fsdp``; frozen kernels are cut over ``fsdp``
-    and ``tensor``; ``tensor`` is innermost, on the nearest neighbours. Over slices of
-    TPUs that a slower network joins goes ``data``, or else ``fsdp``.
+    and ``tensor``, and whole on every device of ``sequence``, which cuts the tokens of
+    long rows; ``tensor`` is innermost, on the nearest neighbours. Over slices of TPUs
+    that a slower network joins goes ``data``, or else ``fsdp``.
 
     Args:
         data: devices along the data axis; -1 takes all that the other axes leave.
         fsdp: devices along the axis that cuts both the batch and the parameters.
         tensor: devices along the axis that cuts the matrices of one layer.
+        sequence: devices along the axis that cuts the tokens of a row, of a model that
+            can have it (``check_tokens``).
         devices: the devices; ``None`` for all of this run (``jax.devices()``). A
             compile-only topology's devices do as well.
+        **others: there are no other axes: a name that is none of these is refused.
 
     Returns:
-        The mesh.
+        The mesh. It has the axis ``sequence`` only where that is longer than 1.
 
     Raises:
-        ValueError: a size is not positive, more than one is -1, the sizes do not
-            use every device exactly once, or neither ``data`` nor ``fsdp`` is a
-            multiple of the number of slices.
+        ValueError: an axis has another name, a size is not positive, more than one is
+            -1, the sizes do not use every device exactly once, or neither ``data`` nor
+            ``fsdp`` is a multiple of the number of slices.
 
     Example:
         >>> dict(make_mesh(data=-1, devices=jax.devices()[:1]).shape)
         {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    sizes = {DATA: data, FSDP: fsdp, SEQUENCE: sequence, TENSOR: tensor}
+    if others:
+        raise ValueError(
+            f"a mesh has no axis {', '.join(map(repr, others))}; its axes are "
+            f"{', '.join(sizes)}"
+        )
     free = [name for name, size in sizes.items() if size == -1]
     for name, size in sizes.items():
         if size < 1 and size != -1:
@@ -107,6 +118,8 @@ def make_mesh(
     known = math.prod(size for size in sizes.values() if size != -1)
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
+    if sizes[SEQUENCE] == 1:  # a mesh without it is what a mesh was
+        del sizes[SEQUENCE]
     if math.prod(sizes.values()) != len(devices):
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
@@ -115,7 +128,7 @@ def make_mesh(
             f"{[d for d in range(1, len(devices) + 1) if len(devices) % d == 0]}; "
             "one axis may be -1 (all that is left)"
         )
-    kinds = (AxisType.Auto,) * 3
+    kinds = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1:
         arranged = over_slices(sizes, (DATA, FSDP), slices, devices)
@@ -123,6 +136,39 @@ def make_mesh(
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
     )
+
+
+def check_tokens(model: Any, mesh: Mesh, *lengths: int) -> None:
+    """Raises where the axis ``sequence`` of a mesh cannot cut the tokens of a model.
+
+    Args:
+        model: a Linen module. One that can have its tokens cut (``models.Decoder``,
+            without a cache) has a true attribute ``cuts_tokens``.
+        mesh: the mesh.
+        *lengths: tokens of a row, padding included.
+
+    Raises:
+        ValueError: the mesh has this axis, and the model's attention sees whole rows
+            alone, or a length is no multiple of it.
+
+    Example:
+        >>> check_tokens(None, make_mesh(devices=jax.devices()[:1]), 7)
+    """
+    parts = mesh.shape.get(SEQUENCE, 1)
+    if parts == 1:
+        return
+    if not getattr(model, "cuts_tokens", False):
+        raise ValueError(
+            f"`mesh` has sequence={parts}, but the tokens of a {type(model).__name__} "
+            "cannot be cut: its attention sees whole rows. Decoders (models.Decoder) "
+            "can; write sequence=1, and data or fsdp for the devices"
+        )
+    if odd := [length for length in lengths if length % parts]:
+        raise ValueError(
+            f"`mesh` has sequence={parts}, which does not cut rows of "
+            f"{' and '.join(map(str, odd))} tokens; pad them to multiples of {parts}, "
+            f"such as {-(-odd[0] // parts) * parts}, or write sequence=1"
+        )
 
 
 def param_specs(

@@ -12,7 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from jaxpeft import numerics
-from jaxpeft.training._mesh import BATCH_AXES, batch_sharding, replicated
+from jaxpeft.training._mesh import (
+    BATCH_AXES,
+    batch_sharding,
+    check_tokens,
+    replicated,
+)
 from jaxpeft.training._routed import call_adapted
 from jaxpeft.training._state import TrainState
 from jaxpeft.tree import combine
@@ -38,7 +43,12 @@ def model_forward(model: Any, *, mesh: Mesh, dropout: bool = False) -> Forward:
         ``eval_step``; ``key`` is ``None`` in evaluation. What is seen is by site what
         its router says of the rows (``numerics.routing_sums``), for
         ``mixtures.auxiliary``; empty where adapters have none.
+
+    Raises:
+        ValueError: the mesh cuts tokens, and the model cannot have it
+            (``check_tokens``); when called, also for the rows' length.
     """
+    check_tokens(model, mesh)
 
     def forward(adapted, batch, key):
         deterministic = key is None or not dropout
@@ -71,7 +81,8 @@ def apply_model(
     are cut too (``param_specs``), and hold the whole batch on every device. The model
     finds the mesh in context: a kernel such as splash attention needs it.
     """
-    rows = inputs["input_ids"].shape[0]
+    rows, tokens = inputs["input_ids"].shape[:2]
+    check_tokens(model, mesh, tokens)
 
     def keep_rows(x):
         if getattr(x, "ndim", 0) < 2 or x.shape[0] != rows:

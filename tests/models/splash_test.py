@@ -1,5 +1,6 @@
 """Splash attention, in Pallas' interpreter: the numbers of the plain path."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from decoder_toolbox import content
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from jaxpeft import models
+from jaxpeft import models, training
 from jaxpeft.models import _attention, _splash
 
 TOKENS = 384  # three blocks of 128
@@ -18,7 +19,7 @@ TOKENS = 384  # three blocks of 128
 @pytest.fixture
 def interpreted(monkeypatch):
     """Runs the kernels on the CPU."""
-    name = "make_splash_mha_single_device"
+    name = "make_splash_mha"
     make = functools.partial(getattr(splash_attention, name), interpret=True)
     monkeypatch.setattr(splash_attention, name, make)
 
@@ -45,14 +46,16 @@ def run(query, key, value, implementation, mask, segments, weights, **options):
 
 
 @pytest.mark.parametrize(
-    ("packed", "options"),
+    ("packed", "options", "parts"),
     [
-        (False, {}),
-        (True, {"window": 150, "cap": 3.0}),
+        (False, {}, 1),
+        (True, {"window": 150, "cap": 3.0}, 1),
+        (False, {}, 3),
+        (True, {"window": 150, "cap": 3.0}, 3),
     ],
-    ids=["causal", "segments-window-cap"],
+    ids=["causal", "segments-window-cap", "causal-cut", "segments-window-cap-cut"],
 )
-def test_the_same_numbers_and_gradients(packed, options, interpreted):
+def test_the_same_numbers_and_gradients(packed, options, parts, interpreted):
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.asarray(rng.normal(size=(2, TOKENS, heads, 8)), "float32")
     query, key, value, weights = draw(4), draw(2), draw(2), draw(4)
@@ -68,15 +71,17 @@ def test_the_same_numbers_and_gradients(packed, options, interpreted):
         mask, _ = context.of("sliding_attention", None)
         segments = context.segments
         weights = weights * jnp.asarray(real[:, :, None, None], "float32")
-    parts = (query, key, value)
-    wanted = run(*parts, "xla", mask, segments, weights, **options)
-    got = run(*parts, "splash", mask, segments, weights, **options)
+    given = (query, key, value)
+    wanted = run(*given, "xla", mask, segments, weights, **options)
+    mesh = training.make_mesh(1, 1, 1, parts, devices=jax.devices()[:parts])
+    with jax.set_mesh(mesh) if parts > 1 else contextlib.nullcontext():
+        got = run(*given, "splash", mask, segments, weights, **options)
     for ours, other in zip(got, wanted, strict=True):
         limit = 1e-5 * np.abs(other).max()  # measured at most 1e-6
         np.testing.assert_allclose(ours, other, atol=limit, rtol=0)
     for wrong in ({"window": 149, "cap": 3.0}, {"window": 150, "cap": 4.0}):
-        if packed:
-            other = run(*parts, "splash", mask, segments, weights, **wrong)
+        if packed and parts == 1:
+            other = run(*given, "splash", mask, segments, weights, **wrong)
             assert np.abs(other[0] - wanted[0]).max() > 1e-3 * np.abs(wanted[0]).max()
 
 

@@ -166,6 +166,8 @@ def test_refused_before_anything_is_compiled(llama_config, tiny_config, bare):
         r"`config.mesh.tensor` 4 .* 2 heads .*\[1, 2\]",
         llama_config(bare, mesh__tensor=4),
     )
+    cut = llama_config(bare, mesh__sequence=8)
+    refused("`config.mesh`.*sequence=8, which does not cut rows of 28 tokens", cut)
     refused("`config.model.name`|`config.model`", llama_config("./nowhere"))
     refused("`attention` is 'splash'", tiny_config("model.attention=splash"))
 
@@ -243,6 +245,14 @@ def test_mesh_splits_come_last_and_keep_their_rows(
     # And last what changes the numbers.
     coded = {"accumulate": 2, "model.quantise": "nf4"}
     assert found == [{}, {"accumulate": 2}, *splits, coded]
+    with config.unlocked():
+        config.lengths = (8192,)
+    cuts = [
+        {**split, "mesh.tensor": 1, "mesh.sequence": n}
+        for n, split in ((2, splits[1]), (4, splits[2]), (8, splits[3]))
+    ]
+    tries = runs.fit(config, target=eight, **PARTS)
+    assert [one.changes for one in tries] == [*found[:-1], *cuts, coded]
 
 
 def test_a_step_that_is_too_large_says_by_how_much(llama_config, bare, one, capsys):

@@ -145,6 +145,7 @@ def changes():
         ("config.mesh = dict(data=3, fsdp=1, tensor=1)", "mesh"),
         ("config.mesh = dict(data=-1, fsdp=-1, tensor=1)", "mesh"),
         ("config.mesh = dict(dta=-1)", "dta"),
+        ("config.mesh.sequence = 2", ": `config.mesh`: `mesh` has sequence=2, but the"),
         ("config.optimizer.warmup_steps = 1", "warmup_steps"),
         ("config.optimizer.warmup_ratio = 1.0", "warmup_ratio"),
         ("config.optimizer.schedule = 'linaer'", "linaer"),

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
 from jaxpeft import training
+from jaxpeft.training import _batch
 from jaxpeft.tree import flat
 
 
@@ -25,6 +26,8 @@ def test_one_axis_takes_what_the_others_leave():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     mesh = training.make_mesh(devices=jax.devices()[:2])
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    mesh = training.make_mesh(tensor=2, sequence=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "sequence": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -35,11 +38,23 @@ def test_one_axis_takes_what_the_others_leave():
         ({"data": 16}, "does not fit 8 devices"),
         ({"fsdp": 0}, "`fsdp` must be a positive number"),
         ({"data": -1, "tensor": -1}, "only one mesh axis may be -1"),
+        ({"sequence": 3}, r"fsdp=1, sequence=3, tensor=1 does not fit 8 devices"),
+        ({"sequnce": 2}, "no axis 'sequnce'; its axes are data, fsdp, sequence, tens"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         training.make_mesh(**sizes)
+
+
+def test_rows_that_processes_would_share_are_refused(monkeypatch):
+    half = property(lambda mesh: list(mesh.devices.flat)[:4])
+    monkeypatch.setattr(jax.sharding.Mesh, "local_devices", half)
+    monkeypatch.setattr(_batch, "_processes", lambda mesh: 2)
+    mesh = training.make_mesh(data=1, tensor=2, sequence=4)
+    message = "sequence=4 x tensor=2 reaches over.*sequence times tensor that divides"
+    with pytest.raises(ValueError, match=message + " the 4 devices"):
+        training.check_rows(4, mesh)
 
 
 def test_placement_rules():

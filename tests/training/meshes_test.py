@@ -4,6 +4,7 @@ With the vocabulary cut over the tensor axis, and hidden states along their toke
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -13,8 +14,9 @@ import pytest
 
 from jaxpeft import training
 
+# data, fsdp, tensor, and of some sequence
 SIZES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (4, 1, 2)]
-
+SIZES += [(2, 1, 2, 2), (1, 2, 1, 4)]
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -47,8 +49,9 @@ def test_eight_devices_are_one(sizes):
     found = toolbox.gradient_on(training.make_mesh(*sizes), *given)
     assert_same(found, one)
     text = found[3]
-    data, fsdp, tensor = sizes
-    rows, tokens = toolbox.ROWS // (data * fsdp), toolbox.TOKENS // tensor
+    data, fsdp, tensor, *sequence = sizes
+    cut = tensor * math.prod(sequence)
+    rows, tokens = toolbox.ROWS // (data * fsdp), toolbox.TOKENS // cut
     vocabulary = toolbox.SIZES["vocab_size"]
     carries = f"f32[2,{rows},{tokens},16]"
     assert carries in text, "what the layers keep is cut along tokens"

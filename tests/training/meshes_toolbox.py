@@ -48,16 +48,20 @@ def make(*, methods=METHODS, **changes):
 
 
 def rows_of(vocabulary=SIZES["vocab_size"]):
-    """A batch whose rows differ in length."""
+    """A batch of padded rows, each of two texts."""
     random = np.random.default_rng(0)
     ids = random.integers(1, vocabulary, (ROWS, TOKENS)).astype(np.int32)
     mask = (np.arange(TOKENS) < random.integers(4, TOKENS + 1, (ROWS, 1))).astype(
         np.int32
     )
     learnt = mask * (random.random((ROWS, TOKENS)) < 0.7)
+    start = random.integers(1, 5, (ROWS, 1)).astype(np.int32)
+    places = np.arange(TOKENS, dtype=np.int32) + 0 * start
     return {
         "input_ids": ids,
         "attention_mask": mask,
+        "segment_ids": (places >= start).astype(np.int32),
+        "positions": np.where(places >= start, places - start, places),
         "targets": np.roll(ids, -1, 1),
         "target_weights": learnt.astype(np.float32),
         "label": learnt.sum(1).astype(np.int32),

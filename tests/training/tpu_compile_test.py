@@ -18,7 +18,7 @@ CHIP_BYTES = 16e9  # HBM of a TPU v5e
     importlib.util.find_spec("libtpu") is None,
     reason='needs libtpu: pip install "jaxpeft[tpu]"',
 )
-@pytest.mark.parametrize("name", ["quickstart", "toy", "splash"])
+@pytest.mark.parametrize("name", ["quickstart", "toy", "splash", "cut"])
 def test_the_train_step_compiles_for_a_pod(name):
     environment = {
         **os.environ,
@@ -47,7 +47,7 @@ def test_the_train_step_compiles_for_a_pod(name):
     # The trained state is donated, so it is there once.
     assert report["bytes"]["aliased"] > 0
     # Pallas kernels: forward, made again, and two backward.
-    assert report["kernels"] == (4 if name == "splash" else 0)
+    assert report["kernels"] == (4 if name in ("splash", "cut") else 0)
     # It is one program for the whole mesh, not 256 copies.
     assert report["collectives"]["all-reduce"] > 0
     assert report["collectives"]["all-gather"] > 0

@@ -47,8 +47,9 @@ PARTS = {
 }
 
 # A BERT of the quickstart's shape (its layers scanned: that compiles in a third of the
-# time), and two toys: two rematerialised layers in bfloat16, micro-batches, all three
-# axes of the mesh; of a BERT, and of a Llama with splash attention.
+# time), and three toys: two rematerialised layers in bfloat16, micro-batches, all three
+# axes of the mesh; of a BERT, of a Llama with splash attention, and of that with its
+# tokens cut.
 SMALL = {"scan_layers": True, "remat": "full", "param_dtype": jnp.bfloat16}
 RUNS = {
     "quickstart": (MINILM, {"scan_layers": True}, {"fsdp": 64, "tensor": 4}, 1),
@@ -59,8 +60,9 @@ RUNS = {
         2,
     ),
     "splash": (LLAMA, SMALL, {"data": 4, "fsdp": 16, "tensor": 4}, 2),
+    "cut": (LLAMA, SMALL, {"fsdp": 16, "sequence": 4, "tensor": 4}, 2),
 }
-ROWS, LENGTH = 2048, {"bert": 64, "llama": 128}
+ROWS, LENGTH = 2048, {"quickstart": 64, "toy": 64, "splash": 128, "cut": 512}
 
 
 def compile_step(name):
@@ -69,7 +71,7 @@ def compile_step(name):
         **{"data": 1, **sizes}, devices=training.topology_devices("v5e:16x16")
     )
     model = models.from_config(config, head="classification", num_labels=6, **options)
-    if name == "splash":
+    if config is LLAMA:
         model = model.clone(attention="splash")
     params = models.abstract(model)
     kernels, heads = PARTS[config["model_type"]]
@@ -104,12 +106,13 @@ def compile_step(name):
     make = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         shape, dtype, sharding=where
     )
-    length = LENGTH[config["model_type"]]
+    length = LENGTH[name]
+    rows = ROWS // sizes.get("sequence", 1)  # as many tokens of a device
     batch = {
-        "input_ids": make(ROWS, length),
-        "attention_mask": make(ROWS, length),
-        "label": make(ROWS),
-        "weight": make(ROWS, dtype=jnp.float32),
+        "input_ids": make(rows, length),
+        "attention_mask": make(rows, length),
+        "label": make(rows),
+        "weight": make(rows, dtype=jnp.float32),
     }
     return step.lower(state, frozen, batch).compile()
 
