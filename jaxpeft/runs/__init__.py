@@ -79,6 +79,8 @@ from jaxpeft.runs._shipped import shipped_folder as shipped_folder
 from jaxpeft.runs._stages import enter_stage as enter_stage
 from jaxpeft.runs._stages import run_stages as run_stages
 from jaxpeft.runs._stages import save_routing as save_routing
+from jaxpeft.runs._stages import stage_config as stage_config
+from jaxpeft.runs._stages import stage_folders as stage_folders
 from jaxpeft.runs._stop import StopAsked as StopAsked
 from jaxpeft.runs._stop import Stopped as Stopped
 from jaxpeft.runs._stop import stops_at_sigterm as stops_at_sigterm
