@@ -13,6 +13,7 @@ among as many chosen ones, over seeds. Two graphs of 40 nodes, 8 of them importa
 - chain: 3 nodes tied to two important ones each, with chains of nodes behind them, and
   6 nodes tied weakly to one. Chains are correlated with important nodes, but only
   through the nodes before them.
+- scaled: chains, and each step's scores multiplied by one number, as a gradient's are.
 
 Measured, 20 seeds (results/graph_recovery.json): on hubs plain covariance is best with
 few steps, and all of them are perfect with many. On chains no selector is good at 50
@@ -29,6 +30,7 @@ another question.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -53,9 +55,11 @@ SELECTORS = {
 }
 # Centring makes a matrix that is nearly singular along the mean of all nodes.
 SELECTORS |= {
-    f"{name}, not centred": {"row": "none"} | SELECTORS[name]
+    f"{name}, centred": {"row": "center"} | SELECTORS[name]
     for name in ("ggm", "ggm, tau 0", "ridge", "cov", "pinv")
 }
+COMMON = {"hub": 0.0, "chain": 0.0, "scaled": 1.0}  # of the logarithms, a deviation
+POWERS = (0.3, 0.5, 0.7, 0.9)
 
 
 def hub_graph(seed: int) -> tuple[np.ndarray, list[int]]:
@@ -95,21 +99,25 @@ def correlation(omega: np.ndarray) -> np.ndarray:
     return covariance / np.outer(deviation, deviation)
 
 
-def sample(omega: np.ndarray, steps: int, seed: int) -> np.ndarray:
-    """``[steps, n]`` scores whose logarithms are Gaussian with this precision."""
+def sample(omega: np.ndarray, steps: int, seed: int, common: float = 0.0) -> np.ndarray:
+    """``[steps, n]`` scores whose logarithms are Gaussian with this precision.
+
+    ``common`` is the deviation of a number that all nodes of a step have in common.
+    """
     rng = np.random.default_rng(10_000 + seed)
     root = np.linalg.cholesky(np.linalg.inv(omega))
-    return np.exp(rng.normal(size=(steps, N)) @ root.T)
+    logs = rng.normal(size=(steps, N)) @ root.T
+    return np.exp(logs + common * rng.normal(size=(steps, 1)))
 
 
 def recall(graph: str, steps: int, seed: int) -> dict[str, float]:
     """The part of the planted nodes that each selector finds."""
     omega, planted = hub_graph(seed) if graph == "hub" else chain_graph()
-    scores, result = sample(omega, steps, seed), {}
+    scores, result = sample(omega, steps, seed, COMMON[graph]), {}
     count = len(IMPORTANT) + len(planted)
     for name, given in SELECTORS.items():
         options = dict(given)
-        found = node_scores(scores, row=options.pop("row", "center"))
+        found = node_scores(scores, row=options.pop("row", "none"))
         values = rank_nodes(found, list(IMPORTANT), seed=seed, **options).values
         chosen = select_nodes(values, IMPORTANT, count=count)
         result[name] = len(set(planted) & set(chosen.tolist())) / len(planted)
@@ -119,7 +127,7 @@ def recall(graph: str, steps: int, seed: int) -> dict[str, float]:
 def table(seeds: int) -> list[dict]:
     """``{graph, steps, selector, mean, sd}`` of every case."""
     rows = []
-    for graph in ("hub", "chain"):
+    for graph in COMMON:
         for steps in STEPS:
             each = [recall(graph, steps, seed) for seed in range(seeds)]
             for name in SELECTORS:
@@ -131,6 +139,33 @@ def table(seeds: int) -> list[dict]:
                 }
                 rows.append(row)
     return rows
+
+
+def starts(seeds: int) -> list[dict]:
+    """How far above the lowest known end the solver stops, by where it starts."""
+    rng, rows = np.random.default_rng(0), []
+    graphs = (hub_graph(0)[0], chain_graph()[0])
+    for power in POWERS:
+        above: dict[str, list[float]] = {}
+        for omega, steps, seed in itertools.product(graphs, (50, 500), range(seeds)):
+            matrix = node_scores(sample(omega, steps, seed)).matrix
+            ends = {"default": None, "identity": np.eye(N)}
+            ends |= {f"random {i}": _random_start(rng) for i in range(5)}
+            for name, start in ends.items():
+                found = group_graph(matrix, IMPORTANT, power=power, start=start)
+                ends[name] = float(found.objective[-1])
+            for name in ("default", "identity"):
+                above.setdefault(name, []).append(ends[name] - min(ends.values()))
+        rows += [
+            {"power": power, "start": name, "mean": np.mean(x), "most": max(x)}
+            for name, x in above.items()
+        ]
+    return rows
+
+
+def _random_start(rng: np.random.Generator) -> np.ndarray:
+    half = rng.normal(size=(N, N))
+    return half @ half.T / N + 0.1 * np.eye(N)
 
 
 def solve(steps: int, n: int = 434, important: int = 30) -> dict:
@@ -173,9 +208,9 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for panel, graph in zip(panels, ("hub", "chain"), strict=True):
-        shown = [name for name in SELECTORS if "not centred" not in name]
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for panel, graph in zip(panels, COMMON, strict=True):
+        shown = [name for name in SELECTORS if "centred" not in name]
         for i, name in enumerate(shown):
             mine = [r for r in rows if r["graph"] == graph and r["selector"] == name]
             shift = 1.02 ** (i - len(shown) / 2)  # bars of spread side by side
@@ -192,7 +227,7 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.minorticks_off()
         panel.set_xlabel("steps collected")
     panels[0].set(ylabel="recall of the planted nodes", ylim=(0, 1.05))
-    panels[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -207,10 +242,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = table(arguments.seeds)
     print(show(rows))
+    ends = starts(max(2, arguments.seeds // 4))
     solver = [solve(steps) for steps in (170, 600)]
-    print(*solver, sep="\n")
+    print(*ends, *solver, sep="\n")
     if arguments.json:
-        record = {"seeds": arguments.seeds, "rows": rows, "solver": solver}
+        record = {"seeds": arguments.seeds, "rows": rows}
+        record |= {"starts": ends, "solver": solver}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
         plot(rows, arguments.json.with_suffix(".png"))
 

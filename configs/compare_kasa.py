@@ -13,8 +13,8 @@ within 0.1 %.
 
 import ml_collections
 
-SITES = ("query", "key", "value", "dense")
-SITES_LEFT_OUT = ("pooler/dense",)  # trained whole, with the classifier
+SITES = ("query", "key", "value", "dense")  # all six kernels of a layer
+APART = ("pooler/dense",)  # is trained whole
 
 # What differs from the paper's text: kasa() with its own defaults.
 PARTS = {
@@ -42,19 +42,18 @@ PARTS = {
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns what is compared; ``compare.read_comparison`` explains every field."""
-    sites = dict(targets=SITES, exclude=SITES_LEFT_OUT)
     size = dict(rank=8, alpha=16.0)
-    methods = {
-        name: dict(changes=dict(adapter=dict(name="kasa", **size, **options)) | sites)
-        for name, options in PARTS.items()
-    }
-    methods["lora"] = dict(changes=dict(adapter=dict(name="lora", **size)) | sites)
+    of = lambda name, **options: dict(
+        changes=dict(adapter=dict(name=name, **size, **options))
+    )
     config = ml_collections.ConfigDict()
-    config.tasks = dict(trec=dict(config="quickstart.py"))
-    config.methods = {f"parts-{name}": given for name, given in methods.items()}
+    sites = dict(targets=SITES, exclude=APART)
+    config.tasks = dict(trec_all=dict(config="quickstart.py", changes=sites))
+    config.methods = {name: of("kasa", **given) for name, given in PARTS.items()}
+    config.methods.lora = of("lora")
     config.grid = dict(optimizer=dict(learning_rate=(5e-4, 1.5e-3)))
     config.seeds = (0, 1, 2)
     config.choose_with = (0,)
-    config.reference = "parts-kasa"
+    config.reference = "kasa"
     config.budget = dict()
     return config.lock()

@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import Bool
 from safetensors import safe_open
 
+from jaxpeft.allocate import Allocation
 from jaxpeft.compare._plan import Row
 from jaxpeft.data import metric_mode
 from jaxpeft.interop import adapter_info
 from jaxpeft.runs import (
+    DECIDED_FILE,
     config_to_json,
     read_metrics,
     stage_folders,
@@ -164,22 +166,20 @@ def read_run(row: Row, run: Path) -> dict[str, Any]:
     events = read_metrics(folders[-1], "eval")
     best = [event for event in events if event["step"] == last["best_step"]][-1]
     told_of = ("event", "step", "time")
-    stored, head = _sizes(folders[-1] / "adapter")
     names = row.config.stages or ("",)
-    trains = {n: one["trainable"] - head for n, one in zip(names, told, strict=True)}
+    sizes = {n: read_sizes(folder) for n, folder in zip(names, folders, strict=True)}
     steps = [one["steps"] for one in told]
     found = {
         **{name: last[name] for name in ("metric", "mode")},
         "validation": {k: v for k, v in best.items() if k not in told_of},
         "step": last["best_step"],
         "steps": sum(steps),
-        "trainable": sum(trains.values()),
-        "stored": stored,
-        "head": head,
+        **sizes[names[-1]],
+        "trainable": sum(one["trainable"] for one in sizes.values()),
     }
     if row.config.stages:
         found["stages"] = [
-            {"name": name, "steps": count, "trainable": trains[name]}
+            {"name": name, "steps": count, "trainable": sizes[name]["trainable"]}
             for name, count in zip(names, steps, strict=True)
         ]
     return found
@@ -337,19 +337,47 @@ def _config_file(row: Row) -> str:
     )
 
 
-def _sizes(adapter: Path) -> tuple[int, int]:
-    """What a saved adapter holds, and apart from it what is trained whole.
+def read_sizes(folder: Path) -> dict[str, int]:
+    """Reads how many numbers a complete run trained, and how many are to be stored.
 
-    A head that is trained whole has no adapter, and is the same for all methods.
+    Where components were chosen in training, those train that trained on, and those
+    that went back to their start need not be stored. Parameters trained whole, a head,
+    are the same for all methods and apart.
+
+    Args:
+        folder: the run's, or a stage's.
+
+    Returns:
+        ``trainable`` and ``stored`` of the adapters, and ``head``.
     """
-    info = adapter_info(adapter)
+    told = json.loads((folder / "report.json").read_text())["results"]
+    file = folder / DECIDED_FILE
+    decided = Allocation.load(file) if file.is_file() else None
+    trained = told["trainable"] if decided is None else decided.facts["trained"]
+    shares = {} if decided is None else _kept_shares(decided)
+    info = adapter_info(folder / "adapter")
     methods = [entry["name"] for entry in info["methods"]]
     whole = [s["path"] for s in info["sites"] if methods[s["method"]] == "full"]
     head = tuple(f"{path}/" for path in whole)
     stored = in_head = 0
-    with safe_open(adapter / "adapter.safetensors", framework="np") as file:
+    with safe_open(folder / "adapter/adapter.safetensors", framework="np") as file:
         for name in file.keys():
             size = int(np.prod(file.get_slice(name).get_shape(), dtype=np.int64))
-            in_head += size * name.startswith(head)
-            stored += size * (not name.startswith(head))
-    return stored, in_head
+            if name.startswith(head):
+                in_head += size
+                continue
+            owners = [path for path in shares if name.startswith(f"{path}/")]
+            stored += round(size * (shares[owners[0]] if owners else 1.0))
+    return {"trainable": trained - in_head, "stored": stored, "head": in_head}
+
+
+def _kept_shares(decided: Allocation) -> dict[str, float]:
+    """Of each site that was chosen from, the part of its arrays that is to be kept."""
+    facts = decided.facts
+    if facts["unselected"] != "revert":  # the others are a part of the function
+        return {}
+    shares = {path: float(any(kept)) for path, kept in facts["biases"].items()}
+    for path, site in decided.sites:
+        ranks = [rank for rank, _ in site.layers()]
+        shares[path] = sum(ranks) / sum(facts["out_of"][path])
+    return shares

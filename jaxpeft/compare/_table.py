@@ -135,7 +135,7 @@ def difference(
 
 
 def _bootstrap(
-    parts: Sequence[Integer[np.ndarray, "seeds rows"]], draws: int
+    parts: Sequence[Integer[np.ndarray, "seeds _"]], draws: int
 ) -> np.ndarray:
     """Mean gains of ``draws`` resamples of seeds and, task by task, of rows."""
     seeds = len(parts[0])

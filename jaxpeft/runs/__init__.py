@@ -67,6 +67,7 @@ from jaxpeft.runs._report import plot_curves as plot_curves
 from jaxpeft.runs._report import print_table as print_table
 from jaxpeft.runs._report import report as report
 from jaxpeft.runs._report import versions as versions
+from jaxpeft.runs._run_ranks import DECIDED_FILE as DECIDED_FILE
 from jaxpeft.runs._run_ranks import attach_biases as attach_biases
 from jaxpeft.runs._run_ranks import decide_ranks as decide_ranks
 from jaxpeft.runs._run_ranks import ranks_before as ranks_before
