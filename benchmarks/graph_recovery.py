@@ -114,13 +114,18 @@ def recall(graph: str, steps: int, seed: int) -> dict[str, float]:
     """The part of the planted nodes that each selector finds."""
     omega, planted = hub_graph(seed) if graph == "hub" else chain_graph()
     scores, result = sample(omega, steps, seed, COMMON[graph]), {}
+    # Equal values are taken in the order of nodes, and planted ones would come first.
+    order = np.random.default_rng(seed).permutation(np.arange(len(IMPORTANT), N))
+    order = np.concatenate([IMPORTANT, order])
+    scores = scores[:, order]
     count = len(IMPORTANT) + len(planted)
     for name, given in SELECTORS.items():
         options = dict(given)
         found = node_scores(scores, row=options.pop("row", "none"))
         values = rank_nodes(found, list(IMPORTANT), seed=seed, **options).values
         chosen = select_nodes(values, IMPORTANT, count=count)
-        result[name] = len(set(planted) & set(chosen.tolist())) / len(planted)
+        found = set(order[chosen].tolist()) & set(planted)
+        result[name] = len(found) / len(planted)
     return result
 
 

@@ -13,10 +13,10 @@ are those of LLM-Adapters, rows of "instruction", "input" and "output"; of their
 drawn by chance, were held out.
 
 Different here: the loss is of the output alone, theirs was of the whole text; the base
-is in bfloat16, theirs in float16. Not known, and the defaults of KaSA's code here: beta,
-gamma, and whether all r x r entries of the diagonal trained (core="full"), as they did
-in the GLUE runs. By the authors' rule nothing is dropped at key, value and down, which
-have far more in than out features.
+is in bfloat16, theirs in float16. Not known, and as in KaSA's code here: beta, gamma,
+and whether all r x r entries of the diagonal trained (core="full"), as they did in the
+GLUE runs. By the authors' rule nothing is dropped at key, value and down, which have
+far more in than out features.
 """
 
 import ml_collections
