@@ -124,8 +124,7 @@ def recall(graph: str, steps: int, seed: int) -> dict[str, float]:
         found = node_scores(scores, row=options.pop("row", "none"))
         values = rank_nodes(found, list(IMPORTANT), seed=seed, **options).values
         chosen = select_nodes(values, IMPORTANT, count=count)
-        found = set(order[chosen].tolist()) & set(planted)
-        result[name] = len(found) / len(planted)
+        result[name] = len(set(planted) & set(order[chosen].tolist())) / len(planted)
     return result
 
 

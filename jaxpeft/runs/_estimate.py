@@ -130,11 +130,10 @@ def _assembled(config, attach, make_step, devices, num_labels: int | None, stage
     staged: tuple[str, ...] = ()
     if config.stages:
         staged = (f"of the stages the first, {config.stages[0]!r}",)
-        before = config.stages[:stage]
-        config = stage_config(config, stage, Path()).unlock()
-        config.start = ""  # what it goes on from may not be there
+        whole, config = config, stage_config(config, stage, Path()).unlock()
+        config.start = whole.start  # what the stage before it saves may not be there
         check_fields(config.lock())
-        attach = _entered(attach, before)
+        attach = _entered(attach, whole.stages[:stage])
     mesh = call(make_mesh, config.mesh.to_dict(), "mesh", devices=devices)
     form, notes = _form(config, num_labels)
     notes += staged
