@@ -102,8 +102,10 @@ def group_graph(
 
     Below 1 it is not convex, and where the descent ends depends on where it begins.
     It is then run twice, from the identity and from the inverse of S, and the lower
-    end is taken; another start may still end lower. By how much, on planted graphs,
-    measures benchmarks/graph_recovery.py: STARTS_FIGURE.
+    end is taken; another start may still end lower. On planted graphs the best of five
+    random ones was lower by up to 0.19, 0.055, 0.0035 and 0.00003 in the objective for
+    p = 0.3, 0.5, 0.7 and 0.9; than the end from the identity alone, by up to 0.28, 0.14,
+    0.074 and 0.0005 (benchmarks/graph_recovery.py).
 
     Notation:
         paper's code         here
