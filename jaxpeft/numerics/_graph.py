@@ -104,8 +104,8 @@ def group_graph(
     It is then run twice, from the identity and from the inverse of S, and the lower
     end is taken; another start may still end lower. On planted graphs the best of five
     random ones was lower by up to 0.19, 0.055, 0.0035 and 0.00003 in the objective for
-    p = 0.3, 0.5, 0.7 and 0.9; than the end from the identity alone, by up to 0.28, 0.14,
-    0.074 and 0.0005 (benchmarks/graph_recovery.py).
+    p = 0.3, 0.5, 0.7 and 0.9; the lowest end was below that from the identity alone by
+    up to 0.28, 0.14, 0.074 and 0.0005 (benchmarks/graph_recovery.py).
 
     Notation:
         paper's code         here
