@@ -365,7 +365,7 @@ def _finish(parts, state, frozen, before):
     results = {
         "task": inputs.task.name,
         "split": held_out,
-        "metric": inputs.task.best["metric"],
+        **inputs.task.best,
         "before": before,
         "after": after,
         "after_last_step": last,

@@ -57,6 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             n_select=25,  # of 6 layers x 3 kernels x 10 components
             n_important=13,
             by="ggm",  # what ranks the others: score, cov, ridge, pinv, random beside
+            row="center",  # as it was measured; the default is "none" now
             initial_steps=30,  # before scores are recorded
             collect_steps=120,  # whose scores are
         ),

@@ -1,7 +1,8 @@
 """KaSA on GLUE, RoBERTa base and large, in the authors' settings (arXiv 2412.06071).
 
 python train.py --config configs/glue_kasa.py:task=cola,model=base
-(Not run yet.) Published, one seed, best epoch of all, in percent:
+(Not run yet.) Neither the checkpoints nor GLUE were at hand; a test traces a step of
+each model at full size. Published, one seed, best epoch of all, in percent:
 
        CoLA   SST-2  MRPC   STS-B  QNLI   RTE
 base   65.82  95.18  90.69  91.14  93.31  81.59
@@ -70,7 +71,7 @@ def get_config(task: str = "cola", model: str = "base") -> ml_collections.Config
     config.adapter = dict(
         name="kasa",
         rank=8,
-        alpha=16.0,
+        alpha=16.0,  # twice the rank, as in all of the authors' runs
         beta=beta,
         gamma=gamma,
         dropout=0.0,

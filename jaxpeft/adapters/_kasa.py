@@ -102,7 +102,8 @@ def kasa(
 
     Args:
         rank: r, at least 1 and below min(d_in, d_out) of every site.
-        alpha: numerator of the scale; ``None`` means ``rank``.
+        alpha: numerator of the scale; ``None`` means ``rank``. The authors' runs have
+            twice the rank (GLUE: 16 of rank 8, common sense: 64 of rank 32).
         beta: weight of the L2 term on sigma, >= 0; 0 skips the term.
         gamma: weight of the orthogonality terms, >= 0; 0 skips them.
         dropout: probability in [0, 1) of dropping an entry of the trained path's

@@ -69,7 +69,7 @@ def ggm(
     score: Literal["sensitivity", "ema"] = "sensitivity",
     unselected: Literal["keep", "revert"] = "keep",
     budget: int | None = None,
-    row: Literal["center", "unit", "none"] = "center",
+    row: Literal["center", "unit", "none"] = "none",
     standardise: bool = True,
     shrink: int | float = 0.2,
     thin: int = 1,
@@ -118,7 +118,8 @@ def ggm(
         unselected: "keep" leaves the nodes that rest as they are, and they must be
             stored; "revert" sets them back to the start, and the loss jumps once.
         budget: in place of ``n_select``, the most parameters of the chosen nodes.
-        row: see ``numerics.node_scores``, as the three that follow.
+        row: see ``numerics.node_scores``, as the three that follow. ``by="cov"`` is
+            best with "center".
         standardise: correlations rather than covariances.
         shrink: weight of the identity.
         thin: keep every so many-th sample.

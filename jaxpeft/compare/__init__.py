@@ -10,7 +10,11 @@ from jaxpeft.compare._plan import Comparison as Comparison
 from jaxpeft.compare._plan import Row as Row
 from jaxpeft.compare._plan import read_comparison as read_comparison
 from jaxpeft.compare._rows import add_test as add_test
+from jaxpeft.compare._rows import counted as counted
 from jaxpeft.compare._rows import read_row as read_row
+from jaxpeft.compare._rows import read_run as read_run
+from jaxpeft.compare._rows import read_sizes as read_sizes
+from jaxpeft.compare._rows import right_rows as right_rows
 from jaxpeft.compare._rows import run_row as run_row
 from jaxpeft.compare._rows import unpacked as unpacked
 from jaxpeft.compare._run import check_out as check_out

@@ -20,6 +20,7 @@ from jaxpeft.runs import (
     flat_config,
     load_config,
     make_adapter,
+    stage_config,
     with_calls,
 )
 from jaxpeft.training import adamw
@@ -252,6 +253,8 @@ def _row_config(base, given, point, seed) -> ml_collections.ConfigDict:
     with config.unlocked():
         config.seed = seed
     check_fields(config)
+    for stage in range(len(config.stages)):
+        check_fields(stage_config(config, stage, Path()))
     make_adapter(config)
     # A typing error in a rate is said now, not by the row that meets it hours later.
     options = config.optimizer.to_dict()

@@ -10,6 +10,7 @@ from jaxpeft import data
 from jaxpeft.compare._plan import Comparison, Row
 from jaxpeft.compare._rows import (
     add_test,
+    mode,
     read_row,
     repeats,
     row_file,
@@ -126,7 +127,7 @@ def compare(
         point = choose(trial, [done(row.name) for row in trial])
         write_json(row_file(results, trial[0]).parent / "choice.json", point)
         taken = [row for row in rows if row.at == point["point"]]
-        flops[task, method] = step_flops(taken[0].config, **step)
+        flops[task, method] = _flops(taken[0], first, step)
         for row in taken:
             done(row.name)
         chosen[task, method] = taken
@@ -141,6 +142,15 @@ def compare(
     if scored:
         plot(made, out / "table.png")
     return made
+
+
+def _flops(row: Row, found: Found, how: dict[str, Any]) -> float:
+    """The FLOPs of a step; of a run in stages the mean over all its steps."""
+    count = functools.partial(step_flops, row.config, **how)
+    if "stages" not in found:
+        return count()
+    steps = [stage["steps"] for stage in found["stages"]]
+    return sum(n * count(stage=i) for i, n in enumerate(steps)) / sum(steps)
 
 
 def check_test_rows(task: str, row: Row) -> None:
@@ -167,7 +177,7 @@ def choose(rows: Sequence[Row], found: Sequence[Found]) -> dict[str, Any]:
     scores: dict[str, list[float]] = {}
     for row, one in zip(rows, found, strict=True):
         scores.setdefault(row.at, []).append(one["validation"][metric])
-    best = max if data.metric_mode(metric) == "max" else min
+    best = max if mode(found[0]) == "max" else min
     point = best(scores, key=lambda at: statistics.fmean(scores[at]))
     return {"point": point, "metric": metric, "validation": scores}
 

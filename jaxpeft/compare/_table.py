@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import rich.table
-from jaxtyping import Bool
+from jaxtyping import Integer
 
-from jaxpeft.compare._rows import unpacked
+from jaxpeft.compare._rows import mode, rows_by_task, unpacked
 from jaxpeft.console import optional
-from jaxpeft.data import metric_mode
 
 DRAWS = 10_000
 Found = dict[str, Any]
@@ -29,10 +28,11 @@ def table(
 
     Returns:
         ``{"reference": ..., "rows": [...]}``; a row has ``task``, ``method``,
-        ``metric``, ``point`` (what was chosen), ``scores`` by seed, ``mean``, ``sd``
-        (over seeds, with n - 1; ``None`` of one seed), ``binomial_sd`` (what a share
-        of so many test rows varies by itself; ``None`` for other metrics), sizes and
-        mean costs, and but for the reference ``difference``, ``low`` and ``high``
+        ``metric``, ``mode`` (its best is "max" or "min"), ``point`` (what was chosen),
+        ``scores`` by seed, ``mean``, ``sd`` (over seeds, with n - 1; ``None`` of one
+        seed), ``binomial_sd`` (what a share of so many test rows, or a mean of shares,
+        varies by itself; ``None`` for other metrics), sizes and mean costs, and but
+        for the reference ``difference``, ``low`` and ``high``
         (``difference``). The best mean of a task comes first.
     """
     made = []
@@ -41,18 +41,18 @@ def table(
         metric = first["metric"]
         scores = {r["row"]["seed"]: r["test"]["scores"][metric] for r in rows}
         values = list(scores.values())
-        mean, count = statistics.fmean(values), first["test"]["rows"]
-        shares = first["test"]["right"] is not None
+        mean = statistics.fmean(values)
         row = {
             "task": task,
             "method": method,
             "metric": metric,
+            "mode": mode(first),
             "point": first["row"]["point"],
             "scores": {str(seed): value for seed, value in scores.items()},
             "mean": mean,
             "sd": statistics.stdev(values) if values[1:] else None,
-            "binomial_sd": math.sqrt(mean * (1 - mean) / count) if shares else None,
-            "test_rows": count,
+            "binomial_sd": _binomial_sd([r["test"] for r in rows]),
+            "test_rows": sum(rows_by_task(first["test"]).values()),
             **{name: first[name] for name in ("trainable", "stored", "head", "steps")},
             "processor_seconds": _mean_cost(rows, "processor_seconds"),
             "peak_bytes": _mean_cost(rows, "peak_bytes"),
@@ -61,9 +61,24 @@ def table(
         if method != reference and other:
             row |= difference(rows, other)
         made.append(row)
-    sign = lambda row: -1 if metric_mode(row["metric"]) == "max" else 1
+    sign = lambda row: -1 if row["mode"] == "max" else 1
     made.sort(key=lambda row: (row["task"], sign(row) * row["mean"]))
     return {"reference": reference, "rows": made}
+
+
+def _binomial_sd(tests: Sequence[Found]) -> float | None:
+    """What the score varies by its test rows alone; a mixture's is a mean of shares."""
+    if any(test["right"] is None for test in tests):
+        return None
+    counts = list(rows_by_task(tests[0]).values())
+    shares = [x.mean() for x in _by_task(np.stack([*map(unpacked, tests)]), counts)]
+    variance = sum(p * (1 - p) / n for p, n in zip(shares, counts, strict=True))
+    return math.sqrt(variance) / len(counts)
+
+
+def _by_task(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Cuts ``[..., rows]`` into its tasks."""
+    return np.split(rows, np.cumsum(counts)[:-1], axis=-1)
 
 
 def _mean_cost(rows: Sequence[Found], name: str) -> float:
@@ -76,7 +91,8 @@ def difference(
     """The mean difference of two methods, paired by seed, and how sure it is.
 
     The interval is a percentile bootstrap: seeds are drawn with replacement, and where
-    the score is a share of right rows, test rows too, the same for both methods.
+    the score is a share of right rows, test rows too, the same for both methods; where
+    it is the mean of such shares over the tasks of a mixture, within each task.
 
     Args:
         rows: a method's results, a seed each.
@@ -97,10 +113,13 @@ def difference(
         return {}
     bits = [[unpacked(side[s]["test"]) for s in seeds] for side in (mine, theirs)]
     known = all(x is not None for side in bits for x in side)
-    if known and len({len(x) for side in bits for x in side}) == 1:
+    counts = [rows_by_task(side[s]["test"]) for side in (mine, theirs) for s in seeds]
+    if known and all(count == counts[0] for count in counts):
         right, of_other = (np.stack(side) for side in bits)
-        drawn = _bootstrap(right, of_other, draws)
-        middle = float(right.mean() - of_other.mean())
+        gain = right.astype(np.int8) - of_other.astype(np.int8)
+        parts = _by_task(gain, list(counts[0].values()))
+        drawn = _bootstrap(parts, draws)
+        middle = statistics.fmean(float(part.mean()) for part in parts)
     else:
         metric = rows[0]["metric"]
         score = lambda side: np.array(
@@ -116,18 +135,17 @@ def difference(
 
 
 def _bootstrap(
-    right: Bool[np.ndarray, "seeds rows"],
-    other: Bool[np.ndarray, "seeds rows"],
-    draws: int,
+    parts: Sequence[Integer[np.ndarray, "seeds _"]], draws: int
 ) -> np.ndarray:
-    """Mean differences of ``draws`` resamples of seeds and rows."""
-    gain = right.astype(np.int8) - other.astype(np.int8)
-    seeds, rows = gain.shape
+    """Mean gains of ``draws`` resamples of seeds and, task by task, of rows."""
+    seeds = len(parts[0])
     random = np.random.default_rng(0)
     found = np.empty(draws)
     for i in range(draws):
-        some = gain[random.integers(0, seeds, seeds)].mean(0)
-        found[i] = some[random.integers(0, rows, rows)].mean()
+        some = random.integers(0, seeds, seeds)
+        each = [part[some].mean(0) for part in parts]
+        again = [x[random.integers(0, len(x), len(x))].mean() for x in each]
+        found[i] = sum(again) / len(again)
     return found
 
 

@@ -45,7 +45,7 @@ class Ranking(NamedTuple):
 def node_scores(
     scores: Any,
     *,
-    row: Literal["center", "unit", "none"] = "center",
+    row: Literal["center", "unit", "none"] = "none",
     standardise: bool = True,
     shrink: int | float = 0.2,
     thin: int = 1,
@@ -53,17 +53,21 @@ def node_scores(
     r"""Returns how the scores of nodes vary together.
 
     .. math::
-        x_{ti} = \log \text{score}_{ti} - \mathrm{mean}_i \log \text{score}_{ti},
+        x_{ti} = \log \text{score}_{ti},
         \qquad S = (1 - c)\, \mathrm{corr}(x) + c\, I
 
-    The mean over nodes of a step is taken off because the scale of a step's gradient
-    is common to all of them and says nothing about any two.
+    The scale of a step's gradient is common to all nodes and says nothing about any
+    two. A graph has room for one thing in common to all, and is as good with it; plain
+    correlations drown in it, and so does by="cov" of ``rank_nodes``, unless
+    ``row="center"`` takes the mean over nodes off each step. That makes the matrix
+    nearly singular, and costs a graph what it knows where many nodes hang together
+    (benchmarks/graph_recovery.py).
 
     Args:
         scores: ``[steps, n]``, at least 0, finite. A 0 counts as the node's smallest
             positive score.
-        row: "center" as above; "unit" divides each step's logarithms by their norm,
-            as the authors do; "none" leaves them.
+        row: "none" as above; "center" takes off each step's mean over nodes; "unit"
+            divides each step's logarithms by their norm, as the authors do.
         standardise: correlations; ``False``: covariances (the authors).
         shrink: c, from 0 to 1.
         thin: keep every so many-th step.

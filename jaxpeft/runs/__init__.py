@@ -67,6 +67,7 @@ from jaxpeft.runs._report import plot_curves as plot_curves
 from jaxpeft.runs._report import print_table as print_table
 from jaxpeft.runs._report import report as report
 from jaxpeft.runs._report import versions as versions
+from jaxpeft.runs._run_ranks import DECIDED_FILE as DECIDED_FILE
 from jaxpeft.runs._run_ranks import attach_biases as attach_biases
 from jaxpeft.runs._run_ranks import decide_ranks as decide_ranks
 from jaxpeft.runs._run_ranks import ranks_before as ranks_before
@@ -79,6 +80,8 @@ from jaxpeft.runs._shipped import shipped_folder as shipped_folder
 from jaxpeft.runs._stages import enter_stage as enter_stage
 from jaxpeft.runs._stages import run_stages as run_stages
 from jaxpeft.runs._stages import save_routing as save_routing
+from jaxpeft.runs._stages import stage_config as stage_config
+from jaxpeft.runs._stages import stage_folders as stage_folders
 from jaxpeft.runs._stop import StopAsked as StopAsked
 from jaxpeft.runs._stop import Stopped as Stopped
 from jaxpeft.runs._stop import stops_at_sigterm as stops_at_sigterm

@@ -13,7 +13,7 @@ from jaxpeft import data, hlo, models
 from jaxpeft.runs._check import LONG, Attach, abstract_params, outline, stated_ranks
 from jaxpeft.runs._config import call, count_steps, said_of
 from jaxpeft.runs._fields import check_fields
-from jaxpeft.runs._stages import stage_config
+from jaxpeft.runs._stages import enter_stage, stage_config
 from jaxpeft.training import (
     StepEstimate,
     Target,
@@ -97,6 +97,7 @@ def step_flops(
     attach: Attach,
     make_step: MakeStep,
     num_labels: int | None = None,
+    stage: int = 0,
 ) -> float:
     """Counts the FLOPs of the matmuls in a config's step, which is traced alone.
 
@@ -109,6 +110,8 @@ def step_flops(
         attach: the same.
         make_step: the same.
         num_labels: the same.
+        stage: of ``config.stages``, which one's step is meant; experts that stages
+            before it train are there.
 
     Returns:
         The count.
@@ -117,18 +120,22 @@ def step_flops(
         ValueError: as of ``estimate``.
     """
     devices = find_target(None).devices
-    step, arguments, _, _ = _assembled(config, attach, make_step, devices, num_labels)
+    step, arguments, _, _ = _assembled(
+        config, attach, make_step, devices, num_labels, stage
+    )
     return hlo.traced_flops(step.trace(*arguments).jaxpr)
 
 
-def _assembled(config, attach, make_step, devices, num_labels: int | None):
+def _assembled(config, attach, make_step, devices, num_labels: int | None, stage=0):
     """``(step, (state, frozen, batch), mesh, notes)`` of a config, as shapes."""
     check_fields(config)
     staged: tuple[str, ...] = ()
     if config.stages:
         staged = (f"of the stages the first, {config.stages[0]!r}",)
-        config = stage_config(config, 0, Path())
-        check_fields(config)
+        whole, config = config, stage_config(config, stage, Path()).unlock()
+        config.start = whole.start  # what the stage before it saves may not be there
+        check_fields(config.lock())
+        attach = _entered(attach, whole.stages[:stage])
     mesh = call(make_mesh, config.mesh.to_dict(), "mesh", devices=devices)
     form, notes = _form(config, num_labels)
     notes += staged
@@ -226,6 +233,24 @@ def _with_dtype(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     with changed.model.ignore_type():
         changed.model.param_dtype = next(filter(None, found), "float32")
     return changed.lock()
+
+
+def _entered(attach: Attach, before: tuple[str, ...]) -> Attach:
+    """``attach``, and then one stage after the other, to the config's own."""
+
+    def attached(config, *given):
+        def at(name):
+            known = config.copy_and_resolve_references().unlock()
+            known.stage = name
+            return known.lock()
+
+        first, *others = (*before, config.stage)
+        adapted = attach(at(first), *given)
+        for name in others:
+            adapted = enter_stage(adapted, at(name))
+        return adapted
+
+    return attached
 
 
 def _adapted(config: ml_collections.ConfigDict, model: Any, attach: Attach) -> Any:

@@ -74,6 +74,12 @@ def stage_folder(config: ml_collections.ConfigDict, index: int, folder: Path) ->
     return folder / f"{index + 1:02}_{config.stages[index].replace(':', '_')}"
 
 
+def stage_folders(config: ml_collections.ConfigDict, folder: Path) -> list[Path]:
+    """Returns the folders of a run's reports: one a stage, or without any its own."""
+    each = range(len(config.stages))
+    return [stage_folder(config, index, folder) for index in each] or [folder]
+
+
 def run_stages(
     config: ml_collections.ConfigDict,
     workdir: str | Path,

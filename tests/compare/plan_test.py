@@ -87,6 +87,7 @@ def test_the_rows(read):
         ("config.grid.adapter.alpha = (1.0, 1.0)", r"rows have \d+ names, 'a/lora/"),
         ("config.grid.optimizer = dict(schedule=('a b', 'a-b'))", "schedule"),
         ("config.methods['a/b'] = dict()", "'a/b' names a folder"),
+        ("config.methods.lora.changes.stages = ('univresal',)", "'univresal'; write"),
     ],
 )
 def test_what_is_refused(read, change, words):

@@ -70,6 +70,31 @@ def test_the_interval_of_rows_is_scipys():
     )
 
 
+def mixed(seed, one, two, method="lora"):
+    """A result on two tasks, whose score is the mean of two shares."""
+    row = result(seed, np.concatenate([one, two]), method, "mean")
+    row["test"] |= {"rows": {"one": len(one), "two": len(two)}}
+    row["mode"] = "max"  # of a mean it is the task that says so
+    row["test"]["scores"] = {"mean": (np.mean(one) + np.mean(two)) / 2}
+    return row
+
+
+def test_tasks_of_a_mixture_count_alike_whatever_their_rows():
+    small, large = drawn(0.6, 1, 50), drawn(0.9, 2, 800)
+    gain = large & drawn(0.97, 3, 800)
+    rows = [mixed(0, small, large, "kasa")]
+    other = [mixed(0, small, gain)]
+    made = compare.table({("t", "lora"): other, ("t", "kasa"): rows}, reference="lora")
+    best = made["rows"][0]
+    assert best["method"] == "kasa" and best["test_rows"] == 850
+    assert best["difference"] == pytest.approx((large.mean() - gain.mean()) / 2)
+    # Rows are drawn within a task: of "one", with no difference, none is added.
+    spread = (large.astype(float) - gain).std() / np.sqrt(800) / 2
+    assert (best["high"] - best["low"]) / 2 == pytest.approx(1.96 * spread, rel=0.1)
+    variance = [x.mean() * (1 - x.mean()) / len(x) for x in (small, large)]
+    assert best["binomial_sd"] == pytest.approx(np.sqrt(sum(variance)) / 2)
+
+
 def test_equal_methods_are_not_told_apart_and_seeds_are_paired():
     rows = [result(seed, drawn(0.7, seed)) for seed in (0, 1, 2)]
     found = compare.difference(rows, rows[::-1])

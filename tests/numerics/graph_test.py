@@ -93,6 +93,26 @@ def test_without_a_penalty_it_is_the_inverse(lambda0):
     np.testing.assert_allclose(nearly.omega, found.omega, atol=1e-6)
 
 
+def test_below_one_the_lower_of_two_ends_is_taken():
+    """Where the problem is not convex, the start decides which minimum is found."""
+    options = dict(power=0.3, tau=0.3)
+    ends = [
+        group_graph(CHAIN, FIRST, start=start, **options)
+        for start in (np.eye(len(CHAIN)), np.linalg.inv(CHAIN))
+    ]
+    values = [end.objective[-1] for end in ends]
+    assert abs(values[0] - values[1]) > 0.01  # they differ, or this shows nothing
+    best = group_graph(CHAIN, FIRST, **options)
+    np.testing.assert_array_equal(best.omega, ends[np.argmin(values)].omega)
+    assert best.objective[-1] == min(values)
+    # For p = 1 there is one minimum.
+    one, other = (
+        group_graph(CHAIN, FIRST, power=1, tolerance=1e-10, start=start)
+        for start in (None, np.linalg.inv(CHAIN))
+    )
+    np.testing.assert_allclose(one.omega, other.omega, atol=1e-6)
+
+
 def test_single_entries_tend_to_the_graphical_lasso():
     """Every entry a group of its own, and Delta held ever closer to Omega."""
     from sklearn.covariance import graphical_lasso

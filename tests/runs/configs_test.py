@@ -2,11 +2,13 @@
 
 import ast
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import jaxpeft as jp
 import train
 from jaxpeft import compare, data, runs
 from jaxpeft.data.tasks import _packaged
@@ -14,6 +16,8 @@ from jaxpeft.data.tasks import _packaged
 ROOT = Path(__file__).parents[2]
 COMPARED = sorted((ROOT / "configs").glob("compare_*.py"))
 PATHS = sorted(set((ROOT / "configs").glob("*.py")) - set(COMPARED))
+# Steps of the others are tried on small rows; this one's is traced at full size.
+STEPS = [path for path in PATHS if path.stem != "commonsense_kasa"]
 QUICKSTART = ROOT / "configs/quickstart.py"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")
 AT_HAND = ("trec", "sms", "movies", "reasoning_gym", "openbookqa", "mixture")
@@ -72,8 +76,62 @@ def test_an_unknown_task_of_glue():
         runs.load_config(f"{ROOT}/configs/glue_kasa.py:task=ret")
 
 
+# Sizes of the models that published settings need: what their config.json says.
+ROBERTA = {"model_type": "roberta", "type_vocab_size": 1, "vocab_size": 50_265}
+ROBERTA |= {"max_position_embeddings": 514, "layer_norm_eps": 1e-5}
+ROBERTA |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+ROBERTA_BASE = ROBERTA | {"hidden_size": 768, "intermediate_size": 3072}
+ROBERTA_BASE |= {"num_hidden_layers": 12, "num_attention_heads": 12}
+ROBERTA_LARGE = ROBERTA | {"hidden_size": 1024, "intermediate_size": 4096}
+ROBERTA_LARGE |= {"num_hidden_layers": 24, "num_attention_heads": 16}
+LLAMA_3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336}
+LLAMA_3 |= {"num_hidden_layers": 32, "vocab_size": 128_256}
+LLAMA_3 |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "adapters", "head"),
+    [
+        # Of 24 and of 48 kernels rank 8 and 64 entries of the core; classifiers.
+        ("glue_kasa.py:model=base", ROBERTA_BASE, 296_448, 592_130),
+        ("glue_kasa.py:model=large", ROBERTA_LARGE, 789_504, 1_051_650),
+        # Rank 32 at q, k, v, up and down of 32 layers, 32 entries of the diagonal.
+        ("commonsense_kasa.py", LLAMA_3, 56_628_224, 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*truncation=.*drops nothing")
+def test_published_settings_are_traced_at_full_size(
+    config, model, adapters, head, tmp_path
+):
+    """No checkpoint and no rows: the step of a config on the shapes of its model."""
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config, counts = runs.load_config(f"{ROOT}/configs/{config}"), []
+    with config.unlocked():
+        config.model.name = str(tmp_path)
+        config.accumulate = 1  # the rows are cut over the devices of the tests
+
+    def attach(*given):
+        tree = train.attach_all(*given)
+        counts.append(jp.count(tree))
+        return tree
+
+    how = dict(attach=attach, make_step=train.make_step)
+    flops = runs.step_flops(config, num_labels=2 if head else None, **how)
+    assert counts[0][0] == adapters + head
+    # Forward and backward through all kernels of the layers, their gradients apart.
+    width, middle = model["hidden_size"], model["intermediate_size"]
+    keys = model.get("num_key_value_heads", 1) / model["num_attention_heads"]
+    gated = model["model_type"] == "llama"
+    layer = width * width * (2 + 2 * (keys if gated else 1))
+    layer += width * middle * (3 if gated else 2)
+    tokens = config.batch_size * max(config.lengths)
+    least = 2 * 2 * tokens * layer * model["num_hidden_layers"]
+    assert least < flops < 2.5 * least
+    assert config.adapter.alpha == 2 * config.adapter.rank
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
 def test_it_takes_one_step(path, tiny_config, tiny_llama, tmp_path, monkeypatch):
     """On the small model; GLUE, whose data are not at hand, on the small rows.
 

@@ -15,8 +15,8 @@ import safetensors.numpy
 from kill_toolbox import DIES, adapter_of, assert_same_run
 
 import train
-from jaxpeft import data, models
-from jaxpeft.runs import read_metrics, run_stages
+from jaxpeft import compare, data, models
+from jaxpeft.runs import read_metrics, run_stages, step_flops
 
 DOMAINS = ("one", "two", "three")
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,8 @@ def test_stages_train_one_expert_after_the_other(config, tmp_path, monkeypatch):
     assert set(map(tuple, routing["experts"])) == {("one", "two")}
     assert (tmp_path / "04_router/routing.png").stat().st_size > 5000
 
+    check_as_row(config, results, tmp_path)
+
     # What is complete is not run again; a stage added at the end is.
     runs = []
     monkeypatch.setattr(
@@ -124,6 +126,47 @@ def test_stages_train_one_expert_after_the_other(config, tmp_path, monkeypatch):
         config.stage_changes.domain.train_for = "4 steps"
     train.run(config, tmp_path)
     assert runs == ["domain:three"]
+
+
+def check_as_row(config, results, folder):
+    """A comparison reads its size from all stages, its scores from the last one."""
+    row = compare.Row("mixed", "res", {}, 0, config)
+    found = compare.read_run(row, folder)
+    assert found["steps"] == 8 + 4 + 4 + 8
+    assert (found["metric"], found["mode"]) == ("mean", "max")
+    stages = {stage["name"]: stage["trainable"] for stage in found["stages"]}
+    # Two layers of four kernels 32 x 32, all of rank 2, and two columns of a router.
+    one = 2 * 4 * 2 * (32 + 32)
+    experts = {name: one for name in config.stages[:3]}
+    assert stages == experts | {"router": 2 * 4 * 32 * 2}
+    assert found["trainable"] == sum(stages.values())
+    assert found["head"] == 7 * (32 + 1)
+    assert found["trainable"] <= found["stored"] < found["trainable"] * 1.1
+    (best,) = [
+        event
+        for event in read_metrics(folder / "04_router", "eval")
+        if event["step"] == results["best_step"]
+    ]
+    assert found["validation"]["mean"] == best["mean"]
+    # Rows of "three", which is not trained on, do not count.
+    arrays = np.load(folder / "04_router/predictions.npz")
+    parts = compare.counted(arrays, config.data.only)
+    assert list(parts) == ["one", "two"]
+    right = compare.right_rows(parts, "mean", results["after"])
+    assert len(right) == sum(len(labels) for _, labels in parts.values())
+    wrong = results["after"] | {"one/accuracy": 0.123}
+    assert compare.right_rows(parts, "mean", wrong) is None
+
+
+def test_the_step_of_each_stage(config):
+    """From shapes alone: a router's step runs all experts, a domain's one."""
+    with config.unlocked():
+        config.adapter = dict(name="modula_flan", rank=2, rank_universal=2)
+        config.stages = ("universal", "domain:one", "domain:two", "router")
+        config.stage_changes = dict(universal={}, domain={}, router={})
+    how = dict(attach=train.attach_all, make_step=train.make_step)
+    universal, one, two, router = (step_flops(config, stage=i, **how) for i in range(4))
+    assert universal == one == two < router
 
 
 @pytest.mark.slow

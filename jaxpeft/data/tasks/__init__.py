@@ -8,6 +8,7 @@ from jaxpeft.data.tasks._commonsense import openbookqa as openbookqa
 from jaxpeft.data.tasks._commonsense import socialiqa as socialiqa
 from jaxpeft.data.tasks._files import files as files
 from jaxpeft.data.tasks._mixture import mixture as mixture
+from jaxpeft.data.tasks._news import news as news
 from jaxpeft.data.tasks._packaged import movies as movies
 from jaxpeft.data.tasks._packaged import opinions as opinions
 from jaxpeft.data.tasks._packaged import sms as sms
