@@ -25,9 +25,6 @@ import optax
 import jaxpeft as jp
 from jaxpeft import console, data, interop, launch, mixtures, runs, training
 
-# What a resumed run may do differently: where it runs, and what it shows.
-FREE = ("mesh", "input", "log")
-
 
 def make_update(
     forward, task_loss, optimizer, *, mesh, accumulate=1, clip_norm=None, allocator=None
@@ -85,7 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     """
     runs.check_fields(config)
     if config.stages:
-        return runs.run_stages(config, workdir, run, free=FREE)
+        return runs.run_stages(config, workdir, run, free=runs.FREE)
     with contextlib.ExitStack() as stack:
         stack.enter_context(launch.lost())
         return _run(config, workdir, stack)
@@ -147,7 +144,7 @@ def _run(config, workdir, stack):
 
     # ----------------- Refused is what can be, before anything is read ----------------
 
-    runs.check_run(config, workdir, attach_all, free=FREE)
+    runs.check_run(config, workdir, attach_all, free=runs.FREE)
     kept = console.keep_compiled(config.log.compilation_cache)
     mesh = training.make_mesh(**config.mesh)
 
@@ -172,7 +169,7 @@ def _run(config, workdir, stack):
     ranks = None
     if config.start:  # an adapter of another base is refused before the folder is ours
         adapted = attach_all(config, model, params, both)
-    folder = stack.enter_context(runs.open_workdir(workdir, config, free=FREE))
+    folder = stack.enter_context(runs.open_workdir(workdir, config, free=runs.FREE))
     if not config.start:
         ranks = runs.ranks_before(config, folder, model, params, inputs.sample)
         adapted = attach_all(config, model, params, both, ranks, folder)
@@ -192,7 +189,7 @@ def _run(config, workdir, stack):
 
     checkpoints = stack.enter_context(
         training.Checkpointer(
-            folder / "checkpoints", config=config.to_dict(), free=FREE, **task.best
+            folder / "checkpoints", config=config.to_dict(), free=runs.FREE, **task.best
         )
     )
     stack.enter_context(checkpoints.told_of_room())

@@ -21,6 +21,7 @@ from jaxpeft.data import metric_mode
 from jaxpeft.interop import adapter_info
 from jaxpeft.runs import (
     DECIDED_FILE,
+    FREE,
     config_to_json,
     read_metrics,
     stage_folders,
@@ -67,7 +68,7 @@ def read_row(results: Path, row: Row) -> dict[str, Any] | None:
         raise ValueError(
             f"{row.name} has results of format {number!r}, not {FORMAT}; {again}"
         )
-    if found["config"] != _plain(row):
+    if _that_counts(found["config"]) != _that_counts(_plain(row)):
         raise ValueError(f"{row.name} has results of another config; {again}")
     own = versions()
     if other := {k: known.get(k) for k in SAME if known.get(k) != own[k]}:
@@ -316,6 +317,11 @@ def rows_by_task(test: dict[str, Any]) -> dict[str, int]:
 def repeats(config: str | Path, row: Row) -> str:
     """The command that runs one row."""
     return shlex.join(["jaxpeft", "compare", str(config), "--only", row.name])
+
+
+def _that_counts(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what changes no number: where it ran, and what it showed."""
+    return {name: value for name, value in config.items() if name not in FREE}
 
 
 def _plain(row: Row) -> Any:

@@ -38,6 +38,7 @@ from jaxpeft.runs._estimate_report import record as record
 from jaxpeft.runs._estimate_report import show as show
 from jaxpeft.runs._estimate_report import too_large as too_large
 from jaxpeft.runs._fields import FIELDS as FIELDS
+from jaxpeft.runs._fields import FREE as FREE
 from jaxpeft.runs._fields import FREE_SECTIONS as FREE_SECTIONS
 from jaxpeft.runs._fields import check_fields as check_fields
 from jaxpeft.runs._inputs import Inputs as Inputs

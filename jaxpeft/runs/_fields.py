@@ -71,6 +71,9 @@ _SITES = _Field(
 _PAIRS = _listed(_is_pair, "pairs (site, value)")
 _SECTION = _Field(_is_named_section, "a section with a name: dict(name=..., ...)")
 
+# Where a run stands and what it shows: a resumed run may do it differently, and its
+# numbers are the same.
+FREE = ("mesh", "input", "log")
 # Sections whose fields are the arguments of something else.
 FREE_SECTIONS = ("data", "adapter", "optimizer", "stage_changes", "mesh")
 FIELDS: dict[str, _Field] = {

@@ -129,6 +129,16 @@ def test_a_file_that_does_not_belong(out, asked, tmp_path, change, words):
         compare.read_row(tmp_path, row)
 
 
+def test_where_a_row_ran_is_no_other_config(out, asked, tmp_path):
+    row = compare.read_comparison(asked).rows["abc", "ia3"][0]
+    name = "abc/ia3/as-given,seed=0.json"
+    (tmp_path / name).parent.mkdir(parents=True)
+    found = json.loads((out / "results" / name).read_text())
+    found["config"] |= {"mesh": {"data": 4}, "input": {"workers": 2}, "log": {}}
+    (tmp_path / name).write_text(json.dumps(found))
+    assert compare.read_row(tmp_path, row) == found
+
+
 def test_what_cannot_meet_the_budget_is_left_out(out, asked, capfd):
     text = asked.read_text().replace(
         "config.budget = dict()", "config.budget = dict(trainable=500, tolerance=0.1)"
