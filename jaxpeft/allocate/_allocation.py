@@ -66,8 +66,9 @@ class Allocation(Mapping):
 
     Attributes:
         sites: ``((path, SiteRank), ...)``, in the order of the tree.
-        facts: JSON-able, how this came about: a table of rows under ``"layers"``.
-            Two allocations are equal whatever their facts.
+        facts: JSON-able, how this came about: a table of rows under ``"layers"``,
+            and under ``"legend"`` what its remarks mean, ``{remark: text}``. Two
+            allocations are equal whatever their facts.
 
     Example:
         >>> sites = {"layer_0/q/kernel": SiteRank(4, 8.0), "layer_1/q/kernel":
@@ -235,6 +236,7 @@ class Allocation(Mapping):
         lines = _aligned(table)
         if facts := self.facts.get("layers"):
             lines += ["", *_aligned([list(facts[0]), *map(_shown, facts)])]
+        lines += [f"{word}: {x}" for word, x in self.facts.get("legend", {}).items()]
         return "\n".join(lines)
 
 

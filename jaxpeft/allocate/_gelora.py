@@ -21,6 +21,13 @@ ROUNDINGS: dict[str, Callable[[float], int]] = {
 }
 DEGENERATE = ("error", "zero")
 FEW = 500  # below, the dimension of a cloud is a rough guess
+NOISE = 2  # deviations that a rise must reach, where they are known
+LEGEND = {
+    "below noise": "a rise within its noise, which raises no rank",
+    "within two sds": "a rise within two standard deviations, which raises a rank",
+    "poor fit": "distances do not follow the law of the estimator at the state before "
+    "the block or the one after; the rise means little",
+}
 
 
 class FewTextsWarning(UserWarning):
@@ -47,7 +54,7 @@ def gelora(
     *,
     rounding: str = "round",
     offset: int = 1,
-    noise: int | float = 0,
+    noise: int | float | None = None,
     r_min: int = 1,
     r_max: int | None = None,
     alpha_over_r: int | float = 1.0,
@@ -70,7 +77,9 @@ def gelora(
     holds of a rank is an argument. A smooth map cannot raise a dimension; it rises as
     a pooled state is no function of the one before. Large dimensions are estimated
     too low, so their differences are too small, and ranks from different numbers of
-    texts do not compare. With ``"ceil"`` noise alone gives a mean rank of 1.5.
+    texts do not compare. With ``"ceil"`` and ``noise=0``, noise alone gives a mean rank
+    of 1.5. Where an estimate has a poor fit, so that its number means little, the table
+    says so and the rank is as of any other.
 
     Notation:
         paper     here
@@ -84,10 +93,12 @@ def gelora(
         rounding: R: ``"round"``, half up; ``"ceil"``, as the one other implementation
             has it; or ``"floor"``.
         offset: added to every rank.
-        noise: a rise below so many of its standard deviations counts as none; 0: off.
-            2 is a good one with ``sd="subsample"``, whose halves are shared by the
-            states; without them it is taken as if the errors were independent,
-            which is too large. It needs estimates with their uncertainty.
+        noise: a rise below so many of its standard deviations counts as none, and the
+            table says which; 0: every rise counts. ``None``: 2 where the deviations of
+            both states are known, else 0. They are best with ``sd="subsample"``, whose
+            halves are shared by the states; without those the errors are taken as
+            independent, which is too much, of analytic ones, which are too small. A
+            number needs estimates with their uncertainty.
         r_min: the least rank.
         r_max: the largest rank; ``None``: the kernel's smaller side.
         alpha_over_r: the scale of every site.
@@ -100,7 +111,7 @@ def gelora(
 
     Returns:
         The allocation. Its facts have for each block both dimensions, the rise, its
-        standard deviation, the rank before caps, and a remark.
+        standard deviation, the rank before caps, and a remark, with a legend below.
 
     Warns:
         FewTextsWarning: a dimension is estimated from fewer than 500 distinct texts.
@@ -121,7 +132,8 @@ def gelora(
 
     Note:
         The paper's rounding is not known to us, nor its pooling and its alpha / r; the
-        defaults are ours. ``noise``, ``budget`` and ``blocks`` are not in the paper.
+        defaults are ours. ``noise``, ``budget`` and ``blocks`` are not in the paper,
+        which counts every rise: ``noise=0``.
     """
     _check(rounding, offset, noise, r_min, r_max, degenerate)
     _warn_of_few(profile)
@@ -130,6 +142,7 @@ def gelora(
     chain = blocks is None
     if chain:
         blocks = [Block(i, i + 1, "") for i in range(len(dims) - 1)]
+    poor = [getattr(each, "poor", False) for each in profile]
     rows, wanted = [], []
     for number, block in enumerate(blocks):
         i, j = block.before, block.after
@@ -140,10 +153,13 @@ def gelora(
             )
         rise = max(dims[j] - dims[i], 0.0)
         spread = _rise_sd(halves[i], halves[j], sds[i], sds[j])
-        noisy = noise > 0 and 0 < rise < noise * spread
+        known = not (math.isnan(sds[i]) or math.isnan(sds[j]))
+        held = (NOISE if known else 0) if noise is None else noise
+        noisy = held > 0 and 0 < rise < held * spread
         wanted.append(ROUNDINGS[rounding](0.0 if noisy else rise) + offset)
         unsure = rise > 0 and rise < 2 * spread
-        remark = "below noise" if noisy else "within two sds" if unsure else ""
+        remarks = ["below noise" if noisy else "within two sds"] * (noisy or unsure)
+        remarks += ["poor fit"] * (poor[i] or poor[j])
         rows.append(
             {
                 "block": number,
@@ -152,7 +168,7 @@ def gelora(
                 "rise": rise,
                 "sd of it": spread,
                 "rank": wanted[-1],
-                "remark": remark,
+                "remark": ", ".join(remarks),
             }
         )
     places = {path: _blocks_of(path, s, blocks, chain) for path, s in shapes.items()}
@@ -168,6 +184,8 @@ def gelora(
                 SiteRank(ranks[0], alphas[0]) if alone else SiteRank(ranks, alphas)
             )
         facts = {"allocator": "gelora", "rounding": rounding, "layers": rows}
+        said = {part for row in rows for part in row["remark"].split(", ")}
+        facts["legend"] = {word: text for word, text in LEGEND.items() if word in said}
         return Allocation.of(sites, facts | {"r_max": limit, "noise": noise})
 
     result = allocated(r_max)
@@ -191,7 +209,7 @@ def _check(rounding, offset, noise, r_min, r_max, degenerate) -> None:
         raise ValueError(
             f"`degenerate` must be one of {DEGENERATE}, got {degenerate!r}"
         )
-    if offset < 0 or noise < 0:
+    if offset < 0 or (noise or 0) < 0:
         raise ValueError(
             f"`offset` and `noise` must be at least 0, got {offset} and {noise}"
         )
@@ -242,7 +260,7 @@ def _read_profile(profile, degenerate: str) -> tuple[list[float], list[float], l
 def _check_spreads(noise, sds: Sequence[float]) -> None:
     """Raises where a rise would be held against a deviation that nobody knows."""
     unknown = [i for i, sd in enumerate(sds) if math.isnan(sd)]
-    if noise > 0 and unknown:
+    if noise and unknown:
         raise ValueError(
             f"`noise` {noise} holds a rise against its standard deviation, and "
             f"`profile` has none at states {unknown}: bare numbers have no spread. "

@@ -1,6 +1,7 @@
 """``jaxpeft dimension``: learning paradigms compared by intrinsic dimension."""
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--estimator",
         metavar="NAME,NAME",
-        help="twonn-linear, twonn-ml, mle-K; figures are of the first (default: "
-        "twonn-linear,mle-25,mle-50)",
+        help="twonn-linear, twonn-ml, mle-K, gride-N1-N2; figures are of the first "
+        "(default: twonn-linear,mle-25,mle-50)",
     )
     add("--sd", choices=SDS, help="of dimensions (default: subsample)")
     add(
@@ -293,7 +294,7 @@ def _load(given: argparse.Namespace, adapter: str | None):
 def _points(given: argparse.Namespace, estimators: Sequence[str]) -> None:
     import numpy as np
 
-    from jaxpeft import study
+    from jaxpeft import dimension, study
 
     file = Path(given.file)
     if file.suffix == ".npy":
@@ -303,24 +304,41 @@ def _points(given: argparse.Namespace, estimators: Sequence[str]) -> None:
     if given.estimator is None:  # those that the points are enough for
         half = len(np.unique(x, axis=0)) // 2 - 10  # copies are merged in halves, too
         estimators = ["twonn-linear", *[f"mle-{k}" for k in (25, 50) if k < half]]
-    print(f"{'estimator':14}{'dimension':>10}{'sd':>9}{'points':>8}{'merged':>8}")
-    for name in estimators:
-        one = study.find_estimator(name, sd=given.sd)(x)
-        merged = one.n_exact + one.n_near
-        print(f"{name:14}{one.dim:10.3f}{one.sd:9.3f}{one.n_used:8}{merged:8}")
+    functions = {name: study.find_estimator(name, sd=given.sd) for name in estimators}
+    points = dimension.Points(x, max(map(study.neighbours_needed, estimators)))
+    print(
+        f"{'estimator':14}{'dimension':>10}{'sd':>9}{'points':>8}{'merged':>8}{'fit':>8}"
+    )
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dimension.PoorFitWarning)  # said below
+        for name, function in functions.items():
+            found.append(one := function(points))
+            print(
+                f"{name:14}{one.dim:10.3f}{one.sd:9.3f}{one.n_used:8}"
+                f"{one.n_exact + one.n_near:8}{one.fit:8.3f}{' poor' * one.poor}"
+            )
+    for text in study.remarks(found):
+        note(text)
 
 
 def _print(found: dict[str, Any], out: Path) -> None:
     estimator = found["estimator"]
-    print(f"{'run':16}{'rows':>6}{'accuracy':>10}{'area':>9}{'sd':>8}   {estimator}")
+    print(
+        f"{'run':16}{'rows':>6}{'accuracy':>10}{'area':>9}{'sd':>8}{'poor':>6}   "
+        f"{estimator}"
+    )
     for row in found["rows"]:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
         spread = row.get(f"sd {estimator}")
         print(
             f"{row['run']:16}{row['rows']:6}{accuracy:>10}"
             f"{row[f'area {estimator}']:9.3f}"
-            f"{'' if spread is None else format(spread, '.3f'):>8}   {row['study']}"
+            f"{'' if spread is None else format(spread, '.3f'):>8}"
+            f"{row[f'poor fits {estimator}']:6}   {row['study']}"
         )
+    for text in found["remarks"]:
+        print(text)
     for study, told in found["findings"].items():
         print(f"\nThe paper (arXiv 2412.06245) and {study}:")
         for one in told:

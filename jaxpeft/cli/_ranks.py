@@ -128,7 +128,14 @@ def run(given: argparse.Namespace) -> None:
     note(f"{out}: {found.facts['parameters']:,} parameters at {len(found)} sites")
     if picture:
         title = f"{given.method}, {given.model} on {task.name}"
-        note(f"{dimension.plot_ranks(found.grid(), picture, title=title)}: the map")
+        rows = found.facts.get("layers", [])
+        drawn = dimension.plot_ranks(
+            *(found.grid(), picture),
+            title=title,
+            remarks={str(r["block"]): r["remark"] for r in rows if r.get("remark")},
+            legend=found.facts.get("legend"),
+        )
+        note(f"{drawn}: the map")
 
 
 def new_file(name: str) -> Path:

@@ -8,7 +8,10 @@ from jaxpeft.dimension._duplicates import DegenerateError as DegenerateError
 from jaxpeft.dimension._duplicates import DuplicateWarning as DuplicateWarning
 from jaxpeft.dimension._duplicates import PrecisionWarning as PrecisionWarning
 from jaxpeft.dimension._duplicates import cloud as cloud
+from jaxpeft.dimension._estimate import ANALYTIC as ANALYTIC
 from jaxpeft.dimension._estimate import IdEstimate as IdEstimate
+from jaxpeft.dimension._estimate import PoorFitWarning as PoorFitWarning
+from jaxpeft.dimension._estimate import gride as gride
 from jaxpeft.dimension._estimate import mle as mle
 from jaxpeft.dimension._estimate import plateau as plateau
 from jaxpeft.dimension._estimate import twonn as twonn
@@ -21,10 +24,12 @@ from jaxpeft.dimension._figures import plot_fit as plot_fit
 from jaxpeft.dimension._figures import plot_profiles as plot_profiles
 from jaxpeft.dimension._figures import plot_ranks as plot_ranks
 from jaxpeft.dimension._figures import plot_scale as plot_scale
+from jaxpeft.dimension._fit import gride_fit as gride_fit
 from jaxpeft.dimension._fit import mle_fit as mle_fit
 from jaxpeft.dimension._fit import twonn_fit as twonn_fit
 from jaxpeft.dimension._fit import twonn_points as twonn_points
 from jaxpeft.dimension._neighbours import neighbours as neighbours
+from jaxpeft.dimension._points import Points as Points
 from jaxpeft.dimension._profile import difference_map as difference_map
 from jaxpeft.dimension._profile import difference_sd as difference_sd
 from jaxpeft.dimension._profile import dims_of as dims_of

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from jaxpeft.dimension._fit import twonn_fit
 from jaxpeft.dimension._neighbours import check_points, neighbours
 
 DUPLICATES = ("merge", "raise", "keep")
@@ -59,10 +58,13 @@ def cloud(
     A copy makes the distance to the nearest neighbour (nearly) 0 and estimates of a
     dimension collapse; leaving out only the points concerned would bias the rest.
     A point is suspicious where its nearest neighbour is nearer than ``near_tol`` times
-    its tenth. A continuous cloud of dimension d has about
-    :math:`N (1 - (1 - \mathrm{near\_tol}^d)^9)` such points; only where there are more
-    than five times as many and five, the second of each pair is left out. That is done
-    again, five times at most. Groups of more than ten near copies are not seen.
+    its tenth. In a continuous cloud of dimension d a point is so with probability
+    :math:`1 - (1 - \mathrm{near\_tol}^d)^9`, d as it is around that point: a cloud may
+    be a line here and of many dimensions there, and close pairs are common on the line.
+    Only where there are more suspicious points than five times what is to be expected
+    and five, among all points or among those less likely to be so than some number, the
+    second of each pair is left out. That is done again, five times at most. Groups of
+    more than ten near copies are not seen.
 
     Args:
         x: points, a row each.
@@ -86,6 +88,22 @@ def cloud(
         >>> cloud(x, 2).n_exact
         0
     """
+    options = {"duplicates": duplicates, "near_tol": near_tol}
+    found = find(x, k, k, backend=backend, block=block, **options)
+    return found._replace(r=found.r[:, :k])
+
+
+def find(
+    x: Any,
+    k: int,
+    most: int,
+    *,
+    duplicates: str,
+    near_tol: int | float,
+    backend: str,
+    block: int,
+) -> Cloud:
+    """As ``cloud``, with up to ``most`` neighbours or more; k of them there must be."""
     dtype = getattr(x, "dtype", np.dtype(float))
     x = check_points(x)
     if dtype == jnp.bfloat16:
@@ -102,7 +120,7 @@ def cloud(
         )
     if not 0 <= near_tol < 1:
         raise ValueError(f"`near_tol` must be in [0, 1), got {near_tol}")
-    rows, n_near = np.arange(len(x)), 0
+    rows, n_near, likely = np.arange(len(x)), 0, 1.0
     if duplicates != "keep":
         rows = _distinct(x)
     n_exact = len(x) - len(rows)
@@ -115,10 +133,12 @@ def cloud(
     options = {"backend": backend, "block": block}
     for left in reversed(range(_PASSES + 1)):
         # A search more is needed only where something was merged.
-        reach = min(max(k, _REACH), len(rows) - 1)
+        reach = min(max(most, _REACH), len(rows) - 1)
         r, indices = neighbours(x if len(rows) == len(x) else x[rows], reach, **options)
         looks = duplicates != "keep" and near_tol > 0 and left
-        copies = _near(r, indices, near_tol, 0 if n_near else 5) if looks else []
+        if not looks:
+            break
+        copies, likely = _near(r, indices, near_tol, 0 if n_near else 5, likely)
         if not len(copies):
             break
         n_near += len(copies)
@@ -149,7 +169,7 @@ def cloud(
             f"`k` is {k}, but there are {len(rows)} distinct points; give more points, "
             f"or k up to {len(rows) - 1}."
         )
-    return Cloud(r[:, :k], rows, n_exact, n_near)
+    return Cloud(r, rows, n_exact, n_near)
 
 
 def _distinct(x: np.ndarray) -> np.ndarray:
@@ -167,16 +187,40 @@ def _keys(x: np.ndarray) -> list[bytes]:
     return [row.tobytes() for row in np.ascontiguousarray(x + x.dtype.type(0))]  # no -0
 
 
-def _near(r, indices, near_tol, chance: int) -> np.ndarray:
-    """Which points to leave out as near copies; none where there are few."""
-    n, last = len(r), min(_REACH, r.shape[1])
+def _near(
+    r: np.ndarray, indices: np.ndarray, near_tol: float, chance: int, likely: float
+) -> tuple[np.ndarray, float]:
+    """Which points to leave out as near copies, and how likely they were at most.
+
+    Only of those that were suspicious with a probability up to ``likely``.
+    """
+    last = min(_REACH, r.shape[1])
     close = r[:, 0] < near_tol * r[:, last - 1]
-    expected = 0.0
-    if np.count_nonzero(~close) >= 3:
-        clean = r[~close]
-        d = twonn_fit(clean[:, 0], clean[:, 1])
-        expected = n * (1 - (1 - near_tol**d) ** 9)
-    if np.count_nonzero(close) <= 5 * expected + chance:
-        return np.array([], int)
-    suspicious = np.flatnonzero(close)
-    return np.unique(np.maximum(suspicious, indices[suspicious, 0]))
+    if not np.any(close):
+        return np.array([], int), likely
+    p = _probabilities(r[:, :last], indices[:, :last], near_tol)
+    rising = np.sort(p)
+    suspicious = np.flatnonzero(close & (p <= likely))
+    suspicious = suspicious[np.argsort(p[suspicious], kind="stable")]
+    below = np.searchsorted(rising, p[suspicious], "right")
+    expected = np.concatenate([[0.0], np.cumsum(rising)])[below]
+    enough = np.flatnonzero(np.arange(1, len(below) + 1) > 5 * expected + chance)
+    if not len(enough):
+        return np.array([], int), likely
+    suspicious = suspicious[: enough[-1] + 1]
+    copies = np.unique(np.maximum(suspicious, indices[suspicious, 0]))
+    return copies, float(p[suspicious[-1]])
+
+
+def _probabilities(r: np.ndarray, indices: np.ndarray, near_tol: float) -> np.ndarray:
+    """How likely each point is suspicious, by the dimension around it.
+
+    That is Levina and Bickel's of its neighbours and theirs, without near copies.
+    """
+    far = r[:, -1:]
+    seen = r >= near_tol * far
+    logs = np.log(far / np.where(seen, r, far)).sum(1)
+    counts = seen.sum(1) - 1.0  # the last has a ratio of 1
+    logs, counts = (x + x[indices].sum(1) for x in (logs, counts))
+    dims = counts / np.maximum(logs, np.finfo(float).tiny)
+    return 1 - (1 - near_tol**dims) ** (r.shape[1] - 1)

@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpeft.console import optional
-from jaxpeft.dimension._estimate import IdEstimate
+from jaxpeft.dimension import _law as law
+from jaxpeft.dimension._estimate import ANALYTIC, IdEstimate
 from jaxpeft.dimension._fit import twonn_points
 from jaxpeft.dimension._profile import dims_of, normalized_auc, normalized_auc_sd
 
 Profile = Sequence[IdEstimate | float]
 Score = float | tuple[float, float]  # and its standard deviation
+POOR = "poor fit: the dimension means little"
 
 
 def plot_profiles(
@@ -30,7 +32,8 @@ def plot_profiles(
 ) -> Path:
     """Draws dimension against layer, one line a paradigm, with areas and accuracies.
 
-    Also of checkpoints, or of k: a line a key, in their order.
+    Also of checkpoints, or of k: a line a key, in their order. A cross marks a layer
+    whose estimate has a poor fit.
 
     Args:
         profiles: ``{paradigm: profile of layers 0 to L}``; layer 0 is not drawn.
@@ -46,25 +49,19 @@ def plot_profiles(
     figure, axes = _figure(panels, title)
     rows, colours = [], _colours(len(profiles))
     for colour, (name, profile) in zip(colours, profiles.items(), strict=True):
-        dims, sds = dims_of(profile)[1:], _sds(profile)[1:]
-        layers = np.arange(1, len(dims) + 1)
-        axes[0].errorbar(layers, dims, sds, label=name, color=colour, capsize=2)
-        for layer, dim, sd in zip(layers.tolist(), dims, sds, strict=True):
-            rows.append([name, layer, dim, sd])
+        rows += [[name, *row] for row in _line(axes[0], profile, name, colour)]
         area, spread = _area(profile)
         axes[1].bar(name, area, yerr=spread, color=colour, capsize=2)
         if scores:
             accuracy, spread = _pair(scores[name])
             axes[2].bar(name, accuracy, yerr=spread, color=colour, capsize=2)
-    axes[0].set(xlabel="layer", ylabel="intrinsic dimension", xlim=(0.5, None))
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize="small")
+    _explain(figure, axes[0], profiles.values())
     axes[1].set(ylabel="normalised area")
     if scores:
         axes[2].set(ylabel="accuracy")
     for axis in axes[1:]:
         axis.tick_params(axis="x", rotation=45)
-    return _save(figure, file, ["paradigm", "layer", "dim", "sd"], rows)
+    return _save(figure, file, ["paradigm", *_COLUMNS], rows)
 
 
 def plot_dynamics(
@@ -77,8 +74,8 @@ def plot_dynamics(
 ) -> Path:
     """Draws what changes with training steps or with demonstrations.
 
-    Dimension against layer, a line for each; accuracy against them; and the normalised
-    area against them.
+    Dimension against layer, a line for each, with a cross at poor fits; accuracy
+    against them; and the normalised area against them.
 
     Args:
         profiles: ``{step, or k: profile of layers 0 to L}``; layer 0 is not drawn.
@@ -94,18 +91,9 @@ def plot_dynamics(
     x = sorted(profiles)
     rows, colours = [], _colours(len(x))
     for colour, at in zip(colours, x, strict=True):
-        dims, sds = dims_of(profiles[at])[1:], _sds(profiles[at])[1:]
-        layers = np.arange(1, len(dims) + 1)
-        axes[0].errorbar(
-            layers, dims, sds, label=f"{label} {at}", color=colour, capsize=2
-        )
-        rows += [
-            [at, layer, *pair]
-            for layer, *pair in zip(layers.tolist(), dims, sds, strict=True)
-        ]
-    axes[0].set(xlabel="layer", ylabel="intrinsic dimension", xlim=(0.5, None))
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize="small")
+        line = _line(axes[0], profiles[at], f"{label} {at}", colour)
+        rows += [[at, *row] for row in line]
+    _explain(figure, axes[0], profiles.values())
     if scores:
         pairs = [_pair(scores[at]) for at in x]
         axes[1].errorbar(x, *zip(*pairs, strict=True), marker="o", capsize=2)
@@ -115,7 +103,7 @@ def plot_dynamics(
     axes[-1].set(xlabel=label, ylabel="normalised area")
     for axis in axes[1:]:
         axis.set_xticks(x)
-    return _save(figure, file, [label, "layer", "dim", "sd"], rows)
+    return _save(figure, file, [label, *_COLUMNS], rows)
 
 
 def plot_differences(
@@ -198,6 +186,7 @@ def plot_agreement(
     file: str | Path,
     *,
     labels: tuple[str, str] = ("TwoNN", "Levina-Bickel, k = 50"),
+    poor: Sequence[bool] | None = None,
 ) -> Path:
     """Draws two estimators against each other, with a line and their correlation.
 
@@ -206,6 +195,7 @@ def plot_agreement(
         second: by the other.
         file: a PNG.
         labels: their names.
+        poor: at which of them an estimate has a poor fit, to mark those.
 
     Returns:
         The picture's path.
@@ -215,6 +205,10 @@ def plot_agreement(
     correlation = np.corrcoef(x, y)[0, 1]
     figure, (axis,) = _figure(1, f"slope {slope:.2f}, correlation {correlation:.3f}")
     axis.scatter(x, y, s=12)
+    if poor is not None and any(poor):
+        at = np.flatnonzero(poor)
+        axis.scatter(x[at], y[at], marker="x", color="red", label=POOR)
+        axis.legend(fontsize="small")
     ends = np.array([x.min(), x.max()])
     axis.plot(ends, start + slope * ends, color="grey")
     axis.set(xlabel=labels[0], ylabel=labels[1])
@@ -236,14 +230,18 @@ def plot_fit(
         r2: to the second nearest.
         file: a PNG.
         discard: as in ``twonn``.
-        title: above it, before the dimension.
+        title: above it, before the dimension and its fit.
 
     Returns:
         The picture's path.
     """
     x, y = twonn_points(r1, r2, discard)
     dim = float(np.sum(x * y) / np.sum(x * x))
-    figure, (axis,) = _figure(1, f"{title}\ndimension {dim:.2f}".strip())
+    fit = law.distance(law.twonn_law(np.log(r2 / r1), dim), discard)
+    most = law.limits(len(r1), discard=discard)[1]
+    said = f"dimension {dim:.2f}, {'poor ' * (fit > most)}fit {fit:.3f}"
+    said += f" (999 of 1000 clean clouds: below {most:.3f})"
+    figure, (axis,) = _figure(1, f"{title}\n{said}".strip())
     axis.scatter(x, y, s=6)
     axis.plot([0, x.max()], [0, dim * x.max()], color="grey")
     axis.set(xlabel="log(r2 / r1)", ylabel="-log(1 - i / N)")
@@ -277,6 +275,8 @@ def plot_ranks(
     file: str | Path,
     *,
     title: str = "",
+    remarks: Mapping[str, str] | None = None,
+    legend: Mapping[str, str] | None = None,
 ) -> Path:
     """Draws a map of ranks, layers by modules.
 
@@ -284,6 +284,8 @@ def plot_ranks(
         grid: of an allocation's ``grid()``.
         file: a PNG.
         title: above it.
+        remarks: ``{layer: "poor fit"}``, to stand beside the layer.
+        legend: what remarks mean, to stand below.
 
     Returns:
         The picture's path.
@@ -292,8 +294,11 @@ def plot_ranks(
     figure, (axis,) = _figure(1, title)
     table = np.array([[np.nan if r is None else r for r in row] for row in rows], float)
     limits = (0.0, float(np.nanmax(table)) or 1.0)
-    _matrix(figure, axis, table, layers, modules, "viridis", limits, "{:.0f}")
+    told = {layer: f"{text}  {layer}" for layer, text in (remarks or {}).items()}
+    names = [told.get(layer, layer) for layer in layers]
+    _matrix(figure, axis, table, names, modules, "viridis", limits, "{:.0f}")
     axis.set(ylabel="layer")
+    _below(figure, [f"{word}: {text}" for word, text in (legend or {}).items()])
     flat = [
         [layer, module, rank]
         for layer, row in zip(layers, rows, strict=True)
@@ -303,8 +308,39 @@ def plot_ranks(
     return _save(figure, file, ["layer", "module", "rank"], flat)
 
 
-def _sds(profile: Profile) -> np.ndarray:
-    return np.array([getattr(each, "sd", 0.0) for each in profile], np.float64)
+_COLUMNS = ("layer", "dim", "sd", "fit", "poor fit")
+
+
+def _line(axis, profile: Profile, label: str, colour) -> list[list[Any]]:
+    """Draws a profile without layer 0; returns its rows of ``_COLUMNS``."""
+    each, dims = list(profile)[1:], dims_of(profile)[1:]
+    sds = [getattr(one, "sd", 0.0) for one in each]
+    layers = np.arange(1, len(dims) + 1)
+    axis.errorbar(layers, dims, sds, label=label, color=colour, capsize=2)
+    poor = [getattr(one, "poor", False) for one in each]
+    at = np.flatnonzero(poor)
+    axis.scatter(layers[at], dims[at], marker="x", s=40, color=[colour], zorder=3)
+    fits = [getattr(one, "fit", float("nan")) for one in each]
+    return [
+        list(row) for row in zip(layers.tolist(), dims, sds, fits, poor, strict=True)
+    ]
+
+
+def _explain(figure, axis, profiles: Iterable[Profile]) -> None:
+    """Axes and the legend of profiles; below it of what deviations they are."""
+    each = [one for p in profiles for one in p[1:] if isinstance(one, IdEstimate)]
+    if any(one.poor for one in each):
+        axis.scatter([], [], marker="x", s=40, color="black", label=POOR)
+    axis.set(xlabel="layer", ylabel="intrinsic dimension", xlim=(0.5, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize="small")
+    if any(not one.halves and not one.degenerate for one in each):
+        _below(figure, [ANALYTIC])
+
+
+def _below(figure, lines: Iterable[str]) -> None:
+    if text := "\n".join(lines):
+        figure.supxlabel(text, fontsize="small", wrap=True)
 
 
 def _area(profile: Profile) -> tuple[float, float]:

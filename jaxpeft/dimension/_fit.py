@@ -1,4 +1,4 @@
-"""From distances of neighbours to a dimension: the two estimators themselves."""
+"""From distances of neighbours to a dimension: the estimators themselves."""
 
 import numpy as np
 from jaxtyping import Float
@@ -140,6 +140,78 @@ def mle_fit(
     local = 1 / m
     means = {"harmonic": 1 / np.mean(m), "mean": np.mean(local)}
     return float(means.get(comb, np.median(local))), local
+
+
+def gride_fit(
+    r1: Float[np.ndarray, " n"], r2: Float[np.ndarray, " n"], n1: int = 8, n2: int = 16
+) -> tuple[float, float]:
+    r"""Returns the Gride dimension of given distances, and its standard deviation.
+
+    The maximum over d, which is the only one, of the likelihood of
+    :math:`\mu = r_{n2} / r_{n1}`,
+
+    .. math::
+        f(\mu) = \frac{d \, (\mu^d - 1)^{n_2 - n_1 - 1}}
+            {B(n_2 - n_1, n_1) \, \mu^{(n_2 - 1) d + 1}}
+
+    With ``n2 = n1 + 1`` it is :math:`N / (n_1 \sum \log \mu)`, and with ``n1 = 1``
+    TwoNN's, whose ``"ml"`` has N - 1 for N.
+
+    Args:
+        r1: distance of each point to its ``n1``-th nearest other point.
+        r2: distance to the ``n2``-th nearest.
+        n1: the nearer neighbour, from 1.
+        n2: the farther one, above ``n1``.
+
+    Returns:
+        The dimension, and its deviation by the curvature of the likelihood, as if the
+        ratios were independent.
+
+    Raises:
+        ValueError: ``n1`` or ``n2`` out of range, a distance of 0, or ratios that are
+            all 1.
+
+    Example:
+        >>> dim, sd = gride_fit(np.ones(2), np.exp([0.1, 0.3]), n1=1, n2=2)
+        >>> round(dim, 6), round(sd, 6)
+        (5.0, 3.535534)
+
+    References:
+        Denti et al., The generalized ratios intrinsic dimension estimator, 2022.
+    """
+    check_orders(n1, n2)
+    x = _log_ratios(r1, r2)
+    if np.max(x) < _EQUAL:
+        raise ValueError(
+            f"neighbours {n1} and {n2} are equally far at every point: a lattice has "
+            "no such dimension. Give a larger `n2`."
+        )
+    n, more, total = len(x), n2 - n1 - 1, n1 * float(np.sum(x))
+    x = x[x > 0]  # where two are equally far, a term has its limit
+    equal = more * (n - len(x))
+
+    def slope(d: float) -> float:
+        """Of the log-likelihood, times d: it falls, from (n2 - n1) n at 0."""
+        y = d * x
+        return n + equal + more * np.sum(y * np.exp(-y) / -np.expm1(-y)) - d * total
+
+    low = high = n / total
+    while slope(high) > 0:
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:  # to the last bit
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    bend = np.sum(np.square(x) * np.exp(-low * x) / np.square(np.expm1(-low * x)))
+    curvature = (n + equal) / low**2 + more * bend
+    return float(low), float(curvature**-0.5)
+
+
+def check_orders(n1: int, n2: int) -> None:
+    """Raises where these are no two neighbours, the nearer first."""
+    if not 1 <= n1 < n2:
+        raise ValueError(
+            f"`n1` must be at least 1 and `n2` above it, got {n1} and {n2}; write "
+            "n1=8, n2=16."
+        )
 
 
 def check_discard(method: str, discard: int | float | None) -> float:

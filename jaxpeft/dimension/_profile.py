@@ -1,5 +1,6 @@
 """Dimensions layer by layer, the area below them, and how two such profiles differ."""
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,24 +8,41 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpeft.dimension._duplicates import DegenerateError
-from jaxpeft.dimension._estimate import IdEstimate, no_dimension, twonn
+from jaxpeft.dimension._estimate import (
+    IdEstimate,
+    PoorFitWarning,
+    no_dimension,
+    twonn,
+    warn_of_poor_fit,
+)
+from jaxpeft.dimension._points import Points
 
 Dims = Sequence[IdEstimate | float]
+Estimator = Callable[[Any], IdEstimate]
 
 
 def id_profile(
-    states: Iterable[Any], estimator: Callable[[Any], IdEstimate] = twonn
-) -> list[IdEstimate]:
+    states: Iterable[Any],
+    estimator: Estimator | Mapping[str, Estimator] = twonn,
+    *,
+    k: int = 2,
+) -> list[IdEstimate] | dict[str, list[IdEstimate]]:
     """Estimates the dimension of each layer's states, one layer after the other.
 
     Args:
         states: for each of L + 1 layers points [N, D], as one array or one by one;
             those that ``collect`` left in a folder are read one at a time.
-        estimator: ``x -> IdEstimate``, ``functools.partial(mle, k=50)``.
+        estimator: ``x -> IdEstimate``, ``functools.partial(mle, k=50)``; or several,
+            ``{name: estimator}``, which share one search of neighbours a layer.
+        k: how many neighbours to look for at the first layer, the most that any of
+            them needs; others follow by themselves. Only of use with several.
 
     Returns:
-        One estimate a layer; where a layer has fewer than three distinct points,
-        ``dim`` is nan and ``degenerate`` True.
+        One estimate a layer, of several estimators ``{name: estimates}``; where a layer
+        has fewer than three distinct points, ``dim`` is nan and ``degenerate`` True.
+
+    Warns:
+        PoorFitWarning: at some layers the points do not follow an estimator's law.
 
     Example:
         >>> states = np.random.default_rng(0).normal(size=(2, 200, 3))
@@ -32,14 +50,24 @@ def id_profile(
         >>> [estimate.degenerate for estimate in id_profile(states)]
         [True, False]
     """
-    found = []
-    for x in states:
-        try:
-            found.append(estimator(x))
-        except DegenerateError:
-            found.append(no_dimension(len(x), "none"))
-    named = next((e.method for e in found if not e.degenerate), "none")
-    return [e._replace(method=named) for e in found]
+    several = estimator if isinstance(estimator, Mapping) else {"": estimator}
+    found: dict[str, list[IdEstimate]] = {name: [] for name in several}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PoorFitWarning)  # one for all layers, below
+        for x in states:
+            points = Points(x, k)
+            for name, function in several.items():
+                try:
+                    found[name].append(function(points))
+                except DegenerateError:
+                    found[name].append(no_dimension(len(x), "none"))
+            k = points.k
+    for name, each in found.items():
+        known = next((e.method for e in each if not e.degenerate), "none")
+        found[name] = [e._replace(method=known) for e in each]
+        poor = [i for i, e in enumerate(each) if e.poor]
+        warn_of_poor_fit(found[name], f"the points of layers {poor}")
+    return found if isinstance(estimator, Mapping) else found[""]
 
 
 def dims_of(profile: Dims) -> np.ndarray:

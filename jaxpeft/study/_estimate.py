@@ -3,7 +3,7 @@
 import functools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,9 @@ def find_estimator(
     """Returns the estimator of a name.
 
     Args:
-        name: "twonn-linear", "twonn-ml", or "mle-25": Levina and Bickel's over 25
-            neighbours, combined by the mean, as the study has it.
+        name: "twonn-linear", "twonn-ml", "mle-25": Levina and Bickel's over 25
+            neighbours, combined by the mean, as the study has it; or "gride-8-16", of
+            neighbours 8 and 16.
         sd: as in ``dimension.twonn``.
 
     Returns:
@@ -60,10 +61,46 @@ def find_estimator(
         return functools.partial(dimension.twonn, method=method, sd=sd)
     if found := re.fullmatch(r"mle-(\d+)", name):
         return functools.partial(dimension.mle, k=int(found[1]), comb="mean", sd=sd)
+    if found := re.fullmatch(r"gride-(\d+)-(\d+)", name):
+        n1, n2 = map(int, found.groups())
+        return functools.partial(dimension.gride, n1=n1, n2=n2, sd=sd)
     raise ValueError(
-        f"`estimators` has {name!r}; there are twonn-linear, twonn-ml, and mle-K for "
-        "any number K of neighbours: mle-50."
+        f"`estimators` has {name!r}; there are twonn-linear, twonn-ml, mle-K for any "
+        "number K of neighbours, mle-50, and gride-N1-N2 for any two, gride-8-16."
     )
+
+
+def neighbours_needed(name: str) -> int:
+    """Returns how many neighbours the estimator of a name looks at.
+
+    Example:
+        >>> [neighbours_needed(x) for x in ("twonn-linear", "mle-25", "gride-8-16")]
+        [2, 25, 16]
+    """
+    given = find_estimator(name).keywords
+    return given.get("n2", given.get("k", 2))
+
+
+def remarks(estimates: Iterable[dimension.IdEstimate]) -> list[str]:
+    """Returns what there is to say of estimates: of poor fits, of deviations.
+
+    Args:
+        estimates: of one cloud or of many.
+
+    Returns:
+        Sentences; none where there is nothing to say.
+    """
+    each = [one for one in estimates if not one.degenerate]
+    said = []
+    if poor := sum(one.poor for one in each):
+        said.append(
+            f"poor fit ({poor} of {len(each)}): the distances do not follow the law of "
+            "the estimator, further off than in 999 of 1000 clean clouds; the dimension "
+            "means little."
+        )
+    if any(not one.halves for one in each):
+        said.append(f"{dimension.ANALYTIC}: estimate with --sd subsample.")
+    return said
 
 
 def estimate_runs(
@@ -76,7 +113,8 @@ def estimate_runs(
     """Estimates the dimension of every layer of every complete run of a study.
 
     They go into each run's ``id.json``, after every layer: what is there already, with
-    the same ``sd``, is not estimated again.
+    the same ``sd``, is not estimated again. All estimators of a layer share one search
+    of neighbours.
 
     Args:
         folder: the study's folder.
@@ -89,23 +127,30 @@ def estimate_runs(
         FileNotFoundError: the folder has no complete run.
     """
     functions = {name: find_estimator(name, sd=sd) for name in estimators}
+    most = max(map(neighbours_needed, estimators))
     for where in complete_runs(folder):
         states = dimension.LayerFiles(where / STATES)
         file = where / ID
         found = read_json(file) if file.exists() else {}
         done = 0
-        for name, function in functions.items():
+        for name in functions:
             if found.get(name, {}).get("sd") != sd:
                 found[name] = {"sd": sd, "layers": []}
-            layers = found[name]["layers"]
-            for layer in range(len(layers), len(states)):
-                with warnings.catch_warnings():
-                    # How many were merged stands in the file, and in the table.
-                    warnings.simplefilter("ignore", dimension.DuplicateWarning)
-                    (one,) = dimension.id_profile([states[layer]], function)
-                layers.append(_to_json(one))
-                write_json(file, found)
-                done += 1
+        for layer in range(len(states)):
+            todo = {
+                n: f for n, f in functions.items() if len(found[n]["layers"]) == layer
+            }
+            if not todo:
+                continue
+            with warnings.catch_warnings():
+                # How many were merged and fit badly stands in the file and the table.
+                warnings.simplefilter("ignore", dimension.DuplicateWarning)
+                warnings.simplefilter("ignore", dimension.PoorFitWarning)
+                profiles = dimension.id_profile([states[layer]], todo, k=most)
+            for name, (one,) in profiles.items():
+                found[name]["layers"].append(_to_json(one))
+            write_json(file, found)
+            done += len(todo)
         note(f"{where.name}: {done} dimensions estimated, {', '.join(functions)}")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from jaxpeft import dimension
 from jaxpeft.runs import write_json
 from jaxpeft.study._collect import STATES
-from jaxpeft.study._estimate import Result, read_runs, without_steps
+from jaxpeft.study._estimate import Result, read_runs, remarks, without_steps
 from jaxpeft.study._findings import findings
 
 DRAWS = 10  # of each size in the figure of scales
@@ -34,7 +35,8 @@ def report(
 
     Returns:
         What is in ``report.json``: ``rows`` of the table, ``figures``, ``skipped`` with
-        reasons, ``findings`` of each study.
+        reasons, ``findings`` of each study, and ``remarks``, of poor fits and deviations
+        that are too small. ``rows`` count poor fits from layer 1 on.
 
     Raises:
         FileNotFoundError: a folder has no complete run.
@@ -69,12 +71,19 @@ def report(
         table += [_row(name, run) for run in runs.values()]
         told[name] = [x._asdict() for x in findings(runs, estimator)]
     _over_studies(studies, estimator, out, figures, skipped)
+    every = [
+        one
+        for runs in studies.values()
+        for run in runs.values()
+        for one in run.profiles[estimator][1:]
+    ]
     found = {
         "estimator": estimator,
         "rows": table,
         "figures": figures,
         "skipped": skipped,
         "findings": told,
+        "remarks": remarks(every),
     }
     columns = list(dict.fromkeys(key for row in table for key in row))
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
@@ -162,18 +171,16 @@ class _Drawing:
         if not others:
             return self.skip("agreement", "needs TwoNN and an mle-K of --estimator")
         other = "mle-50" if "mle-50" in others else others[-1]
-        pairs = np.array(
-            [
-                (a.dim, b.dim)
-                for run in self.runs.values()
-                for a, b in zip(
-                    self.profile(run)[1:], run.profiles[other][1:], strict=True
-                )
-            ]
-        )
-        labels = (self.estimator, other)
+        pairs = [
+            pair
+            for run in self.runs.values()
+            for pair in zip(self.profile(run)[1:], run.profiles[other][1:], strict=True)
+        ]
+        dims = ([pair[i].dim for pair in pairs] for i in (0, 1))
         self.draw(
-            *("agreement", dimension.plot_agreement, *pairs.T.tolist()), labels=labels
+            *("agreement", dimension.plot_agreement, *dims),
+            labels=(self.estimator, other),
+            poor=[a.poor or b.poor for a, b in pairs],
         )
 
     def cloud(self, layer: int | None) -> None:
@@ -195,7 +202,10 @@ class _Drawing:
         for n in filter(lambda n: n >= 16, sizes):
             for _ in range(1 if n == len(points) else DRAWS):
                 rows = np.sort(draws.permutation(len(points))[:n])
-                dims.setdefault(n, []).append(dimension.twonn(points[rows]).dim)
+                with warnings.catch_warnings():  # the figure of the fit says it
+                    warnings.simplefilter("ignore", dimension.PoorFitWarning)
+                    one = dimension.twonn(points[rows])
+                dims.setdefault(n, []).append(one.dim)
         self.draw("scale", dimension.plot_scale, dims)
 
 
@@ -246,6 +256,7 @@ def _row(study: str, run: Result) -> dict[str, Any]:
         row[f"area {name}"] = dimension.normalized_auc(profile)
         if all(layer.halves for layer in profile[1:]):
             row[f"sd {name}"] = dimension.normalized_auc_sd(profile)
+        row[f"poor fits {name}"] = sum(layer.poor for layer in profile[1:])
     first = next(iter(run.profiles.values()))[1:]
     row["merged rows"] = max(layer.n_exact + layer.n_near for layer in first)
     return row

@@ -1,0 +1,70 @@
+r"""How far the ratios of a cloud's distances are from the law that was fitted to them.
+
+In a cloud that is uniform near every point, of dimension d, all estimators' ratios
+have a known law. Each is turned into its probability under that law, which is uniform
+if it holds, and the largest distance of the two distribution functions is taken
+(Kolmogorov and Smirnov's), on the part that the estimator used.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+# What clean clouds stay below, times the root of the number of points: 95 of 100, and
+# 999 of 1000, by the share that TwoNN discards and by the neighbours of the others; in
+# between linear. Their points depend on each other and d is fitted, so no table has
+# it: `python -m benchmarks.dimension_fit` draws the clouds.
+LEVELS = ("95", "99.9")
+BY_DISCARD = {0.0: (1.3, 1.8), 0.1: (1.3, 1.8), 0.25: (1.2, 1.6), 0.5: (1.0, 1.4)}
+BY_NEIGHBOURS = {2: (1.3, 1.8), 10: (1.5, 2.0), 25: (2.0, 2.6), 50: (2.6, 3.6)}
+
+
+def twonn_law(
+    log_ratios: Float[np.ndarray, " n"], dim: float
+) -> Float[np.ndarray, " n"]:
+    r"""Returns :math:`1 - \mu^{-d}` of ``log mu``."""
+    return -np.expm1(-dim * log_ratios)
+
+
+def gride_law(
+    log_ratios: Float[np.ndarray, " n"], dim: float, n1: int, n2: int
+) -> Float[np.ndarray, " n"]:
+    r"""Returns the probability of a smaller ratio :math:`r_{n2} / r_{n1}`.
+
+    :math:`\mu^{-d}` has the Beta law of ``n1`` and ``n2 - n1``, whose distribution
+    function is the tail of a binomial one.
+    """
+    p, total = np.exp(-dim * log_ratios), n2 - 1
+    terms = (math.comb(total, j) * p**j * (1 - p) ** (total - j) for j in range(n1))
+    return np.sum(np.stack(list(terms)), axis=0)
+
+
+def mle_law(
+    local: Float[np.ndarray, " n"], dim: float, k: int
+) -> Float[np.ndarray, " n"]:
+    r"""Returns the probability of a larger local dimension ``1 / m``.
+
+    :math:`(k - 1) \, d \, m` has the Gamma law of ``k - 1``.
+    """
+    t = (k - 1) * dim / local
+    log_terms = [j * np.log(t) - t - math.lgamma(j + 1) for j in range(k - 1)]
+    return 1 - np.sum(np.exp(np.stack(log_terms)), axis=0)
+
+
+def distance(probabilities: Float[np.ndarray, " n"], discard: float = 0.0) -> float:
+    """Returns how far probabilities are from uniform ones, below the largest share."""
+    n = len(probabilities)
+    kept = np.sort(probabilities)[: max(1, int(n * (1 - discard)))]
+    steps = np.arange(len(kept) + 1) / n
+    return float(max(np.max(steps[1:] - kept), np.max(kept - steps[:-1])))
+
+
+def limits(
+    n: int, *, discard: float | None = None, neighbours: int = 2
+) -> tuple[float, float]:
+    """Returns what 95 of 100 and 999 of 1000 clean clouds of n points stay below."""
+    table = BY_NEIGHBOURS if discard is None else BY_DISCARD
+    at = neighbours if discard is None else discard
+    by = lambda i: np.interp(at, list(table), [row[i] for row in table.values()])
+    return float(by(0) / n**0.5), float(by(1) / n**0.5)
