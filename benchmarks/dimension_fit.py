@@ -52,7 +52,7 @@ def distances(r: np.ndarray) -> dict[str, float]:
         if k * SHARE_OF_POINTS > n:
             continue
         dim, local = mle_fit(r[:, :k])
-        found[f"mle {k}"] = law.distance(law.mle_law(local, dim, k))
+        found[f"mle {k}"] = law.distance(law.mle_law(dim, local, k))
         near, far = r[:, k // 2 - 1], r[:, k - 1]
         dim, _ = gride_fit(near, far, k // 2, k)
         of = law.gride_law(np.log(far / near), dim, k // 2, k)

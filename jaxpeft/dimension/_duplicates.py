@@ -62,9 +62,9 @@ def cloud(
     :math:`1 - (1 - \mathrm{near\_tol}^d)^9`, d as it is around that point: a cloud may
     be a line here and of many dimensions there, and close pairs are common on the line.
     Only where there are more suspicious points than five times what is to be expected
-    and five, among all points or among those less likely to be so than some number, the
-    second of each pair is left out. That is done again, five times at most. Groups of
-    more than ten near copies are not seen.
+    and five, among the points less likely to be so than some number, the one with the
+    largest excess, the second of each pair is left out. That is done again, five times
+    at most. Groups of more than ten near copies are not seen.
 
     Args:
         x: points, a row each.
@@ -204,10 +204,10 @@ def _near(
     suspicious = suspicious[np.argsort(p[suspicious], kind="stable")]
     below = np.searchsorted(rising, p[suspicious], "right")
     expected = np.concatenate([[0.0], np.cumsum(rising)])[below]
-    enough = np.flatnonzero(np.arange(1, len(below) + 1) > 5 * expected + chance)
-    if not len(enough):
+    excess = np.arange(1, len(below) + 1) - 5 * expected
+    if not np.any(excess > chance):
         return np.array([], int), likely
-    suspicious = suspicious[: enough[-1] + 1]
+    suspicious = suspicious[: np.argmax(excess) + 1]
     copies = np.unique(np.maximum(suspicious, indices[suspicious, 0]))
     return copies, float(p[suspicious[-1]])
 

@@ -133,7 +133,7 @@ def twonn(
         2,
         lambda r: twonn_fit(r[:, 0], r[:, 1], method, discard),
         lambda r, dim: law.twonn_law(np.log(r[:, 1] / r[:, 0]), dim),
-        lambda n: law.limits(n, discard=discard),
+        lambda n: law.limits("twonn", discard, n),
         discard,
     )
     return _estimate(x, rule, duplicates, near_tol, sd, seed, backend, block)[0]
@@ -194,8 +194,8 @@ def mle(
         f"mle-{k}-{comb}",
         k,
         lambda r: mle_fit(r, comb)[0],
-        lambda r, dim: law.mle_law(mle_fit(r)[1], mle_fit(r)[0], k),
-        lambda n: law.limits(n, neighbours=k),
+        lambda r, dim: law.mle_law(*mle_fit(r), k),
+        lambda n: law.limits("mle", k, n),
     )
     result, r = _estimate(x, rule, duplicates, near_tol, sd, seed, backend, block)
     return (result, mle_fit(r, comb)[1]) if local else result
@@ -265,7 +265,7 @@ def gride(
         n2,
         lambda r: gride_fit(*columns(r), n1, n2)[0],
         lambda r, dim: law.gride_law(-np.log(np.divide(*columns(r))), dim, n1, n2),
-        lambda n: law.limits(n, neighbours=n2),
+        lambda n: law.limits("gride", n2, n),
         spread=lambda r: gride_fit(*columns(r), n1, n2)[1],
     )
     return _estimate(x, rule, duplicates, near_tol, sd, seed, backend, block)[0]

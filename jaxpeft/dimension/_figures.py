@@ -238,7 +238,7 @@ def plot_fit(
     x, y = twonn_points(r1, r2, discard)
     dim = float(np.sum(x * y) / np.sum(x * x))
     fit = law.distance(law.twonn_law(np.log(r2 / r1), dim), discard)
-    most = law.limits(len(r1), discard=discard)[1]
+    most = law.limits("twonn", discard, len(r1))[1]
     said = f"dimension {dim:.2f}, {'poor ' * (fit > most)}fit {fit:.3f}"
     said += f" (999 of 1000 clean clouds: below {most:.3f})"
     figure, (axis,) = _figure(1, f"{title}\n{said}".strip())

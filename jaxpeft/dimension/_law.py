@@ -12,12 +12,22 @@ import numpy as np
 from jaxtyping import Float
 
 # What clean clouds stay below, times the root of the number of points: 95 of 100, and
-# 999 of 1000, by the share that TwoNN discards and by the neighbours of the others; in
-# between linear. Their points depend on each other and d is fitted, so no table has
-# it: `python -m benchmarks.dimension_fit` draws the clouds.
+# 999 of 1000, by the share that TwoNN discards and by the farthest neighbour of the
+# others; in between linear. The ratios of neighbouring points depend on each other, d
+# is fitted, and no cloud is uniform over many neighbours, so that no textbook has it:
+# `python -m benchmarks.dimension_fit` draws the clouds.
 LEVELS = ("95", "99.9")
-BY_DISCARD = {0.0: (1.3, 1.8), 0.1: (1.3, 1.8), 0.25: (1.2, 1.6), 0.5: (1.0, 1.4)}
-BY_NEIGHBOURS = {2: (1.3, 1.8), 10: (1.5, 2.0), 25: (2.0, 2.6), 50: (2.6, 3.6)}
+LIMITS = {
+    "twonn": {0: (1.3, 1.7), 0.1: (1.3, 1.8), 0.25: (1.1, 1.55), 0.5: (1.0, 1.35)},
+    "mle": {
+        **{2: (1.3, 1.7), 4: (1.4, 1.7), 8: (1.4, 1.7), 16: (1.6, 2.0)},
+        **{32: (2.3, 2.6), 64: (3.8, 4.2)},
+    },
+    "gride": {
+        **{2: (1.3, 1.7), 4: (1.3, 1.7), 8: (1.3, 1.7), 16: (1.85, 2.25)},
+        **{32: (2.55, 3.2), 64: (4.9, 5.4)},
+    },
+}
 
 
 def twonn_law(
@@ -41,7 +51,7 @@ def gride_law(
 
 
 def mle_law(
-    local: Float[np.ndarray, " n"], dim: float, k: int
+    dim: float, local: Float[np.ndarray, " n"], k: int
 ) -> Float[np.ndarray, " n"]:
     r"""Returns the probability of a larger local dimension ``1 / m``.
 
@@ -52,7 +62,9 @@ def mle_law(
     return 1 - np.sum(np.exp(np.stack(log_terms)), axis=0)
 
 
-def distance(probabilities: Float[np.ndarray, " n"], discard: float = 0.0) -> float:
+def distance(
+    probabilities: Float[np.ndarray, " n"], discard: int | float = 0.0
+) -> float:
     """Returns how far probabilities are from uniform ones, below the largest share."""
     n = len(probabilities)
     kept = np.sort(probabilities)[: max(1, int(n * (1 - discard)))]
@@ -60,11 +72,13 @@ def distance(probabilities: Float[np.ndarray, " n"], discard: float = 0.0) -> fl
     return float(max(np.max(steps[1:] - kept), np.max(kept - steps[:-1])))
 
 
-def limits(
-    n: int, *, discard: float | None = None, neighbours: int = 2
-) -> tuple[float, float]:
-    """Returns what 95 of 100 and 999 of 1000 clean clouds of n points stay below."""
-    table = BY_NEIGHBOURS if discard is None else BY_DISCARD
-    at = neighbours if discard is None else discard
-    by = lambda i: np.interp(at, list(table), [row[i] for row in table.values()])
-    return float(by(0) / n**0.5), float(by(1) / n**0.5)
+def limits(kind: str, at: int | float, n: int) -> tuple[float, float]:
+    """Returns what 95 of 100 and 999 of 1000 clean clouds of n points stay below.
+
+    ``at`` is the share discarded, or the farthest neighbour; beyond the table's end
+    they are taken to grow in proportion to that, roughly as they do.
+    """
+    table = LIMITS[kind]
+    beyond = max(1.0, at / max(table)) if kind != "twonn" else 1.0
+    of = lambda i: np.interp(at, list(table), [row[i] for row in table.values()])
+    return tuple(float(of(i) * beyond / n**0.5) for i in (0, 1))

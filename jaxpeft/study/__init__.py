@@ -18,7 +18,9 @@ from jaxpeft.study._estimate import Result as Result
 from jaxpeft.study._estimate import complete_runs as complete_runs
 from jaxpeft.study._estimate import estimate_runs as estimate_runs
 from jaxpeft.study._estimate import find_estimator as find_estimator
+from jaxpeft.study._estimate import neighbours_needed as neighbours_needed
 from jaxpeft.study._estimate import read_runs as read_runs
+from jaxpeft.study._estimate import remarks as remarks
 from jaxpeft.study._findings import Finding as Finding
 from jaxpeft.study._findings import findings as findings
 from jaxpeft.study._report import report as report

@@ -94,9 +94,9 @@ def remarks(estimates: Iterable[dimension.IdEstimate]) -> list[str]:
     said = []
     if poor := sum(one.poor for one in each):
         said.append(
-            f"poor fit ({poor} of {len(each)}): the distances do not follow the law of "
-            "the estimator, further off than in 999 of 1000 clean clouds; the dimension "
-            "means little."
+            f"poor fit ({poor} of {len(each)}): distances are further from the "
+            "estimator's law than in 999 of 1000 clean clouds; the dimension means "
+            "little."
         )
     if any(not one.halves for one in each):
         said.append(f"{dimension.ANALYTIC}: estimate with --sd subsample.")

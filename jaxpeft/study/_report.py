@@ -35,8 +35,8 @@ def report(
 
     Returns:
         What is in ``report.json``: ``rows`` of the table, ``figures``, ``skipped`` with
-        reasons, ``findings`` of each study, and ``remarks``, of poor fits and deviations
-        that are too small. ``rows`` count poor fits from layer 1 on.
+        reasons, ``findings`` of each study, and ``remarks`` on poor fits and on
+        deviations that are too small. ``rows`` count poor fits from layer 1 on.
 
     Raises:
         FileNotFoundError: a folder has no complete run.

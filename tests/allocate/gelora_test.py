@@ -80,15 +80,31 @@ def estimate(dim, sd=0.3, halves=(), degenerate=False):
 
 def test_noise():
     apart = [estimate(5.0), estimate(5.6)]
-    assert ranks(apart) == [2]
-    assert ranks(apart, noise=2) == [1]  # 0.6 of 2 * 0.42
+    assert ranks(apart, noise=0) == [2]
+    assert ranks(apart) == ranks(apart, noise=2) == [1]  # 0.6 of 2 * 0.42
+    assert ranks(apart, noise=1) == [2]
+    assert ranks([estimate(5.0), 5.6]) == [2]  # of one the spread is not known
     # Errors that both share do not hide a rise.
     shared = [estimate(5.0, 0.3, (4.7, 5.3)), estimate(5.6, 0.3, (5.31, 5.89))]
     assert ranks(shared, noise=2) == [2]
     facts = gelora(shapes(1), apart, noise=2).facts["layers"]
     assert facts[0]["remark"] == "below noise"
     assert facts[0]["sd of it"] == pytest.approx(0.3 * 2**0.5)
-    assert "below noise" in str(gelora(shapes(1), apart, noise=2))
+    said = str(gelora(shapes(1), apart))
+    assert "below noise: a rise within its noise, which raises no rank" in said
+    facts = gelora(shapes(1), apart, noise=0).facts
+    assert facts["layers"][0]["remark"] == "within two sds"
+    assert list(facts["legend"]) == ["within two sds"]
+
+
+def test_a_poor_fit_is_said():
+    good = estimate(5.0)._replace(fit=0.1, fit_999=0.1)
+    poor = estimate(9.0)._replace(fit=0.2, fit_999=0.1)
+    found = gelora(shapes(2), [good, good, poor])
+    assert [row["remark"] for row in found.facts["layers"]] == ["", "poor fit"]
+    assert "poor fit: distances do not follow the law" in str(found)
+    assert "poor fit" not in str(gelora(shapes(1), [good, good]))  # control
+    assert ranks([good, good, poor]) == [1, 5]
 
 
 def planted(seed, n=2000):

@@ -1,4 +1,4 @@
-"""Clouds of known dimension."""
+"""Clouds of known dimension, and clouds that have none."""
 
 import numpy as np
 

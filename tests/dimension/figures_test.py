@@ -42,7 +42,8 @@ def test_every_figure(tmp_path):
     }
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in made.values())
     assert rows(made["profiles"])[1:3] == [
-        ["icl-0", str(i), str(profile[i].dim), str(profile[i].sd)] for i in (1, 2)
+        ["icl-0", str(i), *map(str, (one.dim, one.sd, one.fit, one.poor))]
+        for i, one in enumerate(profile[1:], 1)
     ]
     assert rows(made["differences"])[2] == ["icl-0", "sft", str(table[0, 1])]
     assert rows(made["ranks"])[1:] == [
@@ -51,12 +52,19 @@ def test_every_figure(tmp_path):
         ["1", "q", "2"],
     ]
     assert rows(made["dynamics"])[3:] == [
-        ["62", str(i), str(profiles["sft"][i]), "0.0"] for i in (1, 2)
+        ["62", str(i), str(profiles["sft"][i]), "0.0", "nan", "False"] for i in (1, 2)
     ]
     assert len(rows(made["fit"])) == 1 + 45
     scored = tmp_path / "scored.png"
     scores = {"icl-0": (0.5, 0.1), "sft": 0.9}
     dimension.plot_profiles(profiles, scored, scores=scores, title="tiny")
     assert scored.stat().st_size > made["profiles"].stat().st_size
+    marked = tmp_path / "marked.png"
+    poor = [one._replace(fit=0.5, fit_999=0.1) for one in profile]
+    dimension.plot_profiles({"icl-0": poor, "sft": profiles["sft"]}, marked)
+    assert [row[-1] for row in rows(marked)[1:3]] == ["True"] * 2
+    assert marked.read_bytes() != made["profiles"].read_bytes()
+    dimension.plot_ranks(grid, marked, remarks={"1": "poor fit"}, legend={"a": "b"})
+    assert marked.read_bytes() != made["ranks"].read_bytes()
     with pytest.raises(ValueError, match=r"`file` must end in .png, got 'x.pdf'"):
         dimension.plot_scale({50: [1.0]}, "x.pdf")
