@@ -13,6 +13,7 @@ from jaxpeft.dimension._neighbours import check_points, neighbours
 DUPLICATES = ("merge", "raise", "keep")
 _REACH = 10  # near copies are seen against the distance to this neighbour
 _PASSES = 5
+_HARDLY = 1e-3  # a probability of being suspicious; on a line it is 0.09
 _BEGINNING = 16  # features of a row, looked at first
 
 
@@ -61,10 +62,10 @@ def cloud(
     its tenth. In a continuous cloud of dimension d a point is so with probability
     :math:`1 - (1 - \mathrm{near\_tol}^d)^9`, d as it is around that point: a cloud may
     be a line here and of many dimensions there, and close pairs are common on the line.
-    Only where there are more suspicious points than five times what is to be expected
-    and five, among the points less likely to be so than some number, the one with the
-    largest excess, the second of each pair is left out. That is done again, five times
-    at most. Groups of more than ten near copies are not seen.
+    Only where more points are suspicious than five times what is to be expected and
+    five, the second of each pair is left out: of all points, or of those alone that are
+    so with a probability below 0.001, whichever has the larger excess. That is done
+    again, five times at most. Groups of more than ten near copies are not seen.
 
     Args:
         x: points, a row each.
@@ -190,26 +191,26 @@ def _keys(x: np.ndarray) -> list[bytes]:
 def _near(
     r: np.ndarray, indices: np.ndarray, near_tol: float, chance: int, likely: float
 ) -> tuple[np.ndarray, float]:
-    """Which points to leave out as near copies, and how likely they were at most.
+    """Which points to leave out as near copies, and of what probability at most.
 
-    Only of those that were suspicious with a probability up to ``likely``.
+    That is ``likely``, or less where the excess of suspicious points is larger among
+    those that chance alone hardly ever makes so.
     """
-    last = min(_REACH, r.shape[1])
+    last, none = min(_REACH, r.shape[1]), np.array([], int)
     close = r[:, 0] < near_tol * r[:, last - 1]
     if not np.any(close):
-        return np.array([], int), likely
+        return none, likely
     p = _probabilities(r[:, :last], indices[:, :last], near_tol)
-    rising = np.sort(p)
+
+    def excess(most: float) -> float:
+        among = p <= most
+        return np.count_nonzero(close & among) - 5 * np.sum(p[among])
+
+    likely = max(sorted({likely, _HARDLY}), key=excess)
+    if not excess(likely) > chance:
+        return none, likely
     suspicious = np.flatnonzero(close & (p <= likely))
-    suspicious = suspicious[np.argsort(p[suspicious], kind="stable")]
-    below = np.searchsorted(rising, p[suspicious], "right")
-    expected = np.concatenate([[0.0], np.cumsum(rising)])[below]
-    excess = np.arange(1, len(below) + 1) - 5 * expected
-    if not np.any(excess > chance):
-        return np.array([], int), likely
-    suspicious = suspicious[: np.argmax(excess) + 1]
-    copies = np.unique(np.maximum(suspicious, indices[suspicious, 0]))
-    return copies, float(p[suspicious[-1]])
+    return np.unique(np.maximum(suspicious, indices[suspicious, 0])), likely
 
 
 def _probabilities(r: np.ndarray, indices: np.ndarray, near_tol: float) -> np.ndarray:
