@@ -6,8 +6,9 @@ Draws Gaussian clouds of 1, 2, 5 and 10 dimensions, spheres and rolls of several
 and writes for each estimator the distance of the ratios' law to the fitted one, times
 the root of the number of points: what 95 % of the clouds of each kind and size stay
 below, and 99.9 % of those of a size, all kinds together and of lines and rolls alone,
-which bend and end most; of both the largest. The limits in ``jaxpeft/dimension/_law.py``
-are these, rounded up; a test compares them. It takes six minutes of one core.
+which bend and end most; of both the largest. The limits in
+``jaxpeft/dimension/_law.py`` are these, rounded up; a test compares them. It takes six
+minutes of one core.
 """
 
 import argparse
