@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from jaxpeft.dimension._neighbours import check_points, neighbours
+from jaxpeft.dimension._neighbours import check_points, search
 
 DUPLICATES = ("merge", "raise", "keep")
 _REACH = 10  # near copies are seen against the distance to this neighbour
@@ -135,9 +135,15 @@ def find(
     for left in reversed(range(_PASSES + 1)):
         # A search more is needed only where something was merged.
         reach = min(max(most, _REACH), len(rows) - 1)
-        r, indices = neighbours(x if len(rows) == len(x) else x[rows], reach, **options)
         looks = duplicates != "keep" and near_tol > 0 and left
-        if not looks:
+        r, indices = search(
+            x if len(rows) == len(x) else x[rows],
+            reach,
+            few=min(most, reach),
+            near_tol=near_tol if looks else 0.0,
+            **options,
+        )
+        if not looks or r.shape[1] < reach:  # no point is suspicious
             break
         copies, likely = _near(r, indices, near_tol, 0 if n_near else 5, likely)
         if not len(copies):

@@ -14,6 +14,7 @@ _BYTES = {"cpu": 2**20}  # of differences at a time; on a host in a core's cache
 _MANY_BYTES = 2**26
 _COARSE = 256  # features from which on coarse products are tried first
 _ALIGNED = 64  # bytes
+_SPARE = 2  # candidates beyond k that are measured at first
 
 
 def neighbours(
@@ -30,10 +31,11 @@ def neighbours(
     one pair of blocks at a time, each pair once; their distances from differences
     :math:`|p - q|`, which do not cancel. Where rounding of the products could have
     hidden a nearer point, that point's distances to all others are taken by
-    differences. Points of 256 features or more are rounded to bfloat16 for a first
-    round of products, and what that cut off is reckoned with; only where it leaves
-    more than one point in 64 open are there products in full precision. A point is
-    not its own neighbour, by its index: copies of it are.
+    differences. Of the candidates only k and two are measured where products show that
+    no other can be nearer. Points of 256 features or more are rounded to bfloat16 for a
+    first round of products, and what that cut off is reckoned with; only where it
+    leaves more than one point in 64 open are there products in full precision. A point
+    is not its own neighbour, by its index: copies of it are.
 
     Args:
         x: points, a row each; any real dtype, on any device.
@@ -57,6 +59,24 @@ def neighbours(
         ([1.0, 1.0, 2.0], [1, 0, 1])
     """
     x = check_points(x)
+    return search(x, k, backend=backend, block=block, extra=extra)
+
+
+def search(
+    x: np.ndarray,
+    k: int,
+    *,
+    backend: str,
+    block: int,
+    extra: int = 8,
+    few: int | None = None,
+    near_tol: int | float = 0.0,
+) -> tuple[Float[np.ndarray, "n some"], Int[np.ndarray, "n some"]]:
+    """As ``neighbours``, of points that are checked.
+
+    With only the ``few`` nearest where it is sure of every point that its nearest
+    neighbour is no nearer than ``near_tol`` times its k-th.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS}, got {backend!r}.")
     if block < 1 or extra < 0:
@@ -75,7 +95,8 @@ def neighbours(
     else:
         block = min(block, len(x))
         points, size = _scaled(x, np.float32, block)
-        r, indices = _jax(points, len(x), k, block, extra)
+        near = None if few is None else (few, near_tol)
+        r, indices = _jax(points, len(x), k, block, extra, near=near)
     return r.astype(np.float64) * size, indices
 
 
@@ -109,12 +130,19 @@ def _scaled(x: np.ndarray, dtype: Any, block: int) -> tuple[np.ndarray, float]:
     mean = np.mean(x, axis=0, dtype=np.float64).astype(wide)[None]
     rows = max(1, _BYTES["cpu"] // mean.nbytes)
     parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
-    squares = [np.sum(np.square(x[part] - mean, dtype=np.float64)) for part in parts]
-    size = float(np.sqrt(np.sum(squares) / x.size)) or 1.0
+    total = sum(_square(x[part] - mean) for part in parts)
+    if not 1e-30 < total < np.inf:  # of the least and the largest float32
+        total = sum(_square((x[part] - mean).astype(np.float64)) for part in parts)
+    size = float(np.sqrt(total / x.size)) or 1.0
     points = _aligned((-(-n // block) * block, d), dtype)
     for part in parts:
         points[part] = (x[part] - mean) / wide.type(size)
     return points, size
+
+
+def _square(x: np.ndarray) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.dot(x.ravel(), x.ravel()))
 
 
 def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:
@@ -128,43 +156,75 @@ def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:
 # ----------------------------------- In JAX -----------------------------------
 
 
-def _jax(x, n: int, k: int, block: int, extra: int, gram_dtype=None):
+def _jax(x, n: int, k: int, block: int, extra: int, gram_dtype=None, near=None):
     """Of the first n rows of ``x``, whole blocks of which the others are zero.
 
     ``gram_dtype`` of the products is for tests of what proves the result. Without one,
     products of many features are taken in bfloat16 first, at twice the speed or more;
-    where too many points stay open, in float32 after all.
+    where too many points stay open, in float32 after all. ``near`` as in ``search``.
     """
     d, kept = x.shape[1], min(k + extra, n - 1)
-    x, many = jax.device_put(x), _BYTES.get(jax.default_backend(), _MANY_BYTES)
+    x = jax.device_put(x)
     coarse = [jnp.bfloat16] if d >= _COARSE else []
     for dtype in [gram_dtype] if gram_dtype else [*coarse, jnp.float32]:
-        candidates, least = _candidates(x, n, block=block, kept=kept, dtype=dtype)
-        rows = max(1, min(n, many // (4 * d * kept)))
-        r, indices = _refined(x, candidates, rows=rows, k=k)
-        r, indices = np.array(r, np.float64)[:n], np.array(indices)[:n]
-        doubted = np.flatnonzero(~(r[:, -1] <= np.asarray(least)[:n]))
-        doubted = doubted if kept < n - 1 else []
+        found = _candidates(x, n, block=block, kept=kept, dtype=dtype)
+        names, floors, ceilings = (np.asarray(part)[:n] for part in found)
+        few, tol = near or (k, 0.0)
+        r, indices, doubted = _measured(x, names, floors, few)
+        if few < k and np.any(r[:, 0] < tol * ceilings[:, k - 1]):
+            r, indices, doubted = _measured(x, names, floors, k)
         if 64 * len(doubted) <= n:
             break
     if len(doubted):
-        again = np.resize(doubted, 1 << (len(doubted) - 1).bit_length())
-        found = _direct(x, jnp.asarray(again, np.int32), n=n, k=k)
+        parts = _direct(x, _padded(doubted), n=n, k=r.shape[1])
         r[doubted], indices[doubted] = (
-            np.asarray(part)[: len(doubted)] for part in found
+            np.asarray(part)[: len(doubted)] for part in parts
         )
     return r, indices
 
 
+def _measured(x, names: np.ndarray, floors: np.ndarray, k: int):
+    """The k nearest of the candidates, and of which points it is not sure.
+
+    The first few candidates are measured, and all others only where one of them may be
+    nearer than the k-th.
+    """
+    n, kept = names.shape
+    first = min(k + _SPARE, kept)
+    r, indices = _nearest_of(x, np.arange(n), names[:, :first], k)
+    left = np.flatnonzero(~(r[:, -1] <= floors[:, min(first, kept - 1)]))
+    if len(left) and first < kept:
+        r[left], indices[left] = _nearest_of(x, left, names[left], k)
+        left = left[~(r[left, -1] <= floors[left, -1])]
+    return r, indices, left if kept < n - 1 else left[:0]
+
+
+def _nearest_of(x, who: np.ndarray, names: np.ndarray, k: int):
+    """Distances of some points to their candidates by differences, the k least."""
+    n, each = names.shape
+    many = _BYTES.get(jax.default_backend(), _MANY_BYTES)
+    rows = max(1, min(n, many // (4 * x.shape[1] * each)))
+    padded = who if len(who) == len(x) else _padded(who)
+    at = np.resize(names, (len(padded), each))
+    r, indices = _refined(x, padded, at, rows=rows, k=k)
+    return np.array(r, np.float64)[:n], np.array(indices)[:n]
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    """Repeated up to a power of two, so that few sizes are compiled."""
+    return np.resize(rows, 1 << (len(rows) - 1).bit_length()).astype(np.int32)
+
+
 def _candidates(x, n: int, *, block: int, kept: int, dtype):
-    r"""The ``kept`` nearest of each point by products, and how far others are at least.
+    r"""The ``kept`` nearest of each point by products, and bounds of their distances.
 
     Points :math:`x = c + e`, with c in ``dtype`` and products of c summed in float32:
     :math:`|x_i - x_j| \ge |c_i - c_j| - |e_i| - |e_j|`.
 
     Returns:
-        Whose they are ``[rows, kept]``, and the least distance ``[rows]`` to any
-        point that is not among them.
+        Whose they are ``[rows, kept]``; the least distance that each and all behind it
+        can have, also those that are not among them; and the largest that each and all
+        before it can have.
     """
     starts = range(0, len(x), block)
     parts = [_coarse(x, start, n, block=block, dtype=dtype) for start in starts]
@@ -198,10 +258,11 @@ class _Part(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("block", "dtype"))
 def _coarse(x, start, n, *, block: int, dtype):
     x = lax.dynamic_slice_in_dim(x, start, block)
-    c = x.astype(dtype)
-    square = jnp.sum(jnp.square(c.astype(x.dtype)), 1)
+    kind = jnp.finfo(dtype)
+    c = lax.reduce_precision(x, kind.nexp, kind.nmant)  # on hosts faster than casts
+    square = jnp.sum(jnp.square(c), 1)
     minus = jnp.where(start + lax.iota(jnp.int32, block) < n, -square, -jnp.inf)
-    return _Part(c, minus, jnp.sqrt(jnp.sum(jnp.square(x - c.astype(x.dtype)), 1)))
+    return _Part(c.astype(dtype), minus, jnp.sqrt(jnp.sum(jnp.square(x - c), 1)))
 
 
 def _closeness(one, other):
@@ -248,8 +309,10 @@ def _bounded(parts, best):
     squares = jnp.where(jnp.isinf(minus), 0, -minus)
     d = parts[0].c.shape[1]
     rounding = 4 * np.finfo(np.float32).eps * d**0.5 * (squares + jnp.max(squares))
-    least = jnp.sqrt(jnp.maximum(-values[:, -1] - rounding, 0)) - off - jnp.max(off)
-    return names, least
+    off, rounding = (off + jnp.max(off))[:, None], rounding[:, None]
+    least = jnp.sqrt(jnp.maximum(-values - rounding, 0)) - off
+    most = jnp.sqrt(jnp.maximum(-values, 0) + rounding) + off
+    return names, least, most
 
 
 def _nearest(r2, indices, k: int):
@@ -259,15 +322,15 @@ def _nearest(r2, indices, k: int):
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "k"))
-def _refined(x, candidates, *, rows: int, k: int):
+def _refined(x, who, candidates, *, rows: int, k: int):
     """Distances to the candidates by differences; ``rows`` points at a time."""
 
     def one(args):
-        point, mine = args
-        r2 = jnp.sum(jnp.square(x[mine] - point[None]), -1)
+        i, mine = args
+        r2 = jnp.sum(jnp.square(x[mine] - x[i][None]), -1)
         return _nearest(r2, mine, k)
 
-    return lax.map(one, (x, candidates), batch_size=rows)
+    return lax.map(one, (who, candidates), batch_size=rows)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "k"))

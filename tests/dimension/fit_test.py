@@ -14,7 +14,7 @@ from scipy import optimize, stats
 from jaxpeft import dimension
 from jaxpeft.dimension import Points, PoorFitWarning, gride, mle, twonn
 from jaxpeft.dimension import _law as law
-from jaxpeft.dimension import _points as private
+from jaxpeft.dimension import _neighbours as searching
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/dimension_fit.json"
 mle_10 = functools.partial(mle, k=10)
@@ -162,14 +162,14 @@ def test_one_search_serves_all_estimators_of_a_layer(sd, monkeypatch):
     }
     states = [gaussian(d, 6, 100, d) for d in (1, 2, 3)]
     alone = {name: dimension.id_profile(states, f) for name, f in several.items()}
-    sizes, neighbours = [], dimension.neighbours
+    sizes, search = [], searching.search
 
     def counted(x, k, **options):
         sizes.append(len(x))
-        return neighbours(x, k, **options)
+        return search(x, k, **options)
 
-    for module in (private, dimension._duplicates):
-        monkeypatch.setattr(module, "neighbours", counted)
+    for module in (searching, dimension._duplicates):
+        monkeypatch.setattr(module, "search", counted)
     together = dimension.id_profile(states, several, k=16)
     assert sizes == [100, *[50] * (10 if sd == "subsample" else 0)] * 3
     sizes.clear()

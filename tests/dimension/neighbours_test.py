@@ -47,15 +47,18 @@ def test_coarse_products_are_found_out():
     r, indices = private._jax(points, 200, 2, 64, 2, gram_dtype=jnp.bfloat16)
     np.testing.assert_allclose(r, expected, rtol=1e-5)
     assert np.array_equal(indices, order)
-    coarse, least = private._candidates(
+    coarse, floors, ceilings = private._candidates(
         jnp.asarray(points), 200, block=64, kept=2, dtype=jnp.bfloat16
     )
     assert not np.array_equal(coarse[:200], order)  # control
     # What is called proved is true: no other point is nearer than it says.
     r = np.sqrt(np.sum((points[:200, None] - points[None, :200]) ** 2, -1))
+    own = np.take_along_axis(r, np.asarray(coarse[:200]), 1)
+    assert np.all(own[:, 1] > np.asarray(floors[:200, 1]))
+    assert np.all(own.max(1) < np.asarray(ceilings[:200, 1]))
     np.put_along_axis(r, np.asarray(coarse[:200]), np.inf, 1)
     np.fill_diagonal(r, np.inf)
-    assert np.all(r.min(1) > np.asarray(least[:200]))
+    assert np.all(r.min(1) > np.asarray(floors[:200, -1]))
 
 
 @pytest.mark.parametrize("spread", [0.01, 1])
@@ -88,6 +91,21 @@ def test_any_block_gives_the_same_indices():
     x = gaussian(12, 300, 101, seed=3)  # by coarse products
     each = [dimension.neighbours(x, 5, block=b)[1] for b in (17, 101)]
     assert np.array_equal(*each)
+
+
+@pytest.mark.parametrize("features", [40, 300])
+def test_a_few_neighbours_will_do_where_none_is_suspicious(features):
+    x = gaussian(6, features, 400, seed=4).astype(np.float32)
+    options = dict(backend="jax", block=128)
+    r, indices = dimension.neighbours(x, 10, **options)
+    some, names = private.search(x, 10, few=2, near_tol=0.01, **options)
+    assert np.array_equal(names, indices[:, :2])
+    np.testing.assert_allclose(some, r[:, :2], rtol=1e-6)
+    x[7] = x[3] + 1e-3 * (x[5] - x[3])
+    whole, _ = private.search(x, 10, few=2, near_tol=0.01, **options)
+    assert whole.shape == (400, 10)
+    r, _ = dimension.neighbours(x, 10, **options)
+    np.testing.assert_allclose(whole, r, rtol=1e-6)
 
 
 def test_copies_are_neighbours_of_each_other():
