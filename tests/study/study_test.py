@@ -34,6 +34,7 @@ main({arguments!r})
 """
 LAYERS = 5
 REPORT = {"estimator": "", "rows": [], "figures": [], "skipped": {}, "findings": {}}
+REPORT |= {"remarks": []}
 ROWS = 60
 CLOSE = 2e-4  # of states up to 11; measured 2.4e-5
 
