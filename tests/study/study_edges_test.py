@@ -79,6 +79,32 @@ def test_no_spread_is_no_verdict():
         assert found.verdict == "not tested", found
 
 
+def test_what_is_said_of_estimates():
+    sure = dimension.IdEstimate(5.0, 0.1, 99, 0, 0, False, "mle-5", (5.0, 5.1), 0.1)
+    poor = sure._replace(fit_999=0.05)
+    assert study.remarks([sure, sure._replace(fit_999=0.2)]) == []
+    (said,) = study.remarks([sure, poor])
+    assert said.startswith("poor fit (1 of 2): ")
+    (said,) = study.remarks([sure._replace(halves=())])
+    assert "8 to 18 of them: estimate with --sd subsample" in said
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    assert study.find_estimator("gride-3-6", sd="analytic")(x).method == "gride-3-6"
+    with pytest.raises(ValueError, match="and gride-N1-N2 for any two, gride-8-16"):
+        study.find_estimator("gride-3")
+
+
+def test_a_poor_fit_is_printed(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(400, 4))
+    x[200:] = x[:200] + 0.02 * np.random.default_rng(1).normal(size=(200, 4))
+    np.save(tmp_path / "x.npy", x)
+    given = ["dimension", "points", "--file", str(tmp_path / "x.npy")]
+    assert main([*given, "--estimator", "twonn-linear", "--sd", "analytic"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.rstrip().endswith(" poor")
+    assert "poor fit (1 of 1): distances" in printed.err
+    assert "analytic sds are too small" in printed.err
+
+
 def test_too_few_rows_for_halves_are_not_taken_for_one_point():
     states = np.random.default_rng(0).normal(size=(2, 90, 4)).astype(np.float32)
     with pytest.raises(ValueError, match="halves of more than 50"):
