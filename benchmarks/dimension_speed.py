@@ -4,11 +4,11 @@
 
 Prints seconds of each by the clock and of the processor, best of ``--repeats``, taken
 in turns so that both meet the same load, and their ratios; compiling stands apart.
-Both start from one float32 array; scikit-dimension computes in float64. On a host with
-bfloat16 products (AMD EPYC, Zen 5) 2.8 times less of the processor on one core and 3.9
-on two, cores that others kept busy (results/dimension_speed.json): by the clock 1.5 and
-2.2 times, which then says little. The target was 5; of our part the products are four
-tenths, choosing and measuring candidates as much.
+Both start from one float32 array; scikit-dimension computes in float64. On one core of
+an Intel Xeon with bfloat16 products, which others kept busy, 3.5 times less of the
+processor (results/dimension_speed.json; `taskset -c 0`). The target was 5. Of our part
+the products are four tenths, choosing candidates three, and measuring those that may be
+near one; centring the points is another.
 """
 
 import argparse
