@@ -171,8 +171,6 @@ def _jax(x, n: int, k: int, block: int, extra: int, gram_dtype=None, near=None):
         found = _candidates(x, n, block=block, kept=kept, dtype=dtype)
         names, floors, ceilings = (np.asarray(part)[:n] for part in found)
         r, indices, doubted = _measured(x, names, floors, few)
-        if few < k and np.any(r[:, 0] < tol * ceilings[:, k - 1]):
-            return _jax(x, n, k, block, extra, gram_dtype)
         if 64 * len(doubted) <= n:
             break
     if len(doubted):
@@ -180,6 +178,8 @@ def _jax(x, n: int, k: int, block: int, extra: int, gram_dtype=None, near=None):
         r[doubted], indices[doubted] = (
             np.asarray(part)[: len(doubted)] for part in parts
         )
+    if few < k and np.any(r[:, 0] < tol * ceilings[:, k - 1]):
+        return _jax(x, n, k, block, extra, gram_dtype)
     return r, indices
 
 
@@ -204,7 +204,8 @@ def _nearest_of(x, who: np.ndarray, names: np.ndarray, k: int):
     n, each = names.shape
     many = _BYTES.get(jax.default_backend(), _MANY_BYTES)
     rows = max(1, min(n, many // (4 * x.shape[1] * each)))
-    padded = who if len(who) == len(x) else _padded(who)
+    whole = np.resize(who, len(x)).astype(np.int32)
+    padded = min(whole, _padded(who), key=len)
     at = np.resize(names, (len(padded), each))
     r, indices = _refined(x, padded, at, rows=rows, k=k)
     return np.array(r, np.float64)[:n], np.array(indices)[:n]
