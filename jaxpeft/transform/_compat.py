@@ -1,5 +1,7 @@
 """All that depends on the version of jax: names inside equations, and their places."""
 
+import contextlib
+import functools
 import os
 from typing import Any
 
@@ -20,8 +22,24 @@ def closed(invars, outvars, eqns) -> Any:
     """A closed jaxpr of some equations of another one."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     names = ("",) * len(invars), ("",) * len(outvars)
-    info = jex.DebugInfo("adapt", "adapt", *names)
+    info = _debug_info()("adapt", "adapt", *names)
     return jex.ClosedJaxpr(jex.Jaxpr([], invars, outvars, eqns, effects, info), [])
+
+
+@functools.cache
+def _debug_info() -> type:
+    """The class of what a jaxpr knows of its source; jax.extend has it from 0.8."""
+    return type(opened(jax.make_jaxpr(lambda: ())())[0].debug_info)
+
+
+def only(found: Any) -> Any:
+    """The result of an equation with one, also where its primitive gives a list."""
+    return found[0] if isinstance(found, list) else found
+
+
+def is_dropped(var: Any) -> bool:
+    """Whether an equation's output is read by nobody and has no name."""
+    return type(var).__name__ == "DropVar"  # jax.extend has it from 0.8
 
 
 def scan_counts(params: dict) -> tuple[int, int]:
@@ -75,7 +93,9 @@ def place(trail: Any) -> str:
     for eqn in reversed(trail):
         traceback = eqn.source_info.traceback
         for frame in traceback.frames if traceback is not None else ():
-            if frame.file_name.startswith((_JAX, _HERE)) or not frame.line_num:
+            if frame.file_name.startswith((_JAX, _HERE, contextlib.__file__)):
+                continue
+            if not frame.line_num:
                 continue
             where = f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
             if f"{os.sep}flax{os.sep}" not in frame.file_name:

@@ -101,7 +101,7 @@ def _replay(eqns: list, env: dict) -> dict:
             if not isinstance(v, jex.Literal) and v not in made:
                 read[v] = None
         for v in eqn.outvars:
-            if not isinstance(v, jex.DropVar):
+            if not _compat.is_dropped(v):
                 made[v] = None
     jaxpr = _compat.closed(list(read), list(made), list(eqns))
     outs = jex.jaxpr_as_fun(jaxpr)(*(env[v] for v in read))

@@ -45,7 +45,7 @@ def _reduce_precision(eqn: Equation, w: Kernel) -> Kernel:
 
 
 @rule("pvary", "pcast", moves=True)
-def _varying(eqn: Equation, w: Kernel) -> Kernel:
+def _varying(eqn: Equation, w: Kernel) -> Any:
     """A kernel's arrays all differ along an axis of the mesh from here on.
 
     So their gradients are added up over it here, and not at each use in a loop.
@@ -54,7 +54,10 @@ def _varying(eqn: Equation, w: Kernel) -> Kernel:
         _compat.varying_axes(of[0].aval) for of in (eqn.raw.invars, eqn.raw.outvars)
     )
     grown = w.mapped(lambda x, _: _compat.as_varying(x, after - before))
-    return grown.on_base(lambda base: carried(base, eqn.run))
+    # In jax 0.7 this primitive has a list of results, of one.
+    alone = lambda x: _compat.only(eqn.run(x))
+    moved = grown.on_base(lambda base: carried(base, alone))
+    return [moved] if eqn.raw.primitive.multiple_results else moved
 
 
 @rule("optimization_barrier")
