@@ -82,7 +82,7 @@ def test_terms_under_dropout_stay_apart():
     """Those that drop, and those that do not, read another input."""
     adapted = attached("dpgpd", dropout=0.5)
     on = jp.with_dropout(adapted, jax.random.key(5))
-    assert [t.drop for t in bind(on["w"]).terms] == [0.5, 0.0, 0.0, 0.5]
+    assert [t.drop for t in bind(on["w"]).terms] == [0.5, 0.0, 0.0, 0.0, 0.5]
     assert [t.drop for t in bind(adapted["w"]).terms] == [0.0] * 5
     t = adapted["w"].trainable
     still = sum(X @ t[f"a{i}"] @ t[f"b{i}"] for i in (1, 3))
