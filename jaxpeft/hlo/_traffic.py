@@ -1,5 +1,6 @@
 """What a compiled program moves: between devices, and to and from their memory."""
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def collectives(text: str, *, devices: int = 1) -> list[Collective]:
     Returns:
         The sums, what sends most first. Loops count as often as they run. The pieces
         that a TPU's compiler makes of one collective, to run it beside other work, are
-        one.
+        one, also where some of them are in a loop that runs meanwhile.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -75,20 +76,15 @@ def collectives(text: str, *, devices: int = 1) -> list[Collective]:
         []
     """
     computations, _ = read(text)
-    times, seen = executions(text), set()
-    callers = _callers(computations)
+    times, first = executions(text), _first_pieces(computations)
     sums: dict[tuple[str, int], list[float]] = {}
     for name, instructions in computations.items():
         for one in instructions:
             kind = one.opcode.removesuffix("-start")
             if kind not in KINDS or not times[name]:
                 continue
-            channel = re.search(r"channel_id=(\d+)", one.rest)
-            if channel:
-                piece = (_outermost(name, callers), kind, channel[1])
-                if piece in seen:
-                    continue
-                seen.add(piece)
+            if _channel(one) and (name, one.name) not in first:
+                continue
             parts = one.parts
             if one.opcode == "all-gather-start":  # (operands, results)
                 parts = parts[len(parts) // 2 :]
@@ -109,21 +105,48 @@ def collectives(text: str, *, devices: int = 1) -> list[Collective]:
     return sorted(made, key=lambda one: -one.sent)
 
 
-def _callers(computations: dict[str, list[Instruction]]) -> dict[str, str]:
-    """``{computation of a fusion or an async call: the computation it stands in}``."""
+def _channel(one: Instruction) -> str | None:
+    found = re.search(r"channel_id=(\d+)", one.rest)
+    return found[1] if found else None
+
+
+def _first_pieces(computations: dict[str, list[Instruction]]) -> set[tuple[str, str]]:
+    """``(computation, instruction)`` of what stands for each collective's pieces.
+
+    They are in fusions side by side, and in loops beside these.
+    """
+    callers: dict[str, list[tuple[str, bool]]] = {}
+    for name, instructions in computations.items():
+        for one in instructions:
+            own = one.opcode in ("fusion", "async-start", "call")
+            for inner in one.called:
+                callers.setdefault(inner, []).append((name, own))
+
+    def outermost(name: str) -> str:
+        """The computation that an instruction of a fusion or an async call is in."""
+        while callers.get(name, [("", False)])[0][1]:
+            name = callers[name][0][0]
+        return name
+
+    @functools.cache
+    def around(name: str) -> frozenset[str]:
+        """All computations that a computation runs in."""
+        outer = {caller for caller, _ in callers.get(name, ())}
+        return frozenset(outer.union(*map(around, outer)))
+
+    pieces: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    for name, instructions in computations.items():
+        for one in instructions:
+            kind = one.opcode.removesuffix("-start")
+            if kind in KINDS and (channel := _channel(one)):
+                found = pieces.setdefault((kind, channel), {})
+                found.setdefault(outermost(name), (name, one.name))
     return {
-        inner: name
-        for name, instructions in computations.items()
-        for one in instructions
-        if one.opcode in ("fusion", "async-start", "call")
-        for inner in one.called
+        piece
+        for found in pieces.values()
+        for place, piece in found.items()
+        if not around(place) & found.keys()
     }
-
-
-def _outermost(name: str, callers: dict[str, str]) -> str:
-    while name in callers:
-        name = callers[name]
-    return name
 
 
 def _group(one: Instruction, devices: int) -> int:

@@ -334,6 +334,11 @@ class Kernel(Bound):
 
         return tuple(map(fold, self.terms))
 
+    def joined(self) -> "Kernel":
+        """The kernel with one term in place of all that are products alone."""
+        terms = join_terms(self.terms, rank_axis=len(self.dims(BATCH)))
+        return self.replace(factors=dataclasses.replace(self.factors, terms=terms))
+
     def mapped(self, f: Callable[[Any, tuple], Any], **base) -> "Kernel":
         """Applies ``f(array, roles of its axes)`` to every array but the base.
 

@@ -5,12 +5,15 @@ a few columns costs almost as much as a down-projection of many. So kernels that
 the same input share one product ``x [a_q | a_k | a_v | reads_q | ...]``.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxpeft.numerics import where_shown
 from jaxpeft.transform._moved import Kernel
@@ -183,3 +186,37 @@ def read(
         made.update(zip(columns, own, strict=True))
     of = lambda i, j: Read(*(made.get((i, j, name)) for name in Read._fields))
     return [[of(i, j) for j in range(len(ts))] for i, ts in enumerate(kernels)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def written(up: Callable[[Any, Any], Any], axis: int, hs: tuple, bs: tuple) -> Any:
+    """The sum of ``h b`` over pairs, as one product of all ranks side by side.
+
+    One product for each pair would be one array of the output's size for each.
+
+    Args:
+        up: ``up(h, b)``, linear in both.
+        axis: of each ``b``, its rank; that of an ``h`` is its last.
+        hs: of one dtype.
+        bs: of one dtype.
+    """
+    return up(_beside(hs, -1), _beside(bs, axis))
+
+
+def _beside(parts: tuple, axis: int):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def _written_jvp(up, axis, primals, tangents):
+    """Some ``b`` are frozen: of all side by side their gradients were computed, too."""
+    (hs, bs), (hs_dot, bs_dot) = primals, tangents
+    moves = lambda x: not isinstance(x, SymbolicZero)
+    there = lambda x: x if moves(x) else jnp.zeros(x.shape, x.dtype)
+    out, parts = written(up, axis, hs, bs), []
+    if any(map(moves, hs_dot)):
+        parts.append(up(_beside(tuple(map(there, hs_dot)), -1), _beside(bs, axis)))
+    parts += [up(h, d) for h, d in zip(hs, bs_dot, strict=True) if moves(d)]
+    return out, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(out)
+
+
+written.defjvp(_written_jvp, symbolic_zeros=True)

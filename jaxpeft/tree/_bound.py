@@ -6,6 +6,7 @@ and to the factors alike.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -95,8 +96,9 @@ def bind(node: AdaptedKernel, taps: Any = None):
     batch = dims_of(base.shape, node.roles, BATCH)
     key = call.get("key")
     terms = [_as_called(t, key is not None, taps == "own") for t in f.terms]
-    # A term of rank 0 adds nothing. In `b [*batch, r, *out]` the rank follows batch.
-    terms = join_terms([t for t in terms if t.a.shape[-1]], rank_axis=len(batch))
+    # A term of rank 0 adds nothing. Those that can be one are joined where they are
+    # used: here that would be whole stacks beside the leaves, and their gradients.
+    terms = tuple(t for t in terms if t.a.shape[-1])
     # Only a kernel of a contraction has an input that a tap could be shown.
     tapped = callable(taps) and node.adapter.where.leaf == "kernel"
     if not terms and f.c is None and f.o is None and not tapped:
@@ -139,11 +141,12 @@ def _as_called(term: Term, drops: bool, reports: bool) -> Term:
     return dataclasses.replace(term, drop=term.drop if drops else 0.0, gate=gate)
 
 
-def join_terms(terms: list[Term], rank_axis: int) -> tuple[Term, ...]:
+def join_terms(terms: Sequence[Term], rank_axis: int) -> tuple[Term, ...]:
     """Joins the terms that are products and nothing else: one pair of thin matmuls.
 
-    Their pairs are concatenated along the rank. The joined term stands where the first
-    of them stood, and the others keep their order.
+    Their pairs are concatenated along the rank, which in ``b [*batch, r, *out]`` is
+    the axis behind the batch axes. The joined term stands where the first of them
+    stood, and the others keep their order.
     """
     agree = lambda t: not t.drop and t.gate is None and t.rows is None
     alike = [t for t in terms if agree(t)]
@@ -168,7 +171,7 @@ def materialise(w: Bound, given: Any = None):
     dtype = wider(dtype, given or dtype)
     matrices = dense(to_matrices(w.base, w.roles), dtype)
     layers, rows, columns = matrices.shape
-    for term in w.terms:
+    for term in join_terms(w.terms, rank_axis=len(w.dims(BATCH))):
         a = term.a.reshape(layers, rows, term.a.shape[-1]).astype(dtype)
         b = term.b.reshape(layers, a.shape[-1], columns).astype(dtype)
         matrices = matrices + jnp.matmul(a, b, precision="highest")

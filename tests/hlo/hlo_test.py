@@ -98,6 +98,39 @@ def test_the_pieces_of_a_collective_are_one():
     ]
 
 
+def test_a_piece_in_a_loop_beside_the_others_is_no_collective_of_its_own():
+    """A gather that goes on while a smaller loop of three steps multiplies."""
+    done = "%done = bf16[1,512,64]{2,1,0} fusion(%gte.1), kind=kCustom, "
+    inner = """\
+%inner (arg.2: (s32[], bf16[1,32,64])) -> (s32[]) {
+  %arg.2 = (s32[]{:T(128)}, bf16[1,32,64]{2,1,0}) parameter(0)
+  %gte.4 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  %gte.5 = bf16[1,32,64]{2,1,0} get-tuple-element(%arg.2), index=1
+  %go = bf16[1,512,64]{2,1,0} fusion(%gte.5), kind=kCustom, calls=%fused_done
+  %one.2 = s32[]{:T(128)} constant(1)
+  %next.2 = s32[]{:T(128)} add(%gte.4, %one.2)
+  ROOT %out.2 = (s32[]{:T(128)}) tuple(%next.2)
+}
+
+%inner_condition (arg.3: (s32[], bf16[1,32,64])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(3)
+  %arg.3 = (s32[]{:T(128)}, bf16[1,32,64]{2,1,0}) parameter(0)
+  %gte.6 = s32[]{:T(128)} get-tuple-element(%arg.3), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%gte.6, %constant.3), direction=LT
+}
+
+%body ("""
+    loop = (
+        "%first.2 = s32[]{:T(128)} constant(0)\n"
+        "  %t.2 = (s32[]{:T(128)}, bf16[1,32,64]{2,1,0}) tuple(%first.2, %gte.1)\n"
+        "  %done = (s32[]{:T(128)}) while(%t.2), condition=%inner_condition, "
+    )
+    text = TPU.replace("%body (", inner).replace(done, loop)
+    text = text.replace(f"{loop}calls=%fused_done", f"{loop}body=%inner")
+    assert "body=%inner" in text
+    assert hlo.collectives(text, devices=256) == hlo.collectives(TPU, devices=256)
+
+
 def test_what_stays_near_the_cores_is_no_traffic():
     batched = 2 * (2 * 8 * 32 * 4)  # both operands; the result stays near
     dot = 512 * 64 * 2 + 128 * 64 * 4

@@ -44,9 +44,11 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_eight_devices_are_one(sizes):
+def test_eight_devices_are_one(sizes, capfd):
     given, one = decoder()
+    capfd.readouterr()
     found = toolbox.gradient_on(training.make_mesh(*sizes), *given)
+    assert "rematerialization" not in capfd.readouterr().err, "nothing is replicated"
     assert_same(found, one)
     text = found[3]
     data, fsdp, tensor, *sequence = sizes

@@ -1,5 +1,7 @@
 """The gradient of an output's scale, which is read off the scaled output."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +57,26 @@ def test_a_scale_of_zero_learns(setting):
         sum(jnp.sum(g * g) for g in jax.tree.leaves(got)),
     )
     np.testing.assert_allclose(forward, reverse, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_scales_are_whole_on_every_device_of_a_mesh(layers):
+    """Cut as their kernels they would have inputs and outputs laid out anew."""
+    mesh = jax.make_mesh((1, 2), ("fsdp", "tensor"), devices=jax.devices()[:2])
+    mesh = mesh.update(axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shape, axes = ((layers, 6, 6), {"w": "layer in out"}) if layers else ((6, 6), None)
+    site = dict(targets=["w"], axes=axes, key=jax.random.key(0))
+    adapted = jp.attach({"w": jnp.ones(shape)}, jp.bora(rank=2), **site)
+
+    def use(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            step = lambda x, w: (x @ w, None)
+            return jax.lax.scan(step, x, params["w"])[0] if layers else x @ params["w"]
+
+    text = str(jax.make_jaxpr(jp.adapt(use))(adapted, jnp.ones((4, 6))))
+    # Of all layers of a stack at once, outside of the loop.
+    before = text.partition("scan[")[0]
+    made = re.findall(
+        rf"f32\[{'3,6' if layers else '6'}\] = sharding_constraint", before
+    )
+    assert len(made) == 2

@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 from jaxpeft.numerics import dense
 from jaxpeft.transform import _compat
 from jaxpeft.transform._base import contracted
+from jaxpeft.transform._layout import scales_everywhere
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses, only_kernel, rule
 from jaxpeft.transform._thin import (
@@ -27,6 +28,7 @@ from jaxpeft.transform._thin import (
     precision_of,
     read,
     shown,
+    written,
 )
 from jaxpeft.transform.rules._rows import check_rows, looked_up_changes, row_changes
 from jaxpeft.tree import BATCH, IN, OUT, Rows, Term, axes_of, wider
@@ -102,7 +104,7 @@ def contract(
     (left, right), (left_batch, right_batch) = dimension_numbers
     sides = (left, left_batch), (right, right_batch)
     (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
-    w, uses = w.oriented(w_sum, w_batch, eqn), eqn.uses
+    w, uses = scales_everywhere(w.oriented(w_sum, w_batch, eqn)), eqn.uses
     # Axes have labels. An axis of the input that goes together with one of the kernel,
     # summed or as a batch axis, has that one's label; the others have their own.
     w_labels = [("w", i) for i in range(w.base.ndim)]
@@ -117,11 +119,28 @@ def contract(
     ins, outs, batch = (_labels(w, role) for role in (IN, OUT, BATCH))
     precision = precision_of(eqn.params)
     product = functools.partial(labelled_dot, target=uses.target)
-    z = x
+    given, x = x, shown(w, x, x_labels)
+    rank = [("r", 0)]
+    h_labels = batch + x_free + rank
+
+    def thin(columns, how, x=x):
+        labels = batch + ins + rank
+        return product(x, x_labels, columns, labels, h_labels, how)
+
+    # Before the base: then the bases' gradients of one input are added up first, and a
+    # mesh sums them over its devices once, not on both sides of the thin products'.
+    known = eqn.shared.parts.pop(id(eqn.raw), None)
+    if known is None:
+        mates = eqn.shared.mates(eqn, w, 1 - kernel_first, w_sum)
+        readers = [k.thin() for k in (w, *mates.values())]
+        known, *others = read(readers, thin, precision, uses.target)
+        eqn.shared.parts.update(zip(mates, others, strict=True))
+
+    z = given
     if w.c is not None:
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
-        z = x.reshape((1,) * (len(spelled) - x.ndim) + x.shape)
+        z = z.reshape((1,) * (len(spelled) - z.ndim) + z.shape)
         z = times(z, spread_along(w.c, batch + ins, spelled))
         if spelled != x_labels:
 
@@ -132,20 +151,6 @@ def contract(
     kept = [l for i, l in enumerate(w_labels) if i not in w_sum]
     y = contracted(run, z, w.base, w_sum, lambda s: spread_along(s, kept, out))
 
-    given, x = x, shown(w, x, x_labels)
-    rank = [("r", 0)]
-    h_labels = batch + x_free + rank
-
-    def thin(columns, how, x=x):
-        labels = batch + ins + rank
-        return product(x, x_labels, columns, labels, h_labels, how)
-
-    known = eqn.shared.parts.pop(id(eqn.raw), None)
-    if known is None:
-        mates = eqn.shared.mates(eqn, w, 1 - kernel_first, w_sum)
-        readers = [k.thin() for k in (w, *mates.values())]
-        known, *others = read(readers, thin, precision, uses.target)
-        eqn.shared.parts.update(zip(mates, others, strict=True))
     record(uses, w, given, x_labels, batch, ins, known)
     down = lambda x, a: thin(a, precision, x)
     b_labels = batch + rank + outs
@@ -188,7 +193,7 @@ def _each_row(term: Term, rows: Rows, w: Kernel, x, x_labels, y, out, precision)
 
 
 def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
-    """What each term adds to ``x W``: ``gate(x, drop(x) c a) b``.
+    """What terms add to ``x W``: the sum of ``gate(x, drop(x) c a) b``.
 
     Args:
         w: the kernel.
@@ -198,16 +203,18 @@ def changes_of(w: Kernel, x, known: list[Read], down, up, uses: Uses) -> list:
         up: ``up(h, b)``, in that of the result.
         uses: what the call gathers.
     """
-    changes = []
+    pairs: dict[Any, list] = {}
+    rank_axis = len(w.dims(BATCH))
     for term, (h, seen) in zip(w.thin(), known, strict=True):
         if term.rows is not None:
             continue
         if h is None:
             h = down(dropped(x, w, term, uses), term.a)
         if term.gate is not None and term.gate.apply is not None:
-            h = _by_layer(term.gate.apply, len(w.dims(BATCH)), seen, h)
-        changes.append(up(h, term.b))
-    return changes
+            h = _by_layer(term.gate.apply, rank_axis, seen, h)
+        pairs.setdefault((h.dtype, term.b.dtype), []).append((h, term.b))
+    together = lambda made: written(up, rank_axis, *zip(*made, strict=True))
+    return [together(x) if len(x) > 1 else up(*x[0]) for x in pairs.values()]
 
 
 def finish(y, changes: list, o=None):
@@ -215,7 +222,7 @@ def finish(y, changes: list, o=None):
 
     Args:
         y: the model's own result.
-        changes: one array for each term.
+        changes: arrays that are added.
         o: the scale of the output, which broadcasts with ``y``, or ``None``.
     """
     dtype = y.dtype
@@ -319,7 +326,7 @@ def look_up(
     Raises:
         NoRule: the table's roles do not fit, or its method reads its input.
     """
-    w = w.as_table(axis, range(len(paired)), eqn)
+    w = w.as_table(axis, range(len(paired)), eqn).joined()
     if w.has_gate:
         raise NoRule("its method depends on the input, and a look-up has none")
     if (paired or not index_ndim) and any(t.rows is not None for t in w.terms):
@@ -366,7 +373,7 @@ def _ragged_dot(eqn: Equation, x, w, group_sizes):
         or tuple(numbers.rhs_group_dimensions) != (0,)
     ):
         raise NoRule("ragged_dot needs a kernel 'expert in out' and its plain form")
-    w = w.assigned(("expert", IN, OUT), eqn)
+    w = w.assigned(("expert", IN, OUT), eqn).joined()
     special = w.has_gate or w.reads_input
     if special or w.key is not None or w.leaves is not None:
         raise NoRule("gates, rows, dropout and taps have no form in a ragged_dot")

@@ -52,7 +52,8 @@ def _convolution(eqn: Equation, x, w):
     params, uses = eqn.params, eqn.uses
     spec = params["dimension_numbers"]
     out_axis, groups = spec.rhs_spec[0], params["feature_group_count"]
-    w = w.assigned([OUT if i == out_axis else IN for i in range(w.base.ndim)], eqn)
+    roles = [OUT if i == out_axis else IN for i in range(w.base.ndim)]
+    w = w.assigned(roles, eqn).joined()
     if params["batch_group_count"] != 1:
         raise NoRule("a convolution grouped over its batch has no low-rank form")
     if any(term.rows is not None for term in w.terms):
