@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-COMPARISON = ROOT / "benchmarks/methods/results/table.json"
+COMPARISON = ROOT / "benchmarks/methods/table.json"
 
 
 def results(name: str) -> dict[str, Any]:

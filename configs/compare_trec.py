@@ -1,6 +1,6 @@
 """Twenty-three ways to fine-tune MiniLM on TREC's questions, by one rule.
 
-jaxpeft compare configs/compare_trec.py --results benchmarks/methods/results
+jaxpeft compare configs/compare_trec.py --out benchmarks/methods
 (Not run yet.) 23 methods, 4 runs each, of about 100 seconds of processor time.
 
 Every run has 200 steps of 32 questions, in the same order for all methods. Adapters

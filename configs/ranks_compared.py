@@ -43,7 +43,10 @@ BEFORE = {
     "uniform": {},
     "gelora": dict(budget=None),  # its own defaults
     # The first token's state, before block 0, is one point for all texts.
-    "gelora_first": dict(name="gelora", pool="first", degenerate="zero", samples=2000),
+    # It was measured with every rise counted, noise or not.
+    "gelora_first": dict(
+        name="gelora", pool="first", degenerate="zero", samples=2000, noise=0
+    ),
     "eva": dict(samples=2000),
 }
 # ... or in training, of 16 components a site: what ranks them.
