@@ -37,14 +37,15 @@ def during(by):
     )
 
 
-def rates(*values):
+def rates(*values, of="learning_rate"):
     """A grid of rates, for methods whose own are far from LoRA's."""
-    return dict(optimizer=dict(learning_rate=values))
+    return dict(optimizer={of: values})
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns what is compared; ``compare.read_comparison`` explains every field."""
     pruned = dict(name="importance", target_rank=8, initial_steps=40, final_steps=60)
+    # What is trained whole has the head's rate.
     methods = dict(
         lora=dict(changes=of("lora")),
         kasa=dict(changes=of("kasa")),
@@ -53,11 +54,11 @@ def get_config() -> ml_collections.ConfigDict:
         pissa=dict(changes=of("pissa")),
         head=dict(
             changes=dict(adapter=dict(name="full"), targets=HEAD, head=()),
-            grid=rates(1e-3, 5e-3),
+            grid=rates(1e-3, 5e-3, of="head_learning_rate"),
         ),
         full=dict(
-            changes=dict(adapter=dict(name="full"), targets=r".*"),
-            grid=rates(5e-5, 2e-4),
+            changes=dict(adapter=dict(name="full"), targets=r".*", head=()),
+            grid=rates(5e-5, 2e-4, of="head_learning_rate"),
         ),
         rslora=dict(changes=of("rslora")),
         loraplus=dict(changes=of("lora") | dict(optimizer=dict(lora_plus_ratio=16.0))),
