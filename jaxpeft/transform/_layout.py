@@ -1,28 +1,19 @@
-"""Where what is beside a kernel lies, on a mesh that the compiler lays out."""
-
-import dataclasses
-from typing import Any
+"""How what is scaled lies on a mesh that the compiler lays out."""
 
 import jax
-from jax import lax
-from jax.sharding import AxisType, PartitionSpec
-
-from jaxpeft.transform._moved import Kernel
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType
 
 
-def scales_everywhere(w: Kernel) -> Kernel:
-    """The kernel with the scales of its input and output whole on every device.
+def lies_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x``, laid out over the devices as ``like``, of the same shape, is.
 
-    They are made of the kernel and cut as it is, along axes that cut the rows of what
-    they scale, too. Left alone the compiler may then lay out inputs and outputs anew,
-    which are a thousand times as large.
+    The scale of a kernel's input is made of the kernel and cut as it is, along axes
+    that cut the rows of what it scales, too. Left alone the compiler may then lay out
+    the input as the scale, which is a thousand times smaller. (An output lies as the
+    next layer wants it, and is best left alone.)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or {*mesh.axis_types} != {AxisType.Auto}:
-        return w
-
-    def everywhere(x: Any) -> Any:
-        return x if x is None else lax.with_sharding_constraint(x, PartitionSpec())
-
-    c, o = map(everywhere, (w.c, w.o))
-    return w.replace(factors=dataclasses.replace(w.factors, c=c, o=o))
+        return x
+    return shard_alike(like, x)[1]

@@ -1,6 +1,5 @@
 """The gradient of an output's scale, which is read off the scaled output."""
 
-import re
 
 import jax
 import jax.numpy as jnp
@@ -59,24 +58,23 @@ def test_a_scale_of_zero_learns(setting):
     np.testing.assert_allclose(forward, reverse, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [0, 3])
-def test_scales_are_whole_on_every_device_of_a_mesh(layers):
-    """Cut as their kernels they would have inputs and outputs laid out anew."""
+def test_a_scaled_input_lies_as_the_input_on_a_mesh():
+    """Cut as its scale, which is cut as the kernel, it would be laid out anew."""
     mesh = jax.make_mesh((1, 2), ("fsdp", "tensor"), devices=jax.devices()[:2])
     mesh = mesh.update(axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    shape, axes = ((layers, 6, 6), {"w": "layer in out"}) if layers else ((6, 6), None)
-    site = dict(targets=["w"], axes=axes, key=jax.random.key(0))
-    adapted = jp.attach({"w": jnp.ones(shape)}, jp.bora(rank=2), **site)
+    site = dict(targets=["w"], key=jax.random.key(0))
+    x = jnp.ones((4, 6))
 
-    def use(params, x):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            step = lambda x, w: (x @ w, None)
-            return jax.lax.scan(step, x, params["w"])[0] if layers else x @ params["w"]
+    def text(method, mesh):
+        adapted = jp.attach({"w": jnp.ones((6, 6))}, method, **site)
 
-    text = str(jax.make_jaxpr(jp.adapt(use))(adapted, jnp.ones((4, 6))))
-    # Of all layers of a stack at once, outside of the loop.
-    before = text.partition("scan[")[0]
-    made = re.findall(
-        rf"f32\[{'3,6' if layers else '6'}\] = sharding_constraint", before
-    )
-    assert len(made) == 2
+        def use(params, x):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return x @ params["w"]
+
+        return str(jax.make_jaxpr(jp.adapt(use))(adapted, x))
+
+    alone = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=jax.devices()[:1])
+    assert "shard_alike" in text(jp.bora(rank=2), mesh)
+    assert "shard_alike" not in text(jp.lora(rank=2), mesh)
+    assert "shard_alike" not in text(jp.bora(rank=2), alone)

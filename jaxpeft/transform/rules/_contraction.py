@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 from jaxpeft.numerics import dense
 from jaxpeft.transform import _compat
 from jaxpeft.transform._base import contracted
-from jaxpeft.transform._layout import scales_everywhere
+from jaxpeft.transform._layout import lies_as
 from jaxpeft.transform._moved import Kernel, NoRule
 from jaxpeft.transform._rule import Equation, Uses, only_kernel, rule
 from jaxpeft.transform._thin import (
@@ -104,7 +104,7 @@ def contract(
     (left, right), (left_batch, right_batch) = dimension_numbers
     sides = (left, left_batch), (right, right_batch)
     (w_sum, w_batch), (x_sum, x_batch) = sides if kernel_first else sides[::-1]
-    w, uses = scales_everywhere(w.oriented(w_sum, w_batch, eqn)), eqn.uses
+    w, uses = w.oriented(w_sum, w_batch, eqn), eqn.uses
     # Axes have labels. An axis of the input that goes together with one of the kernel,
     # summed or as a batch axis, has that one's label; the others have their own.
     w_labels = [("w", i) for i in range(w.base.ndim)]
@@ -141,7 +141,8 @@ def contract(
         # An expert axis that the input lacks must be spelled out to scale the input.
         spelled = [l for l in batch if l not in x_labels] + x_labels
         z = z.reshape((1,) * (len(spelled) - z.ndim) + z.shape)
-        z = times(z, spread_along(w.c, batch + ins, spelled))
+        scaled = times(z, spread_along(w.c, batch + ins, spelled))
+        z = lies_as(scaled, z) if scaled.shape == z.shape else scaled
         if spelled != x_labels:
 
             def run(z, base):

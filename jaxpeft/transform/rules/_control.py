@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec
 from jaxpeft.numerics import is_quantised
 from jaxpeft.transform import _compat
 from jaxpeft.transform._base import placed
-from jaxpeft.transform._layout import scales_everywhere
 from jaxpeft.transform._moved import Kernel, NoRule, same
 from jaxpeft.transform._rule import Equation, rule
 from jaxpeft.tree import IN
@@ -104,7 +103,6 @@ def _scan(eqn: Equation, *vals) -> list:
     for x in filter(_is_kernel, vals[n + m :]):
         x.check_stacked()
     # Those of all layers at once, and not of each in its turn.
-    vals = [scales_everywhere(x) if _is_kernel(x) else x for x in vals]
     consts, xs = vals[:n], vals[n + m :]
     carry = _Carry(vals[n : n + m], consts)
 
