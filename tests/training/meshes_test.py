@@ -48,11 +48,14 @@ def test_eight_devices_are_one(sizes, capfd):
     given, one = decoder()
     capfd.readouterr()
     found = toolbox.gradient_on(training.make_mesh(*sizes), *given)
-    assert "rematerialization" not in capfd.readouterr().err, "nothing is replicated"
-    assert_same(found, one)
-    text = found[3]
     data, fsdp, tensor, *sequence = sizes
     cut = tensor * math.prod(sequence)
+    said = capfd.readouterr().err
+    # A CPU's attention gives tokens in four parts to two heads of keys by way of a
+    # whole copy; splash attention, a TPU's, has its own way.
+    assert cut > 2 or "rematerialization" not in said, "nothing is replicated"
+    assert_same(found, one)
+    text = found[3]
     rows, tokens = toolbox.ROWS // (data * fsdp), toolbox.TOKENS // cut
     vocabulary = toolbox.SIZES["vocab_size"]
     carries = f"f32[2,{rows},{tokens},16]"

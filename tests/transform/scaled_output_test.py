@@ -1,6 +1,5 @@
 """The gradient of an output's scale, which is read off the scaled output."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
