@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft.dimension import _law as law
+from jaxpeft import dimension
 from jaxpeft.dimension import gride_fit, mle_fit, twonn_fit
 
 KINDS = ("1", "2", "5", "10", "sphere", "roll")
@@ -48,17 +48,17 @@ def distances(r: np.ndarray) -> dict[str, float]:
     for discard in DISCARDS:
         for method in ("linear", "ml") if discard else ("ml",):
             d = twonn_fit(r[:, 0], r[:, 1], method, discard)
-            gap = law.distance(law.twonn_law(x, d), discard)
+            gap = dimension.law_distance(dimension.twonn_law(x, d), discard)
             found[f"twonn-{method} {discard}"] = gap
     for k in NEIGHBOURS:
         if k * SHARE_OF_POINTS > n:
             continue
         dim, local = mle_fit(r[:, :k])
-        found[f"mle {k}"] = law.distance(law.mle_law(dim, local, k))
+        found[f"mle {k}"] = dimension.law_distance(dimension.mle_law(dim, local, k))
         near, far = r[:, k // 2 - 1], r[:, k - 1]
         dim, _ = gride_fit(near, far, k // 2, k)
-        of = law.gride_law(np.log(far / near), dim, k // 2, k)
-        found[f"gride {k}"] = law.distance(of)
+        of = dimension.gride_law(np.log(far / near), dim, k // 2, k)
+        found[f"gride {k}"] = dimension.law_distance(of)
     return {name: gap * n**0.5 for name, gap in found.items()}
 
 

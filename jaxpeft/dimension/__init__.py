@@ -28,6 +28,10 @@ from jaxpeft.dimension._fit import gride_fit as gride_fit
 from jaxpeft.dimension._fit import mle_fit as mle_fit
 from jaxpeft.dimension._fit import twonn_fit as twonn_fit
 from jaxpeft.dimension._fit import twonn_points as twonn_points
+from jaxpeft.dimension._law import gride_law as gride_law
+from jaxpeft.dimension._law import law_distance as law_distance
+from jaxpeft.dimension._law import mle_law as mle_law
+from jaxpeft.dimension._law import twonn_law as twonn_law
 from jaxpeft.dimension._neighbours import neighbours as neighbours
 from jaxpeft.dimension._points import Points as Points
 from jaxpeft.dimension._profile import difference_map as difference_map

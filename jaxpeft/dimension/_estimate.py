@@ -312,7 +312,7 @@ def _estimate(
         spread = float(np.std(halves, ddof=1))
     else:
         spread = rule.spread(found.r) if rule.spread else dim / n**0.5
-    fit = law.distance(rule.law(found.r, dim), rule.discard)
+    fit = law.law_distance(rule.law(found.r, dim), rule.discard)
     result = IdEstimate(
         *(dim, spread, n, found.n_exact, found.n_near, False, rule.method, halves),
         *(fit, *rule.limits(n)),

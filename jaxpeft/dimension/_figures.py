@@ -237,7 +237,7 @@ def plot_fit(
     """
     x, y = twonn_points(r1, r2, discard)
     dim = float(np.sum(x * y) / np.sum(x * x))
-    fit = law.distance(law.twonn_law(np.log(r2 / r1), dim), discard)
+    fit = law.law_distance(law.twonn_law(np.log(r2 / r1), dim), discard)
     most = law.limits("twonn", discard, len(r1))[1]
     said = f"dimension {dim:.2f}, {'poor ' * (fit > most)}fit {fit:.3f}"
     said += f" (999 of 1000 clean clouds: below {most:.3f})"

@@ -33,7 +33,15 @@ LIMITS = {
 def twonn_law(
     log_ratios: Float[np.ndarray, " n"], dim: float
 ) -> Float[np.ndarray, " n"]:
-    r"""Returns :math:`1 - \mu^{-d}` of ``log mu``."""
+    r"""Returns the probability of a smaller ratio of TwoNN, :math:`1 - \mu^{-d}`.
+
+    Args:
+        log_ratios: ``log mu``, of the second nearest distance over the nearest.
+        dim: the dimension ``d``.
+
+    References:
+        Facco et al., Scientific Reports 7, 12140 (2017).
+    """
     return -np.expm1(-dim * log_ratios)
 
 
@@ -44,6 +52,15 @@ def gride_law(
 
     :math:`\mu^{-d}` has the Beta law of ``n1`` and ``n2 - n1``, whose distribution
     function is the tail of a binomial one.
+
+    Args:
+        log_ratios: of the distances to the neighbours ``n2`` and ``n1``.
+        dim: the dimension ``d``.
+        n1: the nearer neighbour, from 1.
+        n2: the farther one.
+
+    References:
+        Denti et al., Scientific Reports 12, 20005 (2022).
     """
     p, total = np.exp(-dim * log_ratios), n2 - 1
     terms = (math.comb(total, j) * p**j * (1 - p) ** (total - j) for j in range(n1))
@@ -56,16 +73,32 @@ def mle_law(
     r"""Returns the probability of a larger local dimension ``1 / m``.
 
     :math:`(k - 1) \, d \, m` has the Gamma law of ``k - 1``.
+
+    Args:
+        dim: the dimension ``d``.
+        local: ``1 / m`` of each point (``mle_fit``).
+        k: neighbours.
+
+    References:
+        Levina and Bickel, NIPS 17 (2004).
     """
     t = (k - 1) * dim / local
     log_terms = [j * np.log(t) - t - math.lgamma(j + 1) for j in range(k - 1)]
     return 1 - np.sum(np.exp(np.stack(log_terms)), axis=0)
 
 
-def distance(
+def law_distance(
     probabilities: Float[np.ndarray, " n"], discard: int | float = 0.0
 ) -> float:
-    """Returns how far probabilities are from uniform ones, below the largest share."""
+    """Returns how far probabilities are from uniform ones (Kolmogorov and Smirnov's).
+
+    Args:
+        probabilities: under a law, of each point.
+        discard: the share of the largest that is not looked at.
+
+    Returns:
+        The largest distance of the two distribution functions, from 0 to 1.
+    """
     n = len(probabilities)
     kept = np.sort(probabilities)[: max(1, int(n * (1 - discard)))]
     steps = np.arange(len(kept) + 1) / n

@@ -70,7 +70,8 @@ def read_inputs(config: ml_collections.ConfigDict, mesh: Mesh) -> Inputs:
     Raises:
         ValueError: the task, the model or the tokenizer does not fit the config.
     """
-    task = data.task(config.data)
+    with said_of("data"):
+        task = data.task(config.data)
     model = outline(config, head=task.head, num_labels=task.num_labels)
     with said_of("tokenizer"):
         tokenizer = models.tokenizer(config.model.name, **config.tokenizer)
