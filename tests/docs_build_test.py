@@ -3,10 +3,7 @@
 import subprocess
 import sys
 
-import pytest
 from pages_toolbox import ROOT
-
-pytest.importorskip("sphinx", reason="of the extra `docs`, which `dev` has")
 
 
 def test_it_builds(tmp_path):
