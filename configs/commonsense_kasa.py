@@ -88,7 +88,7 @@ def get_config(
     config.evaluate_every = "1 epoch"
     config.save_every = "1000 steps"
 
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1)
     config.input = dict(
         workers=None,  # processes that tokenise; None: as many as pay; 0: none
         prefetch=2,  # batches that are on the devices before they are asked for
