@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the base model: a folder, a packaged model, or a name on the hub",
     )
-    add("--task", required=True, help='a task, "trec" or "glue/rte"')
+    add("--task", required=True, help='a task, "trec" or "rte"')
     add("--method", required=True, help="gelora, eva or uniform")
     add("--out", required=True, metavar="FILE", help="a new file, JSON")
     add(
