@@ -353,5 +353,6 @@ def test_what_was_fetched_goes_along_into_a_merge(tmp_path):
     )
     files = tmp_path.glob("merged/**/*")
     found = {str(f.relative_to(tmp_path / "merged")) for f in files if f.is_file()}
-    unsplit = {n for n in TAKEN if not n.startswith("model")} | {"model.safetensors"}
+    unsplit = {n for n in TAKEN if not n.startswith("model")}
+    unsplit |= {"model.safetensors", "README.md"}
     assert found == unsplit
