@@ -91,11 +91,11 @@ def comparison() -> str:
         if "difference" in row:
             low, high = f"{row['low']:+.3f}", f"{row['high']:+.3f}"
             beside = f"{row['difference']:+.3f} ({low} to {high})"
-        sizes = (f"{row['trainable']:,}", f"{row['stored']:,}")
+        sizes = (f"{row[name]:,}" for name in ("trainable", "stored", "head"))
         score = f"{row['mean']:.3f}{sd}"
         rows.append((row["task"], f"`{row['method']}`", score, beside, *sizes))
     beside = f"beside {made['reference']} (95 %)"
-    head = ("task", "method", "test score (sd)", beside, "trains", "stores")
+    head = ("task", "method", "test score (sd)", beside, "trains", "stores", "whole")
     return markdown(head, rows)
 
 

@@ -1,7 +1,13 @@
 """Twenty-three ways to fine-tune MiniLM on TREC's questions, by one rule.
 
 jaxpeft compare configs/compare_trec.py --out benchmarks/methods
-(Not run yet.) 23 methods, 4 runs each, of about 100 seconds of processor time.
+Eight of 23 have been run (--methods lora,kasa,bora,dora,pissa,mosld,head,full), 4 runs
+each, of about 100 seconds of processor time, 200 of full fine-tuning.
+Measured: test accuracy, three seeds, mean and (standard deviation): PiSSA 0.934
+(0.005), DoRA 0.931 (0.001), LoRA 0.929 (0.007), KaSA 0.929 (0.002), MoSLD 0.929
+(0.002), BoRA 0.928 (0.002), full 0.925 (0.004), the head alone 0.619 (0.008). Of those
+that train more than the head none is told apart from LoRA: 526 rows alone have a
+standard deviation of 0.011.
 
 Every run has 200 steps of 32 questions, in the same order for all methods. Adapters
 stand at the attention's four kernels, the head (pooler and classifier) is trained whole

@@ -166,6 +166,7 @@ def test_a_comparison_is_read_into_its_table(tmp_path, monkeypatch):
     row = dict(
         task="trec", method="bora", mean=0.9312, sd=0.002, trainable=9, stored=10
     )
+    row["head"] = 7
     row |= dict(difference=0.004, low=-0.001, high=0.0091)
     first = dict(row, method="lora", sd=None)
     for field in ("difference", "low", "high"):
@@ -176,6 +177,6 @@ def test_a_comparison_is_read_into_its_table(tmp_path, monkeypatch):
     *_, second, last = tables.comparison().splitlines()
     assert (
         second
-        == "| trec | `bora` | 0.931 (0.002) | +0.004 (-0.001 to +0.009) | 9 | 10 |"
+        == "| trec | `bora` | 0.931 (0.002) | +0.004 (-0.001 to +0.009) | 9 | 10 | 7 |"
     )
-    assert last == "| trec | `lora` | 0.931 |  | 9 | 10 |"
+    assert last == "| trec | `lora` | 0.931 |  | 9 | 10 | 7 |"

@@ -160,6 +160,7 @@ def show(made: Mapping[str, Any]) -> rich.table.Table:
         "difference (95%)",
         "trains",
         "stores",
+        "whole",
     ):
         shown.add_column(name, no_wrap=name in ("task", "method"))
     for row in made["rows"]:
@@ -175,7 +176,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if "difference" in row:
         gain = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         gain += "" if row["apart"] else ", not told apart"
-    sizes = (f"{row['trainable']:,}", f"{row['stored']:,}")
+    # Of the adapters; what is trained whole, a head at least, is apart.
+    sizes = (f"{row[name]:,}" for name in ("trainable", "stored", "head"))
     return [row["task"], row["method"], f"{row['mean']:.4f}", spread, gain, *sizes]
 
 

@@ -58,7 +58,7 @@ def test_a_config_from_before_a_field_attends_as_it_did(tiny_config):
     assert old.model.attention is None and old.is_locked
     assert old.input.to_dict() == {"workers": 0, "prefetch": 0}
     before = ml_collections.ConfigDict(fields)
-    assert runs.config_differences(before, config, free=train.FREE) == []
+    assert runs.config_differences(before, config, free=runs.FREE) == []
     runs.check_fields(old)
 
 

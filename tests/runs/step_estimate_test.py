@@ -299,7 +299,7 @@ def test_the_command_refuses(tiny, tmp_path, capsys):
 
     program = f"--train={train.__file__}"
     refused(tiny, program, "--target=v5:4x4", named="--target")
-    refused(tiny, "--target=cpu", named="--train")
+    refused(tiny, "--train=none.py", "--target=cpu", named="--train")
     refused(tiny, program, "--slices=0", named="--slices")
     refused(tiny, program, "--config.nothing=1", named="config.nothing")
     refused(tiny, program, "--nothing", named="--nothing")
