@@ -275,7 +275,8 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
 
     Args:
         name: what to call it.
-        folder: of a run of ``train.py``, or of an adapter, jaxpeft's or HF PEFT's.
+        folder: of a run of ``train.py``, or of an adapter, jaxpeft's or HF PEFT's, or
+            the name of one on the hub.
         steps: those that a run kept (``config.save_every``); none: the adapter
             that the run left in the end, the best one.
 
@@ -291,7 +292,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
     """
     if not re.fullmatch(r"[\w.+-]+", name):
         raise ValueError(f"`name` {name!r} must be of letters, digits and . _ + -.")
-    folder = Path(folder)
+    given, folder = folder, Path(folder)
     if steps:
         found = {s: folder / f"adapters/{s}" for s in steps}
         if absent := [s for s, path in found.items() if not path.is_dir()]:
@@ -302,7 +303,7 @@ def adapter_runs(name: str, folder: str | Path, steps: Sequence[int] = ()) -> li
                 f"{there or 'none'}. config.save_every='50 steps, kept' keeps them."
             )
         return [Run(f"sft-{name}@{s}", 0, str(p), s) for s, p in found.items()]
-    found = interop.adapter_folder(folder)
+    found = interop.adapter_folder(given)
     own = found / CONFIG
     read = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
     step = (read.get("metadata") or {}).get("step")

@@ -130,23 +130,22 @@ def _controlled(
     runs: Mapping[str, Result], shots: Mapping[int, Result], estimator: str
 ) -> list[Finding]:
     """What of the rise in context is left without a spread or a task to learn."""
+    of = lambda control: [
+        (run.meta["shots"], run)
+        for run in runs.values()
+        if run.meta.get("control") == control
+    ]
+    # Each time the run that the statement has above the other.
+    fixed = [(run, shots[0]) for _, run in of("fixed") if 0 in shots]
+    shuffled = [(shots[k], run) for k, run in of("shuffled") if k in shots]
     found = []
-    for control, say in (
-        ("fixed", "Control: with the same demonstrations for all it rises, too"),
-        ("shuffled", "Control: with answers exchanged it is lower than with the own"),
+    for control, say, pairs in (
+        ("fixed", "with the same demonstrations for all it rises, too", fixed),
+        ("shuffled", "with answers exchanged it is lower than with the own", shuffled),
     ):
-        at = {
-            r.meta["shots"]: r
-            for r in runs.values()
-            if r.meta.get("control") == control
-        }
-        if control == "fixed" and 0 in shots:
-            found += [_higher(say, run, shots[0], estimator) for run in at.values()]
-        if control == "shuffled":
-            both = [k for k in at if k in shots]
-            found += [_higher(say, shots[k], at[k], estimator) for k in both]
-        if not any(one.statement == say for one in found):
-            found.append(Finding(say, "not tested", f"needs --controls {control}"))
+        say = f"Control: {say}"
+        untested = Finding(say, "not tested", f"needs --controls {control}")
+        found += [_higher(say, *pair, estimator) for pair in pairs] or [untested]
     return found
 
 

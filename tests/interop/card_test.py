@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import jaxpeft as jp
-from jaxpeft import cli, interop
+from jaxpeft import cli, interop, study
 from jaxpeft.models import ModuleName
 
 RUN = {
@@ -116,6 +116,8 @@ def test_up_to_the_hub_and_down_again(adapted, tmp_path, monkeypatch, capsys):
     assert interop.push(folder, "me/mine") == "https://hub/me/mine"
     assert interop.adapter_folder("me/mine") == tmp_path / "hub/me/mine"
     assert cli.main(["describe", "me/mine"]) == 0 and "lora" in capsys.readouterr().out
+    (run,) = study.adapter_runs("theirs", "me/mine")
+    assert run.adapter == str(tmp_path / "hub/me/mine")
     with pytest.raises(FileNotFoundError, match="is no folder, and the Hugging.*404"):
         interop.adapter_folder("me/other")
     (tmp_path / "runs").mkdir()  # a slip of a path is nothing for the hub

@@ -100,10 +100,9 @@ def _at_step(w: Any, step) -> Any:
 def _scan(eqn: Equation, *vals) -> list:
     params = eqn.params
     n, m = _compat.scan_counts(params)
-    for x in filter(_is_kernel, vals[n + m :]):
-        x.check_stacked()
-    # Those of all layers at once, and not of each in its turn.
     consts, xs = vals[:n], vals[n + m :]
+    for x in filter(_is_kernel, xs):
+        x.check_stacked()
     carry = _Carry(vals[n : n + m], consts)
 
     def body(state, x):
